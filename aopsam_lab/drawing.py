@@ -1,0 +1,71 @@
+"""Masks as pictures: colours, label images, overlays."""
+
+from __future__ import annotations
+
+import colorsys
+import io
+from collections.abc import Sequence
+
+import cv2
+import numpy as np
+from PIL import Image
+from pycocotools import mask as coco_mask
+
+# Okabe and Ito's colours (2008), told apart with every common kind of colour vision; black is left out, as it is hard
+# to see on photographs.
+OKABE_ITO = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7")
+MAX_LABELS = 65535
+
+
+def mask_colours(n: int) -> np.ndarray:
+    """n x 3 uint8 RGB: Okabe and Ito's seven, the same hues lighter, then darker, then all over again."""
+    base = [tuple(int(c[k : k + 2], 16) / 255 for k in (1, 3, 5)) for c in OKABE_ITO]
+    colours = []
+    for change in (0.0, 0.18, -0.16):
+        for rgb in base:
+            hue, light, saturation = colorsys.rgb_to_hls(*rgb)
+            colours.append(colorsys.hls_to_rgb(hue, min(max(light + change, 0.15), 0.9), saturation))
+    table = np.round(np.array(colours) * 255).astype(np.uint8)
+    return table[np.arange(n) % len(table)]
+
+
+def label_image(masks: Sequence[dict], size: tuple[int, int]) -> np.ndarray:
+    """H x W uint16: i + 1 where mask i of the COCO RLE `masks` is on top, 0 where there is none.
+
+    Larger masks lie below smaller ones, so that a part is not hidden by its whole; of equal sizes the earlier is on
+    top. Raises ValueError for more masks than 16 bits can number.
+    """
+    if len(masks) > MAX_LABELS:
+        raise ValueError(f"A 16-bit label image holds at most {MAX_LABELS} masks, not {len(masks)}.")
+    labels = np.zeros(size, dtype=np.uint16)
+    for i in painting_order(masks):
+        labels[coco_mask.decode(masks[i]).view(bool)] = i + 1
+    return labels
+
+
+def painting_order(masks: Sequence[dict]) -> np.ndarray:
+    """Indices of the COCO RLE `masks` from the largest to the smallest, the later first where sizes are equal."""
+    areas = np.array([coco_mask.area(mask) for mask in masks], dtype=np.int64)
+    return np.lexsort((-np.arange(len(areas)), -areas))
+
+
+def overlay(image: np.ndarray, masks: Sequence[dict], alpha: float = 0.45) -> np.ndarray:
+    """The H x W x 3 uint8 `image` with the COCO RLE `masks` in colours of opacity `alpha`, outlined; same shape."""
+    size = image.shape[:2]
+    table = np.concatenate([np.zeros((1, 3), np.uint8), mask_colours(len(masks))])
+    labels = label_image(masks, size)
+    tint = table[labels]
+    drawn = np.where(labels[..., None] > 0, (1 - alpha) * image + alpha * tint, image).round().astype(np.uint8)
+    width = max(1, round(max(size) / 700))
+    for i in painting_order(masks):
+        pixels = np.ascontiguousarray(coco_mask.decode(masks[i]))
+        contours, _ = cv2.findContours(pixels, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
+        cv2.drawContours(drawn, contours, -1, table[i + 1].tolist(), width)
+    return drawn
+
+
+def png_bytes(pixels: np.ndarray) -> bytes:
+    """A PNG of H x W x 3 uint8, or of H x W uint8 or uint16."""
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, format="PNG")
+    return stream.getvalue()
