@@ -1,0 +1,194 @@
+"""Metrics, on cases small enough to work out by hand, and what must hold for any masks."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from pycocotools import mask as coco_mask
+
+from aopsam_lab import evaluator
+
+SIDE = 10
+
+
+def rle(rows: slice, columns: slice) -> dict:
+    mask = np.zeros((SIDE, SIDE), dtype=np.uint8, order="F")
+    mask[rows, columns] = 1
+    return coco_mask.encode(mask)
+
+
+LEFT, RIGHT = rle(slice(0, 10), slice(0, 5)), rle(slice(0, 10), slice(5, 10))
+TOP, WHOLE = rle(slice(0, 5), slice(0, 10)), rle(slice(0, 10), slice(0, 10))
+NOTHING = rle(slice(0, 0), slice(0, 0))
+
+
+def test_iou_matrix_by_hand():
+    # Top and left share 25 of 75 pixels; left is half of the whole; left and right share nothing.
+    assert evaluator.iou_matrix([LEFT, WHOLE], [TOP, RIGHT, LEFT]) == pytest.approx(
+        np.array([[1 / 3, 0, 1], [0.5, 0.5, 0.5]])
+    )
+
+
+def test_a_mask_without_pixels_overlaps_nothing():
+    score = evaluator.evaluate([LEFT], [NOTHING])
+    assert (score.miou, score.miou_best, score.matches.tolist()) == (0, 0, [-1])
+    assert evaluator.evaluate([NOTHING], [LEFT]).miou == 0
+    assert evaluator.evaluate([NOTHING], [NOTHING]).miou == 0
+
+
+def test_masks_of_two_sizes_are_refused():
+    other = coco_mask.encode(np.ones((4, 6), dtype=np.uint8, order="F"))
+    with pytest.raises(ValueError, match="one size"):
+        evaluator.evaluate([LEFT], [other])
+
+
+def test_no_predictions_score_zero():
+    score = evaluator.evaluate([LEFT, RIGHT], [])
+    assert (score.miou, score.miou_best, score.n_truth) == (0, 0, 2)
+    assert score.matches.tolist() == [-1, -1]
+
+
+def test_no_truth_is_not_a_number_and_is_skipped_and_counted():
+    score = evaluator.evaluate([], [LEFT])
+    assert np.isnan(score.miou) and np.isnan(score.miou_best) and score.n_truth == 0
+    total = evaluator.aggregate([0.5, float("nan")], [0.6, float("nan")], [2, 0])
+    assert total == {
+        "miou": 0.5,
+        "miou_best": 0.6,
+        "miou_truths": 0.5,
+        "n_images": 1,
+        "n_skipped": 1,
+        "n_truth": 2,
+    }
+
+
+def test_nothing_at_all():
+    assert evaluator.evaluate([], []).n_truth == 0
+    total = evaluator.aggregate([], [], [])
+    assert np.isnan(total["miou"]) and total["n_images"] == 0
+
+
+def test_a_prediction_is_used_once_but_the_best_match_may_share():
+    # Both truths overlap the one prediction, the left half exactly, the whole by half.
+    score = evaluator.evaluate([WHOLE, LEFT], [LEFT])
+    assert score.matches.tolist() == [-1, 0]
+    assert score.miou == pytest.approx(0.5)  # (0 + 1) / 2
+    assert score.miou_best == pytest.approx(0.75)  # (0.5 + 1) / 2
+
+
+def test_highest_iou_goes_first_even_where_that_costs_the_mean():
+    iou = np.array([[0.9, 0.8], [0.85, 0.0]])  # the other assignment would reach (0.8 + 0.85) / 2
+    score = evaluator.score_matrix(iou)
+    assert score.matches.tolist() == [0, -1]
+    assert score.miou == pytest.approx(0.45)
+
+
+@pytest.mark.parametrize(
+    ("iou", "matches"),
+    [
+        ([[0.5, 0.5]], [0]),  # equal: the lower prediction
+        ([[0.5], [0.5]], [0, -1]),  # equal: the lower truth
+        ([[0.5, 0.5], [0.5, 0.5]], [0, 1]),
+        ([[0.3, 0.5], [0.5, 0.5]], [1, 0]),  # truth 0 before truth 1, though its prediction has the higher index
+        ([[0.5, 0.3], [0.5, 0.0]], [0, -1]),  # truth 0 takes the tie; nothing is left for truth 1
+    ],
+)
+def test_ties(iou, matches):
+    assert evaluator.greedy_matching(np.array(iou)).tolist() == matches
+
+
+def test_overlapping_masks_each_count():
+    # A part within its whole: both are truths, both are found.
+    assert evaluator.evaluate([WHOLE, LEFT], [LEFT, WHOLE]).miou == 1
+    assert evaluator.evaluate([WHOLE, LEFT], [LEFT, WHOLE]).matches.tolist() == [1, 0]
+
+
+def test_duplicate_predictions_do_not_help():
+    assert evaluator.evaluate([LEFT, RIGHT], [LEFT, LEFT]).miou == pytest.approx(0.5)
+
+
+def test_mean_over_images_and_over_truths():
+    total = evaluator.aggregate([1.0, 0.0], [1.0, 0.4], [1, 3])
+    assert total["miou"] == 0.5 and total["miou_truths"] == 0.25 and total["miou_best"] == pytest.approx(0.7)
+
+
+def test_interval_is_the_same_every_time_and_holds_the_mean():
+    values = np.random.default_rng(3).uniform(size=24)
+    mean, low, high = evaluator.mean_interval(values)
+    assert (mean, low, high) == evaluator.mean_interval(values)
+    assert low < mean < high and mean == pytest.approx(values.mean())
+
+
+def test_interval_covers_about_as_often_as_it_says():
+    rng = np.random.default_rng(0)
+    covered = 0
+    for _ in range(60):
+        _, low, high = evaluator.mean_interval(rng.normal(size=30))
+        covered += low <= 0 <= high
+    assert 51 <= covered <= 60  # of 60 draws; 57 expected, three standard deviations of a binomial below
+
+
+def test_intervals_of_few_or_equal_values():
+    assert np.isnan(evaluator.mean_interval([])[0])
+    mean, low, high = evaluator.mean_interval([0.4])
+    assert mean == 0.4 and np.isnan(low) and np.isnan(high)
+    assert evaluator.mean_interval([0.4, 0.4, 0.4]) == (pytest.approx(0.4),) * 3
+    _, low, high = evaluator.mean_interval([0.0, 1.0])
+    assert np.isfinite(low) and np.isfinite(high)
+
+
+def test_a_paired_difference_is_narrower_than_the_spread_over_images():
+    hard = np.linspace(0, 1, 24)
+    mean, low, high = evaluator.paired_difference(hard + 0.05 + 0.001 * np.sin(np.arange(24)), hard)
+    assert mean == pytest.approx(0.05, abs=1e-3) and high - low < 0.01
+    with pytest.raises(ValueError, match="same images"):
+        evaluator.paired_difference([1.0], [1.0, 2.0])
+
+
+masks = st.integers(0, 6).flatmap(lambda n: arrays(bool, (n, 7, 6)))
+
+
+def encode(pixels: np.ndarray) -> list[dict]:
+    return [coco_mask.encode(np.asfortranarray(mask.astype(np.uint8))) for mask in pixels]
+
+
+@given(truths=masks, predictions=masks)
+def test_iou_agrees_with_counting_pixels(truths, predictions):
+    iou = evaluator.iou_matrix(encode(truths), encode(predictions))
+    for i, truth in enumerate(truths):
+        for j, prediction in enumerate(predictions):
+            union = (truth | prediction).sum()
+            assert iou[i, j] == pytest.approx((truth & prediction).sum() / union if union else 0)
+
+
+@given(truths=masks, predictions=masks)
+def test_one_to_one_is_at_most_the_best_match(truths, predictions):
+    score = evaluator.evaluate(encode(truths), encode(predictions))
+    assume(score.n_truth)
+    assert 0 <= score.miou <= score.miou_best + 1e-12 <= 1 + 2e-12
+    used = score.matches[score.matches >= 0]
+    assert len(set(used)) == len(used)
+
+
+@given(truths=masks, predictions=masks, seed=st.integers(0, 1000))
+def test_order_changes_nothing_in_the_mean(truths, predictions, seed):
+    iou = evaluator.iou_matrix(encode(truths), encode(predictions))
+    overlaps = iou[iou > 0]
+    assume(len(np.unique(overlaps)) == len(overlaps))  # with exact ties the order is what decides, see above
+    rng = np.random.default_rng(seed)
+    shuffled = evaluator.evaluate(encode(rng.permutation(truths)), encode(rng.permutation(predictions)))
+    score = evaluator.score_matrix(iou)
+    assert shuffled.n_truth == score.n_truth
+    if score.n_truth:
+        assert shuffled.miou == pytest.approx(score.miou)
+        assert shuffled.miou_best == pytest.approx(score.miou_best)
+
+
+@given(iou=st.tuples(st.integers(1, 6), st.integers(0, 6)).flatmap(lambda s: arrays(float, s, elements=st.floats(0, 1))))
+def test_more_predictions_never_lower_the_best_match(iou):
+    if iou.shape[1]:
+        fewer = evaluator.score_matrix(iou[:, :-1])
+        assert fewer.miou_best <= evaluator.score_matrix(iou).miou_best + 1e-12
