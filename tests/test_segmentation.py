@@ -64,9 +64,15 @@ def example() -> Segmentation:
 def nothing() -> Segmentation:
     none = np.zeros(0, np.float32)
     return Segmentation(
-        image=np.full((HEIGHT, WIDTH, 3), 90, np.uint8), masks=[], scores=none, stability=none, boxes=none.reshape(0, 4),
-        mask_prompt=np.zeros(0, int), prompts=prompt_rows([]), method="aop",
-    )  # fmt: skip
+        image=np.full((HEIGHT, WIDTH, 3), 90, np.uint8),
+        masks=[],
+        scores=none,
+        stability=none,
+        boxes=none.reshape(0, 4),
+        mask_prompt=np.zeros(0, int),
+        prompts=prompt_rows([]),
+        method="aop",
+    )
 
 
 def test_to_array_is_the_decoded_rle():

@@ -1,0 +1,232 @@
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from PIL import Image
+
+from aopsam_lab.imaging import read_image
+
+RGB = np.random.default_rng(1).integers(0, 256, (5, 7, 3), dtype=np.uint8)
+GREY = np.arange(35, dtype=np.uint8).reshape(5, 7) * 7
+ORIENTATION = 0x0112
+
+
+def on_disk(tmp_path, picture: Image.Image, name: str, **options):
+    path = tmp_path / name
+    picture.save(path, **options)
+    return path
+
+
+def grey3(grey: np.ndarray) -> np.ndarray:
+    return np.repeat(grey[..., None], 3, axis=2)
+
+
+def test_array_picture_and_path_agree(tmp_path):
+    path = on_disk(tmp_path, Image.fromarray(RGB), "a.png")
+    for image in (RGB, Image.fromarray(RGB), path, str(path)):
+        seen = read_image(image)
+        assert seen.dtype == np.uint8 and seen.flags["C_CONTIGUOUS"] and seen.flags["WRITEABLE"]
+        assert np.array_equal(seen, RGB)
+
+
+def test_the_result_is_a_new_array():
+    image = RGB.copy()
+    read_image(image)[:] = 0
+    assert np.array_equal(image, RGB)
+
+
+@pytest.mark.parametrize("image", [GREY, GREY[..., None], Image.fromarray(GREY)])
+def test_grey(image):
+    assert np.array_equal(read_image(image), grey3(GREY))
+
+
+def test_one_bit_and_booleans():
+    bits = GREY > 100
+    expected = grey3(bits.astype(np.uint8) * 255)
+    assert np.array_equal(read_image(bits), expected)
+    assert np.array_equal(read_image(Image.fromarray(bits)), expected)
+    assert Image.fromarray(bits).mode == "1"
+
+
+def test_alpha_lies_over_white():
+    rgba = np.array([[[10, 20, 30, 255], [10, 20, 30, 0], [0, 100, 255, 51]]], np.uint8)  # 51 / 255 = 0.2
+    expected = [[[10, 20, 30], [255, 255, 255], [204, 224, 255]]]
+    assert read_image(rgba).tolist() == expected
+    assert read_image(Image.fromarray(rgba)).tolist() == expected
+    grey_alpha = np.array([[[10, 255], [10, 0], [0, 51]]], np.uint8)
+    expected = [[[10] * 3, [255] * 3, [204] * 3]]
+    assert read_image(grey_alpha).tolist() == expected
+    assert read_image(Image.fromarray(grey_alpha, mode="LA")).tolist() == expected
+
+
+def test_premultiplied_alpha():
+    rgba = Image.fromarray(np.array([[[0, 100, 200, 51]]], np.uint8))
+    assert np.abs(read_image(rgba.convert("RGBa")).astype(int) - read_image(rgba)).max() <= 3
+    grey = Image.fromarray(np.array([[[100, 51]]], np.uint8), mode="LA")
+    assert np.abs(read_image(grey.convert("La")).astype(int) - read_image(grey)).max() <= 3
+
+
+def test_palette_with_and_without_transparency(tmp_path):
+    picture = Image.new("P", (3, 1))
+    picture.putpalette([200, 0, 0, 0, 150, 0, 0, 0, 90])
+    picture.putdata([0, 1, 2])
+    assert read_image(picture).tolist() == [[[200, 0, 0], [0, 150, 0], [0, 0, 90]]]
+    path = on_disk(tmp_path, picture, "p.png", transparency=1)
+    assert read_image(path).tolist() == [[[200, 0, 0], [255, 255, 255], [0, 0, 90]]]
+    path = on_disk(tmp_path, picture, "partly.png", transparency=bytes([255, 0, 51]))
+    assert read_image(path).tolist() == [[[200, 0, 0], [255, 255, 255], [204, 204, 222]]]
+    assert read_image(on_disk(tmp_path, picture, "p.gif")).tolist() == [[[200, 0, 0], [0, 150, 0], [0, 0, 90]]]
+
+
+def test_colour_key(tmp_path):
+    picture = Image.fromarray(np.array([[[1, 2, 3], [4, 5, 6]]], np.uint8))
+    path = on_disk(tmp_path, picture, "key.png", transparency=(4, 5, 6))
+    assert read_image(path).tolist() == [[[1, 2, 3], [255, 255, 255]]]
+
+
+def test_cmyk(tmp_path):
+    colours = np.array([[[255, 0, 0], [0, 0, 255], [255, 255, 255], [0, 0, 0]]], np.uint8).repeat(8, 0).repeat(8, 1)
+    picture = Image.fromarray(colours).convert("CMYK")
+    assert np.array_equal(read_image(picture), colours)
+    path = on_disk(tmp_path, picture, "ink.jpg", quality=100)
+    assert np.abs(read_image(path).astype(int) - colours).max() < 12
+    assert np.array_equal(read_image(on_disk(tmp_path, picture, "ink.tif")), colours)
+
+
+@pytest.mark.parametrize("mode", ["YCbCr", "HSV", "LAB"])
+def test_other_colour_spaces(mode):
+    smooth = np.full((4, 4, 3), (120, 90, 60), np.uint8)
+    picture = Image.fromarray(smooth)
+    if mode == "LAB":
+        from PIL import ImageCms
+
+        srgb, lab = ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB")
+        picture = ImageCms.profileToProfile(picture, srgb, lab, outputMode="LAB")
+    else:
+        picture = picture.convert(mode)
+    assert np.abs(read_image(picture).astype(int) - smooth).max() <= 3
+
+
+@pytest.mark.parametrize("name", ["deep.png", "deep.tif"])
+def test_sixteen_bit_files(tmp_path, name):
+    deep = np.array([[0, 257, 65535], [128 * 257, 1000, 30000]], np.uint16)
+    path = on_disk(tmp_path, Image.fromarray(deep), name)
+    with Image.open(path) as picture:
+        assert picture.mode == "I;16"
+    expected = grey3(np.array([[0, 1, 255], [128, 4, 117]], np.uint8))
+    assert np.array_equal(read_image(path), expected)
+    assert np.array_equal(read_image(deep), expected)
+    assert np.array_equal(read_image(deep.astype(">u2")), expected)
+
+
+def test_big_endian_tiff(tmp_path):
+    deep = np.array([[0, 257, 65535], [128 * 257, 1000, 30000]], np.uint16)
+    header = b"MM\x00*\x00\x00\x00\x08"
+    entries = [(256, 3, 3), (257, 3, 2), (258, 3, 16), (259, 3, 1), (262, 3, 1), (273, 4, 8 + 2 + 9 * 12 + 4),
+               (277, 3, 1), (278, 3, 2), (279, 4, 12)]  # fmt: skip
+    directory = len(entries).to_bytes(2, "big")
+    for tag, kind, value in entries:
+        directory += tag.to_bytes(2, "big") + kind.to_bytes(2, "big") + (1).to_bytes(4, "big")
+        directory += value.to_bytes(2, "big") + b"\0\0" if kind == 3 else value.to_bytes(4, "big")
+    path = tmp_path / "big.tif"
+    path.write_bytes(header + directory + b"\0\0\0\0" + deep.astype(">u2").tobytes())
+    assert np.array_equal(read_image(path), read_image(deep))
+
+
+@pytest.mark.parametrize(("top", "white"), [(4095, 4095), (1023, 1023), (3000, 4095), (255, 255), (4096, 16383)])
+def test_fewer_bits_in_sixteen(top, white):
+    deep = np.array([[0, top // 2, top]], np.uint16)
+    assert read_image(deep)[0, :, 0].tolist() == [round(value * 255 / white) for value in (0, top // 2, top)]
+
+
+@settings(deadline=None)
+@given(arrays(np.uint8, st.tuples(st.integers(1, 6), st.integers(1, 6), st.sampled_from([1, 2, 3, 4]))))
+def test_other_types_mean_the_same_picture(pixels):
+    pixels[0, 0] = 255  # so that the depth is told from the largest value
+    expected = read_image(pixels)
+    assert expected.shape == (*pixels.shape[:2], 3)
+    unit = pixels / 255
+    for same in (pixels.astype(np.uint16) * 257, pixels.astype(np.int64), unit, unit.astype(np.float32)):
+        assert np.array_equal(read_image(same), expected)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("name", ["turned.png", "turned.tif", "deep.png", "deep.tif"])
+def test_exif_orientation(tmp_path, orientation, name):
+    upright = np.array([[10, 20, 30], [40, 50, 255]], np.uint8)
+    undo = {  # how a camera stores it: turning it back gives the upright picture
+        1: lambda a: a,
+        2: np.fliplr,
+        3: lambda a: np.rot90(a, 2),
+        4: np.flipud,
+        5: np.transpose,
+        6: lambda a: np.rot90(a, 1),
+        7: lambda a: np.rot90(a, 2).T,
+        8: lambda a: np.rot90(a, -1),
+    }
+    stored = np.ascontiguousarray(undo[orientation](upright))
+    if name.startswith("deep"):
+        stored = stored.astype(np.uint16) * 257
+    exif = Image.Exif()
+    exif[ORIENTATION] = orientation
+    path = on_disk(tmp_path, Image.fromarray(stored), name, exif=exif)
+    assert np.array_equal(read_image(path), grey3(upright))
+    with Image.open(io.BytesIO(path.read_bytes())) as picture:
+        assert np.array_equal(read_image(picture), grey3(upright))
+
+
+@pytest.mark.parametrize("image", [RGB[:1, :1], GREY[:1, :1], Image.new("RGBA", (1, 1)), np.ones((1, 1))])
+def test_one_pixel(image):
+    assert read_image(image).shape == (1, 1, 3)
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        (np.zeros((3, 20, 30), np.uint8), "channels last"),
+        (np.zeros((2, 4, 4, 3), np.uint8), "shape"),
+        (np.zeros(9, np.uint8), "shape"),
+        (np.zeros((4, 4, 5), np.uint8), "shape"),
+        (np.zeros((0, 4, 3), np.uint8), "empty"),
+        (Image.new("RGB", (0, 4)), "empty"),
+        (np.full((2, 2), np.nan), "NaN"),
+        (np.full((2, 2), np.inf), "infinite"),
+        (np.full((2, 2), 200.0), "from 0 to 1"),
+        (np.full((2, 2), -5), "from 0 to"),
+        (np.full((2, 2), 1j), "complex"),
+        (np.full((2, 2), "a"), "not <U1"),
+        (None, "NoneType"),
+        ([[1, 2], [3, 4]], "list"),
+    ],
+)
+def test_what_is_no_image_is_refused(image, message):
+    with pytest.raises(ValueError, match=message):
+        read_image(image)
+
+
+def test_files_that_are_no_images(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no image file .*absent.png"):
+        read_image(tmp_path / "absent.png")
+    with pytest.raises(ValueError, match="is a folder"):
+        read_image(tmp_path)
+    (tmp_path / "text.png").write_text("hello")
+    with pytest.raises(ValueError, match="text.png cannot be read"):
+        read_image(tmp_path / "text.png")
+    (tmp_path / "none.png").write_bytes(b"")
+    with pytest.raises(ValueError, match="none.png cannot be read"):
+        read_image(tmp_path / "none.png")
+    stream = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(stream, "JPEG")
+    (tmp_path / "half.jpg").write_bytes(stream.getvalue()[: len(stream.getvalue()) // 2])
+    with pytest.raises(ValueError, match="half.jpg cannot be read"):
+        read_image(tmp_path / "half.jpg")
+
+
+def test_float_tiff(tmp_path):
+    path = on_disk(tmp_path, Image.fromarray(np.array([[0, 0.5, 1]], np.float32)), "f.tif")
+    assert read_image(path)[0, :, 0].tolist() == [0, 128, 255]
