@@ -1,0 +1,205 @@
+"""The SAM models by name, each a plain `segment_anything.modeling.Sam` with its weights."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pickle
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from segment_anything import sam_model_registry
+from segment_anything.modeling import Sam
+from torch import Tensor
+
+from aopsam_lab.sam.mobile import build_mobile_sam
+from aopsam_lab.sam.tiny import build_tiny_sam
+
+TINY_WEIGHTS = Path(__file__).parent.parent / "weights" / "tiny_sam.safetensors"
+
+MODELS: dict[str, Callable[[], Sam]] = {
+    "tiny": build_tiny_sam,
+    "mobile_sam": build_mobile_sam,
+    "vit_b": sam_model_registry["vit_b"],
+    "vit_l": sam_model_registry["vit_l"],
+    "vit_h": sam_model_registry["vit_h"],
+}
+# What the official files are called; the hexadecimal part begins the file's sha256.
+OFFICIAL_FILES = {
+    "mobile_sam": "mobile_sam.pt from the MobileSAM project",
+    "vit_b": "sam_vit_b_01ec64.pth from the segment-anything project",
+    "vit_l": "sam_vit_l_0b3195.pth from the segment-anything project",
+    "vit_h": "sam_vit_h_4b8939.pth from the segment-anything project",
+}
+# SamAutomaticMaskGenerator's defaults, chosen for the official models.
+PRED_IOU_THRESH = 0.88
+STABILITY_SCORE_THRESH = 0.95
+
+
+@dataclass(frozen=True)
+class SamSpec:
+    """Which SAM this is, and the two thresholds its masks are filtered with.
+
+    name:    its name in the zoo, or "custom".
+    sha256:  of its weights file; "" for a Sam that did not come from a file of the zoo.
+    """
+
+    name: str
+    pred_iou_thresh: float
+    stability_score_thresh: float
+    sha256: str
+
+
+def load_sam(name: str = "tiny", checkpoint: str | os.PathLike | None = None, device: str | torch.device = "auto") -> Sam:
+    """A SAM ready for inference: in eval mode, without gradients, on `device`, its `SamSpec` in `.spec`.
+
+    name:        "tiny" (bundled), "mobile_sam", "vit_b", "vit_l" or "vit_h".
+    checkpoint:  the weights: for all but tiny the official file, or one with the same keys, saved by `torch.save` or as
+                 safetensors. No code in a file is ever run. The metadata of a safetensors file may hold
+                 `pred_iou_thresh` and `stability_score_thresh`; without, they are SamAutomaticMaskGenerator's 0.88, 0.95.
+    device:      "auto" (the GPU if there is one), "cpu", "cuda", ...
+
+    Raises FileNotFoundError where the file is missing, and ValueError for an unknown name, a model without its file, and
+    a file that is damaged, holds more than weights, or belongs to another model (which it names where it can tell).
+    """
+    if name not in MODELS:
+        raise ValueError(f"There is no SAM called {name!r}. Choose one of {', '.join(MODELS)}.")
+    device = resolve_device(device)
+    if checkpoint is None:
+        if name != "tiny":
+            raise ValueError(
+                f"{name} needs its weights: download {OFFICIAL_FILES[name]} and pass its path as checkpoint."
+            )
+        checkpoint = TINY_WEIGHTS
+    path = Path(checkpoint)
+    state, metadata = _read_weights(path)
+    found = identify(state)
+    if found != name and found is not None:
+        advice = f"Load it with load_sam({found!r}, ...)" if found in MODELS else "That model is not supported"
+        raise ValueError(f"{path} holds the weights of {found}, not of {name}. {advice}, or pass {name}'s own file.")
+    sam = MODELS[name]()
+    misfit = _misfit(sam.state_dict(), state)
+    if misfit:
+        raise ValueError(f"{path} does not fit {name}: {misfit}. Pass {_wanted(name)}.")
+    sam.load_state_dict(state)
+    sam.spec = SamSpec(
+        name=name,
+        pred_iou_thresh=_threshold(path, metadata, "pred_iou_thresh", PRED_IOU_THRESH),
+        stability_score_thresh=_threshold(path, metadata, "stability_score_thresh", STABILITY_SCORE_THRESH),
+        sha256=_sha256(path),
+    )
+    return sam.requires_grad_(False).to(device).eval()
+
+
+def spec_of(sam: Sam) -> SamSpec:
+    """The `SamSpec` of a Sam; for one that the caller built, "custom" with SamAutomaticMaskGenerator's thresholds."""
+    return getattr(sam, "spec", SamSpec("custom", PRED_IOU_THRESH, STABILITY_SCORE_THRESH, ""))
+
+
+def resolve_device(device: str | torch.device = "auto") -> torch.device:
+    """"auto" -> the CUDA GPU if there is one, else the CPU. Raises ValueError for a device this machine lacks."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch reports an absent device in all these ways
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"Device {str(device)!r} cannot be used here ({reason}). Use 'auto' or 'cpu'.") from error
+    return chosen
+
+
+def identify(state: dict[str, Tensor]) -> str | None:
+    """The model whose weights these look like, told from a key or two of its image encoder; None where none is known."""
+    patches = state.get("image_encoder.patch_embed.proj.weight")
+    if patches is not None:
+        return {768: "vit_b", 1024: "vit_l", 1280: "vit_h"}.get(patches.shape[0])
+    if "image_encoder.patch_embed.seq.0.c.weight" in state:
+        return "mobile_sam"
+    if "image_encoder.stem.0.0.weight" in state:
+        return "tiny"
+    if any(key.startswith("image_encoder.trunk.") for key in state):
+        return "SAM 2"
+    return None
+
+
+def _read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a checkpoint by key, and its metadata (only safetensors have any)."""
+    if not path.exists():
+        raise FileNotFoundError(f"There is no checkpoint {path}.")
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder, not a checkpoint.")
+    with path.open("rb") as file:
+        head = file.read(9)
+    metadata: dict[str, str] = {}
+    try:
+        if path.suffix == ".safetensors" or head[8:] == b"{":  # 8 bytes of length, then JSON
+            with safe_open(path, framework="pt") as file:
+                state = {key: file.get_tensor(key) for key in file.keys()}
+                metadata = file.metadata() or {}
+        else:
+            # memory-mapped where the format allows, so that a large model is not held twice
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError as error:
+        if zipfile.is_zipfile(path):  # the archive is whole, so it is its content that torch refuses
+            raise ValueError(f"{path} holds Python objects beside weights; they were not loaded, as they can run code.") from error
+        raise ValueError(_damaged(path, head)) from error
+    except (SafetensorError, RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError) as error:
+        raise ValueError(_damaged(path, head)) from error
+    for wrapper in ("model", "state_dict"):  # how training scripts often wrap them
+        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
+            state = state[wrapper]
+    if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"{path} is no checkpoint: it holds no dictionary of tensors.")
+    return state, metadata
+
+
+def _damaged(path: Path, head: bytes) -> str:
+    if head.startswith(b"PK") or head[8:] == b"{":
+        return f"{path} is damaged or cut short ({path.stat().st_size} bytes). Download or copy it again."
+    return f"{path} is no checkpoint that torch.load or safetensors can read, or it is damaged. Download or copy it again."
+
+
+def _wanted(name: str) -> str:
+    return OFFICIAL_FILES.get(name, "a checkpoint that training.tiny_sam wrote, or none for the bundled weights")
+
+
+def _misfit(wanted: dict[str, Tensor], given: dict[str, Tensor]) -> str:
+    """How the given weights differ from the wanted in keys and shapes, in a few words; "" where they fit."""
+    missing = [key for key in wanted if key not in given]
+    extra = [key for key in given if key not in wanted]
+    shaped = [key for key in wanted if key in given and wanted[key].shape != given[key].shape]
+    parts = []
+    if missing:
+        parts.append(f"it lacks {len(missing)} of {len(wanted)} tensors, such as {missing[0]}")
+    if extra:
+        parts.append(f"it has {len(extra)} others, such as {extra[0]}")
+    if shaped:
+        key = shaped[0]
+        parts.append(f"{len(shaped)} have another shape, such as {key}: {tuple(given[key].shape)}, not {tuple(wanted[key].shape)}")
+    return "; ".join(parts)
+
+
+def _threshold(path: Path, metadata: dict[str, str], key: str, default: float) -> float:
+    text = metadata.get(key)
+    if text is None:
+        return default
+    try:
+        value = float(text)
+    except ValueError:
+        value = float("nan")
+    if not 0 <= value <= 1:
+        raise ValueError(f"{path}: its metadata has {key} = {text!r}, which is no number from 0 to 1.")
+    return value
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,327 @@
+"""Train the bundled tiny SAM.
+
+    python -m aopsam_lab.training.tiny_sam --pools scenes=0.4:DIR photos=0.6:DIR --workdir runs/tiny --minutes 90
+
+A step takes some pictures and, for each, some masks with one prompt each: a click (three masks out, the best one learns,
+as in SAM) or a box (one mask out). Binary cross-entropy with Dice, because SAM's focal weights give empty masks for a long
+time when nothing is pretrained; the IoU head learns the IoU that its masks really have. Cosine schedule over the steps or
+the minutes asked for, weights averaged (EMA), bf16 on CPU and CUDA. ``workdir/last.pt`` holds all that a resumed run needs,
+``workdir/curve.csv`` the learning curve.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import math
+import os
+import time
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from aopsam_lab.sam.decoder import decode_tokens, draw_masks
+from aopsam_lab.sam.tiny import IMG_SIZE, build_tiny_sam
+from aopsam_lab.training.pool import read_entry
+
+LOW_RES = IMG_SIZE // 2  # side of the low-resolution masks that the decoder draws
+BOX_SHARE = 0.3
+
+
+class PromptedPictures(IterableDataset):
+    """Endless random crops with prompts.
+
+    Yields ``image`` (3, S, S) uint8 in the model frame, ``size`` (h, w) of its unpadded part, ``masks`` (P, S/2, S/2)
+    bool, ``points`` (P, 2) and ``boxes`` (P, 4) in the model frame. The last ``round(P * BOX_SHARE)`` prompts are meant
+    to be boxes, the others clicks.
+    """
+
+    def __init__(self, pools: list[tuple[float, list[Path]]], prompts: int, seed: int):
+        self.pools, self.prompts, self.seed = pools, prompts, seed
+        self.shares = np.array([share for share, _ in pools]) / sum(share for share, _ in pools)
+
+    def __iter__(self):
+        cv2.setNumThreads(1)
+        worker = get_worker_info()
+        rng = np.random.default_rng([self.seed, worker.id if worker else 0])
+        while True:
+            paths = self.pools[rng.choice(len(self.pools), p=self.shares)][1]
+            sample = self._draw(rng, *read_entry(paths[rng.integers(len(paths))]))
+            if sample is not None:
+                yield sample
+
+    def _draw(self, rng: np.random.Generator, image: np.ndarray, masks: np.ndarray) -> dict[str, np.ndarray] | None:
+        image, masks = random_crop(rng, image, masks)
+        masks = masks[masks.sum((1, 2)) >= 8]
+        if not len(masks):
+            return None
+        chosen = masks[choose(rng, len(masks), self.prompts)]
+        points = np.stack([click(rng, mask) for mask in chosen])
+        boxes = np.stack([jittered_box(rng, mask) for mask in chosen])
+        canvas = np.zeros((3, IMG_SIZE, IMG_SIZE), np.uint8)
+        targets = np.zeros((self.prompts, LOW_RES, LOW_RES), bool)
+        canvas[:, : image.shape[0], : image.shape[1]] = image.transpose(2, 0, 1)
+        targets[:, : chosen.shape[1], : chosen.shape[2]] = chosen
+        size = np.array(image.shape[:2])
+        return dict(image=canvas, size=size, masks=targets, points=points.astype(np.float32), boxes=boxes.astype(np.float32))
+
+
+def choose(rng: np.random.Generator, available: int, wanted: int) -> np.ndarray:
+    """``wanted`` indices below ``available``, each as often as any other, or nearly."""
+    rounds = -(-wanted // available)
+    return np.concatenate([rng.permutation(available) for _ in range(rounds)])[:wanted]
+
+
+def random_crop(rng: np.random.Generator, image: np.ndarray, masks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Crop, flip and colour; longest side becomes S (pictures) and S/2 (masks)."""
+    h, w = masks.shape[1:]
+    y, x, high, wide = 0, 0, h, w
+    if rng.random() < 0.65:
+        scale = rng.uniform(0.4, 1.0)
+        aspect = math.exp(rng.normal(0, 0.15))
+        high = int(np.clip(h * scale * aspect, 24, h))
+        wide = int(np.clip(w * scale / aspect, 24, w))
+        y, x = rng.integers(h - high + 1), rng.integers(w - wide + 1)
+    image = image[2 * y : 2 * (y + high), 2 * x : 2 * (x + wide)]
+    masks = masks[:, y : y + high, x : x + wide]
+    masks = masks[masks.any((1, 2))]
+    if rng.random() < 0.5:
+        image, masks = image[:, ::-1], masks[:, :, ::-1]
+    if rng.random() < 0.15:
+        image, masks = image[::-1], masks[:, ::-1]
+    if rng.random() < 0.15:
+        image, masks = image.transpose(1, 0, 2), masks.transpose(0, 2, 1)
+    scale = IMG_SIZE / max(image.shape[:2])
+    size = tuple(max(2, 2 * round(side * scale / 2)) for side in image.shape[1::-1])
+    image = cv2.resize(np.ascontiguousarray(image), size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR)
+    half = (size[0] // 2, size[1] // 2)
+    small = np.zeros((len(masks), half[1], half[0]), bool)
+    for i, mask in enumerate(masks):
+        small[i] = cv2.resize(mask.astype(np.uint8) * 255, half, interpolation=cv2.INTER_LINEAR) > 127
+    return recolour(rng, image), small
+
+
+def recolour(rng: np.random.Generator, image: np.ndarray) -> np.ndarray:
+    """Brightness, contrast, white balance, sometimes grey or noise; uint8 in, uint8 out."""
+    if rng.random() < 0.25:
+        return image
+    x = image.astype(np.float32)
+    x = (x - 128) * rng.uniform(0.7, 1.25) + 128
+    x = x * rng.uniform(0.88, 1.12, 3).astype(np.float32) + rng.uniform(-25, 25)
+    if rng.random() < 0.12:
+        x = np.repeat(x.mean(2, keepdims=True), 3, 2)
+    if rng.random() < 0.15:
+        x = x + rng.normal(0, rng.uniform(2, 10), x.shape).astype(np.float32)
+    return np.clip(x, 0, 255).astype(np.uint8)
+
+
+def click(rng: np.random.Generator, mask: np.ndarray) -> tuple[float, float]:
+    """A point (x, y), model frame, inside the mask: its pole half of the time, else anywhere but less at the edge."""
+    distance = cv2.distanceTransform(np.pad(mask.astype(np.uint8), 1), cv2.DIST_L2, 3)[1:-1, 1:-1]
+    ys, xs = np.nonzero(mask)
+    weights = distance[ys, xs]
+    if rng.random() < 0.5:
+        i = int(np.argmax(weights + rng.random(len(weights)) * 0.5))
+    else:
+        weights = np.sqrt(weights)
+        i = rng.choice(len(weights), p=weights / weights.sum())
+    return 2 * (xs[i] + rng.random()), 2 * (ys[i] + rng.random())
+
+
+def jittered_box(rng: np.random.Generator, mask: np.ndarray) -> np.ndarray:
+    """The mask's box (x0, y0, x1, y1), model frame, each side moved by 5% of the box's, at most 20 pixels (as SAM)."""
+    ys, xs = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    box = 2.0 * np.array([xs[0], ys[0], xs[-1] + 1, ys[-1] + 1])
+    noise = rng.normal(0, 0.05, 4) * np.tile(box[2:] - box[:2], 2)
+    return np.clip(box + np.clip(noise, -20, 20), 0, IMG_SIZE)
+
+
+def mask_loss(logits: Tensor, target: Tensor) -> Tensor:
+    """3 BCE + 2 Dice of (..., H, W), one value a mask."""
+    bce = F.binary_cross_entropy_with_logits(logits, target.expand_as(logits), reduction="none").mean((-1, -2))
+    p = logits.sigmoid()
+    overlap = (p * target).sum((-1, -2))
+    dice = 1 - (2 * overlap + 1) / (p.sum((-1, -2)) + target.sum((-1, -2)) + 1)
+    return 3 * bce + 2 * dice
+
+
+def mask_iou(logits: Tensor, target: Tensor) -> Tensor:
+    """IoU of ``logits > 0`` and ``target > 0.5`` over the last two axes."""
+    on, true = logits > 0, target > 0.5
+    return (on & true).sum((-1, -2)) / (on | true).sum((-1, -2)).clamp(min=1)
+
+
+def prompt_tokens(encoder: nn.Module, points: Tensor, boxes: Tensor) -> Tensor:
+    """``PromptEncoder``'s tokens for foreground clicks (B, K, 2) and boxes (B, L, 4), model frame -> (B, K + L, 2, C).
+
+    The same numbers as its ``forward`` gives (a test says so), without the indexed writes that ``torch.compile`` cannot trace.
+    """
+    types = encoder.point_embeddings  # background, foreground, top left, bottom right
+    at = encoder.pe_layer.forward_with_coords(points + 0.5, encoder.input_image_size) + types[1].weight
+    clicks = torch.stack([at, encoder.not_a_point_embed.weight.expand_as(at)], 2)
+    corners = boxes.unflatten(-1, (2, 2)) + 0.5
+    corners = encoder.pe_layer.forward_with_coords(corners.flatten(1, 2), encoder.input_image_size).unflatten(1, (-1, 2))
+    corners = corners + torch.cat([types[2].weight, types[3].weight])
+    return torch.cat([clicks, corners], 1)
+
+
+class TrainingStep(nn.Module):
+    """Pictures and prompts in, loss and mean IoUs out; a module of its own so that it can be compiled."""
+
+    def __init__(self, sam: nn.Module):
+        super().__init__()
+        self.sam = sam
+
+    def forward(self, image: Tensor, size: Tensor, masks: Tensor, points: Tensor, boxes: Tensor) -> dict[str, Tensor]:
+        sam, device_type = self.sam, image.device.type
+        b, p = points.shape[:2]
+        n_boxes = round(p * BOX_SHARE)
+        clicks = p - n_boxes
+        x = (image.float() - sam.pixel_mean) / sam.pixel_std
+        ys, xs = torch.arange(IMG_SIZE, device=x.device)[:, None], torch.arange(IMG_SIZE, device=x.device)[None]
+        inside = (ys < size[:, 0, None, None]) & (xs < size[:, 1, None, None])
+        x = x * inside[:, None]  # padding is zero after normalisation, as in Sam.preprocess
+        with torch.autocast(device_type, torch.bfloat16):
+            embedding = sam.image_encoder(x).float()
+            sparse = prompt_tokens(sam.prompt_encoder, points[:, :clicks], boxes[:, clicks:])
+            dense = sam.prompt_encoder.no_mask_embed.weight[0]
+            decoded = decode_tokens(sam.mask_decoder, embedding, sam.prompt_encoder.get_dense_pe(), sparse, dense)
+            logits = draw_masks(sam.mask_decoder, decoded, slice(None)).float().unflatten(0, (b, p))  # (B, P, 4, 2h, 2w)
+        predicted = decoded.iou.float().unflatten(0, (b, p))
+        target = masks[:, :, None].float()
+        single, three = logits[:, clicks:, :1], logits[:, :clicks, 1:]
+        loss_box = mask_loss(single, target[:, clicks:])
+        loss_three = mask_loss(three, target[:, :clicks])
+        best = loss_three.argmin(2, keepdim=True)
+        iou_box = mask_iou(single, target[:, clicks:])
+        iou_three = mask_iou(three, target[:, :clicks])
+        # 0.05 of the others keeps a mask token alive that never wins
+        loss = loss_box.sum() + loss_three.gather(2, best).sum() + 0.05 * loss_three.mean(2).sum()
+        loss_iou = ((predicted[:, clicks:, :1] - iou_box) ** 2).sum() + ((predicted[:, :clicks, 1:] - iou_three) ** 2).mean(2).sum()
+        return dict(
+            loss=(loss + 2 * loss_iou) / (b * p),
+            box=iou_box.mean().detach(),
+            click=iou_three.gather(2, best).mean().detach(),
+            iou_mse=((predicted[:, :clicks, 1:] - iou_three) ** 2).mean().detach(),
+        )
+
+
+def learning_rate(progress: float, step: int, peak: float, warmup: int = 300) -> float:
+    """Linear warm-up, then a cosine down to 1% at progress 1."""
+    return peak * min(1.0, (step + 1) / warmup) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
+
+
+def save_atomically(state: dict, path: Path) -> None:
+    torch.save(state, path.with_suffix(".tmp"))
+    os.replace(path.with_suffix(".tmp"), path)
+
+
+def parse_pools(specs: list[str]) -> list[tuple[float, list[Path]]]:
+    """``name=share:folder`` -> (share, entries)."""
+    pools = []
+    for spec in specs:
+        share, _, folder = spec.partition("=")[2].partition(":")
+        paths = sorted(Path(folder).glob("*.npz"))
+        if not paths:
+            raise FileNotFoundError(f"no pool entries in {folder!r}: run `python -m aopsam_lab.training.make_pools` first")
+        pools.append((float(share), paths))
+    return pools
+
+
+def train(args: argparse.Namespace) -> None:
+    torch.manual_seed(args.seed)
+    device = torch.device(args.device)
+    work = Path(args.workdir)
+    work.mkdir(parents=True, exist_ok=True)
+    sam = build_tiny_sam().to(device).train()
+    ema = torch.optim.swa_utils.AveragedModel(sam, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(args.ema), use_buffers=True)
+    decay = [p for p in sam.parameters() if p.ndim > 1]
+    rest = [p for p in sam.parameters() if p.ndim <= 1]
+    groups = [dict(params=decay, weight_decay=args.weight_decay), dict(params=rest, weight_decay=0.0)]
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.98))
+    step, seconds = 0, 0.0
+    if (work / "last.pt").exists():
+        state = torch.load(work / "last.pt", map_location=device, weights_only=True)
+        sam.load_state_dict(state["sam"])
+        ema.load_state_dict(state["ema"])
+        optimizer.load_state_dict(state["optimizer"])
+        step, seconds = state["step"], state["seconds"]
+    elif args.init:
+        from safetensors.torch import load_file
+
+        weights = {k: v.float() for k, v in load_file(args.init).items()}
+        sam.load_state_dict(weights)
+        ema.module.load_state_dict(weights)
+    data = PromptedPictures(parse_pools(args.pools), args.prompts, seed=args.seed + step)
+    loader = iter(DataLoader(data, args.batch, num_workers=args.workers, prefetch_factor=4 if args.workers else None,
+                             pin_memory=device.type == "cuda", persistent_workers=args.workers > 0))
+    forward = TrainingStep(sam)
+    if args.compile:
+        forward = torch.compile(forward)
+    curve = open(work / "curve.csv", "a", newline="")
+    writer = csv.writer(curve)
+    if step == 0:
+        writer.writerow(["step", "minutes", "lr", "loss", "box", "click", "iou_mse"])
+    started, recent, saved = time.perf_counter() - seconds, [], time.perf_counter()
+
+    def progress() -> float:
+        return step / args.steps if args.steps else (time.perf_counter() - started) / (60 * args.minutes)
+
+    def save() -> None:
+        state = dict(sam=sam.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(), step=step)
+        save_atomically(dict(state, seconds=time.perf_counter() - started), work / "last.pt")
+
+    while progress() < 1:
+        lr = learning_rate(progress(), step, args.lr)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        batch = {k: v.to(device, non_blocking=True) for k, v in next(loader).items()}
+        out = forward(**batch)
+        optimizer.zero_grad(set_to_none=True)
+        out["loss"].backward()
+        nn.utils.clip_grad_norm_(sam.parameters(), 1.0)
+        optimizer.step()
+        ema.update_parameters(sam)
+        step += 1
+        recent.append(torch.stack([out[k].detach() for k in ("loss", "box", "click", "iou_mse")]))
+        if step % args.log_every == 0:
+            means = torch.stack(recent).mean(0).tolist()
+            recent.clear()
+            minutes = (time.perf_counter() - started) / 60
+            writer.writerow([step, f"{minutes:.2f}", f"{lr:.2e}", *(f"{m:.4f}" for m in means)])
+            curve.flush()
+            print(f"step {step}  {minutes:.2f} min  loss {means[0]:.3f}  box {means[1]:.3f}  click {means[2]:.3f}", flush=True)
+        if time.perf_counter() - saved > args.save_every:
+            save()
+            saved = time.perf_counter()
+    save()
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pools", nargs="+", required=True, help="name=share:folder of pool entries")
+    parser.add_argument("--workdir", required=True)
+    parser.add_argument("--minutes", type=float, default=90, help="training time in all, resumed runs counted together")
+    parser.add_argument("--steps", type=int, default=0, help="if given, the schedule follows steps in place of minutes")
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--prompts", type=int, default=16)
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--weight-decay", type=float, default=0.03)
+    parser.add_argument("--ema", type=float, default=0.998)
+    parser.add_argument("--init", help="start from these safetensors weights (a fresh optimiser)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--log-every", type=int, default=50)
+    parser.add_argument("--save-every", type=float, default=120, help="seconds")
+    parser.add_argument("--seed", type=int, default=0)
+    train(parser.parse_args(argv))
+
+
+if __name__ == "__main__":
+    main()
