@@ -54,17 +54,19 @@ class SamSpec:
     sha256: str
 
 
-def load_sam(name: str = "tiny", checkpoint: str | os.PathLike | None = None, device: str | torch.device = "auto") -> Sam:
+def load_sam(
+    name: str = "tiny", checkpoint: str | os.PathLike | None = None, device: str | torch.device = "auto"
+) -> Sam:
     """A SAM ready for inference: in eval mode, without gradients, on `device`, its `SamSpec` in `.spec`.
 
     name:        "tiny" (bundled), "mobile_sam", "vit_b", "vit_l" or "vit_h".
     checkpoint:  the weights: for all but tiny the official file, or one with the same keys, saved by `torch.save` or as
                  safetensors. No code in a file is ever run. The metadata of a safetensors file may hold
-                 `pred_iou_thresh` and `stability_score_thresh`; without, they are SamAutomaticMaskGenerator's 0.88, 0.95.
+                 `pred_iou_thresh` and `stability_score_thresh`; else SamAutomaticMaskGenerator's 0.88 and 0.95 hold.
     device:      "auto" (the GPU if there is one), "cpu", "cuda", ...
 
-    Raises FileNotFoundError where the file is missing, and ValueError for an unknown name, a model without its file, and
-    a file that is damaged, holds more than weights, or belongs to another model (which it names where it can tell).
+    Raises FileNotFoundError where the file is missing, and ValueError for an unknown name, a model without its file,
+    and a file that is damaged, holds more than weights, or belongs to another model (named where it can be told).
     """
     if name not in MODELS:
         raise ValueError(f"There is no SAM called {name!r}. Choose one of {', '.join(MODELS)}.")
@@ -107,14 +109,14 @@ def resolve_device(device: str | torch.device = "auto") -> torch.device:
     try:
         chosen = torch.device(device)
         torch.empty(0, device=chosen)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch reports an absent device in all these ways
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch says "absent" in all these ways
         reason = str(error).splitlines()[0]
         raise ValueError(f"Device {str(device)!r} cannot be used here ({reason}). Use 'auto' or 'cpu'.") from error
     return chosen
 
 
 def identify(state: dict[str, Tensor]) -> str | None:
-    """The model whose weights these look like, told from a key or two of its image encoder; None where none is known."""
+    """The model whose weights these look like, told from a key of its image encoder; None where none is known."""
     patches = state.get("image_encoder.patch_embed.proj.weight")
     if patches is not None:
         return {768: "vit_b", 1024: "vit_l", 1280: "vit_h"}.get(patches.shape[0])
@@ -145,9 +147,11 @@ def _read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             # memory-mapped where the format allows, so that a large model is not held twice
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
-        if zipfile.is_zipfile(path):  # the archive is whole, so it is its content that torch refuses
-            raise ValueError(f"{path} holds Python objects beside weights; they were not loaded, as they can run code.") from error
-        raise ValueError(_damaged(path, head)) from error
+        damaged = "" if zipfile.is_zipfile(path) else ", or is damaged"  # a whole one is refused for its content
+        raise ValueError(
+            f"{path} holds Python objects beside weights{damaged}. It was not loaded, as such objects can run code; "
+            "save the state dict alone."
+        ) from error
     except (SafetensorError, RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError) as error:
         raise ValueError(_damaged(path, head)) from error
     for wrapper in ("model", "state_dict"):  # how training scripts often wrap them
@@ -161,7 +165,7 @@ def _read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 def _damaged(path: Path, head: bytes) -> str:
     if head.startswith(b"PK") or head[8:] == b"{":
         return f"{path} is damaged or cut short ({path.stat().st_size} bytes). Download or copy it again."
-    return f"{path} is no checkpoint that torch.load or safetensors can read, or it is damaged. Download or copy it again."
+    return f"{path} is no checkpoint of torch.save or safetensors, or it is damaged. Download or copy it again."
 
 
 def _wanted(name: str) -> str:
@@ -180,7 +184,8 @@ def _misfit(wanted: dict[str, Tensor], given: dict[str, Tensor]) -> str:
         parts.append(f"it has {len(extra)} others, such as {extra[0]}")
     if shaped:
         key = shaped[0]
-        parts.append(f"{len(shaped)} have another shape, such as {key}: {tuple(given[key].shape)}, not {tuple(wanted[key].shape)}")
+        shapes = f"{tuple(given[key].shape)}, not {tuple(wanted[key].shape)}"
+        parts.append(f"{len(shaped)} have another shape, such as {key}: {shapes}")
     return "; ".join(parts)
 
 
