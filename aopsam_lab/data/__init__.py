@@ -1,0 +1,106 @@
+"""Data sets: rendered scenes and COCO-style folders, both as pictures with class-agnostic masks."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from importlib import resources
+from typing import Protocol
+
+from aopsam_lab.data.sample import Sample
+
+EVALUATION_SCENES = 10_000  # scenes with a lower number are for evaluation, the others for training
+SCENE_SIDE = 512
+DEFAULT_SCENES = 24
+
+
+class Dataset(Protocol):
+    """What the studies need of a data set. Samples are made when asked for."""
+
+    name: str
+    ids: list[str]
+    fingerprint: str  # changes when the content of any sample would
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, i: int) -> Sample: ...
+
+    def sample_fingerprint(self, i: int) -> str: ...
+
+    def describe(self) -> dict[str, str | int]: ...
+
+
+class SceneSet:
+    """Rendered evaluation scenes, 512 x 512.
+
+    Seed 0 takes the scenes 0, 1, 2, ...; seed s those from 1,000 s on, counting on from 0 after 9,999: a larger set
+    holds the smaller of the same seed, and seeds 0 to 9 share no scene below a thousand images.
+    Raises ValueError for more than 10,000 images.
+    """
+
+    name = "scenes"
+
+    def __init__(self, n_images: int | None = None, seed: int = 0, size: int = SCENE_SIDE) -> None:
+        n_images = DEFAULT_SCENES if n_images is None else n_images
+        if n_images > EVALUATION_SCENES:
+            raise ValueError(f"There are {EVALUATION_SCENES} evaluation scenes; n_images {n_images} asks for more.")
+        self.size = size
+        self.seeds = [(1000 * seed + i) % EVALUATION_SCENES for i in range(n_images)]
+        self.ids = [f"scene-{number:04d}" for number in self.seeds]
+        self._renderer = _renderer_hash()
+        digest = hashlib.sha256("\n".join(map(self.sample_fingerprint, range(n_images))).encode())
+        self.fingerprint = digest.hexdigest()
+
+    def __len__(self) -> int:
+        return len(self.seeds)
+
+    def __getitem__(self, i: int) -> Sample:
+        """Render scene i."""
+        from aopsam_lab.data.scenes import scene
+
+        rendered = scene(self.seeds[i], self.size)
+        return Sample(self.ids[i], rendered.image, rendered.masks, rendered.points)
+
+    def sample_fingerprint(self, i: int) -> str:
+        """A hash of the scene's number and size and of the code that renders it."""
+        return hashlib.sha256(f"{self._renderer} {self.seeds[i]} {self.size}".encode()).hexdigest()
+
+    def describe(self) -> dict[str, str | int]:
+        """Name, fingerprint, and which scenes."""
+        return {
+            "name": self.name,
+            "fingerprint": self.fingerprint,
+            "images": len(self),
+            "first_scene": self.seeds[0],
+            "last_scene": self.seeds[-1],
+            "side": self.size,
+        }
+
+
+def open_dataset(dataset: str | os.PathLike, n_images: int | None = None, seed: int = 0) -> Dataset:
+    """`"scenes"` or the path of a COCO-style folder -> its data set.
+
+    n_images: None is 24 scenes, or all images of the folder. seed: chooses which images; the same seed always chooses
+    the same, and a larger n_images adds to them.
+    Raises ValueError for n_images < 1 or seed < 0, and what SceneSet and CocoFolder raise.
+    """
+    if n_images is not None and n_images < 1:
+        raise ValueError(f"n_images must be 1 or more, or None; got {n_images}.")
+    if seed < 0:
+        raise ValueError(f"seed must be 0 or more; got {seed}.")
+    if str(dataset) == "scenes":
+        return SceneSet(n_images, seed)
+    from aopsam_lab.data.coco import CocoFolder
+
+    return CocoFolder(dataset, n_images, seed)
+
+
+def _renderer_hash() -> str:
+    """A hash of the source of everything that draws scenes: no version number that someone must remember to raise."""
+    digest = hashlib.sha256()
+    folder = resources.files("aopsam_lab.data")
+    for file in sorted(folder.iterdir(), key=lambda entry: entry.name):
+        private = file.name.startswith("_") and file.name.endswith(".py") and file.name != "__init__.py"
+        if private or file.name in ("scenes.py", "points.py"):
+            digest.update("\n".join(file.read_text(encoding="utf-8").splitlines()).encode())
+    return digest.hexdigest()

@@ -1,0 +1,220 @@
+"""COCO-style folders against pycocotools, the rules for what a file leaves open, and rendered scenes as a data set."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from pycocotools import mask as coco_mask
+from pycocotools.coco import COCO
+
+from aopsam_lab.data import SceneSet, open_dataset
+from aopsam_lab.data.coco import CocoFolder
+
+WIDTH, HEIGHT = 20, 12
+TRIANGLE = [[2.0, 2.0, 15.0, 2.0, 8.0, 10.0]]
+TWO_PARTS = [[1.0, 1.0, 5.0, 1.0, 5.0, 5.0, 1.0, 5.0], [10.0, 6.0, 18.0, 6.0, 18.0, 11.0, 10.0, 11.0]]
+
+
+def square(y: int, x: int, side: int) -> np.ndarray:
+    mask = np.zeros((HEIGHT, WIDTH), dtype=np.uint8, order="F")
+    mask[y : y + side, x : x + side] = 1
+    return mask
+
+
+def as_string(mask: np.ndarray) -> dict:
+    rle = coco_mask.encode(mask)
+    return {"size": [HEIGHT, WIDTH], "counts": rle["counts"].decode("ascii")}
+
+
+def as_list(mask: np.ndarray) -> dict:
+    flat, counts, value = mask.flatten(order="F"), [], 0
+    while len(flat):
+        run = len(flat) if (flat == value).all() else int(np.argmax(flat != value))
+        counts.append(run)
+        flat, value = flat[run:], 1 - value
+    return {"size": [HEIGHT, WIDTH], "counts": counts}
+
+
+def write(folder: Path, segmentations: list[list], **extra) -> Path:
+    """A folder of as many images as there are lists; their annotations, `extra` added to each."""
+    (folder / "images").mkdir(parents=True)
+    images, annotations = [], []
+    for i, own in enumerate(segmentations):
+        rng = np.random.default_rng(i)
+        name = f"picture{i}.png"
+        Image.fromarray(rng.integers(0, 255, (HEIGHT, WIDTH, 3), dtype=np.uint8)).save(folder / "images" / name)
+        images.append({"id": i + 1, "file_name": name, "width": WIDTH, "height": HEIGHT})
+        for segmentation in own:
+            annotations.append({
+                "id": len(annotations) + 1, "image_id": i + 1, "category_id": 1 + i % 2, "iscrowd": 0,
+                "segmentation": segmentation, "area": 1.0, "bbox": [0, 0, 1, 1], **extra,
+            })
+    content = {"images": images, "annotations": annotations, "categories": [{"id": 1}, {"id": 2}]}
+    (folder / "annotations.json").write_text(json.dumps(content))
+    return folder
+
+
+def edit(folder: Path, change) -> None:
+    file = folder / "annotations.json"
+    content = json.loads(file.read_text())
+    change(content)
+    file.write_text(json.dumps(content))
+
+
+def test_masks_are_those_of_pycocotools(tmp_path):
+    shape = square(3, 4, 5)
+    folder = write(tmp_path / "set", [[TRIANGLE, TWO_PARTS], [as_string(shape), as_list(shape)]])
+    coco = COCO(str(folder / "annotations.json"))
+    dataset = CocoFolder(folder)
+    for i, name in enumerate(dataset.ids):
+        sample = dataset[i]
+        record = next(image for image in coco.dataset["images"] if image["file_name"] == name)
+        expected = [coco.annToMask(annotation) for annotation in coco.imgToAnns[record["id"]]]
+        assert sample.id == name and sample.masks.dtype == bool
+        assert np.array_equal(sample.masks, np.array(expected, dtype=bool))
+        assert np.array_equal(sample.image, np.asarray(Image.open(folder / "images" / name)))
+        assert sample.points is None
+
+
+def test_what_is_left_out_is_counted(tmp_path):
+    shape = as_string(square(0, 0, 3))
+    line, none, outside = [[1.0, 1.0, 9.0, 9.0]], [], [[-9.0, -9.0, -5.0, -9.0, -5.0, -5.0]]
+    folder = write(tmp_path / "set", [[shape, line, none, outside, TRIANGLE + line], [], [shape]])
+    edit(folder, lambda c: c["annotations"][-1].update(iscrowd=1))
+    counts = CocoFolder(folder).describe()
+    assert counts["images"] == 3 and counts["images_without_masks"] == 2
+    assert counts["masks"] == 2  # the square and the triangle
+    assert counts["crowd_regions"] == 1
+    assert counts["degenerate_polygons"] == 2
+    assert counts["annotations_without_mask"] == 3  # the line, the one without parts, the one beyond the image
+
+
+def test_four_numbers_are_no_box(tmp_path):
+    # pycocotools would fill the box 1, 1, 9, 9
+    dataset = CocoFolder(write(tmp_path / "set", [[[[1.0, 1.0, 9.0, 9.0]]]]))
+    assert dataset[0].masks.shape == (0, HEIGHT, WIDTH)
+
+
+def test_a_missing_image_is_left_out_and_counted(tmp_path):
+    folder = write(tmp_path / "set", [[TRIANGLE]] * 3)
+    (folder / "images" / "picture1.png").unlink()
+    dataset = CocoFolder(folder)
+    assert sorted(dataset.ids) == ["picture0.png", "picture2.png"]
+    assert dataset.describe()["missing_images"] == 1
+    for i in (0, 2):
+        (folder / "images" / f"picture{i}.png").unlink()
+    with pytest.raises(FileNotFoundError, match="None of the 3 images"):
+        CocoFolder(folder)
+
+
+def test_subsets_are_nested_and_do_not_depend_on_the_order_of_the_file(tmp_path):
+    folder = write(tmp_path / "set", [[TRIANGLE]] * 9)
+    first, more = CocoFolder(folder, 4), CocoFolder(folder, 7)
+    assert more.ids[:4] == first.ids and len(set(more.ids)) == 7
+    edit(folder, lambda c: c["images"].reverse())
+    assert CocoFolder(folder, 4).ids == first.ids
+    assert CocoFolder(folder, 4).fingerprint == first.fingerprint
+    assert CocoFolder(folder, 4, seed=1).ids != first.ids
+    assert len(CocoFolder(folder, 100)) == 9
+
+
+def test_the_fingerprint_follows_the_content(tmp_path):
+    folder = write(tmp_path / "set", [[TRIANGLE], [TWO_PARTS]])
+    before = CocoFolder(folder)
+    edit(folder, lambda c: c["annotations"][0].update(category_id=7, id=99))  # classes are ignored
+    assert CocoFolder(folder).fingerprint == before.fingerprint
+    edit(folder, lambda c: c["annotations"][0].update(segmentation=TWO_PARTS))
+    changed = CocoFolder(folder)
+    i = before.ids.index("picture0.png")
+    assert changed.sample_fingerprint(i) != before.sample_fingerprint(i)
+    assert changed.sample_fingerprint(1 - i) == before.sample_fingerprint(1 - i)
+    assert changed.fingerprint != before.fingerprint
+    Image.new("RGB", (WIDTH, HEIGHT)).save(folder / "images" / "picture1.png")
+    assert CocoFolder(folder).sample_fingerprint(1 - i) != before.sample_fingerprint(1 - i)
+
+
+def test_prompt_points_are_read_where_the_file_has_them(tmp_path):
+    folder = write(tmp_path / "set", [[TRIANGLE, TWO_PARTS]], point_coords=[[7.5, 3.5]])
+    assert CocoFolder(folder)[0].points.tolist() == [[7.5, 3.5], [7.5, 3.5]]
+
+
+def test_a_photograph_taken_sideways(tmp_path):
+    folder = write(tmp_path / "set", [[TRIANGLE]])
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture = Image.new("RGB", (HEIGHT, WIDTH))  # stored sideways
+    picture.save(folder / "images" / "picture0.png", exif=exif)
+    sample = CocoFolder(folder)[0]
+    assert sample.image.shape == (HEIGHT, WIDTH, 3) and sample.masks.shape == (1, HEIGHT, WIDTH)
+
+
+def test_lvis_names_its_images_by_url(tmp_path):
+    folder = write(tmp_path / "set", [[TRIANGLE]])
+    edit(folder, lambda c: c["images"][0].update(coco_url=f"http://host/{c['images'][0].pop('file_name')}"))
+    assert CocoFolder(folder).ids == ["picture0.png"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c["images"][0].update(width=WIDTH + 1), "would not fit"),
+        (lambda c: c["images"].append(c["images"][0]), "each needs its own"),
+        (lambda c: c["images"][0].update(file_name="../annotations.json"), "outside the folder"),
+        (lambda c: c.pop("images"), "not in COCO's instances format"),
+        (lambda c: c["annotations"][0].update(segmentation={"size": [3, 3], "counts": "0"}), "has size"),
+        (lambda c: c["annotations"][0].update(segmentation={"size": [HEIGHT, WIDTH], "counts": [3]}), "add up to 3"),
+        (lambda c: c["annotations"][0].update(segmentation={"size": [HEIGHT, WIDTH]}), "neither a list nor a string"),
+    ],
+)
+def test_bad_files_say_what_is_wrong(tmp_path, change, message):
+    folder = write(tmp_path / "set", [[TRIANGLE]])
+    edit(folder, change)
+    with pytest.raises(ValueError, match=message):
+        CocoFolder(folder)
+
+
+def test_a_file_that_is_no_image(tmp_path):
+    folder = write(tmp_path / "set", [[TRIANGLE]])
+    (folder / "images" / "picture0.png").write_text("hello")
+    with pytest.raises(ValueError, match="cannot be read as an image"):
+        CocoFolder(folder)
+
+
+def test_no_folder_and_no_annotations(tmp_path):
+    with pytest.raises(FileNotFoundError, match="'scenes' or a COCO-style folder"):
+        open_dataset(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match="annotations.json"):
+        open_dataset(tmp_path)
+
+
+def test_arguments_out_of_range():
+    with pytest.raises(ValueError, match="n_images"):
+        open_dataset("scenes", 0)
+    with pytest.raises(ValueError, match="seed"):
+        open_dataset("scenes", 1, seed=-1)
+    with pytest.raises(ValueError, match="10000"):
+        open_dataset("scenes", 10_001)
+
+
+def test_which_scenes_a_seed_takes():
+    assert open_dataset("scenes").seeds == list(range(24))
+    assert open_dataset("scenes", 3, seed=2).seeds == [2000, 2001, 2002]
+    assert open_dataset("scenes", 3, seed=19).seeds == [9000, 9001, 9002]
+    assert SceneSet(1500, seed=9).seeds[-1] == 499
+    assert SceneSet(2).fingerprint != SceneSet(3).fingerprint
+    assert SceneSet(2).sample_fingerprint(1) == SceneSet(3).sample_fingerprint(1)
+    assert SceneSet(2).sample_fingerprint(1) != SceneSet(2, size=256).sample_fingerprint(1)
+    assert open_dataset("scenes", 2).describe()["last_scene"] == 1
+
+
+def test_a_scene_as_a_sample():
+    dataset = SceneSet(2, size=64)
+    sample = dataset[1]
+    assert sample.id == dataset.ids[1] == "scene-0001"
+    assert sample.image.shape == (64, 64, 3) and sample.image.dtype == np.uint8
+    assert sample.masks.shape[1:] == (64, 64) and len(sample.masks) == len(sample.points)
+    assert np.array_equal(dataset[1].image, sample.image)
