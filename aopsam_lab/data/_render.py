@@ -212,12 +212,14 @@ def _background(scenes: list[_draw.SceneParams], size: int, canvas: Canvas, devi
 
 
 def _stamp(canvas: Canvas, p: _Patches, rows: slice) -> None:
-    at, alpha = p.pixels[rows], p.alpha[rows]
-    below = canvas.colour[:, at] * (1 - p.shadow[rows])
-    canvas.colour[:, at] = torch.lerp(below, p.colour[:, rows], alpha)
+    at, alpha = p.pixels[rows].reshape(-1), p.alpha[rows].reshape(-1)
+    light = (1 - p.shadow[rows]).reshape(-1)
+    for plane, colour in zip(canvas.colour, p.colour[:, rows]):
+        plane.index_copy_(0, at, torch.lerp(plane.index_select(0, at) * light, colour.reshape(-1), alpha))
     covered = alpha >= 0.5
-    canvas.objects[at] = torch.where(covered, p.number[rows], canvas.objects[at])
-    canvas.parts[at] = torch.where(covered, p.part[rows], canvas.parts[at])
+    number = p.number[rows].expand(p.part[rows].shape)
+    for plane, value in ((canvas.objects, number), (canvas.parts, p.part[rows])):
+        plane.index_copy_(0, at, torch.where(covered, value.reshape(-1), plane.index_select(0, at)))
 
 
 def compose(scenes: list[_draw.SceneParams], size: int, device: torch.device) -> Canvas:

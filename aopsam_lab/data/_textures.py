@@ -51,14 +51,17 @@ def noise(field: Tensor, x: Tensor, y: Tensor) -> Tensor:
     table = atlas(x.device)
     x0, y0 = x.floor(), y.floor()
     fx, fy = x - x0, y - y0
-    x0, y0 = x0.long(), y0.long()
-    row0 = field * (_SIDE * _SIDE) + (y0 & (_SIDE - 1)) * _SIDE
-    row1 = field * (_SIDE * _SIDE) + ((y0 + 1) & (_SIDE - 1)) * _SIDE
+    x0, y0 = x0.int(), y0.int()
+    rows = field.int() * (_SIDE * _SIDE)
+    row0, row1 = rows + (y0 & (_SIDE - 1)) * _SIDE, rows + ((y0 + 1) & (_SIDE - 1)) * _SIDE
     x1 = (x0 + 1) & (_SIDE - 1)
     x0 = x0 & (_SIDE - 1)
-    top = torch.lerp(table[row0 + x0], table[row0 + x1], fx)
-    bottom = torch.lerp(table[row1 + x0], table[row1 + x1], fx)
-    return torch.lerp(top, bottom, fy)
+
+    def at(row: Tensor, column: Tensor) -> Tensor:  # index_select is several times as fast as indexing on a CPU
+        index = row + column
+        return table.index_select(0, index.view(-1)).view(index.shape)
+
+    return torch.lerp(torch.lerp(at(row0, x0), at(row0, x1), fx), torch.lerp(at(row1, x0), at(row1, x1), fx), fy)
 
 
 def _step(x: Tensor, blur: Tensor) -> Tensor:
