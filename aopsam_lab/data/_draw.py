@@ -1,133 +1,17 @@
 """What is in a scene: every parameter of it, drawn by NumPy's PCG64 from the scene's seed alone.
 
-Lengths are in units of the picture's side, y points down, angles are in radians, colours are linear-light albedos. Nothing
-here depends on the picture's size or on a batch. Only `random` and `standard_normal` are asked of the generator.
-All choices are ours.
+Nothing here depends on the picture's size or on a batch. All choices are ours.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 
-SHAPES = ("ellipse", "superellipse", "blob", "ring", "lathe", "polygon", "branch", "crescent", "box", "leaf")
-PATTERNS = ("plain", "stripes", "checker", "clouds", "veins", "dots", "gradient", "patches", "plaid", "rings")
-N_FIELDS = 32  # noise fields in the atlas, see textures.py
-N_ARGS = 20  # shape arguments per object
-
-TEXTURE = np.dtype([
-    ("pattern", "i4"), ("frequency", "f4"), ("angle", "f4"), ("field", "i4"), ("offset", "f4", (2,)), ("grain_size", "f4"),
-    ("warp", "f4"), ("sharpness", "f4"), ("mottle", "f4"), ("grain", "f4"), ("colours", "f4", (3, 3)),
-])
-OBJECT = np.dtype([
-    ("x", "f4"), ("y", "f4"), ("radius", "f4"), ("aspect", "f4"), ("angle", "f4"), ("reach", "f4"),  # reach: in radii
-    ("shape", "i4"), ("args", "f4", (N_ARGS,)), ("rim", "f4"), ("bulge", "f4"), ("bump", "f4"),
-    ("gloss", "f4"), ("gloss_power", "f4"), ("upright", "i4"),
-    ("shadow", "f4"), ("shadow_shift", "f4"), ("shadow_soft", "f4"), ("texture", TEXTURE),
-])
-PART = np.dtype([
-    ("owner", "i4"), ("rank", "i4"), ("form", "i4"), ("x", "f4"), ("y", "f4"), ("a", "f4"), ("b", "f4"), ("angle", "f4"),
-    ("power", "f4"), ("hollow", "i4"), ("texture", TEXTURE),
-])
-PART_FORMS = ("superellipse", "band", "ring")
-REGION = np.dtype([
-    ("normal", "f4", (2,)), ("offset", "f4"), ("width", "f4"), ("recede", "f4"), ("horizon", "f4"), ("shade", "f4"),
-    ("texture", TEXTURE),
-])
-FRAME = np.dtype([
-    ("light", "f4", (3,)), ("ambient", "f4"), ("falloff", "f4"), ("dapple", "f4"), ("dapple_field", "i4"), ("dapple_offset", "f4", (2,)),
-    ("exposure", "f4"), ("contrast", "f4"), ("white", "f4", (3,)), ("vignette", "f4"), ("blur", "f4"), ("noise", "f4"),
-])
+from ._layout import FRAME, N_ARGS, OBJECT, PART, PART_FORMS, REGION, SHAPES, SceneParams
+from ._palette import GROUND_PATTERNS, GROUNDS, OBJECT_PATTERNS, SRGB, Dice, surface_colour, texture
 
 
-@dataclass(frozen=True)
-class SceneParams:
-    """One scene. objects are in painting order; parts refer to them by `owner`; the first region fills the picture."""
-
-    seed: int
-    frame: np.ndarray
-    regions: np.ndarray
-    objects: np.ndarray
-    parts: np.ndarray
-
-
-# Surfaces as photographs show them, sRGB: fruit, clay, wood, cloth, leaf, stone, metal, china, paper.
-_SRGB = np.array([
-    (178, 58, 48), (146, 40, 44), (204, 96, 60), (214, 138, 62), (226, 178, 80), (232, 208, 120), (200, 168, 60), (160, 150, 70),
-    (112, 134, 62), (78, 104, 56), (52, 78, 52), (96, 128, 98), (140, 164, 132), (96, 140, 140), (60, 96, 112), (72, 104, 150),
-    (46, 62, 98), (110, 128, 160), (150, 172, 190), (104, 84, 120), (88, 48, 72), (150, 92, 110), (206, 158, 150), (222, 186, 160),
-    (168, 98, 70), (150, 80, 52), (122, 74, 46), (92, 58, 40), (62, 44, 36), (184, 140, 96), (200, 164, 122), (216, 196, 164),
-    (232, 222, 202), (240, 236, 226), (206, 204, 198), (168, 166, 162), (128, 128, 130), (92, 94, 98), (60, 62, 66), (36, 36, 40),
-    (140, 130, 112), (112, 104, 84), (176, 164, 140), (190, 120, 100),
-], np.float64) / 255
-_GROUNDS = [6, 12, 18, 24, 26, 27, 28, 29, 30, 31, 32, 33, 34, 35, 36, 37, 38, 40, 41, 42, 17, 10, 14, 16]
-
-
-class _Dice:
-    """A generator reduced to the two draws whose streams we rely on."""
-
-    def __init__(self, seed: int) -> None:
-        self._rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence([0x5CE9E, seed])))
-
-    def uniform(self, low: float = 0.0, high: float = 1.0, size=None):
-        return low + (high - low) * self._rng.random(size)
-
-    def normal(self, mean: float = 0.0, sd: float = 1.0, size=None):
-        return mean + sd * self._rng.standard_normal(size)
-
-    def integer(self, n: int) -> int:
-        return min(int(self._rng.random() * n), n - 1)
-
-    def chance(self, p: float) -> bool:
-        return bool(self._rng.random() < p)
-
-    def pick(self, names: tuple[str, ...], weights: dict[str, float]) -> int:
-        w = np.cumsum([weights.get(name, 0.0) for name in names])
-        return int(np.searchsorted(w, self._rng.random() * w[-1], side="right"))
-
-
-def _surface_colour(dice: _Dice, index: int, spread: float = 1.0) -> np.ndarray:
-    """A palette colour, varied in lightness and saturation; linear light, between black velvet and white paper."""
-    linear = _SRGB[index] ** 2.2
-    linear = linear * np.exp(dice.normal(0, 0.25 * spread)) * np.exp(dice.normal(0, 0.08 * spread, 3))
-    grey = linear @ (0.2126, 0.7152, 0.0722)
-    return np.clip(grey + (linear - grey) * dice.uniform(0.55, 1.08), 0.012, 0.86)
-
-
-def _second_colour(dice: _Dice, first: np.ndarray, palette: list[int]) -> np.ndarray:
-    kind = dice.uniform()
-    if kind < 0.5:  # the same stuff, lighter or darker
-        return np.clip(first * np.exp(dice.normal(0, 0.6)) * np.exp(dice.normal(0, 0.1, 3)), 0.012, 0.86)
-    if kind < 0.75:
-        return _surface_colour(dice, _GROUNDS[dice.integer(len(_GROUNDS))])
-    return _surface_colour(dice, palette[dice.integer(len(palette))])
-
-
-_OBJECT_PATTERNS = {"plain": 3.2, "stripes": 0.9, "checker": 0.3, "clouds": 1.6, "veins": 1.2, "dots": 0.6, "gradient": 1.0,
-                    "patches": 1.0, "plaid": 0.4, "rings": 0.4}
-_GROUND_PATTERNS = {"plain": 2.0, "stripes": 0.5, "checker": 0.4, "clouds": 2.2, "veins": 1.8, "dots": 0.3, "gradient": 0.5,
-                    "patches": 0.8, "plaid": 0.5}
-
-
-def _texture(dice: _Dice, first: np.ndarray, palette: list[int], patterns: dict[str, float], busy: float = 1.0) -> np.ndarray:
-    t = np.zeros((), TEXTURE)
-    t["pattern"] = dice.pick(PATTERNS, patterns)
-    t["frequency"] = np.exp(dice.uniform(np.log(1.2), np.log(7.0))) * busy
-    t["angle"] = dice.uniform(0, 2 * np.pi) if dice.chance(0.5) else dice.integer(2) * np.pi / 2
-    t["field"] = dice.integer(N_FIELDS)
-    t["offset"] = dice.uniform(0, 256, 2)
-    t["grain_size"] = np.exp(dice.uniform(np.log(15), np.log(90))) * busy
-    t["warp"] = dice.uniform(0.1, 0.6)
-    t["sharpness"] = np.exp(dice.uniform(np.log(1.0), np.log(8.0)))
-    t["mottle"] = dice.uniform(0.02, 0.22)
-    t["grain"] = dice.uniform(0.0, 0.12)
-    second = _second_colour(dice, first, palette)
-    t["colours"] = np.stack([first, second, _second_colour(dice, first, palette)])
-    return t
-
-
-def _shape_args(dice: _Dice, shape: str) -> tuple[np.ndarray, float]:
+def _shape_args(dice: Dice, shape: str) -> tuple[np.ndarray, float]:
     """Arguments of a shape (read by shapes.py in this order) and the radius of a circle that holds it, in radii."""
     a = np.zeros(N_ARGS)
     if shape == "ellipse":
@@ -144,7 +28,14 @@ def _shape_args(dice: _Dice, shape: str) -> tuple[np.ndarray, float]:
         return a, 1.0
     if shape == "lathe":
         neck, body = dice.uniform(0.12, 0.6), dice.uniform(0.35, 0.8)
-        a[:6] = neck, body, dice.uniform(-0.7, 0.5), dice.uniform(2.5, 14), dice.uniform(0, 0.25), dice.uniform(-0.05, 0.22)
+        a[:6] = (
+            neck,
+            body,
+            dice.uniform(-0.7, 0.5),
+            dice.uniform(2.5, 14),
+            dice.uniform(0, 0.25),
+            dice.uniform(-0.05, 0.22),
+        )
         a[6] = dice.uniform(0.05, 0.22)  # how much the rims bulge towards us
         if dice.chance(0.25):  # a handle: its height, radius and half width
             a[7:10] = dice.uniform(-0.4, 0.3), dice.uniform(0.2, 0.42), dice.uniform(0.05, 0.1)
@@ -169,7 +60,7 @@ def _shape_args(dice: _Dice, shape: str) -> tuple[np.ndarray, float]:
                 capsule = (*p, *q, w)
                 reach = max(reach, float(np.hypot(*p)) + w, float(np.hypot(*q)) + w)
                 p = q if dice.chance(0.6) else p
-            a[5 * i:5 * i + 5] = capsule
+            a[5 * i : 5 * i + 5] = capsule
         return a, reach
     if shape == "crescent":  # a bite of radius a0 at (a1, a2)
         a[:3] = dice.uniform(0.4, 0.95), dice.uniform(0.35, 0.9), dice.uniform(-0.35, 0.35)
@@ -177,8 +68,14 @@ def _shape_args(dice: _Dice, shape: str) -> tuple[np.ndarray, float]:
     if shape == "box":  # three edges from the near corner, and how far each recedes
         turn, tilt = dice.uniform(0.35, 1.2), dice.uniform(0.3, 0.75)
         long = dice.uniform(0.5, 1.1, 3)
-        a[:6] = (long[0] * np.cos(turn), -long[0] * np.sin(turn) * tilt, -long[1] * np.sin(turn), -long[1] * np.cos(turn) * tilt,
-                 0.0, long[2] * np.sqrt(1 - 0.6 * tilt ** 2))
+        a[:6] = (
+            long[0] * np.cos(turn),
+            -long[0] * np.sin(turn) * tilt,
+            -long[1] * np.sin(turn),
+            -long[1] * np.cos(turn) * tilt,
+            0.0,
+            long[2] * np.sqrt(1 - 0.6 * tilt**2),
+        )
         a[6:9] = long[0] * np.sin(turn), long[1] * np.cos(turn), long[2] * tilt
         edges = a[:6].reshape(3, 2)
         corners = np.array([[i, j, k] for i in (0, 1) for j in (0, 1) for k in (0, 1)]) @ edges
@@ -190,52 +87,89 @@ def _shape_args(dice: _Dice, shape: str) -> tuple[np.ndarray, float]:
     return a, 1.1
 
 
-_LYING = {"ellipse": 2, "superellipse": 1.4, "blob": 2, "ring": 0.8, "lathe": 0.8, "polygon": 1, "branch": 0.8, "crescent": 0.7,
-          "box": 0.8, "leaf": 0.8}
-_STANDING = {"ellipse": 2, "superellipse": 0.8, "blob": 1.6, "ring": 0.3, "lathe": 3.0, "polygon": 0.4, "branch": 0.5,
-             "crescent": 0.3, "box": 1.8, "leaf": 0.4}
+_LYING = {
+    "ellipse": 2,
+    "superellipse": 1.4,
+    "blob": 2,
+    "ring": 0.8,
+    "lathe": 0.8,
+    "polygon": 1,
+    "branch": 0.8,
+    "crescent": 0.7,
+    "box": 0.8,
+    "leaf": 0.8,
+}
+_STANDING = {
+    "ellipse": 2,
+    "superellipse": 0.8,
+    "blob": 1.6,
+    "ring": 0.3,
+    "lathe": 3.0,
+    "polygon": 0.4,
+    "branch": 0.5,
+    "crescent": 0.3,
+    "box": 1.8,
+    "leaf": 0.4,
+}
 
 
-def _thing(dice: _Dice, palette: list[int], standing: bool, small: bool) -> np.ndarray:
+def _thing(dice: Dice, palette: list[int], standing: bool, small: bool) -> np.ndarray:
     """An object without its place: shape, relief, finish, texture."""
     o = np.zeros((), OBJECT)
     shape = SHAPES[dice.pick(SHAPES, _STANDING if standing else _LYING)]
     o["shape"] = SHAPES.index(shape)
     o["args"], reach = _shape_args(dice, shape)
-    o["aspect"] = 1.0 if shape in ("ring", "box") and dice.chance(0.7) else np.exp(np.clip(dice.normal(0, 0.24), -0.5, 0.5))
+    o["aspect"] = (
+        1.0 if shape in ("ring", "box") and dice.chance(0.7) else np.exp(np.clip(dice.normal(0, 0.24), -0.5, 0.5))
+    )
     o["reach"] = reach * max(o["aspect"], 1 / o["aspect"])
     o["rim"] = dice.uniform(0.55, 1.0) if dice.chance(0.62) else dice.uniform(0.06, 0.4)
     o["bulge"] = dice.uniform(0.45, 1.0) if o["rim"] > 0.5 else dice.uniform(0.1, 0.6)
     o["bump"] = dice.uniform(0, 0.03) if dice.chance(0.6) else 0.0
     o["gloss"] = dice.uniform(0.08, 0.75) if dice.chance(0.55) else dice.uniform(0, 0.06)
     o["gloss_power"] = np.exp(dice.uniform(np.log(8), np.log(110)))
-    patterns = {"plain": 2, "clouds": 1, "gradient": 1, "patches": 0.5, "stripes": 0.4} if small else _OBJECT_PATTERNS
-    o["texture"] = _texture(dice, _surface_colour(dice, palette[dice.integer(len(palette))]), palette, patterns)
+    patterns = {"plain": 2, "clouds": 1, "gradient": 1, "patches": 0.5, "stripes": 0.4} if small else OBJECT_PATTERNS
+    o["texture"] = texture(dice, surface_colour(dice, palette[dice.integer(len(palette))]), palette, patterns)
     return o
 
 
-def _like(dice: _Dice, model: np.ndarray) -> np.ndarray:
+def _foot(o: np.ndarray) -> float:
+    """How far an upright object's foot is below its centre, in radii."""
+    shape, a = SHAPES[o["shape"]], o["args"]
+    down = 1.0
+    if shape == "lathe":
+        down = 1 + a[6]
+    elif shape == "box":  # the lower ends of its three edges
+        down = max(a[1] + a[5], a[3] + a[5], a[5]) - a[10]
+    return 0.95 * float(down) / float(o["aspect"])
+
+
+def _like(dice: Dice, model: np.ndarray) -> np.ndarray:
     """Another of the same kind: a second apple, the next pebble."""
     o = model.copy()
     o["aspect"] = np.clip(o["aspect"] * np.exp(dice.normal(0, 0.06)), 0.55, 1.8)
     o["reach"] = o["reach"] * 1.15
     o["texture"]["offset"] = dice.uniform(0, 256, 2)
-    o["texture"]["colours"] = np.clip(o["texture"]["colours"] * np.exp(dice.normal(0, 0.1)) * np.exp(dice.normal(0, 0.04, 3)), 0.01, 0.88)
+    o["texture"]["colours"] = np.clip(
+        o["texture"]["colours"] * np.exp(dice.normal(0, 0.1)) * np.exp(dice.normal(0, 0.04, 3)), 0.01, 0.88
+    )
     return o
 
 
-def _parts_of(dice: _Dice, owner: int, o: np.ndarray, palette: list[int]) -> list[np.ndarray]:
+def _parts_of(dice: Dice, owner: int, o: np.ndarray, palette: list[int]) -> list[np.ndarray]:
     """Labels, spots, bands, openings; a vase has its mouth."""
     shape, found = SHAPES[o["shape"]], []
 
-    def part(form: str, x: float, y: float, a: float, b: float, angle: float = 0.0, power: float = 2.0, hollow: bool = False):
+    def part(
+        form: str, x: float, y: float, a: float, b: float, angle: float = 0.0, power: float = 2.0, hollow: bool = False
+    ):
         p = np.zeros((), PART)
         p["owner"], p["rank"], p["form"] = owner, len(found), PART_FORMS.index(form)
         p["x"], p["y"], p["a"], p["b"], p["angle"], p["power"], p["hollow"] = x, y, a, b, angle, power, hollow
-        first = _surface_colour(dice, palette[dice.integer(len(palette))])
+        first = surface_colour(dice, palette[dice.integer(len(palette))])
         if hollow:
             first = o["texture"]["colours"][0] * 0.5
-        p["texture"] = _texture(dice, first, palette, {"plain": 1.0} if hollow else _OBJECT_PATTERNS, busy=1.5)
+        p["texture"] = texture(dice, first, palette, {"plain": 1.0} if hollow else OBJECT_PATTERNS, busy=1.5)
         if hollow:
             p["texture"]["colours"] = first
         found.append(p)
@@ -246,32 +180,55 @@ def _parts_of(dice: _Dice, owner: int, o: np.ndarray, palette: list[int]) -> lis
         return found
     kind = dice.uniform()
     if kind < 0.3:  # a label
-        part("superellipse", *dice.uniform(-0.2, 0.2, 2), *dice.uniform(0.2, 0.5, 2), dice.normal(0, 0.1), dice.uniform(3, 9))
+        part(
+            "superellipse",
+            *dice.uniform(-0.2, 0.2, 2),
+            *dice.uniform(0.2, 0.5, 2),
+            dice.normal(0, 0.1),
+            dice.uniform(3, 9),
+        )
     elif kind < 0.55:  # one or two bands
         for _ in range(1 + dice.integer(2)):
             part("band", 0, dice.uniform(-0.6, 0.6), 9, dice.uniform(0.08, 0.2), dice.normal(0, 0.05))
     elif kind < 0.85:  # spots, patches
         for _ in range(1 + dice.integer(3)):
             size = dice.uniform(0.14, 0.36)
-            part("superellipse", *dice.uniform(-0.55, 0.55, 2), size, size * dice.uniform(0.6, 1), dice.uniform(0, np.pi))
+            part(
+                "superellipse", *dice.uniform(-0.55, 0.55, 2), size, size * dice.uniform(0.6, 1), dice.uniform(0, np.pi)
+            )
     elif kind < 0.93:
         size = dice.uniform(0.3, 0.6)
         part("ring", 0, 0, size, size * dice.uniform(0.6, 1))
     else:
         size = dice.uniform(0.2, 0.5)
-        part("superellipse", *dice.uniform(-0.2, 0.2, 2), size, size * dice.uniform(0.6, 1), 0.0, dice.uniform(2, 5), hollow=True)
+        part(
+            "superellipse",
+            *dice.uniform(-0.2, 0.2, 2),
+            size,
+            size * dice.uniform(0.6, 1),
+            0.0,
+            dice.uniform(2, 5),
+            hollow=True,
+        )
     return found
 
 
-def _regions(dice: _Dice, palette: list[int], standing: bool, horizon: float) -> np.ndarray:
+def _regions(dice: Dice, palette: list[int], standing: bool, horizon: float) -> np.ndarray:
     out = []
 
     def region(normal, offset, width, recede, shade):
         g = np.zeros((), REGION)
-        g["normal"], g["offset"], g["width"], g["recede"], g["horizon"], g["shade"] = normal, offset, width, recede, horizon, shade
-        index = _GROUNDS[dice.integer(len(_GROUNDS))] if dice.chance(0.75) else palette[dice.integer(len(palette))]
-        first = _surface_colour(dice, index)
-        g["texture"] = _texture(dice, first, palette, _GROUND_PATTERNS, busy=dice.uniform(1.2, 4))
+        g["normal"], g["offset"], g["width"], g["recede"], g["horizon"], g["shade"] = (
+            normal,
+            offset,
+            width,
+            recede,
+            horizon,
+            shade,
+        )
+        index = GROUNDS[dice.integer(len(GROUNDS))] if dice.chance(0.75) else palette[dice.integer(len(palette))]
+        first = surface_colour(dice, index)
+        g["texture"] = texture(dice, first, palette, GROUND_PATTERNS, busy=dice.uniform(1.2, 4))
         # a ground that does not shout down what stands on it
         colours = g["texture"]["colours"].astype(np.float64)
         g["texture"]["colours"] = first + (colours - first) * dice.uniform(0.2, 0.8)
@@ -280,17 +237,29 @@ def _regions(dice: _Dice, palette: list[int], standing: bool, horizon: float) ->
     region((0, 1), -9, 99, 0.0, dice.uniform(0.6, 1.0))
     if standing:
         tilt = dice.normal(0, 0.04)
-        region((-np.sin(tilt), np.cos(tilt)), horizon - np.sin(tilt) / 2, 99, dice.uniform(0.25, 0.9), dice.uniform(0.85, 1.1))
+        region(
+            (-np.sin(tilt), np.cos(tilt)),
+            horizon - np.sin(tilt) / 2,
+            99,
+            dice.uniform(0.25, 0.9),
+            dice.uniform(0.85, 1.1),
+        )
         if dice.chance(0.3):  # the table's edge, and what is below it
             region((-np.sin(tilt), np.cos(tilt)), dice.uniform(0.86, 0.97), 99, 0.0, dice.uniform(0.3, 0.8))
     elif dice.chance(0.55):  # a cloth, a board, the edge of a table
         turn = dice.uniform(0, 2 * np.pi)
         normal = np.array([np.cos(turn), np.sin(turn)])
-        region(normal, normal @ (0.5, 0.5) + dice.uniform(-0.3, 0.25), 99 if dice.chance(0.6) else dice.uniform(0.15, 0.5), 0.0, 1.0)
+        region(
+            normal,
+            normal @ (0.5, 0.5) + dice.uniform(-0.3, 0.25),
+            99 if dice.chance(0.6) else dice.uniform(0.15, 0.5),
+            0.0,
+            1.0,
+        )
     return np.stack(out)
 
 
-def _frame(dice: _Dice, standing: bool) -> np.ndarray:
+def _frame(dice: Dice, standing: bool) -> np.ndarray:
     f = np.zeros((), FRAME)
     turn = dice.uniform(-np.pi, 0) if standing or dice.chance(0.7) else dice.uniform(-np.pi, np.pi)  # mostly from above
     elevation = dice.uniform(0.55, 1.15)
@@ -314,14 +283,14 @@ def draw(seed: int) -> SceneParams:
 
     Source: ours.
     """
-    dice = _Dice(seed)
+    dice = Dice(seed)
     standing = dice.chance(0.5)
     horizon = dice.uniform(0.2, 0.6)
-    palette = [dice.integer(len(_SRGB)) for _ in range(3 + dice.integer(6))]
+    palette = [dice.integer(len(SRGB)) for _ in range(3 + dice.integer(6))]
     frame = _frame(dice, standing)
     regions = _regions(dice, palette, standing, horizon)
 
-    count = int(np.clip(np.exp(dice.normal(2.75, 0.5)), 5, 48))
+    count = int(np.clip(np.exp(dice.normal(2.85, 0.5)), 6, 48))
     middle = 0.06 * (18 / count) ** 0.3
     radii = np.clip(np.exp(dice.normal(np.log(middle), 0.6, count)), 0.0085, 0.24)
     anchors = dice.integer(4)
@@ -344,11 +313,14 @@ def draw(seed: int) -> SceneParams:
         x, y = centre + dice.normal(0, spread, 2) if gathered else dice.uniform(-0.02, 1.02, 2)
         turned = dice.uniform(0, 2 * np.pi)
         if standing:
-            base = horizon + (1.04 - horizon) * (np.clip((y - 0.1) / 0.8, 0, 1) if gathered else dice.uniform(0.06, 1.0))
+            base = horizon + (1.04 - horizon) * (
+                np.clip((y - 0.1) / 0.8, 0, 1) if gathered else dice.uniform(0.06, 1.0)
+            )
             r = r * (0.7 + 0.5 * (base - horizon) / (1.04 - horizon))
             rooted = SHAPES[o["shape"]] in ("lathe", "box", "superellipse", "blob", "ellipse") and not small
-            y = base - (0.85 * r / o["aspect"] if rooted else 0.5 * r)
-            o["upright"], o["angle"] = rooted, dice.normal(0, 0.05) if rooted else turned
+            foot = _foot(o) if rooted else 0.5
+            y = base - foot * r
+            o["upright"], o["foot"], o["angle"] = rooted, foot, dice.normal(0, 0.05) if rooted else turned
             keys.append(base - 0.15 * r)
         else:
             o["angle"] = turned if dice.chance(0.75) else dice.normal(0, 0.1)

@@ -1,7 +1,7 @@
 """From parameters to pixels: patches of objects, grouped by window size, then composed back to front. Source: ours.
 
-Everything is vectorised over the objects of all scenes of a batch. An object's window lies wholly in the picture, so that
-patches are read and written by plain indices.
+Everything is vectorised over the objects of all scenes of a batch. An object's window lies wholly in the picture, so
+that patches are read and written by plain indices.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import _draw, _shapes, _textures
+from . import _shapes, _textures
+from ._layout import SceneParams
 
 _WINDOWS = (16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768)
 _CHUNK = 1 << 18  # pixels of patches at a time on a CPU: what stays in its cache
@@ -42,7 +43,7 @@ class _Patches:
 
 
 def _tensors(rows: np.ndarray, device: torch.device) -> dict[str, Tensor]:
-    """The fields of a structured array; scalars as n x 1 x 1, vectors of two as pairs of those, the rest as they are."""
+    """The fields of a structured array: scalars as n x 1 x 1, vectors of two as pairs of those, others as they are."""
     out: dict[str, Tensor] = {}
     for name in rows.dtype.names:
         column = np.ascontiguousarray(rows[name])
@@ -73,7 +74,9 @@ def _in_pixels(d: Tensor, scale: Tensor) -> Tensor:
     return d / torch.maximum(torch.hypot(dx, dy), 0.4 * scale)
 
 
-def _surfaces(shapes: np.ndarray, u: Tensor, v: Tensor, args: Tensor, rim: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _surfaces(
+    shapes: np.ndarray, u: Tensor, v: Tensor, args: Tensor, rim: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     d, height, s, t = (torch.empty_like(u) for _ in range(4))
     for shape in np.unique(shapes):
         at = torch.as_tensor(np.flatnonzero(shapes == shape), device=u.device)
@@ -87,26 +90,46 @@ def _rotate(x: Tensor, y: Tensor, angle: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _cast_shadow(o: dict[str, Tensor], rows: np.ndarray, x: Tensor, y: Tensor, light: Tensor) -> Tensor:
-    """A lying object throws its silhouette, an upright one an ellipse on the ground by its foot; x, y from its centre, in sides."""
+    """Light taken by the cast shadow: a lying object's silhouette, an ellipse by the foot of an upright one.
+
+    x, y: from the object's centre, in sides.
+    """
     sx, sy = -light[:, 0] * o["shadow_shift"], -light[:, 1] * o["shadow_shift"]
     soft = o["shadow_soft"] / o["radius"]
     d = torch.empty_like(x)
     lying = torch.as_tensor(np.flatnonzero(rows["upright"] == 0), device=x.device)
     if len(lying):
-        u, v = _rotate((x[lying] - sx[lying]) / o["radius"][lying], (y[lying] - sy[lying]) / o["radius"][lying], o["angle"][lying])
+        u, v = _rotate(
+            (x[lying] - sx[lying]) / o["radius"][lying], (y[lying] - sy[lying]) / o["radius"][lying], o["angle"][lying]
+        )
         a = o["aspect"][lying]
         d[lying] = _surfaces(rows["shape"][rows["upright"] == 0], u / a, v * a, o["args"][lying], o["rim"][lying])[0]
     standing = torch.as_tensor(np.flatnonzero(rows["upright"] == 1), device=x.device)
     if len(standing):
         r, a = o["radius"][standing], o["aspect"][standing]
         wide = 0.85 * a + (sx[standing] / r).abs()
-        d[standing] = (torch.hypot((x[standing] / r - 1.5 * sx[standing] / r) / wide, (y[standing] / r - 0.8 / a) / 0.3) - 1) * 0.4
+        d[standing] = (
+            torch.hypot(
+                (x[standing] / r - 1.5 * sx[standing] / r) / wide, (y[standing] / r - o["foot"][standing] + 0.12) / 0.3
+            )
+            - 1
+        ) * 0.4
     dark = ((soft - d) / (2 * soft)).clamp(0, 1)
     return o["shadow"] * dark * dark * (3 - 2 * dark)
 
 
-def _paint_parts(rows: np.ndarray, o: dict[str, Tensor], owner_of: np.ndarray, number_of: np.ndarray, s: Tensor, t: Tensor,
-                 inside: Tensor, light: Tensor, base: Tensor, pixel: Tensor) -> Tensor:
+def _paint_parts(
+    rows: np.ndarray,
+    o: dict[str, Tensor],
+    owner_of: np.ndarray,
+    number_of: np.ndarray,
+    s: Tensor,
+    t: Tensor,
+    inside: Tensor,
+    light: Tensor,
+    base: Tensor,
+    pixel: Tensor,
+) -> Tensor:
     """Paints parts (sorted by rank) over the albedo `base` in place; returns the part map, n x w x w int16."""
     part_map = torch.zeros(s.shape, dtype=torch.int16, device=s.device)
     for rank in np.unique(rows["rank"]):
@@ -127,8 +150,12 @@ def _paint_parts(rows: np.ndarray, o: dict[str, Tensor], owner_of: np.ndarray, n
         level = torch.where(p["form"] == 1, pv.abs(), torch.where(p["form"] == 2, (level - 0.8).abs() / 0.2, level))
         distance = _in_pixels((level - 1) * torch.minimum(a, b), pixel[owner])
         alpha = (0.5 - distance).clamp(0, 1) * inside[owner]
-        colour, _ = _textures.albedo(rows["texture"]["pattern"][pick], texture, pu, pv, pixel[owner] / torch.minimum(a, b))
-        facing = (0.5 - 0.35 * (pu * light[owner, 0] + pv * light[owner, 1])).clamp(0.1, 1)  # a hollow is lit on its far side
+        colour, _ = _textures.albedo(
+            rows["texture"]["pattern"][pick], texture, pu, pv, pixel[owner] / torch.minimum(a, b)
+        )
+        facing = (0.5 - 0.35 * (pu * light[owner, 0] + pv * light[owner, 1])).clamp(
+            0.1, 1
+        )  # a hollow is lit on its far side
         colour = torch.where(p["hollow"] == 1, colour * facing, colour)
         base[:, owner] = torch.lerp(base[:, owner], colour, alpha)
         number = torch.as_tensor(number_of[pick].astype(np.int16), device=s.device)[:, None, None]
@@ -136,8 +163,19 @@ def _paint_parts(rows: np.ndarray, o: dict[str, Tensor], owner_of: np.ndarray, n
     return part_map
 
 
-def _patches(rows: np.ndarray, parts: np.ndarray, part_owner: np.ndarray, part_number: np.ndarray, frame: np.ndarray,
-             scene: np.ndarray, layer: np.ndarray, number: np.ndarray, window: int, size: int, device: torch.device) -> _Patches:
+def _patches(
+    rows: np.ndarray,
+    parts: np.ndarray,
+    part_owner: np.ndarray,
+    part_number: np.ndarray,
+    frame: np.ndarray,
+    scene: np.ndarray,
+    layer: np.ndarray,
+    number: np.ndarray,
+    window: int,
+    size: int,
+    device: torch.device,
+) -> _Patches:
     o = _tensors(rows, device)
     light = torch.from_numpy(frame["light"].copy()).to(device)[:, :, None, None]
     ambient = torch.from_numpy(frame["ambient"].copy()).to(device)[:, None, None]
@@ -180,13 +218,18 @@ def _patches(rows: np.ndarray, parts: np.ndarray, part_owner: np.ndarray, part_n
 
 def _window_of(objects: np.ndarray, size: int) -> np.ndarray:
     """The side of each object's window: it holds the object, its shadow and a margin, or else is the picture's."""
-    reach = objects["reach"] * objects["radius"] + 1.6 * objects["shadow_shift"] + objects["shadow_soft"] + 0.12 * objects["radius"]
+    reach = (
+        objects["reach"] * objects["radius"]
+        + 1.6 * objects["shadow_shift"]
+        + objects["shadow_soft"]
+        + 0.12 * objects["radius"]
+    )
     need = np.ceil(2 * reach.astype(np.float64) * size) + 4
     steps = np.array([w for w in _WINDOWS if w < size] + [size])
     return steps[np.minimum(np.searchsorted(steps, need), len(steps) - 1)]
 
 
-def _background(scenes: list[_draw.SceneParams], size: int, canvas: Canvas, device: torch.device) -> None:
+def _background(scenes: list[SceneParams], size: int, canvas: Canvas, device: torch.device) -> None:
     colour = canvas.colour.view(3, len(scenes), size, size)
     regions = canvas.regions.view(len(scenes), size, size)
     axis = (torch.arange(size, device=device) + 0.5) / size
@@ -222,7 +265,7 @@ def _stamp(canvas: Canvas, p: _Patches, rows: slice) -> None:
         plane.index_copy_(0, at, torch.where(covered, value.reshape(-1), plane.index_select(0, at)))
 
 
-def compose(scenes: list[_draw.SceneParams], size: int, device: torch.device) -> Canvas:
+def compose(scenes: list[SceneParams], size: int, device: torch.device) -> Canvas:
     """All scenes in linear light, and their maps; objects are numbered from 1 in painting order, parts likewise."""
     n_pixels = len(scenes) * size * size
     maps = (torch.zeros(n_pixels, dtype=torch.int16, device=device) for _ in range(3))
@@ -246,12 +289,25 @@ def compose(scenes: list[_draw.SceneParams], size: int, device: torch.device) ->
         rows = order[window[order] == w]
         block = max(1, _CHUNK // int(w * w)) if device.type == "cpu" else len(rows)
         for i in range(0, len(rows), block):
-            pick = rows[i:i + block]
+            pick = rows[i : i + block]
             place = np.full(len(objects), -1)
             place[pick] = np.arange(len(pick))
             mine = np.flatnonzero(place[part_owner] >= 0)
-            stacks.append(_patches(objects[pick], parts[mine], place[part_owner[mine]], part_number[mine], frames[scene[pick]],
-                                   scene[pick], layer[pick], layer[pick] + 1, int(w), size, device))
+            stacks.append(
+                _patches(
+                    objects[pick],
+                    parts[mine],
+                    place[part_owner[mine]],
+                    part_number[mine],
+                    frames[scene[pick]],
+                    scene[pick],
+                    layer[pick],
+                    layer[pick] + 1,
+                    int(w),
+                    size,
+                    device,
+                )
+            )
     bounds = [np.searchsorted(p.layer, np.arange(counts.max() + 1)) for p in stacks]
     for k in range(counts.max()):
         for p, bound in zip(stacks, bounds):
@@ -284,7 +340,7 @@ def _blurred(x: Tensor, sigma: Tensor) -> Tensor:
     return torch.nn.functional.conv2d(flat, kernel[:, :, None], groups=3 * b).view(b, 3, h, w)
 
 
-def develop(scenes: list[_draw.SceneParams], canvas: Canvas, size: int, device: torch.device) -> Tensor:
+def develop(scenes: list[SceneParams], canvas: Canvas, size: int, device: torch.device) -> Tensor:
     """Linear light to B x 3 x S x S uint8: uneven lighting, exposure, white balance, blur, tone curve, sensor noise."""
     frames = np.stack([p.frame for p in scenes])
     f = _tensors(frames, device)

@@ -14,13 +14,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ._draw import SHAPES
+from ._layout import SHAPES
 
 Surface = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def _dome(level: Tensor, rim: Tensor) -> Tensor:
-    """Height over a level that runs from 0 (ridge) to 1 (outline): flat inside, a quarter ellipse over the outer `rim`."""
+    """Height over a level from 0 (ridge) to 1 (outline): flat inside, a quarter ellipse over the outer `rim`."""
     x = ((level - (1 - rim)) / rim).clamp(0, 1)
     return (1 - x * x).clamp_min(1e-4).sqrt()
 
@@ -110,7 +110,9 @@ def _branch(u: Tensor, v: Tensor, args: Tensor, rim: Tensor) -> Surface:
         off = torch.hypot(u - x0 - h * bx, v - y0 - h * by)
         nearer = off - w < d
         d = torch.where(nearer, off - w, d)
-        height = torch.maximum(height, torch.where(off < w, w * _dome(off / w, rim.clamp_min(0.5)), torch.zeros_like(off)))
+        height = torch.maximum(
+            height, torch.where(off < w, w * _dome(off / w, rim.clamp_min(0.5)), torch.zeros_like(off))
+        )
         along = torch.where(nearer, h + k, along)
     return d, height, along, d
 
@@ -155,8 +157,16 @@ def _leaf(u: Tensor, v: Tensor, args: Tensor, rim: Tensor) -> Surface:
 
 
 _BY_NAME: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Surface]] = {
-    "ellipse": _ellipse, "superellipse": _superellipse, "blob": _blob, "ring": _ring, "lathe": _lathe, "polygon": _polygon,
-    "branch": _branch, "crescent": _crescent, "box": _box, "leaf": _leaf,
+    "ellipse": _ellipse,
+    "superellipse": _superellipse,
+    "blob": _blob,
+    "ring": _ring,
+    "lathe": _lathe,
+    "polygon": _polygon,
+    "branch": _branch,
+    "crescent": _crescent,
+    "box": _box,
+    "leaf": _leaf,
 }
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ._draw import N_FIELDS, PATTERNS
+from ._layout import N_FIELDS, PATTERNS
 
 _SIDE = 256
 
@@ -26,9 +26,9 @@ def atlas(device: torch.device) -> Tensor:
         stretch = 9.0 if 16 <= k < 20 else 1.0
         f = np.hypot(fx, fy * stretch) + 1e-3
         if k < 8:
-            gain = f ** -1.7
+            gain = f**-1.7
         elif k < 28:
-            gain = f ** -1.15
+            gain = f**-1.15
         else:
             gain = np.exp(-((np.log2(f) - 3.5 - 0.5 * (k - 28)) ** 2))
         gain = gain * (f > 1.5) * np.exp(-((f / 70) ** 2))
@@ -75,7 +75,7 @@ def _wave(x: Tensor) -> Tensor:
 
 
 def _pattern(name: str, s: Tensor, t: Tensor, soft: Tensor, texture: dict[str, Tensor], pixel: Tensor) -> Tensor:
-    """The share of the second colour, in [0, 1]. soft: the coarse noise; pixel: a pixel's size in the units of s and t."""
+    """The second colour's share, in [0, 1]. soft: the coarse noise; pixel: a pixel's size in the units of s and t."""
     freq, sharp = texture["frequency"], texture["sharpness"]
     freq = torch.minimum(freq, 0.16 / pixel)  # nothing finer than a pixel can show
     blur = 1.5 * freq * pixel + 0.02
@@ -104,7 +104,7 @@ def _pattern(name: str, s: Tensor, t: Tensor, soft: Tensor, texture: dict[str, T
 def albedo(kinds: np.ndarray, texture: dict[str, Tensor], s: Tensor, t: Tensor, pixel: Tensor) -> tuple[Tensor, Tensor]:
     """Colour of textured surfaces.
 
-    kinds:   n, the patterns' numbers on the host. texture: _draw.TEXTURE as tensors, n x 1 x 1 each, colours n x 3 x 3.
+    kinds:   n, the patterns' numbers on the host. texture: _layout.TEXTURE as tensors, n x 1 x 1, colours n x 3 x 3.
     s, t:    n x h x w surface coordinates; pixel: a pixel's size in their units, n x 1 x 1 or n x h x w.
 
     Returns: 3 x n x h x w linear albedo, and n x h x w fine noise for the relief.
@@ -113,7 +113,9 @@ def albedo(kinds: np.ndarray, texture: dict[str, Tensor], s: Tensor, t: Tensor, 
     s, t = s * c + t * si, t * c - s * si
     scale = torch.minimum(texture["grain_size"], 0.8 / pixel)
     soft = noise(texture["field"], s * scale * 0.5 + texture["offset"][0], t * scale * 0.5 + texture["offset"][1])
-    fine = noise((texture["field"] + 8) % N_FIELDS, s * scale * 2 + texture["offset"][1], t * scale * 2 + texture["offset"][0])
+    fine = noise(
+        (texture["field"] + 8) % N_FIELDS, s * scale * 2 + texture["offset"][1], t * scale * 2 + texture["offset"][0]
+    )
     fine = fine * (0.4 / (pixel * scale)).clamp(0, 1)  # fades where pixels are coarser than it
     share = torch.zeros_like(s)
     for k in np.unique(kinds):

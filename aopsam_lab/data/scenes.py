@@ -1,7 +1,7 @@
 """Rendered still lifes with exact visible masks: any number of them, without files.
 
-A scene is a function of its seed: all its parameters come from NumPy's PCG64, so it looks the same alone or in a batch, small
-or large, on a CPU or a GPU (up to rounding). Source: ours.
+A scene is a function of its seed: all its parameters come from NumPy's PCG64, so it looks the same alone or in a batch,
+small or large, on a CPU or a GPU (up to rounding). Source: ours.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from . import _draw, _render
+from ._layout import SceneParams
 from .points import pole
 from .sample import Sample
 
@@ -40,11 +41,11 @@ class SceneBatch:
 
     @property
     def min_area(self) -> int:
-        """Masks with fewer visible pixels are no masks: 48 at side 512, in proportion to the picture's area, at least 12."""
+        """The least visible pixels of a mask: 48 at side 512, in proportion to the picture's area, at least 12."""
         return max(12, round(48 * (self.images.shape[-1] / 512) ** 2))
 
     def masks(self, b: int) -> Tensor:
-        """The visible masks of scene b, N x S x S bool: objects (with their parts), then parts, then background regions.
+        """The visible masks of scene b, N x S x S bool: objects (with their parts), parts, background regions.
 
         Left out are masks below min_area, and parts that are all (over 90%) that is seen of their object.
         """
@@ -89,13 +90,18 @@ def render(seeds: Sequence[int], size: int, device: str | torch.device = "cpu") 
     if len(seeds) == 0 or min(seeds) < 0:
         raise ValueError("render() needs at least one seed, and no negative ones")
     device = torch.device(device)
-    step = max(1, _SCENE_PIXELS.get(device.type, 1 << 21) // size ** 2)
+    step = max(1, _SCENE_PIXELS.get(device.type, 1 << 21) // size**2)
     with _one_thread(device):
-        pieces = [_render_some([_draw.draw(int(seed)) for seed in seeds[i:i + step]], size, device) for i in range(0, len(seeds), step)]
+        pieces = [
+            _render_some([_draw.draw(int(seed)) for seed in seeds[i : i + step]], size, device)
+            for i in range(0, len(seeds), step)
+        ]
     return SceneBatch(*(torch.cat(column) for column in zip(*pieces)))
 
 
-def _render_some(scenes: list[_draw.SceneParams], size: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _render_some(
+    scenes: list[SceneParams], size: int, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     canvas = _render.compose(scenes, size, device)
     shape = (len(scenes), size, size)
     objects, parts, regions = (plane.view(shape) for plane in (canvas.objects, canvas.parts, canvas.regions))
