@@ -1,0 +1,7 @@
+"""Studies: methods against data sets, stored row by row, summed up in tables, figures and pages."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+PACKAGE_ROOT = Path(__file__).resolve().parents[2]  # the folder that holds the package, and in a checkout notebooks/

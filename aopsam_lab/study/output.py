@@ -1,0 +1,76 @@
+"""A study's result on disk, and as HTML."""
+
+from __future__ import annotations
+
+import html
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pandas as pd
+
+from aopsam_lab.files import write_atomically
+from aopsam_lab.study import figures
+
+if TYPE_CHECKING:
+    from aopsam_lab.study.runner import StudyResult
+
+SHOWN_METHODS = ("aop", "amg_d")  # whose masks are drawn
+
+
+def save_result(result: StudyResult, name: str) -> dict[str, Path]:
+    """Write a result to its folder; the paths by what they hold.
+
+    `<name>.csv` (summary), `<name>_differences.csv`, `per_image.csv`, `<name>.png` (the figure), `examples.png` and
+    `provenance.json`.
+    """
+    shown = [method for method in SHOWN_METHODS if method in set(result.summary["method"])]
+    shown = shown or result.summary["method"].tolist()[: len(SHOWN_METHODS)]
+    contents = {
+        "summary": (f"{name}.csv", to_csv(result.summary)),
+        "differences": (f"{name}_differences.csv", to_csv(result.differences)),
+        "per_image": ("per_image.csv", to_csv(result.per_image)),
+        "figure": (f"{name}.png", figures.png(figures.tradeoff_figure(result.summary))),
+        "examples": ("examples.png", figures.png(figures.examples_figure(result.examples, shown))),
+        "provenance": ("provenance.json", json.dumps(result.provenance, indent=2) + "\n"),
+    }
+    return {key: write_atomically(result.out / file, content) for key, (file, content) in contents.items()}
+
+
+def to_csv(table: pd.DataFrame) -> str:
+    """CSV with six significant digits, NaN as an empty field."""
+    return table.to_csv(index=False, float_format="%.6g", lineterminator="\n")
+
+
+def html_table(table: pd.DataFrame, highlight: str | None = None, text_columns: int = 1) -> str:
+    """A DataFrame of text as an HTML table; the first `text_columns` columns left-aligned, the others right.
+
+    highlight: the row whose first field this is gets the class `own`.
+    """
+    align = ["left" if i < text_columns else "right" for i in range(table.shape[1])]
+    head = "".join(f'<th scope="col" class="{a}">{html.escape(str(c))}</th>' for a, c in zip(align, table.columns))
+    lines = [f"<table><thead><tr>{head}</tr></thead><tbody>"]
+    for row in table.itertuples(index=False):
+        own = ' class="own"' if highlight is not None and row[0] == highlight else ""
+        cells = "".join(f'<td class="{a}">{html.escape(str(value))}</td>' for a, value in zip(align[1:], row[1:]))
+        lines.append(f'<tr{own}><th scope="row" class="{align[0]}">{html.escape(str(row[0]))}</th>{cells}</tr>')
+    return "\n".join([*lines, "</tbody></table>"])
+
+
+TABLE_STYLE = """
+.results { overflow-x: auto; }
+.results table { border-collapse: collapse; font-size: 0.875rem; line-height: 1.35; font-variant-numeric: tabular-nums; }
+.results th, .results td { padding: 0.42em 0.7em; border-bottom: 1px solid #e3e5e8; vertical-align: baseline; }
+.results td { white-space: nowrap; }
+.results thead th { border-bottom: 1.5px solid #1b1b1b; font-weight: 600; vertical-align: bottom; }
+.results tbody th { font-weight: 400; white-space: nowrap; }
+.results .left { text-align: left; }
+.results .right { text-align: right; }
+.results td.wrap { white-space: normal; min-width: 16em; }
+.results tr.own th, .results tr.own td { background: #e8f5f0; font-weight: 600; }
+"""
+
+
+def styled_table(table: pd.DataFrame, highlight: str | None = None, text_columns: int = 1) -> str:
+    """`html_table` with its style, for a notebook's output."""
+    return f'<style>{TABLE_STYLE}</style><div class="results">{html_table(table, highlight, text_columns)}</div>'

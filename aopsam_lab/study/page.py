@@ -1,0 +1,192 @@
+"""reports/index.html: every report on one static page, without anything from outside."""
+
+from __future__ import annotations
+
+import html
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from aopsam_lab.files import write_atomically
+from aopsam_lab.study import tables
+from aopsam_lab.study.output import TABLE_STYLE, html_table
+from aopsam_lab.study.paper import CITATION, MISSING, SLIPS, paper_figures
+
+TITLES = {"main_comparison": "Main comparison"}
+FILE_TITLES = (
+    ("{name}.html", "the notebook, executed"),
+    ("{name}.ipynb", "as .ipynb"),
+    ("{name}.csv", "results (CSV)"),
+    ("{name}_differences.csv", "differences to AoP-SAM (CSV)"),
+    ("per_image.csv", "every image (CSV)"),
+    ("provenance.json", "provenance (JSON)"),
+)
+
+STYLE = """
+:root { color-scheme: light; --ink: #1b1b1b; --muted: #5f6368; --rule: #d9dce0; --link: #00588a; }
+* { box-sizing: border-box; }
+body { margin: 0; background: #fff; color: var(--ink); font: 1rem/1.55 system-ui, -apple-system, "Segoe UI", Roboto,
+  "Noto Sans", "Helvetica Neue", Arial, sans-serif; }
+main, header, footer { max-width: 72rem; margin: 0 auto; padding: 0 1.5rem; }
+header { padding-top: 3.5rem; }
+h1 { font-size: 2rem; line-height: 1.2; letter-spacing: -0.015em; margin: 0 0 0.6rem; }
+h2 { font-size: 1.45rem; line-height: 1.25; letter-spacing: -0.01em; margin: 3rem 0 0.4rem; padding-top: 1.6rem;
+  border-top: 1px solid var(--rule); }
+h3 { font-size: 1rem; margin: 2rem 0 0.5rem; }
+p, ul { max-width: 44rem; margin: 0.5rem 0; }
+.lead { font-size: 1.1rem; }
+.muted, figcaption, footer { color: var(--muted); font-size: 0.875rem; }
+ul { padding-left: 1.1rem; }
+li { margin: 0.3rem 0; }
+a { color: var(--link); text-decoration-thickness: 1px; text-underline-offset: 0.15em; }
+figure { margin: 0; }
+img { display: block; max-width: 100%; height: auto; }
+.beside { display: grid; grid-template-columns: minmax(0, 3fr) minmax(0, 2fr); gap: 2.5rem; margin-top: 1.5rem; }
+.beside h3 { margin-top: 0; }
+.files { display: flex; flex-wrap: wrap; gap: 0.2rem 1.4rem; padding: 0; list-style: none; max-width: none; }
+dl { display: grid; grid-template-columns: max-content minmax(0, 1fr); gap: 0.25rem 1.5rem; font-size: 0.875rem;
+  margin: 0.5rem 0; }
+dt { color: var(--muted); }
+dd { margin: 0; overflow-wrap: anywhere; font-variant-numeric: tabular-nums; }
+footer { margin-top: 4rem; padding-bottom: 3rem; }
+@media (max-width: 52rem) { .beside { grid-template-columns: 1fr; } dl { grid-template-columns: 1fr; }
+  dt { margin-top: 0.4rem; } }
+"""
+
+
+def write_index(reports: str | os.PathLike) -> Path:
+    """(Re)write `index.html` in the folder `reports` from the reports in it; its path.
+
+    A report is a folder with `provenance.json` in it; its table, figure and other files are named after the folder.
+    """
+    reports = Path(reports)
+    names = sorted(path.parent.name for path in reports.glob("*/provenance.json"))
+    names.sort(key=lambda name: name != "main_comparison")  # the others after it, by name
+    sections = "\n".join(_section(reports / name) for name in names)
+    page = f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>aopsam_lab: reports</title>
+<style>{STYLE}{TABLE_STYLE}</style>
+</head>
+<body>
+<header>
+<h1>Automatic prompts for Segment Anything, measured</h1>
+<p class="lead">AoP-SAM asks a small network where prompts are worth decoding. These reports measure what that gives
+against a grid of points and against a detector, with the same model, pictures and filters for all.</p>
+</header>
+<main>
+{sections or "<p>There are no reports yet. <code>make study</code> writes the first.</p>"}
+</main>
+<footer><p>The paper: {html.escape(CITATION)}.</p></footer>
+</body>
+</html>
+"""
+    return write_atomically(reports / "index.html", page)
+
+
+def _section(folder: Path) -> str:
+    name = folder.name
+    provenance = json.loads((folder / "provenance.json").read_text(encoding="utf-8"))
+    parts = [f'<section id="{html.escape(name)}">', f"<h2>{html.escape(TITLES.get(name, name.replace('_', ' ').capitalize()))}</h2>"]
+    parts.append(f"<p>{html.escape(what_was_run(provenance))}</p>")
+    if (folder / f"{name}.csv").exists() and (folder / f"{name}_differences.csv").exists():
+        parts.append(_results(folder))
+    parts.append(_files(folder))
+    parts.append(f"<h3>Provenance</h3>{provenance_list(provenance)}</section>")
+    return "\n".join(parts)
+
+
+def _results(folder: Path) -> str:
+    name = folder.name
+    summary, differences = pd.read_csv(folder / f"{name}.csv"), pd.read_csv(folder / f"{name}_differences.csv")
+    table = html_table(tables.results_for_people(summary, differences), highlight=tables.title(tables.REFERENCE))
+    sentences = "".join(f"<li>{html.escape(text)}</li>" for text in tables.findings(summary, differences))
+    examples = ""
+    if (folder / "examples.png").exists():
+        examples = (
+            f'<h3>The first images</h3><figure><img src="{name}/examples.png" alt="Example images with the true masks and '
+            'the masks of two methods" loading="lazy"><figcaption>White dots: prompts that gave a mask that was kept. Orange '
+            "crosses: prompts eliminated before they were decoded.</figcaption></figure>"
+        )
+    return f"""<div class="results">{table}</div>
+<p class="muted">{html.escape(COLUMN_NOTES)}</p>
+<div class="beside">
+<figure><img src="{name}/{name}.png" alt="mIoU of each method against the prompts it decodes"></figure>
+<div>{paper_panel()}</div>
+</div>
+<h3>What the numbers say</h3>
+<ul>{sentences}</ul>
+{examples}"""
+
+
+COLUMN_NOTES = (
+    "mIoU: each true mask with at most one prediction, matched greedily by IoU, unmatched truth counting 0; mean over an "
+    "image's truths, then over images. Brackets: 95% bootstrap intervals over images; Δ is paired, image by image, in points. "
+    "Best match: truths may share a prediction. Inf_Lat: embedding and picture in, prompts out. Mask_Lat: prompts in, "
+    "filtered masks out. Total: both and the image encoder. Times and counts are means per image. Peak: memory beyond the "
+    "loaded models, in a process of its own (on CUDA the whole peak allocation)."
+)
+
+
+def paper_panel() -> str:
+    """The paper's figures as HTML: what is known, what is missing, and its slips."""
+    known = paper_figures()
+    known["where"] = known["table"].where(known["table"] != "", "–")
+    known["value"] = [f"{value:g} {unit}" for value, unit in zip(known["value"], known["unit"])]
+    shown = known[["row", "metric", "value", "device", "where", "checked"]]
+    shown = shown.set_axis(["Row", "Metric", "Value", "On", "Table", "Read in"], axis=1)
+    sources = "".join(f"<li>{html.escape(source)}</li>" for source in dict.fromkeys(known["source"]))
+    slips = "".join(f"<li>{html.escape(slip)}</li>" for slip in SLIPS)
+    return (
+        f'<h3>The paper\'s figures</h3><div class="results">{html_table(shown, text_columns=2)}</div>'
+        f'<p class="muted">Other models, pictures and machines: not to be compared with ours in size. {html.escape(MISSING)}</p>'
+        f'<p class="muted">Second-hand sources:</p><ul class="muted">{sources}</ul>'
+        f'<p class="muted">Slips in what was published:</p><ul class="muted">{slips}</ul>'
+    )
+
+
+def what_was_run(provenance: dict[str, Any]) -> str:
+    """One sentence: which model on which pictures, on what machine."""
+    parameters, dataset = provenance["parameters"], provenance["dataset"]
+    pictures = f"{dataset['images']} rendered scenes" if dataset["name"] == "scenes" else (
+        f"{dataset['images']} images of {dataset['name']}"
+    )
+    return (
+        f"SAM “{parameters['sam']}” on {pictures} (seed {parameters['seed']}), {provenance['processor']}; "
+        f"smoothing {parameters['smoothing']:g}, confidence {parameters['confidence']:g}, spacing "
+        f"{parameters['spacing']:g}, elimination {parameters['elimination']:g}."
+    )
+
+
+def provenance_list(provenance: dict[str, Any]) -> str:
+    """The provenance as an HTML definition list, nested dictionaries on one line each."""
+    lines = []
+    for key, value in provenance.items():
+        if isinstance(value, dict):
+            text = ", ".join(f"{k.replace('_', ' ')} {_plain(v)}" for k, v in value.items())
+        else:
+            text = _plain(value)
+        lines.append(f"<dt>{html.escape(key.replace('_', ' '))}</dt><dd>{html.escape(text)}</dd>")
+    return f"<dl>{''.join(lines)}</dl>"
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _files(folder: Path) -> str:
+    name = folder.name
+    links = [
+        f'<li><a href="{name}/{file}">{html.escape(text)}</a></li>'
+        for pattern, text in FILE_TITLES
+        if (folder / (file := pattern.format(name=name))).exists()
+    ]
+    return f'<h3>Files</h3><ul class="files">{"".join(links)}</ul>'
