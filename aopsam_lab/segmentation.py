@@ -48,8 +48,8 @@ class Segmentation:
                   segment_anything.
     mask_prompt:  (n,) int, the row of `prompts` that made the mask.
     prompts:      m rows. x, y: the point, or the centre of the box; confidence; round: in which it was decoded, -1 if
-                  never; status: one of STATUSES; by: the mask that eliminated it, -1 for none; pem: its value then,
-                  NaN for none; x0, y0, x1, y1: the box, NaN for a point.
+                  never; status: one of STATUSES; by: the reference (row of `pems`) that eliminated it, -1 for none;
+                  pem: its value there, NaN for none; x0, y0, x1, y1: the box, NaN for a point.
     pcm:          (4h, 4w) float32 in [0, 1], the Prompt Confidence Map over the whole model frame, padding included;
                   None for methods without one.
     pems:         (r, h, w) float32, a Prompt Elimination Map for each reference mask, in the order they were found;

@@ -13,9 +13,13 @@ def build_mobile_sam() -> Sam:
     """An untrained MobileSAM whose state dict has the keys and shapes of the official `mobile_sam.pt`.
 
     1024 x 1024 input, embedding 256 x 64 x 64. The encoder is kornia's (Apache-2.0). Call `.eval()` again after loading
-    weights: some versions of TinyViT cache their attention biases when they are put in evaluation mode.
+    weights or moving it: kornia 0.8 caches the attention biases when a TinyViT is put in evaluation mode.
     """
-    from kornia.models.tiny_vit import TinyViT  # takes a second to import, and no other model needs it
+    # Here, as kornia takes a second to import and no other model needs it.
+    try:
+        from kornia.models.tiny_vit import TinyViT
+    except ModuleNotFoundError:  # kornia 0.8, the last for Python 3.10
+        from kornia.contrib.models.tiny_vit import TinyViT
 
     side = IMG_SIZE // STRIDE
     return Sam(

@@ -1,0 +1,149 @@
+"""The command line: `python -m aopsam_lab segment IMAGE... --out DIR`."""
+
+from __future__ import annotations
+
+import argparse
+import glob
+import sys
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from aopsam_lab.asf import AsfParams
+from aopsam_lab.methods import METHODS
+from aopsam_lab.pipeline import segment
+from aopsam_lab.sam.zoo import MODELS, load_sam
+
+ASF_HELP = {
+    "smoothing": "sigma of the Gaussian over the confidence map",
+    "confidence": "a prompt's least confidence",
+    "spacing": "least distance between prompts",
+    "elimination": "a waiting prompt is dropped above this many times a map's mean; higher drops fewer",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; its exit code: 0 done, 1 some images failed, 2 nothing could be done, 130 interrupted."""
+    args = _parser().parse_args(argv)
+    try:
+        return segment_command(args)
+    except (ValueError, OSError) as error:
+        print(f"aopsam_lab: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("aopsam_lab: interrupted; the files written so far are whole.", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m aopsam_lab", description="Automatic prompts for Segment Anything.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser(
+        "segment",
+        help="find the masks in images",
+        description="Writes STEM.json (COCO), STEM_labels.png (16-bit labels) and STEM_overlay.png for each image.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    command.add_argument("images", nargs="+", metavar="IMAGE", help="image files, folders of images, or glob patterns")
+    command.add_argument("--out", required=True, type=Path, metavar="DIR", help="where the results go; made if missing")
+    command.add_argument("--method", default="aop", choices=list(METHODS), help="how prompts are found")
+    command.add_argument("--sam", default="tiny", choices=list(MODELS), help="which SAM")
+    command.add_argument("--checkpoint", metavar="FILE", help="the SAM's weights; only tiny's are bundled")
+    command.add_argument("--predictor", metavar="FILE", help="Prompt Predictor weights other than the bundled ones")
+    command.add_argument("--detector", metavar="FILE", help="YOLOv8 weights other than the bundled ones")
+    command.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
+    for parameter in fields(AsfParams):
+        text = ASF_HELP[parameter.name]
+        command.add_argument(f"--{parameter.name}", type=float, default=parameter.default, metavar="X", help=text)
+    return parser
+
+
+def segment_command(args: argparse.Namespace) -> int:
+    """Segment the images named by `args`; 0, or 1 where some failed, after the others are written.
+
+    Raises ValueError and OSError for what stops all of them: models or settings that do not fit, an unusable folder.
+    """
+    params = AsfParams(**{parameter.name: getattr(args, parameter.name) for parameter in fields(AsfParams)})
+    args.out.mkdir(parents=True, exist_ok=True)
+    sam = load_sam(args.sam, args.checkpoint, args.device)
+    predictor = detector = None
+    needs = METHODS[args.method].needs
+    if needs == "predictor":
+        from aopsam_lab.predictor import load_predictor
+
+        predictor = load_predictor(args.sam, args.predictor, sam.device)
+    elif needs == "detector":
+        from aopsam_lab.detector import load_detector
+
+        detector = load_detector(args.detector, sam.device)
+
+    paths, failures = find_images(args.images)
+    done = 0
+    for path, stem in tqdm(list(zip(paths, unique_stems(paths))), desc="segmenting", unit="image", dynamic_ncols=True):
+        try:
+            found = segment(path, args.method, sam, predictor, detector, params)
+            found.save(args.out, stem, file_name=path.as_posix())
+            done += 1
+        except (ValueError, OSError, MemoryError, torch.OutOfMemoryError) as error:
+            failures.append((str(path), str(error) or type(error).__name__))
+    print(f"{done} of {done + len(failures)} images segmented, results in {args.out}")
+    if failures:
+        print("\n".join(["Failed:", *(f"  {name}: {reason}" for name, reason in failures)]), file=sys.stderr)
+    return 1 if failures else 0
+
+
+def find_images(names: Sequence[str]) -> tuple[list[Path], list[tuple[str, str]]]:
+    """Files, folders and glob patterns -> their image files in that order, each once; and (name, reason) of bad names.
+
+    Of a folder, the files directly in it whose ending Pillow knows, by name, except results of an earlier run. A file
+    given by name is taken whatever its ending. Patterns may hold `**`.
+    """
+    endings = set(Image.registered_extensions())
+    found: dict[Path, Path] = {}
+    bad = []
+    for name in names:
+        path = Path(name)
+        if path.is_dir():
+            matches = [p for p in sorted(path.iterdir()) if p.suffix.lower() in endings and not _is_result(p)]
+            reason = "no images in this folder"
+        elif path.exists() or not glob.has_magic(name):
+            matches = [path]  # where it is missing, reading it says so
+            reason = ""
+        else:
+            matching = map(Path, sorted(glob.glob(name, recursive=True)))
+            matches = [p for p in matching if p.is_file() and not _is_result(p)]
+            reason = "no file matches this pattern"
+        if not matches:
+            bad.append((name, reason))
+        for match in matches:
+            found.setdefault(match.resolve(), match)
+    return list(found.values()), bad
+
+
+def _is_result(path: Path) -> bool:
+    """Whether `path` is a picture that an earlier run wrote: its JSON lies beside it."""
+    for ending in ("_labels.png", "_overlay.png"):
+        if path.name.endswith(ending):
+            return path.with_name(path.name[: -len(ending)] + ".json").exists()
+    return False
+
+
+def unique_stems(paths: Sequence[Path]) -> list[str]:
+    """A name without ending for each path's results: its own stem, with _2, _3, ... where that is taken.
+
+    Stems that differ only in case count as equal, as some file systems do not tell them apart.
+    """
+    taken: set[str] = set()
+    stems = []
+    for path in paths:
+        stem, n = path.stem, 1
+        while stem.casefold() in taken:
+            n += 1
+            stem = f"{path.stem}_{n}"
+        taken.add(stem.casefold())
+        stems.append(stem)
+    return stems

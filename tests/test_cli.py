@@ -1,0 +1,124 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from aopsam_lab import cli
+from aopsam_lab.sam.tiny import build_tiny_sam
+
+
+@pytest.fixture(scope="module")
+def untrained(tmp_path_factory):
+    """Arguments that make a run quick and independent of the bundled weights."""
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("sam") / "tiny.safetensors"
+    thresholds = {"pred_iou_thresh": "0.0", "stability_score_thresh": "0.0"}
+    save_file(build_tiny_sam().state_dict(), path, metadata=thresholds)
+    return ["--method", "amg_s", "--checkpoint", str(path), "--device", "cpu"]
+
+
+def picture(path, side=40):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.random.default_rng(side).integers(0, 256, (side, side + 8, 3), dtype=np.uint8)).save(path)
+    return path
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_bundled_models_from_a_shell(tmp_path):
+    photo = picture(tmp_path / "photo.png", 64)
+    command = [sys.executable, "-m", "aopsam_lab", "segment", str(photo), "--out", str(tmp_path / "out")]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    assert "1 of 1 images segmented" in run.stdout and "segmenting" in run.stderr
+    assert names(tmp_path / "out") == ["photo.json", "photo_labels.png", "photo_overlay.png"]
+
+
+def test_good_images_are_written_and_bad_ones_reported(tmp_path, capsys, untrained):
+    good = picture(tmp_path / "good.jpg")
+    bad = tmp_path / "bad.png"
+    bad.write_text("no picture")
+    out = tmp_path / "new" / "out"
+    code = cli.main(["segment", str(bad), str(tmp_path / "absent.png"), str(good), "--out", str(out), *untrained])
+    captured = capsys.readouterr()
+    assert code == 1
+    assert "1 of 3 images segmented" in captured.out
+    assert "bad.png: " in captured.err and "absent.png" in captured.err and "Traceback" not in captured.err
+    assert names(out) == ["good.json", "good_labels.png", "good_overlay.png"]
+    coco = json.loads((out / "good.json").read_text())
+    assert coco["images"][0]["file_name"] == good.as_posix() and coco["annotations"]
+
+
+def test_equal_stems_stay_apart(tmp_path, untrained):
+    pictures = [picture(tmp_path / name, side) for name, side in (("a/x.png", 30), ("b/x.png", 34), ("b/X.jpg", 38))]
+    assert cli.main(["segment", *map(str, pictures), "--out", str(tmp_path / "out"), *untrained]) == 0
+    for stem, path in zip(("x", "x_2", "X_3"), pictures):
+        image = json.loads((tmp_path / "out" / f"{stem}.json").read_text())["images"][0]
+        with Image.open(path) as original, Image.open(tmp_path / "out" / f"{stem}_labels.png") as labels:
+            assert labels.size == original.size == (image["width"], image["height"])
+        assert image["file_name"] == path.as_posix()
+
+
+def test_unique_stems_avoid_what_is_taken():
+    assert cli.unique_stems([*map(cli.Path, ["a.png", "a_2.png", "d/a.png", "a.jpg"])]) == ["a", "a_2", "a_3", "a_4"]
+
+
+def test_folders_and_patterns(tmp_path, monkeypatch):
+    for name in ("b.png", "a.JPG", "deep/c.tif", "[odd].png", "done_labels.png", "keep_labels.png"):
+        picture(tmp_path / "in" / name)
+    (tmp_path / "in" / "notes.txt").write_text("text")
+    (tmp_path / "in" / "done.json").write_text("{}")
+    (tmp_path / "none").mkdir()
+    monkeypatch.chdir(tmp_path)
+
+    def found(*arguments):
+        paths, bad = cli.find_images(arguments)
+        return [path.as_posix() for path in paths], [name for name, _ in bad]
+
+    assert found("in") == (["in/[odd].png", "in/a.JPG", "in/b.png", "in/keep_labels.png"], [])
+    assert found("in/**/*.tif", "in/b.png", "in/b*") == (["in/deep/c.tif", "in/b.png"], [])
+    assert found("in/[odd].png", "in/[ab].png") == (["in/[odd].png", "in/b.png"], [])
+    assert found("none", "in/*.bmp", "in/notes.txt") == (["in/notes.txt"], ["none", "in/*.bmp"])
+
+
+def test_what_stops_everything_is_one_line(tmp_path, capsys, untrained):
+    image = str(picture(tmp_path / "a.png"))
+    (tmp_path / "file").write_text("")
+    out = ["--out", str(tmp_path / "out")]
+    for arguments in (
+        ["--sam", "vit_b", *out],
+        ["--checkpoint", str(tmp_path / "absent"), *out],
+        ["--confidence", "3", *out],
+        ["--device", "nowhere", *out],
+        [*untrained, "--out", str(tmp_path / "file")],
+    ):
+        assert cli.main(["segment", image, *arguments]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("aopsam_lab: ") and error.count("\n") == 1
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["segment", image, *out, "--method", "guess"])
+    assert stop.value.code == 2 and "guess" in capsys.readouterr().err
+
+
+def test_an_interrupted_run_leaves_whole_files_only(tmp_path, monkeypatch, capsys, untrained):
+    pictures = [str(picture(tmp_path / f"{i}.png")) for i in range(2)]
+    real, calls = cli.segment, []
+
+    def interrupted(*arguments):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    monkeypatch.setattr(cli, "segment", interrupted)
+    assert cli.main(["segment", *pictures, "--out", str(tmp_path / "out"), *untrained]) == 130
+    assert names(tmp_path / "out") == ["0.json", "0_labels.png", "0_overlay.png"]
