@@ -1,0 +1,85 @@
+"""What must hold for the files under version control."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+MAX_WEIGHTS = 15 * 2**20
+MAX_FILE = 5 * 2**20
+# Spelled in parts, so that this file does not hold what it looks for.
+FOLDERS = ["wo" + "rk/", "ro" + "ot/", "ho" + "me/", "Us" + "ers/"]
+MACHINE_PATHS = re.compile(r"(?<![\w.~$/])/(?:" + "|".join(FOLDERS) + ")")
+REGISTRIES = re.compile("|".join(["index" + "-url", "find" + "-links", "pypi" + r"\.org", "files.python" + "hosted"]))
+
+
+def tracked() -> list[Path]:
+    try:
+        listing = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("not a git checkout")
+    return [path for name in listing.decode().split("\0") if name and (path := ROOT / name).is_file()]
+
+
+def texts() -> list[tuple[Path, str]]:
+    found = []
+    for path in tracked():
+        data = path.read_bytes()
+        if b"\0" not in data[:4096] and path.suffix not in {".png", ".jpg", ".safetensors"}:
+            found.append((path.relative_to(ROOT), data.decode("utf-8")))
+    return found
+
+
+def test_no_machine_paths_or_registry_hosts():
+    found = [
+        f"{path}:{n}: {line.strip()[:80]}"
+        for path, text in texts()
+        if "LICENSE" not in path.name
+        for n, line in enumerate(text.splitlines(), 1)
+        if MACHINE_PATHS.search(line) or REGISTRIES.search(line)
+    ]
+    assert found == []
+
+
+def test_notebooks_are_stripped_and_parameterised():
+    for path, text in texts():
+        if path.suffix != ".ipynb" or path.parts[0] != "notebooks":
+            continue
+        cells = json.loads(text)["cells"]
+        for cell in cells:
+            assert not cell.get("outputs") and not cell.get("execution_count"), f"{path} holds outputs: run nbstripout"
+        tags = [tag for cell in cells for tag in cell["metadata"].get("tags", [])]
+        assert tags.count("parameters") == 1, f"{path} needs one cell tagged parameters"
+
+
+def test_tracked_files_are_small():
+    large = {}
+    for path in tracked():
+        limit = MAX_WEIGHTS if "weights" in path.parts else MAX_FILE
+        if path.stat().st_size > limit:
+            large[str(path.relative_to(ROOT))] = path.stat().st_size
+    assert large == {}
+
+
+def test_each_bundled_weights_file_has_its_card():
+    weights = [path for path in tracked() if path.parent == ROOT / "aopsam_lab" / "weights"]
+    missing = [path.name for path in weights if path.suffix != ".md" and not path.with_suffix(".md").exists()]
+    assert missing == []
+
+
+def test_requirements_are_pinned_exactly():
+    lines = [line.split("#")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines()]
+    pinned = re.compile(r"[\w.-]+==[\w.]+(; python_version (<|>=) \"3\.\d+\")?")
+    loose = [line for line in lines if line and not pinned.fullmatch(line)]
+    assert loose == []
+
+
+def test_every_module_says_what_it_is():
+    for path, text in texts():
+        if path.suffix == ".py" and path.parts[0] == "aopsam_lab" and text.strip():
+            assert re.match(r'"{3}\S', text), f"{path} has no docstring"
