@@ -1,4 +1,6 @@
-"""A pool of training pictures on disk: decoded once, read many times, one small file each (ours).
+"""A pool of training pictures on disk: decoded or rendered once, read many times, one small file each (ours).
+
+    python -m aopsam_lab.training.pool --out runs/pools --scenes 800 --photos PHOTOS/train/bsds PHOTOS/train/coco
 
 An entry ``<id>.npz`` holds ``image`` (H x W x 3 uint8, longest side ``POOL_SIDE``) and ``masks`` (N x h x w bool, packed
 along the last axis, at half the picture's size; ``width`` undoes the packing). Writing is resumable: an entry is renamed
@@ -7,16 +9,21 @@ into place when whole, and one that is there is not made again.
 
 from __future__ import annotations
 
+import argparse
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import cv2
 import numpy as np
+from tqdm.auto import tqdm
 
+from aopsam_lab.data import open_dataset
 from aopsam_lab.data.sample import Sample
+from aopsam_lab.data.scenes import EVALUATION_SEEDS, render
 
 POOL_SIDE = 384
+FIRST_TRAINING_SEED = EVALUATION_SEEDS.stop
 MIN_CELLS = 6  # a mask of fewer half-size pixels than this teaches nothing
 
 
@@ -28,18 +35,18 @@ def _resize_masks(masks: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return out
 
 
-def write_entry(folder: Path, sample: Sample) -> None:
-    """Write one sample; a sample without a usable mask leaves an empty marker so that it is not tried again."""
+def write_entry(folder: Path, name: str, sample: Sample) -> None:
+    """Write one sample beside its place and rename it there."""
     h, w = sample.image.shape[:2]
     scale = POOL_SIDE / max(h, w)
     wide, high = max(2, round(w * scale)), max(2, round(h * scale))
     image = cv2.resize(sample.image, (wide, high), interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR)
     masks = _resize_masks(sample.masks, (max(1, wide // 2), max(1, high // 2)))
     masks = masks[masks.reshape(len(masks), -1).sum(1) >= MIN_CELLS]
-    partial = folder / f".{sample.id}.tmp"
+    partial = folder / f".{name}.tmp"
     with open(partial, "wb") as file:
         np.savez(file, image=image, masks=np.packbits(masks, axis=-1), width=masks.shape[-1])
-    os.replace(partial, folder / f"{sample.id}.npz")
+    os.replace(partial, folder / f"{name}.npz")
 
 
 def read_entry(path: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -49,14 +56,42 @@ def read_entry(path: Path) -> tuple[np.ndarray, np.ndarray]:
         return entry["image"], masks
 
 
-def fill_pool(folder: str | Path, ids: Iterable[str], samples: Iterator[Sample] | None = None, get=None) -> list[Path]:
-    """Make every entry of ``ids`` that is missing, by ``get(id) -> Sample``; returns the paths of all that hold masks."""
+def fill_pool(folder: str | Path, ids: Iterable[str], get: Callable[[str], Sample], label: str = "pool") -> None:
+    """Make every entry of ``ids`` that is missing, from ``get(id)``; what has no usable mask leaves an empty entry."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    paths = []
-    for name in ids:
-        path = folder / f"{name}.npz"
-        if not path.exists():
-            write_entry(folder, get(name))
-        paths.append(path)
-    return paths
+    missing = [name for name in ids if not (folder / f"{name}.npz").exists()]
+    for name in tqdm(missing, desc=label):
+        write_entry(folder, name, get(name))
+
+
+def fill_scenes(folder: str | Path, count: int, device: str = "cpu", batch: int = 16) -> None:
+    """The first ``count`` training scenes, rendered at the pool's side."""
+    seeds = range(FIRST_TRAINING_SEED, FIRST_TRAINING_SEED + count)
+    for first in range(0, count, batch):
+        names = {f"scene-{seed}": seed for seed in seeds[first : first + batch]}
+        todo = [seed for name, seed in names.items() if not (Path(folder) / f"{name}.npz").exists()]
+        if not todo:
+            continue
+        scenes = render(todo, POOL_SIDE, device)
+        images = scenes.images.permute(0, 2, 3, 1).cpu().numpy()
+        samples = {f"scene-{s}": Sample("", images[b], scenes.masks(b).cpu().numpy()) for b, s in enumerate(todo)}
+        fill_pool(folder, samples, samples.__getitem__, f"scenes {first}/{count}")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", required=True, help="folder of the pools: OUT/scenes and one for each folder of photographs")
+    parser.add_argument("--scenes", type=int, default=0, help="how many scenes to render")
+    parser.add_argument("--photos", nargs="*", default=[], help="COCO-style folders (images/ and annotations.json)")
+    parser.add_argument("--device", default="cpu")
+    args = parser.parse_args(argv)
+    for folder in args.photos:
+        data = open_dataset(folder, n_images=None)
+        position = {name: i for i, name in enumerate(data.ids)}
+        fill_pool(Path(args.out) / Path(folder).name, data.ids, lambda name: data[position[name]], Path(folder).name)
+    fill_scenes(Path(args.out) / "scenes", args.scenes, args.device)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,181 @@
+"""Adaptive Sampling and Filtering (ASF): pure functions on tensors.
+
+Coarse (adaptive sampling): smooth the Prompt Confidence Map (PCM), take its local maxima above a confidence, keep them apart.
+Fine (adaptive filtering): after each round of decoding, drop the waiting prompts that a mask already found explains, by the
+Prompt Elimination Map (PEM) of that mask.
+
+The order of steps, the Gaussian, the threshold, the spacing and "PEM = cosine similarity, adaptive threshold" are the paper's
+(AoP-SAM, AAAI 2025, adaptive sampling and filtering); everything marked "ours" fills in what it leaves open.
+
+Frames: PCM cells are (row, column) of the 4h x 4w grid, PEM cells of the h x w grid; both cover the whole model frame,
+padding included. Pixel centres lie at +0.5.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+REFERENCE_WIDTH = 256  # smoothing and spacing are given in cells of a PCM this wide (ours: others scale by width / 256)
+
+
+@dataclass(frozen=True)
+class AsfParams:
+    """The paper's four knobs with its defaults.
+
+    smoothing:    sigma of the Gaussian, in cells of a 256-wide PCM; 0 switches it off.
+    confidence:   a peak counts where the smoothed PCM exceeds this, in [0, 1).
+    spacing:      a peak is the maximum of a window reaching this far to each side, in cells of a 256-wide PCM.
+    elimination:  a prompt is dropped where a PEM exceeds this many times its own mean.
+    """
+
+    smoothing: float = 2.0
+    confidence: float = 0.2
+    spacing: float = 6.0
+    elimination: float = 1.3
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.smoothing <= 64:
+            raise ValueError(f"smoothing must lie in [0, 64] (cells of a 256-wide PCM), not {self.smoothing}")
+        if not 0 <= self.confidence < 1:
+            raise ValueError(f"confidence must lie in [0, 1), not {self.confidence}")
+        if not 0 < self.spacing <= 128:
+            raise ValueError(f"spacing must lie in (0, 128] (cells of a 256-wide PCM), not {self.spacing}")
+        if not self.elimination > 0:
+            raise ValueError(f"elimination must be positive, not {self.elimination}")
+
+
+# --- coarse: adaptive sampling -------------------------------------------------------------------------------------------
+
+
+def smooth(pcm: Tensor, sigma: float) -> Tensor:
+    """Gaussian filter of an (H, W) map, cut at 4 sigma, edges repeated (scipy's ``gaussian_filter(mode="nearest")``)."""
+    radius = int(4 * sigma + 0.5)
+    if radius == 0:
+        return pcm
+    offsets = torch.arange(-radius, radius + 1, dtype=pcm.dtype, device=pcm.device)
+    kernel = torch.exp(-0.5 * (offsets / sigma) ** 2)
+    kernel = kernel / kernel.sum()
+    x = F.pad(pcm[None, None], (radius,) * 4, mode="replicate")
+    return F.conv2d(F.conv2d(x, kernel.view(1, 1, 1, -1)), kernel.view(1, 1, -1, 1))[0, 0]
+
+
+def local_maxima(score: Tensor, threshold: float, spacing: int) -> tuple[Tensor, Tensor]:
+    """Cells that exceed ``threshold`` and are the maximum of their ``(2 * spacing + 1)`` window.
+
+    score: (H, W). Returns (n, 2) long (row, column) and their n scores, strongest first, ties by row then column. Of equal
+    maxima within one window (a plateau) the first in that order stays.
+    """
+    peak = F.max_pool2d(score[None, None], 2 * spacing + 1, stride=1, padding=spacing)[0, 0]
+    cells = ((score == peak) & (score > threshold)).nonzero()  # row-major
+    values = score[cells[:, 0], cells[:, 1]]
+    order = values.argsort(descending=True, stable=True)
+    cells, values = cells[order], values[order]
+    near = (cells[:, None] - cells[None]).abs().amax(-1) <= spacing  # only ties can be this near
+    near.fill_diagonal_(False)
+    if near.any():
+        keep = torch.ones(len(cells), dtype=torch.bool, device=cells.device)
+        for i in near.any(1).nonzero()[:, 0].tolist():
+            keep[i] = not (near[i, :i] & keep[:i]).any()
+        cells, values = cells[keep], values[keep]
+    return cells, values
+
+
+def sample_prompts(pcm: Tensor, smoothing: float = 2.0, confidence: float = 0.2, spacing: float = 6.0) -> tuple[Tensor, Tensor]:
+    """Adaptive sampling: peaks of the smoothed PCM (H, W) in [0, 1].
+
+    ``smoothing`` and ``spacing`` are in cells of a 256-wide PCM. Returns (n, 2) long cells (row, column) of the PCM and (n,)
+    confidences (values of the smoothed map), strongest first.
+    """
+    scale = pcm.shape[-1] / REFERENCE_WIDTH
+    return local_maxima(smooth(pcm, smoothing * scale), confidence, max(1, round(spacing * scale)))
+
+
+def component_prompts(pcm: Tensor, confidence: float = 0.2) -> tuple[Tensor, Tensor]:
+    """Sampling without ASF (ours, for the ablation): the highest cell of each 8-connected component of ``pcm > confidence``.
+
+    Same returns as :func:`sample_prompts`.
+    """
+    import numpy as np
+    from scipy import ndimage
+
+    values = pcm.cpu().numpy()
+    labels, count = ndimage.label(values > confidence, structure=np.ones((3, 3), int))
+    found = ndimage.maximum_position(values, labels, range(1, count + 1))
+    cells = torch.tensor(found, dtype=torch.long, device=pcm.device).reshape(-1, 2)
+    scores = pcm[cells[:, 0], cells[:, 1]]
+    order = scores.argsort(descending=True, stable=True)
+    return cells[order], scores[order]
+
+
+# --- fine: adaptive filtering --------------------------------------------------------------------------------------------
+
+
+def valid_cells(input_size: tuple[int, int], img_size: int, grid: tuple[int, int], device: torch.device | str = "cpu") -> Tensor:
+    """(h, w) bool: cells of a grid over the model frame whose centres lie on the picture, not on its padding."""
+    ys = (torch.arange(grid[0], device=device) + 0.5) * img_size / grid[0] < input_size[0]
+    xs = (torch.arange(grid[1], device=device) + 0.5) * img_size / grid[1] < input_size[1]
+    return ys[:, None] & xs[None]
+
+
+def centred_features(embedding: Tensor, valid: Tensor) -> Tensor:
+    """Image features for the PEM: the embedding (C, h, w) minus its mean over the valid cells (h, w); zero on padding (ours).
+
+    Raw embeddings share one large direction; without centring, every cosine is near 1.
+    """
+    mean = embedding[:, valid].mean(1)
+    return (embedding - mean[:, None, None]) * valid
+
+
+def cell_coverage(masks: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Area-average of masks (n, 4h, 4w) bool over the cells of an h x w grid -> (n, h, w) float in [0, 1]."""
+    return F.adaptive_avg_pool2d(masks.float()[:, None], grid)[:, 0]
+
+
+def reference_features(features: Tensor, coverage: Tensor) -> Tensor:
+    """One unit vector a mask: the mean of ``features`` (C, h, w) under ``coverage`` (n, h, w), normalised -> (n, C).
+
+    The coverage's own scale cancels. A mask that covers no cell gives zeros, and a PEM of one half everywhere.
+    """
+    return F.normalize(coverage.flatten(1) @ features.flatten(1).T, dim=1)
+
+
+def elimination_maps(features: Tensor, references: Tensor) -> Tensor:
+    """PEM of each reference (n, C): ``(1 + cos(features, reference)) / 2`` on the h x w grid, in [0, 1] -> (n, h, w)."""
+    unit = F.normalize(features.flatten(1), dim=0)
+    return ((1 + references @ unit) / 2).clamp(0, 1).unflatten(1, features.shape[1:])
+
+
+def eliminate(
+    pems: Tensor, cells: Tensor, elimination: float, valid: Tensor, gates: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Adaptive filtering: which waiting prompts do the references explain?
+
+    pems:   (n, h, w).
+    cells:  (m, 2) long, the (row, column) of each waiting prompt on that grid.
+    valid:  (h, w) bool; the threshold of a PEM is ``elimination`` times its mean over these cells.
+    gates:  (n, h, w) bool or None; where given, a reference eliminates only where its gate is on (``aop_gated``, ours).
+
+    Returns (m,) long, the reference that eliminates the prompt, -1 where none does (where several do, the one whose PEM
+    exceeds its threshold by the largest factor), and (m,) the PEM value there (NaN where none does).
+    """
+    m = len(cells)
+    if len(pems) == 0 or m == 0:
+        return cells.new_full((m,), -1), pems.new_full((m,), float("nan"))
+    threshold = elimination * pems[:, valid].mean(1)  # (n,)
+    at = pems[:, cells[:, 0], cells[:, 1]]  # (n, m)
+    excess = at / threshold[:, None]
+    if gates is not None:
+        excess = excess.masked_fill(~gates[:, cells[:, 0], cells[:, 1]], 0)
+    best, by = excess.max(0)
+    gone = best > 1
+    values = at[by, torch.arange(m, device=at.device)]
+    return torch.where(gone, by, -1), torch.where(gone, values, float("nan"))
+
+
+def dilate(coverage: Tensor, cells: int = 1) -> Tensor:
+    """Masks on the grid grown by ``cells``: (n, h, w) coverage -> (n, h, w) bool, on where a covered cell is that near."""
+    return F.max_pool2d(coverage[:, None], 2 * cells + 1, stride=1, padding=cells)[:, 0] > 0.5

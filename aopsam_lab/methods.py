@@ -1,0 +1,235 @@
+"""Every method is one small object that proposes prompts, round by round; ``METHODS`` is the registry.
+
+A method's ``start`` looks at an encoded picture and returns a :class:`Proposal`. The pipeline then asks it for rounds of
+prompts, decodes and filters each the same way for every method, and shows it the masks that passed.
+
+| name          | prompts                                                            | masks a prompt |
+|---------------|--------------------------------------------------------------------|----------------|
+| amg_s, amg_d  | 16 x 16 and 32 x 32 grid (paper's AMG-S, AMG-D)                    | 3 |
+| oas_box       | YOLOv8 boxes, at most 100 (paper's OAS Box)                        | 1 |
+| oas_point     | the centres of those boxes (paper's OAS Central Point)             | 3 |
+| aop_no_as_af  | one point a component of the thresholded PCM (ablation)            | 3 |
+| aop_no_af     | adaptive sampling only (ablation)                                  | 3 |
+| aop           | adaptive sampling and filtering: AoP-SAM                           | 3 |
+| aop_gated     | as aop, but a mask eliminates only prompts on it or beside it (ours) | 3 |
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from segment_anything.utils.amg import build_point_grid
+from torch import Tensor
+
+from aopsam_lab import asf
+from aopsam_lab.asf import AsfParams
+
+if TYPE_CHECKING:
+    from aopsam_lab.detector import Detector
+    from aopsam_lab.predictor import PromptPredictor
+    from aopsam_lab.pipeline import Encoded
+
+ROUND = 16  # points a round of adaptive filtering (ours: the decoder's best batch on a CPU)
+MAX_BOXES = 100
+
+
+@dataclass
+class Models:
+    """What a method may need beside SAM."""
+
+    predictor: PromptPredictor | None = None
+    detector: Detector | None = None
+
+
+@dataclass
+class Prompts:
+    """m prompts, strongest first, image frame.
+
+    points: (m, 2) float32 (x, y); of a box, its centre. boxes: (m, 4) x0 y0 x1 y1, or None for points. confidence: (m,).
+    multimask: whether each is decoded to SAM's three masks or to its single one.
+    """
+
+    points: Tensor
+    confidence: Tensor
+    boxes: Tensor | None = None
+    multimask: bool = True
+
+    def __len__(self) -> int:
+        return len(self.points)
+
+
+@dataclass
+class Proposal:
+    """All prompts at once, in one round. Subclasses propose in several and may eliminate waiting prompts in between.
+
+    eliminated_by: (m,) long, the reference mask (row of ``pems``) that eliminated the prompt, -1 where none did.
+    pem_value:     (m,) the PEM there, NaN where none did.
+    pcm:           (4h, 4w) or None.
+    pems:          list of (h, w) maps, one a reference mask.
+    """
+
+    prompts: Prompts
+    pcm: Tensor | None = None
+    eliminated_by: Tensor = field(init=False)
+    pem_value: Tensor = field(init=False)
+    pems: list[Tensor] = field(default_factory=list)
+    _done: bool = False
+
+    def __post_init__(self) -> None:
+        m, device = len(self.prompts), self.prompts.points.device
+        self.eliminated_by = torch.full((m,), -1, dtype=torch.long, device=device)
+        self.pem_value = torch.full((m,), float("nan"), device=device)
+
+    def next_round(self) -> Tensor | None:
+        """Indices (long) of the prompts to decode now, or None when there are none left."""
+        if self._done or not len(self.prompts):
+            return None
+        self._done = True
+        return torch.arange(len(self.prompts), device=self.prompts.points.device)
+
+    def observe(self, masks: Tensor) -> None:
+        """See the masks (r, 4h, 4w) bool, model frame at low resolution, that this round's prompts gave and that passed
+        the predicted-IoU and stability thresholds."""
+
+
+@dataclass
+class FilteredProposal(Proposal):
+    """Adaptive filtering: rounds of ``ROUND`` waiting points, strongest first; masks found eliminate waiting ones.
+
+    cells: (m, 2) long, each prompt's (row, column) on the h x w grid. features: (C, h, w), centred. valid: (h, w) bool.
+    """
+
+    cells: Tensor = None
+    features: Tensor = None
+    valid: Tensor = None
+    elimination: float = 1.3
+    gated: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.waiting = torch.ones(len(self.prompts), dtype=torch.bool, device=self.prompts.points.device)
+
+    def next_round(self) -> Tensor | None:
+        chosen = self.waiting.nonzero()[:ROUND, 0]
+        self.waiting[chosen] = False
+        return chosen if len(chosen) else None
+
+    def observe(self, masks: Tensor) -> None:
+        waiting = self.waiting.nonzero()[:, 0]
+        if not len(masks):
+            return
+        coverage = asf.cell_coverage(masks, tuple(self.valid.shape)) * self.valid
+        pems = asf.elimination_maps(self.features, asf.reference_features(self.features, coverage))
+        gates = asf.dilate(coverage) if self.gated else None
+        by, value = asf.eliminate(pems, self.cells[waiting], self.elimination, self.valid, gates)
+        gone = by >= 0
+        self.eliminated_by[waiting[gone]] = by[gone] + len(self.pems)
+        self.pem_value[waiting[gone]] = value[gone]
+        self.waiting[waiting[gone]] = False
+        self.pems.extend(pems)
+
+
+class Method(Protocol):
+    """name: its key in the registry. needs: "predictor", "detector" or "". uses: the ASF parameters it depends on."""
+
+    name: str
+    needs: str
+    uses: tuple[str, ...]
+
+    def start(self, encoded: Encoded, models: Models, params: AsfParams) -> Proposal: ...
+
+
+@dataclass(frozen=True)
+class Grid:
+    """AMG's regular grid of ``side * side`` points over the picture, row by row, as segment_anything builds it."""
+
+    name: str
+    side: int
+    needs: str = ""
+    uses: tuple[str, ...] = ()
+
+    def start(self, encoded: Encoded, models: Models, params: AsfParams) -> Proposal:
+        h, w = encoded.image.shape[:2]
+        grid = torch.from_numpy(build_point_grid(self.side) * [w, h]).float().to(encoded.embedding.device)
+        return Proposal(Prompts(grid, torch.ones(len(grid), device=grid.device)))
+
+
+@dataclass(frozen=True)
+class DetectorPrompts:
+    """OAS: YOLOv8 boxes as prompts, or the centres of these boxes."""
+
+    name: str
+    as_points: bool
+    needs: str = "detector"
+    uses: tuple[str, ...] = ()
+
+    def start(self, encoded: Encoded, models: Models, params: AsfParams) -> Proposal:
+        boxes, scores = (
+            torch.as_tensor(x, device=encoded.embedding.device) for x in models.detector.boxes(encoded.image, MAX_BOXES)
+        )
+        centres = (boxes[:, :2] + boxes[:, 2:]) / 2
+        if self.as_points:
+            return Proposal(Prompts(centres, scores))
+        return Proposal(Prompts(centres, scores, boxes, multimask=False))
+
+
+@dataclass(frozen=True)
+class Aop:
+    """AoP-SAM and its ablations. sampling: adaptive, or one point a component. filtering: none, paper's, or gated."""
+
+    name: str
+    adaptive_sampling: bool = True
+    filtering: bool = True
+    gated: bool = False
+    needs: str = "predictor"
+
+    @property
+    def uses(self) -> tuple[str, ...]:
+        sampling = ("smoothing", "confidence", "spacing") if self.adaptive_sampling else ("confidence",)
+        return sampling + (("elimination",) if self.filtering else ())
+
+    def start(self, encoded: Encoded, models: Models, params: AsfParams) -> Proposal:
+        size = encoded.model_image.shape[-1]
+        h, w = encoded.embedding.shape[-2:]
+        device = encoded.embedding.device
+        pcm_valid = asf.valid_cells(encoded.input_size, size, (4 * h, 4 * w), device)
+        pcm = models.predictor.pcm(encoded.model_image, encoded.embedding, pcm_valid)
+        if self.adaptive_sampling:
+            cells, confidence = asf.sample_prompts(pcm, params.smoothing, params.confidence, params.spacing)
+        else:
+            cells, confidence = asf.component_prompts(pcm, params.confidence)
+        # a smoothed map can peak just outside the picture; such a prompt would lie on padding
+        inside = pcm_valid[cells[:, 0], cells[:, 1]]
+        cells, confidence = cells[inside], confidence[inside]
+        prompts = Prompts(encoded.to_image((cells.flip(1) + 0.5) * (size / pcm.shape[-1])), confidence)
+        if not self.filtering:
+            return Proposal(prompts, pcm)
+        valid = asf.valid_cells(encoded.input_size, size, (h, w), device)
+        features = asf.centred_features(encoded.embedding[0], valid)
+        return FilteredProposal(
+            prompts, pcm, cells=cells // 4, features=features, valid=valid, elimination=params.elimination, gated=self.gated
+        )
+
+
+METHODS: dict[str, Method] = {
+    method.name: method
+    for method in (
+        Grid("amg_s", 16),
+        Grid("amg_d", 32),
+        DetectorPrompts("oas_box", as_points=False),
+        DetectorPrompts("oas_point", as_points=True),
+        Aop("aop_no_as_af", adaptive_sampling=False, filtering=False),
+        Aop("aop_no_af", filtering=False),
+        Aop("aop"),
+        Aop("aop_gated", gated=True),
+    )
+}
+
+
+def method_named(name: str) -> Method:
+    """The registered method, or a ValueError that lists them all."""
+    if name not in METHODS:
+        raise ValueError(f"there is no method {name!r}; choose one of {', '.join(METHODS)}")
+    return METHODS[name]

@@ -1,0 +1,90 @@
+"""The Prompt Predictor: picture and SAM embedding in, Prompt Confidence Map (PCM) out.
+
+From the paper: two encoders (a CNN on the picture, SAM's ViT embedding), convolutions with ReLU, a Sigmoid at the end,
+lightweight. Ours: the widths, BatchNorm, the two scales at which the branches meet, and the last bias of -3 (with a bias of 0
+the Sigmoid starts at one half everywhere, is driven to zero by the empty cells and stays there).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from aopsam_lab.sam.zoo import resolve_device
+
+WEIGHTS = Path(__file__).parent / "weights"
+BUNDLED = {"tiny": WEIGHTS / "predictor_tiny.safetensors"}
+
+
+def _conv(c_in: int, c_out: int, kernel: int = 3, stride: int = 1) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(c_in, c_out, kernel, stride, kernel // 2, bias=False), nn.BatchNorm2d(c_out), nn.ReLU(inplace=True)
+    )
+
+
+class PromptPredictor(nn.Module):
+    """(B, 3, S, S) model-frame pictures (normalised, padded) and (B, C, h, w) embeddings -> (B, 1, 4h, 4w) PCM in [0, 1].
+
+    embed_dim: C of the embedding. stride: S / h, 8 or 16 (so one PCM cell is 2 or 4 model-frame pixels wide).
+    """
+
+    def __init__(self, embed_dim: int = 128, stride: int = 8):
+        super().__init__()
+        if stride not in (8, 16):
+            raise ValueError(f"a Prompt Predictor is made for embeddings at stride 8 or 16, not {stride}")
+        self.embed_dim, self.stride = embed_dim, stride
+        first = [_conv(3, 24, stride=2)] if stride == 8 else [_conv(3, 16, stride=2), _conv(16, 24, stride=2)]
+        self.image4 = nn.Sequential(*first, _conv(24, 24))  # (B, 24, 4h, 4w)
+        self.image2 = nn.Sequential(_conv(24, 48, stride=2), _conv(48, 48))  # (B, 48, 2h, 2w)
+        self.embed = nn.Sequential(_conv(embed_dim, 96, 1), _conv(96, 96))  # (B, 96, h, w)
+        self.fuse2 = nn.Sequential(_conv(48 + 96, 64), _conv(64, 48, 1))  # (B, 48, 2h, 2w)
+        self.fuse4 = nn.Sequential(_conv(24 + 48, 32), _conv(32, 32), nn.Conv2d(32, 1, 1))  # (B, 1, 4h, 4w)
+        nn.init.constant_(self.fuse4[-1].bias, -3.0)
+
+    def logits(self, image: Tensor, embedding: Tensor) -> Tensor:
+        """The PCM before its Sigmoid."""
+        fine = self.image4(image)
+        middle = torch.cat([self.image2(fine), _double(self.embed(embedding))], 1)
+        return self.fuse4(torch.cat([fine, _double(self.fuse2(middle))], 1))
+
+    def forward(self, image: Tensor, embedding: Tensor) -> Tensor:
+        return self.logits(image, embedding).sigmoid()
+
+    @torch.inference_mode()
+    def pcm(self, image: Tensor, embedding: Tensor, valid: Tensor) -> Tensor:
+        """The PCM of one picture (1, 3, S, S), zero on padding (``valid``: (4h, 4w) bool) -> (4h, 4w)."""
+        return self(image, embedding)[0, 0] * valid
+
+
+def _double(x: Tensor) -> Tensor:
+    return F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)
+
+
+def load_predictor(name: str = "tiny", path: str | Path | None = None, device: str = "auto") -> PromptPredictor:
+    """The bundled predictor of a SAM (``tiny``), or one of your own training by path.
+
+    The file (safetensors) says in its metadata which embedding it is for. The result is in eval mode and carries ``sha256``.
+    Raises ValueError where no predictor is bundled or the file is not one, FileNotFoundError where there is no file.
+    """
+    if path is None:
+        if name not in BUNDLED:
+            raise ValueError(f"no Prompt Predictor is bundled for {name!r}: train one and give its path (bundled: {', '.join(BUNDLED)})")
+        path = BUNDLED[name]
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no Prompt Predictor weights at {path}")
+    try:
+        with safe_open(str(path), "pt") as file:
+            about = file.metadata() or {}
+            weights = {key: file.get_tensor(key) for key in file.keys()}
+        predictor = PromptPredictor(int(about["embed_dim"]), int(about["stride"]))
+        predictor.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in weights.items()})
+    except (SafetensorError, KeyError, RuntimeError) as error:
+        raise ValueError(f"{path} does not hold a Prompt Predictor's weights ({error})") from error
+    predictor.sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    return predictor.eval().requires_grad_(False).to(resolve_device(device))

@@ -1,0 +1,110 @@
+"""Choose tiny's two thresholds on training pictures and write its bundled weights.
+
+    python -m aopsam_lab.training.export_tiny --checkpoint runs/tiny/last.pt --pools scenes=0.5:DIR photos=0.5:DIR
+
+Thresholds (ours): a grid of predicted-IoU and stability thresholds is tried on AMG-D's masks of the pools' pictures; of all
+pairs whose mIoU comes within half a point of the best, the one that keeps the fewest masks wins. AMG-D is the opponent: the
+thresholds suit it first. Masks are compared at low resolution, which is near enough for choosing.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from segment_anything.modeling import Sam
+from segment_anything.utils.amg import batched_mask_to_box, build_point_grid, calculate_stability_score
+from torchvision.ops import nms
+from tqdm.auto import tqdm
+
+from aopsam_lab.evaluator import score_matrix
+from aopsam_lab.pipeline import BOX_NMS_THRESH, STABILITY_OFFSET
+from aopsam_lab.sam.decoder import decode_tokens, draw_masks
+from aopsam_lab.sam.tiny import build_tiny_sam
+from aopsam_lab.sam.zoo import TINY_WEIGHTS
+from aopsam_lab.training.pool import read_entry
+from aopsam_lab.training.predictor import whole_picture
+from aopsam_lab.training.tiny_sam import parse_pools
+
+IOU_GRID = np.arange(0.20, 0.86, 0.05)
+STABILITY_GRID = np.arange(0.50, 0.96, 0.05)
+SLACK = 0.005
+
+
+@torch.inference_mode()
+def grid_masks(sam: Sam, image: np.ndarray, masks: np.ndarray, side: int = 32) -> dict[str, torch.Tensor]:
+    """Everything AMG-D decodes on a picture: predicted IoU, stability, box and IoU with each truth (n_truth, n)."""
+    pixels = torch.from_numpy(image.transpose(2, 0, 1).copy()).to(sam.device)[None]
+    embedding = sam.image_encoder(sam.preprocess(pixels))
+    h, w = image.shape[:2]
+    points = torch.from_numpy(build_point_grid(side) * [w, h]).float().to(sam.device)
+    truth = torch.from_numpy(masks).to(sam.device).flatten(1).float()
+    columns = dict(iou=[], stability=[], box=[], overlap=[])
+    for part in points.split(64):
+        labels = torch.ones(len(part), 1, device=sam.device)
+        sparse = sam.prompt_encoder(points=(part[:, None], labels), boxes=None, masks=None)[0]
+        dense = sam.prompt_encoder.no_mask_embed.weight[0]
+        decoded = decode_tokens(sam.mask_decoder, embedding, sam.prompt_encoder.get_dense_pe(), sparse[None], dense)
+        low = draw_masks(sam.mask_decoder, decoded, slice(1, None)).flatten(0, 1)[:, : masks.shape[1], : masks.shape[2]]
+        on = low > 0
+        flat = on.flatten(1).float()
+        overlap = truth @ flat.T
+        columns["iou"].append(decoded.iou[:, 1:].flatten())
+        columns["stability"].append(calculate_stability_score(low, 0.0, STABILITY_OFFSET))
+        columns["box"].append(batched_mask_to_box(on).float())
+        columns["overlap"].append((overlap / (truth.sum(1)[:, None] + flat.sum(1) - overlap).clamp(min=1)).T)
+    found = {name: torch.cat(parts).cpu() for name, parts in columns.items()}
+    found["overlap"] = found["overlap"].T
+    return found
+
+
+def choose_thresholds(sam: Sam, paths: list[Path]) -> tuple[float, float, float, float]:
+    """(predicted-IoU threshold, stability threshold, mIoU, masks kept a picture) of AMG-D on the pictures."""
+    shape = (len(IOU_GRID), len(STABILITY_GRID))
+    miou, kept = np.zeros(shape), np.zeros(shape)
+    for path in tqdm(paths, desc="thresholds"):
+        image, masks = whole_picture(*read_entry(path))
+        found = grid_masks(sam, image, masks)
+        for i, least_iou in enumerate(IOU_GRID):
+            for j, least_stability in enumerate(STABILITY_GRID):
+                good = (found["iou"] > least_iou) & (found["stability"] >= least_stability)
+                index = good.nonzero()[:, 0]
+                index = index[nms(found["box"][index], found["iou"][index], BOX_NMS_THRESH)]
+                miou[i, j] += score_matrix(found["overlap"][:, index].numpy()).miou / len(paths)
+                kept[i, j] += len(index) / len(paths)
+    near = miou >= miou.max() - SLACK
+    i, j = np.unravel_index(np.where(near, kept, np.inf).argmin(), shape)
+    return round(float(IOU_GRID[i]), 3), round(float(STABILITY_GRID[j]), 3), float(miou[i, j]), float(kept[i, j])
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", required=True, help="last.pt of a training run")
+    parser.add_argument("--pools", nargs="+", required=True, help="name=share:folder of pool entries")
+    parser.add_argument("--pictures", type=int, default=40)
+    parser.add_argument("--out", type=Path, default=TINY_WEIGHTS)
+    args = parser.parse_args(argv)
+    state = torch.load(args.checkpoint, map_location="cpu", weights_only=True)
+    prefix = "module."
+    weights = {k[len(prefix) :]: v.half() if v.is_floating_point() else v for k, v in state["ema"].items() if k.startswith(prefix)}
+    sam = build_tiny_sam()
+    sam.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in weights.items()})
+    sam.eval().requires_grad_(False)
+    total = sum(share for share, _ in parse_pools(args.pools))
+    paths = []
+    for share, entries in parse_pools(args.pools):
+        step = max(1, len(entries) // max(1, round(args.pictures * share / total)))
+        paths += entries[::step][: round(args.pictures * share / total)]
+    iou, stability, miou, kept = choose_thresholds(sam, paths)
+    about = dict(pred_iou_thresh=str(iou), stability_score_thresh=str(stability), steps=str(state["step"]))
+    partial = args.out.with_suffix(".tmp")
+    save_file({k: v.contiguous() for k, v in weights.items()}, str(partial), metadata=about)
+    partial.replace(args.out)
+    print(f"{args.out}: predicted IoU > {iou}, stability >= {stability}: AMG-D mIoU {miou:.3f} with {kept:.0f} masks a picture")
+
+
+if __name__ == "__main__":
+    main()
