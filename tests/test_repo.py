@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 import subprocess
+import sys
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -72,14 +75,37 @@ def test_each_bundled_weights_file_has_its_card():
     assert missing == []
 
 
+def requirement_lines() -> list[str]:
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    return [line for line in lines if line and not line.startswith("#")]
+
+
 def test_requirements_are_pinned_exactly():
-    lines = [line.split("#")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines()]
     pinned = re.compile(r"[\w.-]+==[\w.]+(; python_version (<|>=) \"3\.\d+\")?")
-    loose = [line for line in lines if line and not pinned.fullmatch(line)]
-    assert loose == []
+    assert [line for line in requirement_lines() if not pinned.fullmatch(line)] == []
 
 
 def test_every_module_says_what_it_is():
     for path, text in texts():
         if path.suffix == ".py" and path.parts[0] == "aopsam_lab" and text.strip():
             assert re.match(r'"{3}\S', text), f"{path} has no docstring"
+
+
+def test_what_is_imported_is_required():
+    required = {re.split(r"[=;]", line)[0].strip().lower().replace("_", "-") for line in requirement_lines()}
+    distributions = packages_distributions()
+    missing = {}
+    for path, text in texts():
+        if path.suffix != ".py" or path.parts[0] not in {"aopsam_lab", "tests"}:
+            continue
+        names = set()
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.Import):
+                names |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and not node.level and node.module:
+                names.add(node.module)
+        for name in {name.split(".")[0] for name in names} - sys.stdlib_module_names - {"aopsam_lab"}:
+            offered_by = {d.lower().replace("_", "-") for d in distributions.get(name, [name])}
+            if not offered_by & required:
+                missing[name] = str(path)
+    assert missing == {}
