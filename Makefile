@@ -34,8 +34,8 @@ study: $(READY)  ## the main comparison: SAM= CHECKPOINT= METHODS= DATASET= N= S
 test: $(READY)  ## all tests; ARGS="-k name" for some of them
 	$(RUN) -m pytest $(ARGS)
 
-lab: $(READY)  ## JupyterLab on the notebooks
-	$(RUN) -m jupyter lab notebooks
+lab: $(READY)  ## JupyterLab on the notebooks; ARGS="--no-browser --port 8890" for its options
+	$(RUN) -m jupyter lab notebooks $(ARGS)
 
 readme: $(READY)  ## write the results of the last study into the README
 	$(RUN) -m aopsam_lab.study readme --reports '$(OUT)'
