@@ -1,0 +1,172 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.ndimage import gaussian_filter
+from skimage.feature import peak_local_max
+
+from aopsam_lab import asf
+from aopsam_lab.asf import AsfParams
+
+
+def random_map(seed: int, side: int = 48) -> torch.Tensor:
+    return torch.from_numpy(np.random.default_rng(seed).random((side, side))).float()
+
+
+# --- sampling ---
+
+
+def test_smoothing_equals_scipy():
+    x = random_map(0)
+    expected = gaussian_filter(x.numpy(), 1.7, mode="nearest", truncate=4.0)
+    assert np.allclose(asf.smooth(x, 1.7).numpy(), expected, atol=1e-6)
+    assert asf.smooth(x, 0.0) is x
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 10_000), spacing=st.integers(1, 7), threshold=st.floats(0, 0.99))
+def test_local_maxima_equal_skimage(seed, spacing, threshold):
+    x = random_map(seed)
+    cells, values = asf.local_maxima(x, threshold, spacing)
+    expected = peak_local_max(
+        x.numpy(), min_distance=spacing, threshold_abs=threshold, exclude_border=False, p_norm=float("inf")
+    )
+    assert {tuple(c) for c in cells.tolist()} == {tuple(c) for c in expected.tolist()}
+    assert (values.diff() <= 0).all()
+
+
+def test_maxima_by_hand():
+    x = torch.zeros(7, 9)
+    x[1, 1], x[1, 3], x[5, 7], x[5, 1] = 0.9, 0.8, 0.5, 0.5
+    cells, values = asf.local_maxima(x, 0.2, 2)  # (1, 3) lies in the window of (1, 1); ties go row, then column
+    assert cells.tolist() == [[1, 1], [5, 1], [5, 7]]
+    assert values.tolist() == pytest.approx([0.9, 0.5, 0.5])
+    assert asf.local_maxima(x, 0.2, 1)[0].tolist() == [[1, 1], [1, 3], [5, 1], [5, 7]]
+    assert len(asf.local_maxima(x, 0.5, 1)[0]) == 2, "the threshold itself does not pass"
+
+
+def test_plateau_gives_one_prompt_a_window():
+    x = torch.zeros(6, 20)
+    x[2, 2:16] = 0.7
+    cells, _ = asf.local_maxima(x, 0.1, 3)
+    assert cells.tolist() == [[2, 2], [2, 6], [2, 10], [2, 14]]
+
+
+def test_parameters_scale_with_the_map():
+    torch.manual_seed(0)
+    small = torch.zeros(64, 64)
+    small[20, 20], small[20, 22], small[50, 9] = 1.0, 0.9, 0.8
+    # at a width of 64 a spacing of 8 (of 256) is 2 cells: (20, 22) is in the window of (20, 20)
+    assert asf.sample_prompts(small, 0, 0.2, 8)[0].tolist() == [[20, 20], [50, 9]]
+    assert asf.sample_prompts(small, 0, 0.2, 4)[0].tolist() == [[20, 20], [20, 22], [50, 9]]
+
+
+def test_nothing_above_confidence_is_no_prompt():
+    cells, values = asf.sample_prompts(torch.full((32, 32), 0.1))
+    assert cells.shape == (0, 2) and values.shape == (0,)
+
+
+def test_one_prompt_a_component():
+    x = torch.zeros(8, 8)
+    x[1, 1], x[2, 2], x[1, 5], x[6, 6] = 0.4, 0.6, 0.9, 0.15  # the first two touch at a corner
+    cells, values = asf.component_prompts(x, 0.2)
+    assert cells.tolist() == [[1, 5], [2, 2]]
+    assert values.tolist() == pytest.approx([0.9, 0.6])
+    assert len(asf.component_prompts(torch.zeros(4, 4))[0]) == 0
+
+
+@pytest.mark.parametrize("bad", [dict(smoothing=-1), dict(confidence=1.0), dict(spacing=0), dict(elimination=0)])
+def test_bad_parameters_are_refused_by_name(bad):
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        AsfParams(**bad)
+
+
+# --- filtering ---
+
+
+def test_valid_cells_stop_at_the_padding():
+    valid = asf.valid_cells((128, 256), 256, (4, 4))
+    assert valid.tolist() == [[True] * 4] * 2 + [[False] * 4] * 2
+    assert asf.valid_cells((33, 256), 256, (4, 4))[0].all(), "a cell whose centre (32) lies on the picture counts"
+    assert not asf.valid_cells((32, 256), 256, (4, 4)).any()
+
+
+def two_tone() -> tuple[torch.Tensor, torch.Tensor]:
+    """2 x 2 grid: left cells point one way, right cells the other, plus a large shared direction."""
+    features = torch.zeros(2, 2, 2)
+    features[0, :, 0], features[0, :, 1], features[1] = 1.0, -1.0, 50.0
+    return features, torch.ones(2, 2, dtype=torch.bool)
+
+
+def test_centring_removes_what_all_cells_share():
+    features, valid = two_tone()
+    centred = asf.centred_features(features, valid)
+    assert centred[1].abs().max() == 0
+    assert centred[0].tolist() == [[1, -1], [1, -1]]
+
+
+def test_centring_leaves_padding_out():
+    features, valid = two_tone()
+    valid[1] = False
+    features[0, 1] = 100.0
+    centred = asf.centred_features(features, valid)
+    assert centred[0].tolist() == [[1, -1], [0, 0]]
+
+
+def test_pem_by_hand():
+    features, valid = two_tone()
+    centred = asf.centred_features(features, valid)
+    coverage = torch.tensor([[[1.0, 0.0], [0.5, 0.0]]])  # the left column
+    references = asf.reference_features(centred, coverage)
+    assert references.tolist() == [[1.0, 0.0]]
+    pem = asf.elimination_maps(centred, references)
+    assert pem.tolist() == [[[1.0, 0.0], [1.0, 0.0]]]  # mean 0.5
+    cells = torch.tensor([[0, 0], [0, 1], [1, 0]])
+    by, value = asf.eliminate(pem, cells, 1.3, valid)  # 1 > 0.65, 0 < 0.65
+    assert by.tolist() == [0, -1, 0] and value[0] == 1 and value[1].isnan()
+    by, _ = asf.eliminate(pem, cells, 2.0, valid)  # 1 > 1 is false
+    assert by.tolist() == [-1, -1, -1]
+
+
+def test_gate_spares_the_like_object_elsewhere():
+    pem = torch.tensor([[[1.0, 0.0, 0.0, 1.0]]])
+    valid = torch.ones(1, 4, dtype=torch.bool)
+    gate = asf.dilate(torch.tensor([[[1.0, 0.0, 0.0, 0.0]]]))
+    assert gate.tolist() == [[[True, True, False, False]]]
+    cells = torch.tensor([[0, 0], [0, 1], [0, 3]])
+    assert asf.eliminate(pem, cells, 1.3, valid)[0].tolist() == [0, -1, 0]
+    assert asf.eliminate(pem, cells, 1.3, valid, gate)[0].tolist() == [0, -1, -1]
+
+
+def test_the_reference_that_exceeds_most_is_named():
+    pems = torch.tensor([[[0.9, 0.5]], [[0.8, 0.1]]])  # thresholds at 1.0: means 0.7 and 0.45; factors 1.29 and 1.78
+    by, value = asf.eliminate(pems, torch.tensor([[0, 0]]), 1.0, torch.ones(1, 2, dtype=torch.bool))
+    assert by.item() == 1 and value.item() == pytest.approx(0.8)
+
+
+def test_a_mask_on_no_cell_eliminates_nothing():
+    features, valid = two_tone()
+    references = asf.reference_features(asf.centred_features(features, valid), torch.zeros(1, 2, 2))
+    pem = asf.elimination_maps(features, references)
+    assert (pem == 0.5).all()
+    assert asf.eliminate(pem, torch.tensor([[0, 0]]), 1.25, valid)[0].item() == -1
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 10_000))
+def test_a_higher_threshold_removes_no_more(seed):
+    rng = torch.Generator().manual_seed(seed)
+    pems, valid = torch.rand(5, 8, 8, generator=rng), torch.rand(8, 8, generator=rng) > 0.3
+    valid[0, 0] = True
+    cells = torch.randint(8, (30, 2), generator=rng)
+    gone = [asf.eliminate(pems, cells, t, valid)[0] >= 0 for t in (1.25, 1.3, 1.4)]
+    assert (gone[1] <= gone[0]).all() and (gone[2] <= gone[1]).all()
+    gates = torch.rand(5, 8, 8, generator=rng) > 0.5
+    assert ((asf.eliminate(pems, cells, 1.25, valid, gates)[0] >= 0) <= gone[0]).all()
+
+
+def test_coverage_is_the_area_average():
+    mask = torch.zeros(1, 8, 8, dtype=torch.bool)
+    mask[0, :4, :2] = True
+    assert asf.cell_coverage(mask, (2, 2)).tolist() == [[[0.5, 0.0], [0.0, 0.0]]]
