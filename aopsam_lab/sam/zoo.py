@@ -169,7 +169,7 @@ def _damaged(path: Path, head: bytes) -> str:
 
 
 def _wanted(name: str) -> str:
-    return OFFICIAL_FILES.get(name, "a checkpoint that training.tiny_sam wrote, or none for the bundled weights")
+    return OFFICIAL_FILES.get(name, "a file of aopsam_lab.training.export_tiny, or none for the bundled weights")
 
 
 def _misfit(wanted: dict[str, Tensor], given: dict[str, Tensor]) -> str:
