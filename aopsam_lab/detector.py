@@ -1,0 +1,176 @@
+"""YOLOv8 boxes for the object-aware baselines (OAS): real Ultralytics models, kept quiet.
+
+Ultralytics is AGPL-3.0 software; only this module and training/detector.py import it, inside functions. While it is
+imported and used here it sends no usage statistics, uses no network, installs nothing and writes nothing to the user's
+home. The method is object-aware sampling of MobileSAMv2 (Zhang et al. 2023); the one-class training is ours.
+"""
+
+from __future__ import annotations
+
+import atexit
+import hashlib
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import resources
+from pathlib import Path
+from types import ModuleType
+
+import cv2
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+
+from aopsam_lab.sam.zoo import resolve_device
+
+ARCHITECTURE = "yolov8n.yaml"
+CLASS_NAMES = {0: "object"}
+# Where the weights do not say. Low confidence is kind to the baseline: a box more costs it time, not mIoU.
+DEFAULTS = {"imgsz": 640, "confidence": 0.05, "overlap": 0.7}
+_OFFLINE = {
+    "YOLO_OFFLINE": "true",
+    "YOLO_AUTOINSTALL": "false",
+    "YOLO_VERBOSE": "false",
+    "ULTRALYTICS_SAFE_LOAD": "true",
+}
+
+
+@contextmanager
+def process_left_alone() -> Iterator[None]:
+    """Puts back what Ultralytics changes for the whole process: threads, printing, environment."""
+    threads, cv_threads, printing = torch.get_num_threads(), cv2.getNumThreads(), np.get_printoptions()
+    environment = dict(os.environ)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        cv2.setNumThreads(cv_threads)
+        np.set_printoptions(**printing)
+        for name in os.environ.keys() - environment.keys() - _OFFLINE.keys():
+            del os.environ[name]
+        os.environ.update({name: value for name, value in environment.items() if name not in _OFFLINE})
+
+
+def import_ultralytics() -> ModuleType:
+    """The ultralytics package, offline and silent, its settings in a temporary folder that goes with the process.
+
+    Where the caller imported it before, its folder is the caller's choice; statistics are switched off all the same.
+    Raises: ImportError where it is not installed.
+    """
+    os.environ.update(_OFFLINE)
+    with process_left_alone():
+        if "ultralytics" not in sys.modules:
+            folder = tempfile.mkdtemp(prefix="aopsam_lab_ultralytics_")
+            atexit.register(shutil.rmtree, folder, ignore_errors=True)
+            os.environ["YOLO_CONFIG_DIR"] = folder
+        try:
+            import ultralytics
+        except ImportError as error:
+            raise ImportError(
+                "The OAS methods need Ultralytics YOLO: pip install ultralytics-opencv-headless (AGPL-3.0)"
+            ) from error
+        settings = ultralytics.settings
+        off = {name: False for name, value in settings.items() if value is True}  # statistics and every integration
+        dict.update(settings, off)  # in memory only: its own update() would write the file
+        from ultralytics.utils import events
+
+        events.events.enabled = False
+    return ultralytics
+
+
+class Detector:
+    """One loaded model. name and sha256 say which; imgsz is the side its pictures are scaled to."""
+
+    def __init__(self, model: torch.nn.Module, name: str, sha256: str, options: dict[str, float], device: torch.device):
+        with process_left_alone():
+            from ultralytics.models.yolo.detect import DetectionPredictor
+
+            self.name, self.sha256, self.imgsz = name, sha256, int(options["imgsz"])
+            overrides = {
+                "task": "detect", "mode": "predict", "imgsz": self.imgsz, "conf": options["confidence"], "rect": True,
+                "iou": options["overlap"], "max_det": 300, "device": str(device), "agnostic_nms": True, "batch": 1,
+                "save": False, "verbose": False, "project": tempfile.gettempdir(), "name": "aopsam_lab_unused",
+            }  # fmt: skip
+            self._predictor = DetectionPredictor(overrides=overrides)
+            self._predictor.setup_model(model.eval(), verbose=False)
+            self._predictor([np.zeros((self.imgsz, self.imgsz, 3), np.uint8)])
+
+    def boxes(self, image: np.ndarray, max_boxes: int = 100) -> tuple[np.ndarray, np.ndarray]:
+        """The most confident boxes of a picture.
+
+        image: H x W x 3 uint8, RGB.
+
+        Returns: boxes, n x 4 float32 (x0, y0, x1, y1) in the image frame, within the picture and not empty; scores, n
+        float32, falling.
+        Raises: ValueError for another kind of array.
+        """
+        if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
+            raise ValueError(f"a detector takes H x W x 3 uint8 pictures, not {image.shape} {image.dtype}")
+        height, width = image.shape[:2]
+        found = self._predictor([np.ascontiguousarray(image[..., ::-1])])[0].boxes  # Ultralytics reads BGR
+        boxes = found.xyxy.float().cpu().numpy().clip(0, np.array([width, height] * 2, np.float32))
+        scores = found.conf.float().cpu().numpy()
+        real = np.flatnonzero((boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1]))
+        best = real[np.argsort(-scores[real], kind="stable")][:max_boxes]
+        return boxes[best].astype(np.float32), scores[best].astype(np.float32)
+
+
+def _from_safetensors(path: Path) -> tuple[torch.nn.Module, dict[str, float]]:
+    from ultralytics.nn.tasks import DetectionModel
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            state = {name: file.get_tensor(name) for name in file.keys()}
+            options = {**DEFAULTS, **json.loads((file.metadata() or {}).get("detector", "{}"))}
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is not a readable safetensors file ({error}); give detector weights") from error
+    model = DetectionModel(ARCHITECTURE, nc=len(CLASS_NAMES), verbose=False)
+    wanted = model.state_dict()
+    if wanted.keys() != state.keys() or any(wanted[name].shape != state[name].shape for name in state):
+        raise ValueError(f"{path} does not hold one-class YOLOv8n weights; give the bundled file, or a YOLOv8 .pt file")
+    model.load_state_dict({name: tensor.to(wanted[name].dtype) for name, tensor in state.items()})
+    model.names = dict(CLASS_NAMES)
+    return model, options
+
+
+def _from_checkpoint(path: Path) -> tuple[torch.nn.Module, dict[str, float]]:
+    from ultralytics.nn.tasks import load_checkpoint
+
+    try:
+        model, checkpoint = load_checkpoint(str(path))
+    except Exception as error:  # a broken file shows itself as one of many types
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{path} is not a YOLOv8 checkpoint Ultralytics can read ({reason})") from error
+    if getattr(model, "task", "detect") != "detect":
+        raise ValueError(f"{path} holds a YOLO model for '{model.task}'; box prompts need one for 'detect'")
+    side = checkpoint.get("train_args", {}).get("imgsz", DEFAULTS["imgsz"])
+    return model, {**DEFAULTS, "imgsz": side}
+
+
+def load_detector(weights: str | os.PathLike | None = None, device: str | torch.device = "auto") -> Detector:
+    """A YOLOv8 detector.
+
+    weights: None for the bundled one-class YOLOv8n, or a file: .safetensors as training/detector.py writes it, or any
+    Ultralytics YOLOv8 detection checkpoint (.pt, read without running code from it; its classes are ignored).
+    Raises: FileNotFoundError, ValueError for a file that is no such thing, ImportError without Ultralytics.
+    """
+    path = (
+        Path(weights)
+        if weights is not None
+        else Path(str(resources.files("aopsam_lab") / "weights/detector.safetensors"))
+    )
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"No detector weights at {path}; train some with python -m aopsam_lab.training.detector"
+        )
+    if path.suffix not in (".safetensors", ".pt"):
+        raise ValueError(f"{path}: detector weights are .safetensors or .pt files")
+    target = resolve_device(device)
+    import_ultralytics()
+    with process_left_alone():
+        model, options = _from_safetensors(path) if path.suffix == ".safetensors" else _from_checkpoint(path)
+    return Detector(model, path.stem, hashlib.sha256(path.read_bytes()).hexdigest(), options, target)
