@@ -140,9 +140,7 @@ def mean_interval(values: Sequence[float], seed: int = 0) -> tuple[float, float,
     return mean, low, high
 
 
-def paired_difference(
-    values: Sequence[float], reference: Sequence[float], seed: int = 0
-) -> tuple[float, float, float]:
+def paired_difference(values: Sequence[float], reference: Sequence[float], seed: int = 0) -> tuple[float, float, float]:
     """`values` minus `reference`, image by image: (mean, low, high) of the paired 95% interval.
 
     Raises ValueError where the two are not of the same images.

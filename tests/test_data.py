@@ -49,10 +49,18 @@ def write(folder: Path, segmentations: list[list], **extra) -> Path:
         Image.fromarray(rng.integers(0, 255, (HEIGHT, WIDTH, 3), dtype=np.uint8)).save(folder / "images" / name)
         images.append({"id": i + 1, "file_name": name, "width": WIDTH, "height": HEIGHT})
         for segmentation in own:
-            annotations.append({
-                "id": len(annotations) + 1, "image_id": i + 1, "category_id": 1 + i % 2, "iscrowd": 0,
-                "segmentation": segmentation, "area": 1.0, "bbox": [0, 0, 1, 1], **extra,
-            })
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": i + 1,
+                    "category_id": 1 + i % 2,
+                    "iscrowd": 0,
+                    "segmentation": segmentation,
+                    "area": 1.0,
+                    "bbox": [0, 0, 1, 1],
+                    **extra,
+                }
+            )
     content = {"images": images, "annotations": annotations, "categories": [{"id": 1}, {"id": 2}]}
     (folder / "annotations.json").write_text(json.dumps(content))
     return folder

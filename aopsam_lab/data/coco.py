@@ -89,9 +89,10 @@ class CocoFolder:
             "images_available": self._available,
             "masks": sum(map(len, self._rles)),
             "images_without_masks": sum(not rles for rles in self._rles),
-            **{key: self._counts[key] for key in (
-                "missing_images", "crowd_regions", "degenerate_polygons", "annotations_without_mask"
-            )},
+            **{
+                key: self._counts[key]
+                for key in ("missing_images", "crowd_regions", "degenerate_polygons", "annotations_without_mask")
+            },
         }
 
     def _read(self) -> tuple[list[dict], dict]:

@@ -20,8 +20,8 @@ from aopsam_lab.study import tables
 if TYPE_CHECKING:
     from aopsam_lab.study.runner import Example
 
-# Colours of Okabe and Ito (2008), one for each family of methods; within a family the marker tells them apart, so nothing
-# rests on colour alone.
+# Colours of Okabe and Ito (2008), one for each family of methods; within a family the marker tells them apart, so
+# nothing rests on colour alone.
 STYLES = {
     "amg_s": ("#0072B2", "s"),
     "amg_d": ("#0072B2", "D"),
@@ -67,7 +67,12 @@ def tradeoff_figure(summary: pd.DataFrame) -> Figure:
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("prompts decoded per image (log scale)", color=MUTED)
     axes.set_title(
-        "mIoU in percent, with 95% intervals over images", loc="left", fontsize=10.5, color=INK, fontweight="bold", pad=12
+        "mIoU in percent, with 95% intervals over images",
+        loc="left",
+        fontsize=10.5,
+        color=INK,
+        fontweight="bold",
+        pad=12,
     )
     _label_marks(figure, axes, summary["method"].tolist(), x, y, low, high)
     return figure
@@ -107,8 +112,8 @@ def place_labels(
 ) -> np.ndarray:
     """Where to put n labels so that they cover neither each other nor any mark.
 
-    boxes: (n, 2) width and height of each label; marks: (n, 2) centre of each label's mark; obstacles: (m, 4) x0 y0 x1 y1
-    of what must stay visible; bounds: x0 y0 x1 y1 to stay in. All in one unit, pixels for instance, y upwards.
+    boxes: (n, 2) width and height of each label; marks: (n, 2) centre of each label's mark; obstacles: (m, 4) x0 y0
+    x1 y1 of what must stay visible; bounds: x0 y0 x1 y1 to stay in. All in one unit, pixels for instance, y upwards.
     Returns (n, 2), the lower left corner of each. Labels are placed one by one, each at the nearest free of a ring of
     places around its mark; where none is free, at the one that covers least.
     """

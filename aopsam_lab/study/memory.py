@@ -4,8 +4,8 @@ On a CPU it is the peak resident size while the method runs, encoder included, m
 pictures are loaded and nothing has run (ours; the paper does not say how it measured). On CUDA it is
 `torch.cuda.max_memory_allocated`, weights included. Both in MiB.
 
-A process of its own, because memory that one method has freed may be handed to the next without showing, and because the
-peak of a process only ever grows.
+A process of its own, because memory that one method has freed may be handed to the next without showing, and because
+the peak of a process only ever grows.
 """
 
 from __future__ import annotations
@@ -36,13 +36,17 @@ def measure_peak(setting: Setting, weights: Weights, images: Sequence[np.ndarray
         request, answer = Path(folder, "request.json"), Path(folder, "answer.json")
         for i, image in enumerate(images):
             np.save(Path(folder, f"{i}.npy"), image)
-        request.write_text(json.dumps({
-            "method": setting.method,
-            "params": dataclasses.asdict(setting.params),
-            "weights": dataclasses.asdict(weights),
-            "images": [str(Path(folder, f"{i}.npy")) for i in range(len(images))],
-            "answer": str(answer),
-        }))
+        request.write_text(
+            json.dumps(
+                {
+                    "method": setting.method,
+                    "params": dataclasses.asdict(setting.params),
+                    "weights": dataclasses.asdict(weights),
+                    "images": [str(Path(folder, f"{i}.npy")) for i in range(len(images))],
+                    "answer": str(answer),
+                }
+            )
+        )
         command = [sys.executable, "-m", "aopsam_lab.study.memory", str(request)]
         run = subprocess.run(command, capture_output=True, text=True, env=package_environment())
         if run.returncode or not answer.exists():

@@ -46,6 +46,7 @@ figure { margin: 0; }
 img { display: block; max-width: 100%; height: auto; }
 .beside { display: grid; grid-template-columns: minmax(0, 3fr) minmax(0, 2fr); gap: 2.5rem; margin-top: 1.5rem; }
 .beside h3 { margin-top: 0; }
+.beside .results td { white-space: normal; }
 .files { display: flex; flex-wrap: wrap; gap: 0.2rem 1.4rem; padding: 0; list-style: none; max-width: none; }
 dl { display: grid; grid-template-columns: max-content minmax(0, 1fr); gap: 0.25rem 1.5rem; font-size: 0.875rem;
   margin: 0.5rem 0; }
@@ -93,7 +94,10 @@ against a grid of points and against a detector, with the same model, pictures a
 def _section(folder: Path) -> str:
     name = folder.name
     provenance = json.loads((folder / "provenance.json").read_text(encoding="utf-8"))
-    parts = [f'<section id="{html.escape(name)}">', f"<h2>{html.escape(TITLES.get(name, name.replace('_', ' ').capitalize()))}</h2>"]
+    parts = [
+        f'<section id="{html.escape(name)}">',
+        f"<h2>{html.escape(TITLES.get(name, name.replace('_', ' ').capitalize()))}</h2>",
+    ]
     parts.append(f"<p>{html.escape(what_was_run(provenance))}</p>")
     if (folder / f"{name}.csv").exists() and (folder / f"{name}_differences.csv").exists():
         parts.append(_results(folder))
@@ -110,9 +114,10 @@ def _results(folder: Path) -> str:
     examples = ""
     if (folder / "examples.png").exists():
         examples = (
-            f'<h3>The first images</h3><figure><img src="{name}/examples.png" alt="Example images with the true masks and '
-            'the masks of two methods" loading="lazy"><figcaption>White dots: prompts that gave a mask that was kept. Orange '
-            "crosses: prompts eliminated before they were decoded.</figcaption></figure>"
+            f'<h3>The first images</h3><figure><img src="{name}/examples.png" loading="lazy" '
+            'alt="Example images with the true masks and the masks of two methods"><figcaption>White dots: prompts '
+            "that gave a mask that was kept. Orange crosses: prompts eliminated before they were decoded.</figcaption>"
+            "</figure>"
         )
     return f"""<div class="results">{table}</div>
 <p class="muted">{html.escape(COLUMN_NOTES)}</p>
@@ -126,26 +131,36 @@ def _results(folder: Path) -> str:
 
 
 COLUMN_NOTES = (
-    "mIoU: each true mask with at most one prediction, matched greedily by IoU, unmatched truth counting 0; mean over an "
-    "image's truths, then over images. Brackets: 95% bootstrap intervals over images; Δ is paired, image by image, in points. "
-    "Best match: truths may share a prediction. Inf_Lat: embedding and picture in, prompts out. Mask_Lat: prompts in, "
-    "filtered masks out. Total: both and the image encoder. Times and counts are means per image. Peak: memory beyond the "
-    "loaded models, in a process of its own (on CUDA the whole peak allocation)."
+    "mIoU: each true mask with at most one prediction, matched greedily by IoU, unmatched truth counting 0; mean over "
+    "an image's truths, then over images. Brackets: 95% bootstrap intervals over images; Δ is paired, image by image, "
+    "in points. Best match: truths may share a prediction. Inf_Lat: embedding and picture in, prompts out. Mask_Lat: "
+    "prompts in, filtered masks out. Total: both and the image encoder. Times and counts are means per image. Peak: "
+    "memory beyond the loaded models, in a process of its own (on CUDA the whole peak allocation)."
 )
 
 
 def paper_panel() -> str:
     """The paper's figures as HTML: what is known, what is missing, and its slips."""
     known = paper_figures()
-    known["where"] = known["table"].where(known["table"] != "", "–")
-    known["value"] = [f"{value:g} {unit}" for value, unit in zip(known["value"], known["unit"])]
-    shown = known[["row", "metric", "value", "device", "where", "checked"]]
-    shown = shown.set_axis(["Row", "Metric", "Value", "On", "Table", "Read in"], axis=1)
+    shown = pd.DataFrame(
+        {
+            "Row": known["row"],
+            "What": [
+                f"{metric} on {device}" if device else metric
+                for metric, device in zip(known["metric"], known["device"])
+            ],
+            "Value": [f"{value:g} {unit}" for value, unit in zip(known["value"], known["unit"])],
+            "From": [
+                f"{table or 'table unknown'}, {checked}" for table, checked in zip(known["table"], known["checked"])
+            ],
+        }
+    )
     sources = "".join(f"<li>{html.escape(source)}</li>" for source in dict.fromkeys(known["source"]))
     slips = "".join(f"<li>{html.escape(slip)}</li>" for slip in SLIPS)
     return (
-        f'<h3>The paper\'s figures</h3><div class="results">{html_table(shown, text_columns=2)}</div>'
-        f'<p class="muted">Other models, pictures and machines: not to be compared with ours in size. {html.escape(MISSING)}</p>'
+        f'<h3>The paper\'s figures</h3><div class="results">{html_table(shown, text_columns=4)}</div>'
+        '<p class="muted">Other models, pictures and machines: not to be compared with ours in size. '
+        f"{html.escape(MISSING)}</p>"
         f'<p class="muted">Second-hand sources:</p><ul class="muted">{sources}</ul>'
         f'<p class="muted">Slips in what was published:</p><ul class="muted">{slips}</ul>'
     )
@@ -154,8 +169,10 @@ def paper_panel() -> str:
 def what_was_run(provenance: dict[str, Any]) -> str:
     """One sentence: which model on which pictures, on what machine."""
     parameters, dataset = provenance["parameters"], provenance["dataset"]
-    pictures = f"{dataset['images']} rendered scenes" if dataset["name"] == "scenes" else (
-        f"{dataset['images']} images of {dataset['name']}"
+    pictures = (
+        f"{dataset['images']} rendered scenes"
+        if dataset["name"] == "scenes"
+        else (f"{dataset['images']} images of {dataset['name']}")
     )
     return (
         f"SAM “{parameters['sam']}” on {pictures} (seed {parameters['seed']}), {provenance['processor']}; "

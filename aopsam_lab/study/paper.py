@@ -12,8 +12,8 @@ CITATION = (
     "arXiv:2505.11980"
 )
 MISSING = (
-    "The rows of the paper's main table (mIoU, Inf_Lat, Peak_Mem and #P on SA-1B, COCO and LVIS), of its ablation and of "
-    "its four parameter sweeps are not here: its text was not at hand when this file was made, and no figure is "
+    "The rows of the paper's main table (mIoU, Inf_Lat, Peak_Mem and #P on SA-1B, COCO and LVIS), of its ablation and "
+    "of its four parameter sweeps are not here: its text was not at hand when this file was made, and no figure is "
     "entered that was not read somewhere."
 )
 # Slips in what the authors published, to be kept in mind wherever those columns are shown.

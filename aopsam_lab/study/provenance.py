@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 PACKAGES = (
-    "torch", "torchvision", "segment-anything", "kornia", "ultralytics", "numpy", "scipy", "pandas", "pillow",
-    "opencv-python-headless", "pycocotools", "safetensors", "matplotlib", "papermill",
+    "torch", "torchvision", "segment-anything", "kornia", "ultralytics", "ultralytics-opencv-headless", "numpy",
+    "scipy", "pandas", "pillow", "opencv-python-headless", "pycocotools", "safetensors", "matplotlib", "papermill",
 )  # fmt: skip
 UNKNOWN = "unknown"
 

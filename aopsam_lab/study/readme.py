@@ -17,7 +17,7 @@ COLUMNS = ("Method", "mIoU %", "Δ to AoP-SAM", "Prompts decoded", "Masks", "Inf
 
 
 def update_readme(readme: str | os.PathLike = "README.md", reports: str | os.PathLike = "reports") -> Path:
-    """Replace what stands between the two comment lines START and END in the README by the table of the main comparison.
+    """Replace what stands between the comment lines START and END in the README by the table of the main comparison.
 
     Raises FileNotFoundError without the README or the report, ValueError where the two lines are not there once each.
     """

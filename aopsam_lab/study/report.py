@@ -42,13 +42,17 @@ def run_report(name: str, parameters: Mapping[str, Any], reports: str | os.PathL
                 str(source),
                 str(running),
                 {"out": str(folder), **parameters},
-                progress_bar=False,  # the notebook's own bar says more; it comes by way of stderr
+                progress_bar=False,  # the notebook's own bar says more
+                stdout_file=sys.stderr,
                 stderr_file=sys.stderr,
+                extra_arguments=["--log-level=ERROR"],  # the kernel would warn that it listens on the local machine
             )
         notebook = nbformat.read(running, as_version=4)
     except PapermillExecutionError as error:
         os.replace(running, failed)
-        raise RuntimeError(f"Cell {error.exec_count} of {name} failed, see {failed}: {error.ename}: {error.evalue}") from error
+        raise RuntimeError(
+            f"Cell {error.exec_count} of {name} failed, see {failed}: {error.ename}: {error.evalue}"
+        ) from error
     finally:
         running.unlink(missing_ok=True)
     failed.unlink(missing_ok=True)
@@ -63,11 +67,19 @@ def tidy(notebook: nbformat.NotebookNode) -> None:
     for key in ("input_path", "output_path"):
         notebook.metadata.get("papermill", {}).pop(key, None)
     for cell in notebook.cells:
-        for output in cell.get("outputs", []):
+        if cell.cell_type != "code":
+            continue
+        outputs = []
+        for output in cell.outputs:
+            before = outputs[-1] if outputs else None
+            if output.output_type == "stream" and before and before.get("name") == output.name:
+                before.text += output.text
+            else:
+                outputs.append(output)
+        for output in outputs:
             if output.output_type == "stream":
                 output.text = last_states(output.text)
-        if cell.cell_type == "code":
-            cell.outputs = [o for o in cell.outputs if o.output_type != "stream" or o.text.strip()]
+        cell.outputs = [o for o in outputs if o.output_type != "stream" or o.text.strip()]
 
 
 def last_states(text: str) -> str:
@@ -82,7 +94,8 @@ def to_html(notebook: nbformat.NotebookNode, title: str) -> str:
     exporter = HTMLExporter(template_name="lab", mathjax_url="", require_js_url="", mermaid_js_url="")
     exporter.embed_images = True
     body, _ = exporter.from_notebook_node(notebook, resources={"metadata": {"name": title}})
-    return body
+    # The template's loader of diagrams names a server, though nothing here has any diagram.
+    return re.sub(r'<script type="module">(?:(?!</script>).)*mermaid.*?</script>', "", body, flags=re.DOTALL)
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +15,8 @@ import pandas as pd
 from aopsam_lab.asf import AsfParams
 from aopsam_lab.data import Dataset, open_dataset
 from aopsam_lab.evaluator import evaluate
-from aopsam_lab.rle import encode_rle
 from aopsam_lab.pipeline import encode, run_method
+from aopsam_lab.rle import encode_rle
 from aopsam_lab.segmentation import Segmentation
 from aopsam_lab.study import tables
 from aopsam_lab.study.memory import MEMORY_VERSION, measure_peak
@@ -35,7 +36,7 @@ from aopsam_lab.study.store import Store, make_key
 DEFAULT_METHODS = ("amg_s", "amg_d", "oas_box", "oas_point", "aop_no_as_af", "aop_no_af", "aop", "aop_gated")
 STORE_NAME = "results.sqlite"
 EXAMPLE_IMAGES = 3  # of the first images masks and prompts are kept as well, to be shown
-MEMORY_IMAGES = 3
+MEMORY_IMAGES = 2
 
 
 @dataclass(frozen=True)
@@ -95,16 +96,19 @@ def run_study(
     checkpoint: str | os.PathLike | None = None,
     predictor: str | os.PathLike | None = None,
     detector: str | os.PathLike | None = None,
+    memory: bool = True,
     progress: bool = True,
 ) -> StudyResult:
     """Score `methods` on `n_images` of `dataset` and sum them up.
 
     sam, device, checkpoint: as load_sam. predictor, detector: weights other than the bundled ones. dataset, n_images,
     seed: as open_dataset. The four ASF parameters: as AsfParams. out: the folder whose results.sqlite keeps the scores;
-    what is there is not scored again unless something it depends on has changed.
+    what is there is not scored again unless something it depends on has changed. memory: whether to measure peak
+    memory, which starts a process for each method. progress: whether to show bars.
 
-    Each image is encoded once; the methods then take turns on it, each image starting with another one, so that whatever
-    slows the machine for a while meets them all alike. Before the first time is taken each method runs once unmeasured.
+    Each image is encoded once; the methods then take turns on it, each image starting with another one, so that
+    whatever slows the machine for a while meets them all alike. Before the first time is taken each method runs once
+    unmeasured.
 
     Raises ValueError for unknown methods or values out of range, and what load_sam and open_dataset raise.
     """
@@ -112,23 +116,30 @@ def run_study(
     check_methods(methods)
     params = AsfParams(smoothing=smoothing, confidence=confidence, spacing=spacing, elimination=elimination)
     settings = [Setting(method, method, params) for method in methods]
-    weights = Weights(sam, *(None if path is None else os.fspath(path) for path in (checkpoint, predictor, detector)), device)
+    weights = Weights(
+        sam, *(None if path is None else os.fspath(path) for path in (checkpoint, predictor, detector)), device
+    )
     images = open_dataset(dataset, n_images, seed)
     models = load_models(weights, methods)
     with Store(Path(out) / STORE_NAME) as store:
         study = _Study(models, images, store, progress)
         rows, n_scored = study.score(settings)
-        memory = study.memory(settings, weights)
+        peaks = study.memory(settings, weights) if memory else {}
         examples = study.examples(settings)
     per_image = tables.per_image_table(rows)
     return StudyResult(
         per_image=per_image,
-        summary=tables.summary_table(per_image, memory),
+        summary=tables.summary_table(per_image, peaks),
         differences=tables.difference_table(per_image),
         provenance={
             "parameters": {
-                "sam": sam, "methods": methods, "dataset": images.name, "n_images": len(images), "seed": seed,
-                "device": device, **dataclasses.asdict(params),
+                "sam": sam,
+                "methods": methods,
+                "dataset": images.name,
+                "n_images": len(images),
+                "seed": seed,
+                "device": device,
+                **dataclasses.asdict(params),
             },
             "dataset": images.describe(),
             "seeds": {"dataset": seed, "bootstrap": tables.BOOTSTRAP_SEED},
@@ -192,7 +203,10 @@ class _Study:
         n = min(MEMORY_IMAGES, len(self.images))
         fingerprint = " ".join(self.images.sample_fingerprint(i) for i in range(n))
         wanted = {
-            setting.label: {**row_inputs(setting, self.models, self.machine, fingerprint), "memory_version": MEMORY_VERSION}
+            setting.label: {
+                **row_inputs(setting, self.models, self.machine, fingerprint),
+                "memory_version": MEMORY_VERSION,
+            }
             for setting in settings
         }
         missing = [setting for setting in settings if self.store.memory(make_key(wanted[setting.label])) is None]
@@ -210,7 +224,9 @@ class _Study:
             sample = self.images[i]
             detail = {s.label: self.store.detail(make_key(self.inputs(s, i))) for s in settings}
             for found in detail.values():
-                found["masks"] = [{"size": found["size"], "counts": counts.encode("ascii")} for counts in found["masks"]]
+                found["masks"] = [
+                    {"size": found["size"], "counts": counts.encode("ascii")} for counts in found["masks"]
+                ]
             examples.append(Example(sample.id, sample.image, encode_rle(sample.masks), detail))
         return examples
 
@@ -218,16 +234,20 @@ class _Study:
 def progress_bar(show: bool = True) -> Callable[..., Any]:
     """A tqdm bar that fits: a widget in a notebook, text in a terminal.
 
-    With AOPSAM_PROGRESS=text in the environment always text: so a notebook that papermill runs shows its progress in the
-    terminal.
+    With AOPSAM_PROGRESS=text in the environment it is always text, on standard output: so a notebook that papermill
+    runs shows its progress in the terminal, and does not keep it among the errors.
     """
     if os.environ.get("AOPSAM_PROGRESS") == "text":
         from tqdm import tqdm
+
+        where = {"file": sys.stdout, "ncols": 100}
     else:
         from tqdm.auto import tqdm
 
+        where = {"dynamic_ncols": True}
+
     def bar(**arguments: Any) -> Any:
-        return tqdm(disable=not show, dynamic_ncols=True, smoothing=0.05, **arguments)
+        return tqdm(disable=not show, smoothing=0.05, **where, **arguments)
 
     return bar
 

@@ -20,7 +20,7 @@ RESULTS_VERSION = 1
 
 @dataclass(frozen=True)
 class Weights:
-    """Which models to load: all that a process of its own needs to know. Paths as given by the caller, None: bundled."""
+    """Which models to load: all that a process of its own needs to know. Paths as given; None: bundled."""
 
     sam: str = "tiny"
     checkpoint: str | None = None

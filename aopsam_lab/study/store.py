@@ -33,7 +33,7 @@ CREATE TABLE IF NOT EXISTS memory (
 
 
 def make_key(inputs: Mapping[str, Any]) -> str:
-    """The hash of a row: equal inputs, in whatever order, give the same one. Raises TypeError for what JSON cannot hold."""
+    """The hash of a row: equal inputs, in whatever order, give the same. Raises TypeError for what JSON cannot hold."""
     return hashlib.sha256(_json(inputs).encode()).hexdigest()
 
 

@@ -67,17 +67,19 @@ def summary_table(per_image: pd.DataFrame, peak_mem_mb: Mapping[str, float]) -> 
         _, low, high = mean_interval(own.loc[own["n_truth"] > 0, "miou"], BOOTSTRAP_SEED)
         sampled = own["n_sampled"].sum()
         means = own[["inf_lat_s", "mask_lat_s", "encode_s", "total_s", "n_masks", "n_decoded"]].mean()
-        rows.append({
-            "method": method,
-            "n_images": total["n_images"],
-            "miou": total["miou"],
-            "miou_lo": low,
-            "miou_hi": high,
-            "miou_best": total["miou_best"],
-            **means,
-            "peak_mem_mb": peak_mem_mb.get(method, float("nan")),
-            "elim_ratio": own["n_eliminated"].sum() / sampled if sampled else float("nan"),
-        })
+        rows.append(
+            {
+                "method": method,
+                "n_images": total["n_images"],
+                "miou": total["miou"],
+                "miou_lo": low,
+                "miou_hi": high,
+                "miou_best": total["miou_best"],
+                **means,
+                "peak_mem_mb": peak_mem_mb.get(method, float("nan")),
+                "elim_ratio": own["n_eliminated"].sum() / sampled if sampled else float("nan"),
+            }
+        )
     return pd.DataFrame(rows, columns=list(SUMMARY_COLUMNS))
 
 
@@ -98,21 +100,25 @@ def difference_table(per_image: pd.DataFrame, reference: str = REFERENCE) -> pd.
             values = own.set_index("image")["miou"]
             mean, low, high = paired_difference(values, base.loc[values.index, "miou"], BOOTSTRAP_SEED)
             means = per_image[per_image["method"] == method].mean(numeric_only=True)
-            rows.append({
-                "method": method,
-                "reference": reference,
-                "n_images": len(values),
-                "miou_diff": mean,
-                "miou_diff_lo": low,
-                "miou_diff_hi": high,
-                **{
-                    name: means[column] / base_means[column] if base_means[column] else float("nan")
-                    for name, column in (
-                        ("n_decoded_ratio", "n_decoded"), ("mask_lat_ratio", "mask_lat_s"),
-                        ("inf_lat_ratio", "inf_lat_s"), ("total_ratio", "total_s"),
-                    )
-                },
-            })
+            rows.append(
+                {
+                    "method": method,
+                    "reference": reference,
+                    "n_images": len(values),
+                    "miou_diff": mean,
+                    "miou_diff_lo": low,
+                    "miou_diff_hi": high,
+                    **{
+                        name: means[column] / base_means[column] if base_means[column] else float("nan")
+                        for name, column in (
+                            ("n_decoded_ratio", "n_decoded"),
+                            ("mask_lat_ratio", "mask_lat_s"),
+                            ("inf_lat_ratio", "inf_lat_s"),
+                            ("total_ratio", "total_s"),
+                        )
+                    },
+                }
+            )
     return pd.DataFrame(rows, columns=list(DIFFERENCE_COLUMNS))
 
 
@@ -121,19 +127,21 @@ def results_for_people(summary: pd.DataFrame, differences: pd.DataFrame) -> pd.D
     difference = differences.set_index("method")
     rows = []
     for row in summary.itertuples():
-        rows.append({
-            "Method": title(row.method),
-            "mIoU %": f"{_number(100 * row.miou, 1)} {_range(100 * row.miou_lo, 100 * row.miou_hi)}".strip(),
-            "Δ to AoP-SAM": _difference(difference, row.method),
-            "Best match %": _number(100 * row.miou_best, 1),
-            "Prompts decoded": _number(row.n_decoded, 1),
-            "Masks": _number(row.n_masks, 1),
-            "Eliminated %": _number(100 * row.elim_ratio, 0),
-            "Inf_Lat ms": milliseconds(row.inf_lat_s),
-            "Mask_Lat ms": milliseconds(row.mask_lat_s),
-            "Total ms": milliseconds(row.total_s),
-            "Peak MiB": _number(row.peak_mem_mb, 0),
-        })
+        rows.append(
+            {
+                "Method": title(row.method),
+                "mIoU %": f"{_number(100 * row.miou, 1)} {_range(100 * row.miou_lo, 100 * row.miou_hi)}".strip(),
+                "Δ to AoP-SAM": _difference(difference, row.method),
+                "Best match %": _number(100 * row.miou_best, 1),
+                "Prompts decoded": _number(row.n_decoded, 1),
+                "Masks": _number(row.n_masks, 1),
+                "Eliminated %": _number(100 * row.elim_ratio, 0),
+                "Inf_Lat ms": milliseconds(row.inf_lat_s),
+                "Mask_Lat ms": milliseconds(row.mask_lat_s),
+                "Total ms": milliseconds(row.total_s),
+                "Peak MiB": _number(row.peak_mem_mb, 0),
+            }
+        )
     return pd.DataFrame(rows)
 
 
@@ -151,9 +159,9 @@ def findings(summary: pd.DataFrame, differences: pd.DataFrame) -> list[str]:
         else:
             verdict = "the interval holds zero, so neither is shown to be better"
         sentences.append(
-            f"Against {title(row.method)}, {title(row.reference)} has {-100 * row.miou_diff:+.1f} points of mIoU "
-            f"{_range(low, high, sign=True)}: {verdict}. It decodes {_share(row.n_decoded_ratio)} of the prompts and takes "
-            f"{_share(row.mask_lat_ratio)} of the mask time."
+            f"Against {title(row.method)}, {title(row.reference)} has {_signed(-100 * row.miou_diff)} points of mIoU "
+            f"{_range(low, high, sign=True)}: {verdict}. It decodes {_share(row.n_decoded_ratio)} of the "
+            f"prompts and takes {_share(row.mask_lat_ratio)} of the mask time."
         )
     return sentences
 
@@ -173,15 +181,19 @@ def _number(value: float, digits: int) -> str:
 def _range(low: float, high: float, sign: bool = False) -> str:
     if not np.isfinite([low, high]).all():
         return ""
-    form = "+.1f" if sign else ".1f"
-    return f"[{low:{form}}, {high:{form}}]"
+    return f"[{_signed(low)}, {_signed(high)}]" if sign else f"[{low:.1f}, {high:.1f}]"
+
+
+def _signed(value: float) -> str:
+    """One digit after the point, with its sign; what rounds to zero has none."""
+    return f"{value:+.1f}" if abs(value) >= 0.05 else "0.0"
 
 
 def _difference(differences: pd.DataFrame, method: str) -> str:
     if method not in differences.index:
         return "–"
     row = differences.loc[method]
-    return f"{100 * row.miou_diff:+.1f} {_range(100 * row.miou_diff_lo, 100 * row.miou_diff_hi, sign=True)}".strip()
+    return f"{_signed(100 * row.miou_diff)} {_range(100 * row.miou_diff_lo, 100 * row.miou_diff_hi, sign=True)}".strip()
 
 
 def _share(ratio: float) -> str:

@@ -1,0 +1,242 @@
+"""Figures, pages, the README's table and the notebook."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+
+import nbformat
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from aopsam_lab.study import PACKAGE_ROOT, figures, output, page, paper, provenance, readme, report, tables
+from aopsam_lab.study.__main__ import main as study_command
+from aopsam_lab.study.runner import Example
+
+NOTEBOOK = PACKAGE_ROOT / "notebooks" / "main_comparison.ipynb"
+PARAMETERS = {
+    "sam", "methods", "dataset", "n_images", "seed", "device", "smoothing", "confidence", "spacing", "elimination",
+    "out", "checkpoint", "predictor", "detector",
+}  # fmt: skip
+FACTS = {
+    "parameters": {"sam": "tiny", "methods": ["amg_s", "aop"], "seed": 0, "smoothing": 2.0, "confidence": 0.2,
+                   "spacing": 6.0, "elimination": 1.3},
+    "dataset": {"name": "scenes", "images": 24},
+    "weights": {"SAM (tiny)": "abc123"},
+    "uncommitted_changes": False,
+    "commit": "0123456789abcdef",
+    "processor": "A <fast> CPU, 2 cores",
+}  # fmt: skip
+
+
+def summary(methods: list[str]) -> pd.DataFrame:
+    rows = []
+    for k, method in enumerate(methods):
+        miou = 0.5 + 0.01 * k
+        rows.append(
+            [method, 24, miou, miou - 0.03, miou + 0.03, miou + 0.1, 0.01, 0.2, 0.06, 0.27, 150, 40, 60 + k, 0.2]
+        )
+    return pd.DataFrame(rows, columns=list(tables.SUMMARY_COLUMNS))
+
+
+def differences(methods: list[str]) -> pd.DataFrame:
+    rows = [[method, "aop", 24, -0.02, -0.03, -0.01, 4.0, 5.0, 0.1, 3.0] for method in methods if method != "aop"]
+    return pd.DataFrame(rows, columns=list(tables.DIFFERENCE_COLUMNS))
+
+
+@pytest.fixture
+def reports(tmp_path):
+    folder = tmp_path / "reports" / "main_comparison"
+    folder.mkdir(parents=True)
+    methods = ["amg_s", "aop"]
+    (folder / "main_comparison.csv").write_text(output.to_csv(summary(methods)))
+    (folder / "main_comparison_differences.csv").write_text(output.to_csv(differences(methods)))
+    (folder / "main_comparison.png").write_bytes(figures.png(figures.tradeoff_figure(summary(methods))))
+    (folder / "provenance.json").write_text(json.dumps(FACTS))
+    return folder.parent
+
+
+# --- figures ----------------------------------------------------------------------------------------------------
+
+
+def is_png(data: bytes) -> bool:
+    return data.startswith(b"\x89PNG") and len(data) > 5000
+
+
+def test_the_figure_of_all_methods_and_of_one_without_an_interval():
+    assert is_png(figures.png(figures.tradeoff_figure(summary(list(tables.TITLES)))))
+    alone = summary(["mine"]).assign(miou_lo=np.nan, miou_hi=np.nan, n_decoded=0)
+    assert is_png(figures.png(figures.tradeoff_figure(alone)))
+
+
+def test_the_figure_names_every_method_once():
+    figure = figures.tradeoff_figure(summary(list(tables.TITLES)))
+    assert sorted(text.get_text() for text in figure.axes[0].texts) == sorted(tables.TITLES.values())
+
+
+def test_making_figures_leaves_the_backend_alone():
+    import matplotlib
+
+    before = (
+        matplotlib.rcParams._get_backend_or_none() if hasattr(matplotlib.rcParams, "_get_backend_or_none") else None
+    )
+    figures.tradeoff_figure(summary(["aop"]))
+    after = matplotlib.rcParams._get_backend_or_none() if hasattr(matplotlib.rcParams, "_get_backend_or_none") else None
+    assert before == after
+
+
+@given(st.lists(st.tuples(st.floats(100, 900), st.floats(100, 500)), min_size=1, max_size=8))
+def test_labels_stay_inside_and_apart_where_there_is_room(marks):
+    boxes = np.tile([110.0, 14.0], (len(marks), 1))
+    marks = np.array(marks)
+    corners = figures.place_labels(boxes, marks, np.zeros((0, 4)), (0, 0, 1000, 600))
+    assert (corners >= 0).all() and (corners + boxes <= [1000, 600]).all()
+    for i in range(len(marks)):
+        for j in range(i):
+            assert (np.abs(corners[i] - corners[j]) >= boxes[0] - 1e-6).any()
+
+
+def test_a_label_keeps_off_marks():
+    mark = np.array([[100.0, 100.0]])
+    blocked = np.array([[105.0, 0.0, 400.0, 200.0]])  # all of the right
+    corner = figures.place_labels(np.array([[50.0, 10.0]]), mark, blocked, (0, 0, 400, 200))[0]
+    assert corner[0] + 50 <= 105
+
+
+def test_examples_figure():
+    image = np.zeros((20, 30, 3), dtype=np.uint8)
+    found = {"masks": [], "prompts": [[3.0, 4.0, "kept"], [9.0, 4.0, "eliminated"]], "size": [20, 30]}
+    assert is_png(figures.png(figures.examples_figure([Example("a", image, [], {"aop": found})], ["aop"])))
+
+
+# --- pages ----------------------------------------------------------------------------------------------------
+
+
+def test_index_shows_table_figure_paper_and_provenance(reports):
+    text = page.write_index(reports).read_text(encoding="utf-8")
+    for wanted in ("AMG-S", "50.0 [47.0, 53.0]", 'src="main_comparison/main_comparison.png"', "abc123",
+                   "Jetson Orin Nano", "6.6 GB", "A &lt;fast&gt; CPU", "main_comparison/main_comparison.csv"):  # fmt: skip
+        assert wanted in text, wanted
+    assert "main_comparison.html" not in text  # it is not there, so there is no link to it
+    assert '<tr class="own"><th scope="row" class="left">AoP-SAM</th>' in text
+
+
+def test_index_loads_nothing_from_outside(reports):
+    text = page.write_index(reports).read_text(encoding="utf-8")
+    assert not re.search(r'(src|href)="(https?:)?//', text) and "@import" not in text and "<script" not in text
+
+
+def test_index_without_reports(tmp_path):
+    assert "make study" in page.write_index(tmp_path / "reports").read_text(encoding="utf-8")
+
+
+def test_a_report_of_another_kind_is_listed_after_the_main_comparison(reports):
+    (reports / "ablation").mkdir()
+    (reports / "ablation" / "provenance.json").write_text(json.dumps(FACTS))
+    text = page.write_index(reports).read_text(encoding="utf-8")
+    assert text.index("<h2>Main comparison") < text.index("<h2>Ablation")
+
+
+def test_html_table_escapes():
+    assert "&lt;b&gt;" in output.html_table(pd.DataFrame({"a": ["<b>"]}))
+
+
+def test_paper_figures_all_have_a_source():
+    known = paper.paper_figures()
+    assert len(known) and (known["source"] != "").all() and set(known["checked"]) <= {"paper", "second-hand"}
+    assert known["value"].dtype == float
+
+
+# --- the README ----------------------------------------------------------------------------------------------------
+
+
+def test_readme_table_is_replaced_and_nothing_else(reports, tmp_path):
+    file = tmp_path / "README.md"
+    file.write_text(f"# Title\n\n{readme.START}\nold\n{readme.END}\n\nThe end.\n")
+    readme.update_readme(file, reports)
+    first = file.read_text(encoding="utf-8")
+    assert "old" not in first and first.startswith("# Title\n") and first.endswith(f"{readme.END}\n\nThe end.\n")
+    assert "| **AoP-SAM** | **51.0 [48.0, 54.0]** |" in first and "24 rendered scenes" in first
+    readme.update_readme(file, reports)
+    assert file.read_text(encoding="utf-8") == first
+
+
+def test_readme_without_its_marks_or_results(reports, tmp_path):
+    file = tmp_path / "README.md"
+    file.write_text("# Title\n")
+    with pytest.raises(ValueError, match="must have the line"):
+        readme.update_readme(file, reports)
+    with pytest.raises(FileNotFoundError, match="make study"):
+        readme.update_readme(file, tmp_path)
+    assert study_command(["readme", "--readme", str(file), "--reports", str(reports)]) == 1
+
+
+# --- provenance ----------------------------------------------------------------------------------------------------
+
+
+def test_git_state(tmp_path):
+    tmp_path = tmp_path.resolve()
+    assert provenance.git_state(tmp_path) == ("unknown", "unknown")
+
+    def git(*arguments):
+        subprocess.run(["git", "-C", tmp_path, "-c", "user.name=a", "-c", "user.email=a@b", *arguments], check=True,
+                       capture_output=True)  # fmt: skip
+
+    git("init")
+    (tmp_path / "code.py").write_text("1")
+    (tmp_path / "reports").mkdir()
+    (tmp_path / "reports" / "index.html").write_text("1")
+    git("add", ".")
+    git("commit", "-m", "first")
+    commit, dirty = provenance.git_state(tmp_path)
+    assert re.fullmatch("[0-9a-f]{40}", commit) and dirty is False
+    (tmp_path / "reports" / "index.html").write_text("2")  # a result, not code
+    assert provenance.git_state(tmp_path)[1] is False
+    (tmp_path / "code.py").write_text("2")
+    assert provenance.git_state(tmp_path)[1] is True
+    (tmp_path / "below").mkdir()
+    assert provenance.git_state(tmp_path / "below") == ("unknown", "unknown")  # not the root of a checkout
+
+
+# --- the notebook ---------------------------------------------------------------------------------------------------
+
+
+def test_the_notebook_is_thin_stripped_and_parameterised():
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    nbformat.validate(notebook)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert all(not cell.outputs and cell.execution_count is None for cell in code)
+    assert all(len(cell.source.splitlines()) <= 25 for cell in code)
+    (tagged,) = [cell for cell in code if "parameters" in cell.metadata.get("tags", [])]
+    values: dict = {}
+    exec(tagged.source, values)
+    assert PARAMETERS <= values.keys()
+
+
+def test_progress_bars_leave_their_last_state():
+    assert report.last_states("a:  0%\ra: 50%\ra: 100%\ndone\n") == "a: 100%\ndone\n"
+    assert report.last_states("\ra: 1%\r\na") == "a: 1%\na"
+    outputs = [
+        nbformat.v4.new_output("stream", name="stdout", text=text) for text in ("\ra: 1%", "\ra: 100%", "\n", "ready\n")
+    ]
+    cell = nbformat.v4.new_code_cell("x", outputs=outputs)
+    notebook = nbformat.v4.new_notebook(cells=[cell], metadata={"papermill": {"input_path": "/a", "version": "2"}})
+    report.tidy(notebook)
+    assert [output.text for output in notebook.cells[0].outputs] == ["a: 100%\nready\n"]
+    assert notebook.metadata.papermill == {"version": "2"}
+
+
+def test_a_report_that_is_not_there(tmp_path, capsys):
+    assert study_command(["report", "nonsense", "--reports", str(tmp_path)]) == 1
+    assert "no notebook" in capsys.readouterr().err
+
+
+def test_a_failing_cell_is_named_and_kept(tmp_path):
+    with pytest.raises(RuntimeError, match="no method 'best'"):
+        report.run_report("main_comparison", {"methods": ["best"]}, tmp_path / "reports")
+    assert (tmp_path / "reports" / "main_comparison" / "main_comparison.failed.ipynb").exists()
+    assert not list((tmp_path / "reports" / "main_comparison").glob(".*"))

@@ -1,0 +1,268 @@
+"""The study: what is kept, what is scored again, what survives a kill, and what is written of it.
+
+Random weights do for all of it; a wide spacing keeps the prompts few and the tests quick.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from aopsam_lab.predictor import PromptPredictor
+from aopsam_lab.sam.tiny import build_tiny_sam
+from aopsam_lab.study import PACKAGE_ROOT, tables
+from aopsam_lab.study.runner import STORE_NAME, run_study
+from aopsam_lab.study.store import Store, make_key
+
+SIDE = 48
+FEW = {"confidence": 0.0, "spacing": 60.0, "memory": False, "progress": False}
+METHODS = ["aop_no_af", "aop"]
+TIMES = ["encode_s", "inf_lat_s", "mask_lat_s", "total_s"]
+
+
+def write_weights(folder: Path, seed: int) -> dict[str, str]:
+    torch.manual_seed(seed)
+    thresholds = {"pred_iou_thresh": "0", "stability_score_thresh": "0"}
+    shape = {"embed_dim": "128", "stride": "8"}
+    for name, model, about in (("sam", build_tiny_sam(), thresholds), ("predictor", PromptPredictor(), shape)):
+        state = {key: value.contiguous() for key, value in model.state_dict().items()}
+        save_file(state, folder / f"{name}.safetensors", metadata=about)
+    return {"checkpoint": str(folder / "sam.safetensors"), "predictor": str(folder / "predictor.safetensors")}
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    return write_weights(tmp_path_factory.mktemp("weights"), seed=0)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """14 small pictures of two squares; the last has no masks."""
+    path = tmp_path_factory.mktemp("data") / "squares"
+    (path / "images").mkdir(parents=True)
+    images, annotations = [], []
+    for i in range(14):
+        rng = np.random.default_rng(i)
+        picture = rng.integers(0, 60, (SIDE, SIDE, 3), dtype=np.uint8)
+        images.append({"id": i, "file_name": f"{i:02d}.png", "width": SIDE, "height": SIDE})
+        for x, y in rng.integers(2, SIDE - 14, (2, 2)) if i < 13 else ():
+            picture[y : y + 12, x : x + 12] = rng.integers(90, 255, 3)
+            corners = [float(v) for v in (x, y, x + 12, y, x + 12, y + 12, x, y + 12)]
+            annotations.append({"id": len(annotations), "image_id": i, "segmentation": [corners], "iscrowd": 0})
+        Image.fromarray(picture).save(path / "images" / f"{i:02d}.png")
+    (path / "annotations.json").write_text(json.dumps({"images": images, "annotations": annotations}))
+    return path
+
+
+@pytest.fixture
+def study(weights, folder, tmp_path):
+    def run(**changes):
+        arguments = {"methods": METHODS, "dataset": folder, "n_images": 3, "out": tmp_path / "out", **FEW, **weights}
+        return run_study(**{**arguments, **changes})
+
+    return run
+
+
+# --- the store ------------------------------------------------------------------------------------------------------
+
+
+def test_a_key_depends_on_every_input_and_not_on_their_order():
+    inputs = {"method": "aop", "params": {"a": 1.0, "b": 2.0}}
+    assert make_key(inputs) == make_key({"params": {"b": 2.0, "a": 1.0}, "method": "aop"})
+    assert make_key(inputs) != make_key({**inputs, "params": {"a": 1.0, "b": 2.5}})
+
+
+def test_rows_are_there_as_soon_as_they_are_added_and_never_change(tmp_path):
+    inputs = {"method": "aop", "image": "x"}
+    with Store(tmp_path / "deep" / "s.sqlite") as store:
+        assert store.scores(make_key(inputs)) is None and len(store) == 0
+        store.add_scores(inputs, "x", "aop", {"miou": 0.5}, {"masks": ["abc"]})
+        store.add_scores(inputs, "x", "aop", {"miou": 0.9})
+        with Store(store.path) as other:  # another process would see it now
+            assert other.scores(make_key(inputs)) == {"miou": 0.5} and len(other) == 1
+            assert other.detail(make_key(inputs)) == {"masks": ["abc"]}
+        store.add_memory(inputs, "aop", 12.5)
+        assert store.memory(make_key(inputs)) == 12.5 and make_key(inputs) in store
+
+
+def test_a_file_that_is_no_store(tmp_path):
+    (tmp_path / "s.sqlite").write_text("not a database, but long enough to be looked at as one" * 20)
+    with pytest.raises(ValueError, match="not a store"):
+        Store(tmp_path / "s.sqlite")
+
+
+# --- running --------------------------------------------------------------------------------------------------------
+
+
+def test_a_study_scores_every_image_with_every_method(study):
+    result = study(n_images=4)
+    assert (result.n_scored, result.n_reused) == (8, 0)
+    assert list(result.per_image.columns) == list(tables.PER_IMAGE_COLUMNS)
+    assert ",".join(result.summary.columns) == (
+        "method,n_images,miou,miou_lo,miou_hi,miou_best,inf_lat_s,mask_lat_s,encode_s,total_s,peak_mem_mb,n_masks,"
+        "n_decoded,elim_ratio"
+    )
+    assert result.summary["method"].tolist() == METHODS and result.differences["method"].tolist() == ["aop_no_af"]
+    own = result.per_image
+    assert (own["n_decoded"] > 0).all() and (own[TIMES] >= 0).all(axis=None)
+    assert np.allclose(own["total_s"], own[["encode_s", "inf_lat_s", "mask_lat_s"]].sum(axis=1))
+    assert own.groupby("image")["encode_s"].nunique().eq(1).all()  # one encoding for all methods
+    assert [example.id for example in result.examples] == own["image"].drop_duplicates().tolist()[:3]
+    masks = result.examples[0].detail["aop"]["masks"]
+    assert len(masks) == own.query("method == 'aop'")["n_masks"].iloc[0] and masks[0]["size"] == [SIDE, SIDE]
+
+
+def test_what_is_scored_is_not_scored_again(study):
+    first, second = study(), study()
+    assert (second.n_scored, second.n_reused) == (0, 6)
+    pd.testing.assert_frame_equal(first.per_image, second.per_image)
+    pd.testing.assert_frame_equal(first.summary, second.summary)
+
+
+@pytest.mark.parametrize(
+    ("changes", "scored"),
+    [
+        ({"elimination": 1.25}, 3),  # only aop reads it
+        ({"smoothing": 1.0}, 6),
+        ({"n_images": 5}, 4),  # two new images
+        ({"methods": ["aop"]}, 0),
+        ({"methods": ["aop_no_as_af", "aop"]}, 3),
+        ({"seed": 1, "n_images": 14}, 22),  # all 14, of which three are there
+    ],
+)
+def test_a_change_scores_again_only_what_depends_on_it(study, changes, scored):
+    study()
+    assert study(**changes).n_scored == scored
+
+
+def test_other_weights_are_another_study(study, tmp_path):
+    study()
+    other = write_weights(tmp_path, seed=1)
+    assert study(predictor=other["predictor"]).n_scored == 6
+    assert study(checkpoint=other["checkpoint"]).n_scored == 6
+
+
+def test_images_without_truth_are_run_but_not_scored(study):
+    result = study(n_images=None, methods=["aop_no_as_af"], confidence=0.9)
+    assert len(result.per_image) == 14 and result.summary["n_images"].tolist() == [13]
+    assert result.per_image["miou"].isna().sum() == 1
+    assert result.provenance["dataset"]["images_without_masks"] == 1
+    assert result.summary["n_decoded"].tolist() == [0] and np.isnan(result.summary["elim_ratio"].iloc[0])
+    assert result.differences.empty
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"methods": ["aop", "best"]}, "no method 'best'"),
+        ({"methods": []}, "empty"),
+        ({"methods": ["aop", "aop"]}, "twice"),
+        ({"confidence": 2.0}, "confidence"),
+        ({"sam": "huge"}, "huge"),
+    ],
+)
+def test_bad_arguments(study, changes, message):
+    with pytest.raises(ValueError, match=message):
+        study(**changes)
+
+
+def test_kill_9_loses_at_most_the_image_in_hand(study, weights, folder, tmp_path):
+    """A real process, killed once it has stored a few rows; the next one scores the rest and nothing twice."""
+    out = tmp_path / "killed"
+    arguments = {"methods": METHODS, "dataset": str(folder), "n_images": 14, "out": str(out), **FEW, **weights}
+    code = f"from aopsam_lab.study.runner import run_study; run_study(**{arguments!r})"
+    environment = {**os.environ, "PYTHONPATH": str(PACKAGE_ROOT)}
+    process = subprocess.Popen([sys.executable, "-c", code], env=environment)
+    while rows_in(out / STORE_NAME) < 5:
+        assert process.poll() is None, "the study ended before it could be killed"
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    before = stored(out / STORE_NAME)
+    assert 5 <= len(before) < 28
+
+    result = study(n_images=14, out=out)
+    assert (result.n_reused, result.n_scored) == (len(before), 28 - len(before))
+    after = stored(out / STORE_NAME)
+    assert len(after) == 28 and before.items() <= after.items()  # the old rows as they were, times of scoring included
+
+    whole = study(n_images=14, out=tmp_path / "whole")
+    pd.testing.assert_frame_equal(result.per_image.drop(columns=TIMES), whole.per_image.drop(columns=TIMES))
+    times = ["inf_lat_s", "mask_lat_s", "encode_s", "total_s"]
+    pd.testing.assert_frame_equal(result.summary.drop(columns=times), whole.summary.drop(columns=times))
+
+
+def rows_in(path: Path) -> int:
+    return len(stored(path))
+
+
+def stored(path: Path) -> dict[str, tuple]:
+    if not path.exists():
+        return {}
+    connection = sqlite3.connect(path, timeout=60)
+    try:
+        rows = connection.execute("SELECT key, vals, scored_at FROM scores").fetchall()
+    except sqlite3.OperationalError:  # the table is not there yet
+        rows = []
+    finally:
+        connection.close()
+    return {key: values for key, *values in rows}
+
+
+def test_peak_memory_is_measured_once_in_a_process_of_its_own(study):
+    first = study(n_images=1, methods=["aop_no_af"], memory=True)
+    peak = first.summary["peak_mem_mb"].iloc[0]
+    assert 5 < peak < 2000  # activations of a tiny model, in MiB
+    assert study(n_images=1, methods=["aop_no_af"], memory=True).summary["peak_mem_mb"].iloc[0] == peak
+
+
+# --- tables ---------------------------------------------------------------------------------------------------------
+
+
+def row(image: str, method: str, miou: float | None, **values) -> dict:
+    base = {"miou_best": miou, "n_truth": 0 if miou is None else 2, "n_masks": 4, "n_sampled": 10, "n_decoded": 10}
+    base |= {"n_eliminated": 0, "encode_s": 0.1, "inf_lat_s": 0.2, "mask_lat_s": 0.3, "total_s": 0.6}
+    return {"image": image, "method": method, "miou": miou, **base, **values}
+
+
+def test_tables_by_hand():
+    rows = [
+        row("a", "amg_s", 0.5, n_decoded=30), row("a", "aop", 0.6, n_eliminated=5, n_decoded=5),
+        row("b", "amg_s", 0.3, n_decoded=30), row("b", "aop", 0.4, n_eliminated=1, n_decoded=9, mask_lat_s=0.1),
+        row("c", "amg_s", None, n_decoded=30), row("c", "aop", None, n_sampled=0, n_decoded=1),
+    ]  # fmt: skip
+    per_image = tables.per_image_table(rows)
+    assert per_image["elim_ratio"].tolist()[1:4:2] == [0.5, 0.1] and np.isnan(per_image["elim_ratio"].iloc[5])
+    summary = tables.summary_table(per_image, {"aop": 7.0}).set_index("method")
+    assert summary.loc["aop", ["n_images", "miou", "n_decoded"]].tolist() == pytest.approx([2, 0.5, 5])
+    assert summary.loc["aop", "elim_ratio"] == pytest.approx(6 / 20)
+    assert summary.loc["aop", "mask_lat_s"] == pytest.approx(0.7 / 3)
+    assert summary.loc["aop", "peak_mem_mb"] == 7 and np.isnan(summary.loc["amg_s", "peak_mem_mb"])
+    difference = tables.difference_table(per_image).iloc[0]
+    assert (difference["method"], difference["n_images"]) == ("amg_s", 2)
+    assert [difference[f"miou_diff{end}"] for end in ("", "_lo", "_hi")] == pytest.approx([-0.1] * 3)
+    assert difference["n_decoded_ratio"] == pytest.approx(6)
+    (sentence,) = tables.findings(summary.reset_index(), tables.difference_table(per_image))
+    assert "+10.0 points" in sentence and "so it is better" in sentence and "17% of the prompts" in sentence
+    shown = tables.results_for_people(summary.reset_index(), tables.difference_table(per_image))
+    assert shown["Δ to AoP-SAM"].tolist() == ["-10.0 [-10.0, -10.0]", "–"]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0, "0"), (3e-7, "0"), (2.5e-4, "0.25"), (0.0123, "12.3"), (1.5, "1,500")]
+)
+def test_milliseconds(seconds, text):
+    assert tables.milliseconds(seconds) == text
