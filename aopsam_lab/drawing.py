@@ -37,10 +37,11 @@ def label_image(masks: Sequence[dict], size: tuple[int, int]) -> np.ndarray:
     """
     if len(masks) > MAX_LABELS:
         raise ValueError(f"A 16-bit label image holds at most {MAX_LABELS} masks, not {len(masks)}.")
-    labels = np.zeros(size, dtype=np.uint16)
+    labels = np.zeros(size, dtype=np.uint16, order="F")  # as masks decode: columns first
     for i in painting_order(masks):
-        labels[coco_mask.decode(masks[i]).view(bool)] = i + 1
-    return labels
+        pixels, (x, y) = _cut_out(masks[i])
+        labels[y : y + pixels.shape[0], x : x + pixels.shape[1]][pixels.view(bool)] = i + 1
+    return np.ascontiguousarray(labels)
 
 
 def painting_order(masks: Sequence[dict]) -> np.ndarray:
@@ -54,18 +55,26 @@ def overlay(image: np.ndarray, masks: Sequence[dict], alpha: float = 0.45) -> np
     size = image.shape[:2]
     table = np.concatenate([np.zeros((1, 3), np.uint8), mask_colours(len(masks))])
     labels = label_image(masks, size)
-    tint = table[labels]
-    drawn = np.where(labels[..., None] > 0, (1 - alpha) * image + alpha * tint, image).round().astype(np.uint8)
+    covered = labels > 0
+    drawn = image.copy()
+    drawn[covered] = cv2.addWeighted(image, 1 - alpha, table[labels], alpha, 0)[covered]
     width = max(1, round(max(size) / 700))
     for i in painting_order(masks):
-        pixels = np.ascontiguousarray(coco_mask.decode(masks[i]))
-        contours, _ = cv2.findContours(pixels, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
+        pixels, corner = _cut_out(masks[i])
+        pixels = np.ascontiguousarray(pixels)
+        contours, _ = cv2.findContours(pixels, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE, offset=corner)
         cv2.drawContours(drawn, contours, -1, table[i + 1].tolist(), width)
     return drawn
+
+
+def _cut_out(mask: dict) -> tuple[np.ndarray, tuple[int, int]]:
+    """The part of a COCO RLE mask within its box, h x w uint8, and that box's corner (x, y)."""
+    x, y, width, height = map(int, coco_mask.toBbox(mask))
+    return coco_mask.decode(mask)[y : y + height, x : x + width], (x, y)
 
 
 def png_bytes(pixels: np.ndarray) -> bytes:
     """A PNG of H x W x 3 uint8, or of H x W uint8 or uint16."""
     stream = io.BytesIO()
-    Image.fromarray(pixels).save(stream, format="PNG")
+    Image.fromarray(pixels).save(stream, format="PNG", compress_level=3)  # as small within a tenth, in half the time
     return stream.getvalue()

@@ -33,5 +33,5 @@ def decode_rle(rles: Sequence[dict], size: tuple[int, int]) -> np.ndarray:
     """n COCO RLE of masks `size = (H, W)` -> n x H x W bool (0 x H x W for none)."""
     masks = np.zeros((len(rles), *size), dtype=bool)
     for i, rle in enumerate(rles):
-        masks[i] = coco_mask.decode(rle)
+        masks[i] = cv2.transpose(coco_mask.decode(rle).T)  # rows first again, by OpenCV as above
     return masks
