@@ -232,7 +232,7 @@ class Segmentation:
         marker, colour, text = _FATES[status]
         edge = {"linewidths": 1.4} if marker == "x" else {"edgecolors": "black", "linewidths": 0.7}
         label = f"{text} ({len(rows)})"
-        area = float(np.clip(2600 / len(self.prompts), 7, 26))  # points squared: a grid of a thousand leaves room to see
+        area = float(np.clip(2600 / len(self.prompts), 7, 26))  # points squared: room to see under a dense grid
         drawn = ax.scatter(rows["x"], rows["y"], s=area, marker=marker, c=colour, label=label, zorder=3, **edge)
         if marker == "x":  # a cross has no edge of its own: a dark rim keeps it visible on bright pixels
             drawn.set_path_effects([patheffects.Stroke(linewidth=2.6, foreground="black"), patheffects.Normal()])
