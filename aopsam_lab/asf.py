@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+OWN_QUANTILE = 0.25
+RIDGE = 0.05  # added to the covariance's diagonal, in units of its mean, before it is inverted
 REFERENCE_WIDTH = 256  # smoothing and spacing are given in cells of a PCM this wide (ours: others scale by width / 256)
 
 
@@ -29,7 +31,7 @@ class AsfParams:
     smoothing:    sigma of the Gaussian, in cells of a 256-wide PCM; 0 switches it off.
     confidence:   a peak counts where the smoothed PCM exceeds this, in [0, 1).
     spacing:      a peak is the maximum of a window reaching this far to each side, in cells of a 256-wide PCM.
-    elimination:  a prompt is dropped where a PEM exceeds this many times its own mean.
+    elimination:  a prompt is dropped where a PEM exceeds this many times its own mean (and a floor, see below).
     """
 
     smoothing: float = 2.0
@@ -121,13 +123,37 @@ def valid_cells(input_size: tuple[int, int], img_size: int, grid: tuple[int, int
     return ys[:, None] & xs[None]
 
 
-def centred_features(embedding: Tensor, valid: Tensor) -> Tensor:
-    """Image features for the PEM: the embedding (C, h, w) minus its mean over the valid cells (h, w); zero on padding (ours).
+def centred_features(features: Tensor, valid: Tensor) -> Tensor:
+    """(C, h, w) minus its mean over the valid cells (h, w); zero on padding."""
+    return (features - features[:, valid].mean(1)[:, None, None]) * valid
 
-    Raw embeddings share one large direction; without centring, every cosine is near 1.
+
+def whitened_features(embedding: Tensor, valid: Tensor) -> Tensor:
+    """The centred embedding (C, h, w), its channels decorrelated over the valid cells: ``L^-1 x`` with ``L L^T`` their covariance.
+
+    Cosines of what this returns weigh all directions of the picture's features alike, not just the few large ones.
     """
-    mean = embedding[:, valid].mean(1)
-    return (embedding - mean[:, None, None]) * valid
+    x = centred_features(embedding, valid).float()
+    cells = x[:, valid]
+    covariance = cells @ cells.T / cells.shape[1]
+    ridge = RIDGE * covariance.diagonal().mean() + 1e-6
+    factor = torch.linalg.cholesky(covariance + ridge * torch.eye(len(x), device=x.device))
+    return torch.linalg.solve_triangular(factor, x.flatten(1), upper=False).view_as(x)
+
+
+def elimination_features(embedding: Tensor, image_pe: Tensor, valid: Tensor) -> Tensor:
+    """Image features of the PEM: what a cell looks like, and where it lies -> (2C, h, w) (ours).
+
+    embedding: (C, h, w). image_pe: (C, h, w), SAM's own dense positional encoding. valid: (h, w) bool.
+
+    The paper says "image features". SAM's decoder attends to embedding + positional encoding, and so does this: the whitened
+    embedding and the centred encoding, each of unit length in every cell, stand one upon the other, and a cosine is the mean
+    of both. Measured on training scenes with the tiny SAM: the centred embedding alone, whose few large directions tell kinds
+    of surface apart but not one object from its like, eliminated 70% of the prompts and lost 15 points of mIoU.
+    """
+    look = F.normalize(whitened_features(embedding, valid), dim=0)
+    place = F.normalize(centred_features(image_pe, valid), dim=0)
+    return torch.cat([look, place]) * valid
 
 
 def cell_coverage(masks: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -149,15 +175,26 @@ def elimination_maps(features: Tensor, references: Tensor) -> Tensor:
     return ((1 + references @ unit) / 2).clamp(0, 1).unflatten(1, features.shape[1:])
 
 
-def eliminate(
-    pems: Tensor, cells: Tensor, elimination: float, valid: Tensor, gates: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def elimination_thresholds(pems: Tensor, coverage: Tensor, valid: Tensor, elimination: float) -> Tensor:
+    """What a PEM must exceed for its reference to eliminate a prompt -> (n,).
+
+    ``elimination`` times the mean of the PEM (n, h, w) over the valid cells (the paper's adaptive threshold; the mean is
+    ours), but not less than the lower quartile of the PEM over the reference's own cells, those that its mask covers by half
+    (ours): a prompt must look as much like the mask as most of the mask itself does. Without that floor a part is lost to
+    its object, and a small object to what surrounds it.
+    """
+    adaptive = elimination * pems[:, valid].mean(1)
+    own = torch.where((coverage >= 0.5) & valid, pems, float("nan")).flatten(1)
+    floor = torch.nanquantile(own, OWN_QUANTILE, dim=1).nan_to_num(nan=0.0)  # a mask that fills no cell has no floor
+    return torch.maximum(adaptive, floor)
+
+
+def eliminate(pems: Tensor, thresholds: Tensor, cells: Tensor, gates: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Adaptive filtering: which waiting prompts do the references explain?
 
-    pems:   (n, h, w).
-    cells:  (m, 2) long, the (row, column) of each waiting prompt on that grid.
-    valid:  (h, w) bool; the threshold of a PEM is ``elimination`` times its mean over these cells.
-    gates:  (n, h, w) bool or None; where given, a reference eliminates only where its gate is on (``aop_gated``, ours).
+    pems:       (n, h, w). thresholds: (n,).
+    cells:      (m, 2) long, the (row, column) of each waiting prompt on that grid.
+    gates:      (n, h, w) bool or None; where given, a reference eliminates only where its gate is on (``aop_gated``, ours).
 
     Returns (m,) long, the reference that eliminates the prompt, -1 where none does (where several do, the one whose PEM
     exceeds its threshold by the largest factor), and (m,) the PEM value there (NaN where none does).
@@ -165,9 +202,8 @@ def eliminate(
     m = len(cells)
     if len(pems) == 0 or m == 0:
         return cells.new_full((m,), -1), pems.new_full((m,), float("nan"))
-    threshold = elimination * pems[:, valid].mean(1)  # (n,)
     at = pems[:, cells[:, 0], cells[:, 1]]  # (n, m)
-    excess = at / threshold[:, None]
+    excess = at / thresholds[:, None]
     if gates is not None:
         excess = excess.masked_fill(~gates[:, cells[:, 0], cells[:, 1]], 0)
     best, by = excess.max(0)

@@ -89,16 +89,18 @@ class Proposal:
         self._done = True
         return torch.arange(len(self.prompts), device=self.prompts.points.device)
 
-    def observe(self, masks: Tensor) -> None:
-        """See the masks (r, 4h, 4w) bool, model frame at low resolution, that this round's prompts gave and that passed
-        the predicted-IoU and stability thresholds."""
+    def observe(self, masks: Tensor, iou: Tensor, prompt: Tensor) -> None:
+        """See what this round's prompts gave and what passed the predicted-IoU and stability thresholds.
+
+        masks: (r, 4h, 4w) bool, model frame at low resolution. iou: (r,) predicted. prompt: (r,) the prompt each came from.
+        """
 
 
 @dataclass
 class FilteredProposal(Proposal):
     """Adaptive filtering: rounds of ``ROUND`` waiting points, strongest first; masks found eliminate waiting ones.
 
-    cells: (m, 2) long, each prompt's (row, column) on the h x w grid. features: (C, h, w), centred. valid: (h, w) bool.
+    cells: (m, 2) long, each prompt's (row, column) on the h x w grid. features: (2C, h, w), see :func:`asf.elimination_features`. valid: (h, w) bool.
     """
 
     cells: Tensor = None
@@ -116,19 +118,29 @@ class FilteredProposal(Proposal):
         self.waiting[chosen] = False
         return chosen if len(chosen) else None
 
-    def observe(self, masks: Tensor) -> None:
+    def observe(self, masks: Tensor, iou: Tensor, prompt: Tensor) -> None:
         waiting = self.waiting.nonzero()[:, 0]
-        if not len(masks):
+        if not len(masks) or not len(waiting):
             return
+        masks = masks[best_of_each(iou, prompt)]
         coverage = asf.cell_coverage(masks, tuple(self.valid.shape)) * self.valid
         pems = asf.elimination_maps(self.features, asf.reference_features(self.features, coverage))
-        gates = asf.dilate(coverage) if self.gated else None
-        by, value = asf.eliminate(pems, self.cells[waiting], self.elimination, self.valid, gates)
+        thresholds = asf.elimination_thresholds(pems, coverage, self.valid, self.elimination)
+        by, value = asf.eliminate(pems, thresholds, self.cells[waiting], asf.dilate(coverage) if self.gated else None)
         gone = by >= 0
         self.eliminated_by[waiting[gone]] = by[gone] + len(self.pems)
         self.pem_value[waiting[gone]] = value[gone]
         self.waiting[waiting[gone]] = False
         self.pems.extend(pems)
+
+
+def best_of_each(iou: Tensor, prompt: Tensor) -> Tensor:
+    """Indices of the mask with the highest predicted IoU (r,) of each prompt (r,): one reference a prompt (ours)."""
+    order = iou.argsort(descending=True, stable=True)
+    order = order[prompt[order].argsort(stable=True)]  # by prompt, best first
+    first = torch.ones_like(order, dtype=torch.bool)
+    first[1:] = prompt[order][1:] != prompt[order][:-1]
+    return order[first]
 
 
 class Method(Protocol):
@@ -207,7 +219,7 @@ class Aop:
         if not self.filtering:
             return Proposal(prompts, pcm)
         valid = asf.valid_cells(encoded.input_size, size, (h, w), device)
-        features = asf.centred_features(encoded.embedding[0], valid)
+        features = asf.elimination_features(encoded.embedding[0], encoded.image_pe[0], valid)
         return FilteredProposal(
             prompts, pcm, cells=cells // 4, features=features, valid=valid, elimination=params.elimination, gated=self.gated
         )

@@ -61,7 +61,7 @@ class Encoded:
 
     image:        H x W x 3 uint8.
     model_image:  (1, 3, S, S), normalised and zero-padded.
-    embedding:    (1, C, h, w).
+    embedding:    (1, C, h, w). image_pe: (1, C, h, w), SAM's dense positional encoding.
     input_size:   (height, width) of the scaled picture in the model frame.
     seconds:      what encoding took.
     """
@@ -69,6 +69,7 @@ class Encoded:
     image: np.ndarray
     model_image: Tensor
     embedding: Tensor
+    image_pe: Tensor
     input_size: tuple[int, int]
     seconds: float
 
@@ -94,7 +95,7 @@ def encode(sam: Sam, image: np.ndarray) -> Encoded:
         pixels = torch.as_tensor(scaled, device=sam.device).permute(2, 0, 1)[None].contiguous()
         model_image = sam.preprocess(pixels)
         embedding = sam.image_encoder(model_image)
-    return Encoded(image, model_image, embedding, scaled.shape[:2], watch.seconds["encode"])
+    return Encoded(image, model_image, embedding, sam.prompt_encoder.get_dense_pe(), scaled.shape[:2], watch.seconds["encode"])
 
 
 @dataclass
@@ -139,12 +140,11 @@ def decode_and_filter(sam: Sam, encoded: Encoded, prompts: Prompts, index: Tenso
     """Decode the prompts ``index`` and keep the masks that pass the predicted-IoU and the stability threshold."""
     masks = slice(1, None) if prompts.multimask else slice(0, 1)
     dense = sam.prompt_encoder.no_mask_embed.weight[0]
-    image_pe = sam.prompt_encoder.get_dense_pe()
     low_res, iou, owner, passed_iou = [], [], [], []
     batch = DECODE_BATCH.get(encoded.embedding.device.type, DECODE_BATCH["cpu"])
     for part in index.split(batch):
         sparse = _sparse_tokens(sam, encoded, prompts, part)
-        decoded = decode_tokens(sam.mask_decoder, encoded.embedding, image_pe, sparse[None], dense)
+        decoded = decode_tokens(sam.mask_decoder, encoded.embedding, encoded.image_pe, sparse[None], dense)
         scores = decoded.iou[:, masks]
         good = scores > spec.pred_iou_thresh
         rows = good.any(1)
@@ -197,7 +197,7 @@ def run_method(
             found = decode_and_filter(sam, encoded, proposal.prompts, index, spec)
             rounds.append((index, found))
         with watch("infer"):
-            proposal.observe(found.low_res > sam.mask_threshold)
+            proposal.observe(found.low_res > sam.mask_threshold, found.iou, found.prompt)
             index = proposal.next_round()
     with watch("mask"):
         result = _remove_duplicates(sam, encoded, [found for _, found in rounds])

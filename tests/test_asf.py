@@ -123,25 +123,62 @@ def test_pem_by_hand():
     pem = asf.elimination_maps(centred, references)
     assert pem.tolist() == [[[1.0, 0.0], [1.0, 0.0]]]  # mean 0.5
     cells = torch.tensor([[0, 0], [0, 1], [1, 0]])
-    by, value = asf.eliminate(pem, cells, 1.3, valid)  # 1 > 0.65, 0 < 0.65
+    by, value = asf.eliminate(pem, torch.tensor([1.3 * 0.5]), cells)  # 1 > 0.65, 0 < 0.65
     assert by.tolist() == [0, -1, 0] and value[0] == 1 and value[1].isnan()
-    by, _ = asf.eliminate(pem, cells, 2.0, valid)  # 1 > 1 is false
+    by, _ = asf.eliminate(pem, torch.tensor([1.0]), cells)  # 1 > 1 is false
     assert by.tolist() == [-1, -1, -1]
+
+
+def test_threshold_is_the_larger_of_mean_and_own_quartile():
+    pem = torch.tensor([[[0.9, 0.8, 0.7, 0.6], [0.2, 0.2, 0.2, 0.0]]])
+    valid = torch.ones(2, 4, dtype=torch.bool)
+    valid[1, 3] = False
+    mean = (0.9 + 0.8 + 0.7 + 0.6 + 3 * 0.2) / 7
+    coverage = torch.tensor([[[1.0, 0.5, 1.0, 1.0], [0.4, 0, 0, 1.0]]])  # own cells: the first row
+    assert asf.elimination_thresholds(pem, coverage, valid, 1.5).item() == pytest.approx(1.5 * mean)
+    assert asf.elimination_thresholds(pem, coverage, valid, 1.0).item() == pytest.approx(0.6 + 0.75 * 0.1)  # quartile
+    assert asf.elimination_thresholds(pem, coverage * 0.3, valid, 1.0).item() == pytest.approx(mean)
+
+
+def test_whitening_decorrelates():
+    torch.manual_seed(0)
+    mix = torch.randn(6, 6)
+    embedding = (mix @ torch.randn(6, 400)).view(6, 20, 20) + 30
+    valid = torch.ones(20, 20, dtype=torch.bool)
+    valid[15:] = False
+    white = asf.whitened_features(embedding, valid)
+    assert white[:, ~valid].abs().max() == 0
+    cells = white[:, valid]
+    covariance = cells @ cells.T / cells.shape[1]
+    off = covariance - covariance.diagonal().diag()
+    raw = embedding[:, valid]
+    assert off.abs().max() < 0.5 * torch.corrcoef(raw).fill_diagonal_(0).abs().max()
+    assert covariance.diagonal().max() <= 1
+
+
+def test_elimination_features_are_half_look_half_place():
+    torch.manual_seed(0)
+    valid = torch.ones(6, 6, dtype=torch.bool)
+    valid[5] = False
+    features = asf.elimination_features(torch.randn(8, 6, 6), torch.randn(8, 6, 6), valid)
+    assert features.shape == (16, 6, 6)
+    assert torch.allclose(features[:8, valid].norm(dim=0), torch.ones(30), atol=1e-5)
+    assert torch.allclose(features[8:, valid].norm(dim=0), torch.ones(30), atol=1e-5)
+    assert features[:, ~valid].abs().max() == 0
 
 
 def test_gate_spares_the_like_object_elsewhere():
     pem = torch.tensor([[[1.0, 0.0, 0.0, 1.0]]])
-    valid = torch.ones(1, 4, dtype=torch.bool)
     gate = asf.dilate(torch.tensor([[[1.0, 0.0, 0.0, 0.0]]]))
     assert gate.tolist() == [[[True, True, False, False]]]
     cells = torch.tensor([[0, 0], [0, 1], [0, 3]])
-    assert asf.eliminate(pem, cells, 1.3, valid)[0].tolist() == [0, -1, 0]
-    assert asf.eliminate(pem, cells, 1.3, valid, gate)[0].tolist() == [0, -1, -1]
+    assert asf.eliminate(pem, torch.tensor([0.65]), cells)[0].tolist() == [0, -1, 0]
+    assert asf.eliminate(pem, torch.tensor([0.65]), cells, gate)[0].tolist() == [0, -1, -1]
 
 
 def test_the_reference_that_exceeds_most_is_named():
-    pems = torch.tensor([[[0.9, 0.5]], [[0.8, 0.1]]])  # thresholds at 1.0: means 0.7 and 0.45; factors 1.29 and 1.78
-    by, value = asf.eliminate(pems, torch.tensor([[0, 0]]), 1.0, torch.ones(1, 2, dtype=torch.bool))
+    pems = torch.tensor([[[0.9, 0.5]], [[0.8, 0.1]]])  # factors 1.29 and 1.78
+    by, value = asf.eliminate(pems, torch.tensor([0.7, 0.45]), torch.tensor([[0, 0]]))
     assert by.item() == 1 and value.item() == pytest.approx(0.8)
 
 
@@ -150,7 +187,8 @@ def test_a_mask_on_no_cell_eliminates_nothing():
     references = asf.reference_features(asf.centred_features(features, valid), torch.zeros(1, 2, 2))
     pem = asf.elimination_maps(features, references)
     assert (pem == 0.5).all()
-    assert asf.eliminate(pem, torch.tensor([[0, 0]]), 1.25, valid)[0].item() == -1
+    thresholds = asf.elimination_thresholds(pem, torch.zeros(1, 2, 2), valid, 1.25)
+    assert asf.eliminate(pem, thresholds, torch.tensor([[0, 0]]))[0].item() == -1
 
 
 @settings(max_examples=40, deadline=None)
@@ -160,10 +198,12 @@ def test_a_higher_threshold_removes_no_more(seed):
     pems, valid = torch.rand(5, 8, 8, generator=rng), torch.rand(8, 8, generator=rng) > 0.3
     valid[0, 0] = True
     cells = torch.randint(8, (30, 2), generator=rng)
-    gone = [asf.eliminate(pems, cells, t, valid)[0] >= 0 for t in (1.25, 1.3, 1.4)]
+    coverage = torch.rand(5, 8, 8, generator=rng)
+    thresholds = [asf.elimination_thresholds(pems, coverage, valid, t) for t in (1.25, 1.3, 1.4)]
+    gone = [asf.eliminate(pems, t, cells)[0] >= 0 for t in thresholds]
     assert (gone[1] <= gone[0]).all() and (gone[2] <= gone[1]).all()
     gates = torch.rand(5, 8, 8, generator=rng) > 0.5
-    assert ((asf.eliminate(pems, cells, 1.25, valid, gates)[0] >= 0) <= gone[0]).all()
+    assert ((asf.eliminate(pems, thresholds[0], cells, gates)[0] >= 0) <= gone[0]).all()
 
 
 def test_coverage_is_the_area_average():
