@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import sqlite3
 import subprocess
@@ -24,6 +25,7 @@ from safetensors.torch import save_file
 from aopsam_lab.predictor import PromptPredictor
 from aopsam_lab.sam.tiny import build_tiny_sam
 from aopsam_lab.study import PACKAGE_ROOT, tables
+from aopsam_lab.study.report import run_report
 from aopsam_lab.study.runner import STORE_NAME, run_study
 from aopsam_lab.study.store import Store, make_key
 
@@ -266,3 +268,23 @@ def test_tables_by_hand():
 )
 def test_milliseconds(seconds, text):
     assert tables.milliseconds(seconds) == text
+
+
+# --- the whole way ------------------------------------------------------------------------------------------------
+
+
+def test_a_report_made_from_another_folder(weights, folder, tmp_path, monkeypatch):
+    """The notebook through papermill, with all that it writes."""
+    monkeypatch.chdir(tmp_path)
+    few = {"methods": METHODS, "n_images": 2, "confidence": 0.0, "spacing": 60.0}
+    index = run_report("main_comparison", {"dataset": str(folder), **few, **weights}, "reports")
+    made = tmp_path / "reports" / "main_comparison"
+    for name in ("main_comparison.ipynb", "main_comparison.html", "main_comparison.csv", "main_comparison.png",
+                 "main_comparison_differences.csv", "per_image.csv", "examples.png", "provenance.json"):  # fmt: skip
+        assert (made / name).stat().st_size > 100, name
+        assert f"main_comparison/{name}" in index.read_text(encoding="utf-8") or name in ("examples.png",)
+    summary = pd.read_csv(made / "main_comparison.csv")
+    assert list(summary.columns) == list(tables.SUMMARY_COLUMNS) and summary["peak_mem_mb"].gt(0).all()
+    page = (made / "main_comparison.html").read_text(encoding="utf-8")
+    assert "4 rows scored now, 0 found" in page and not re.search(r'<(script|link)[^>]+(src|href)="https?:', page)
+    assert str(PACKAGE_ROOT) not in (made / "main_comparison.ipynb").read_text(encoding="utf-8")

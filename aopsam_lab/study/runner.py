@@ -122,7 +122,7 @@ def run_study(
     images = open_dataset(dataset, n_images, seed)
     models = load_models(weights, methods)
     with Store(Path(out) / STORE_NAME) as store:
-        study = _Study(models, images, store, progress)
+        study = Study(models, images, store, progress)
         rows, n_scored = study.score(settings)
         peaks = study.memory(settings, weights) if memory else {}
         examples = study.examples(settings)
@@ -154,8 +154,8 @@ def run_study(
     )
 
 
-class _Study:
-    """Models, images and a store, and what can be asked of them together."""
+class Study:
+    """Models, images and a store: scores settings on images and keeps what it finds."""
 
     def __init__(self, models: Models, images: Dataset, store: Store, progress: bool) -> None:
         self.models, self.images, self.store = models, images, store
