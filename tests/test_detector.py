@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from aopsam_lab.data.scenes import scene
 from aopsam_lab.detector import ARCHITECTURE, Detector, import_ultralytics, load_detector
 from aopsam_lab.training import detector as training
+from aopsam_lab.training.pool import fill_scenes
 
 pytest.importorskip("ultralytics")
 BUNDLED = Path(training.WEIGHTS)
@@ -183,42 +184,38 @@ def test_boxes_of_masks_by_hand():
     np.testing.assert_allclose(training.boxes_of(masks), [[0.2, 0.2, 0.5, 0.5], [0.95, 0.9, 1, 1]])
 
 
-def test_examples_are_written_in_yolo_layout_and_not_twice(tmp_path):
-    data = training.write_data(tmp_path, scenes=2, photos=[], side=64)
+@pytest.fixture
+def pool(tmp_path):
+    """Five scenes of training seeds as a training pool: its path, and its parse."""
+    fill_scenes(tmp_path / "scenes", 5)
+    return tmp_path / "scenes", sorted((tmp_path / "scenes").glob("*.npz"))
+
+
+def test_examples_are_written_in_yolo_layout_and_not_twice(tmp_path, pool):
+    data = training.write_data(tmp_path, [(0.5, pool[1])], side=64)
     assert "names:\n  0: object" in data.read_text()
-    pictures = sorted((tmp_path / "images/train").iterdir())
-    assert [p.name for p in pictures] == ["scene-10064.jpg", "scene-10065.jpg"]
-    label = np.loadtxt(tmp_path / "labels/train/scene-10064.txt", ndmin=2)
+    written = [p.name for p in sorted((tmp_path / "images").glob("*/*"))]
+    assert written == ["scenes-scene-10004.jpg", "scenes-scene-10000.jpg"]  # train, then val
+    label = np.loadtxt(tmp_path / "labels/train/scenes-scene-10004.txt", ndmin=2)
     assert label.shape[1] == 5 and (label[:, 0] == 0).all() and (label[:, 1:] > 0).all() and (label[:, 1:] <= 1).all()
+    pictures = list((tmp_path / "images").glob("*/*"))
     times = [p.stat().st_mtime_ns for p in pictures]
-    training.write_data(tmp_path, scenes=2, photos=[], side=64)
+    training.write_data(tmp_path, [(0.5, pool[1])], side=64)
     assert [p.stat().st_mtime_ns for p in pictures] == times
 
 
-def test_photo_folders_take_shares_and_say_what_is_missing(tmp_path):
-    for name in ("a", "b"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "annotations.json").write_text("{}")
-    assert list(training.photo_folders([str(tmp_path)])) == [(tmp_path / "a", 1.0), (tmp_path / "b", 1.0)]
-    assert list(training.photo_folders([f"{tmp_path}/b:0.35"])) == [(tmp_path / "b", 0.35)]
-    with pytest.raises(FileNotFoundError, match="annotations.json"):
-        list(training.photo_folders([str(tmp_path / "none")]))
+def test_a_share_over_one_is_refused(tmp_path, pool):
     with pytest.raises(ValueError, match="share"):
-        list(training.photo_folders([f"{tmp_path}/b:3"]))
+        training.write_data(tmp_path, [(3, pool[1])], side=64)
 
 
-def test_a_tiny_training_runs_resumes_and_exports(tmp_path, capsys):
+def test_a_tiny_training_runs_resumes_and_exports(tmp_path, pool, capsys):
     out = tmp_path / "out/detector.safetensors"
-    command = ["--scenes", "6", "--minutes", "0.01", "--imgsz", "32", "--batch", "2", "--device", "cpu",
+    command = ["--pools", f"{pool[0]}:1", "--minutes", "0.01", "--imgsz", "32", "--batch", "2", "--device", "cpu",
                "--workdir", str(tmp_path), "--out", str(out)]  # fmt: skip
-    training.VALIDATION_SCENES, kept = 4, training.VALIDATION_SCENES
-    try:
-        training.main(command)
-        assert "rendered scenes alone" in capsys.readouterr().out
-        training.main(command)
-        assert "is finished" in capsys.readouterr().out
-    finally:
-        training.VALIDATION_SCENES = kept
+    training.main(command)
+    training.main(command)
+    assert "is finished" in capsys.readouterr().out
     assert load_detector(out, "cpu").imgsz == 32
     card = out.with_suffix(".md").read_text()
-    assert "AGPL-3.0" in card and "6 scenes" in card and "| 1 |" in card
+    assert "AGPL-3.0" in card and "4 scenes" in card and "| 1 |" in card

@@ -1,9 +1,9 @@
 """Trains the bundled detector of the OAS baselines: Ultralytics YOLOv8n from scratch, one class, boxes of masks (ours).
 
-    python -m aopsam_lab.training.detector --photos PHOTOS/bsds PHOTOS/coco PHOTOS/facade:0.35 --minutes 45
+    python -m aopsam_lab.training.detector --pools POOLS/scenes:1 POOLS/bsds:1 --minutes 45
 
-Pictures come from scenes with training seeds and, where given, from COCO-style folders of photographs; every mask's
-bounding box is a label, whatever it shows. A run that was stopped goes on where its last epoch ended; a finished one
+Pictures come from the same pools as the other trainings (aopsam_lab.training.pool); every mask's bounding box is a
+label, whatever it shows. A run that was stopped goes on where its last epoch ended; a finished one
 only writes the weights and the card again. Ultralytics is AGPL-3.0 software, and so is what it trains.
 """
 
@@ -14,7 +14,6 @@ import csv
 import json
 import os
 import time
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import cv2
@@ -23,16 +22,13 @@ import torch
 from safetensors.torch import save as to_safetensors
 from tqdm.auto import tqdm
 
-from aopsam_lab.data.coco import CocoFolder
-from aopsam_lab.data.sample import Sample
-from aopsam_lab.data.scenes import EVALUATION_SEEDS, render
 from aopsam_lab.detector import ARCHITECTURE, CLASS_NAMES, DEFAULTS, import_ultralytics
 from aopsam_lab.files import write_atomically
+from aopsam_lab.training.pool import parse_pools, read_entry
 
 WEIGHTS = Path(__file__).resolve().parent.parent / "weights" / "detector.safetensors"
 IMAGE_SIDE = 320
-VALIDATION_SCENES = 64
-PHOTO_VALIDATION_EVERY = 20
+VALIDATION_EVERY = 20
 MAX_COVER = 0.9  # a box over this share of the picture says nothing
 
 
@@ -65,63 +61,32 @@ def _written(folder: Path, split: str, name: str) -> bool:
     return (folder / "images" / split / f"{name}.jpg").exists()
 
 
-def write_scenes(folder: Path, count: int, side: int) -> None:
-    """Scenes with the first training seeds: some for validation, then `count` for training."""
-    first = EVALUATION_SEEDS.stop
-    wanted = [
-        (s, "val" if s < first + VALIDATION_SCENES else "train")
-        for s in range(first, first + VALIDATION_SCENES + count)
-    ]
-    missing = [(seed, split) for seed, split in wanted if not _written(folder, split, f"scene-{seed}")]
-    for i in tqdm(range(0, len(missing), 8), desc="scenes", unit="batch", disable=not missing):
-        some = missing[i : i + 8]
-        batch = render([seed for seed, _ in some], side)
-        for b, (seed, split) in enumerate(some):
-            image = batch.images[b].permute(1, 2, 0).numpy()
-            write_example(folder, split, f"scene-{seed}", image, boxes_of(batch.masks(b).numpy()))
-
-
-def photo_folders(arguments: Iterable[str]) -> Iterator[tuple[Path, float]]:
-    """ "DIR" or "DIR:SHARE" -> COCO-style folders and the share of their pictures to take.
-
-    A DIR without annotations.json stands for those of its subfolders that have one.
-    Raises: FileNotFoundError where there is none; ValueError for a share outside (0, 1].
-    """
-    for argument in arguments:
-        text, _, share = argument.rpartition(":") if not Path(argument).exists() else (argument, "", "1")
-        path = Path(text)
-        folders = (
-            [path]
-            if (path / "annotations.json").exists()
-            else sorted(p.parent for p in path.glob("*/annotations.json"))
-        )
-        if not folders:
-            raise FileNotFoundError(f"{argument}: no annotations.json there; give COCO-style folders to --photos")
-        if not 0 < float(share) <= 1:
-            raise ValueError(f"{argument}: the share after ':' must lie in (0, 1]")
-        yield from ((f, float(share)) for f in folders)
-
-
-def write_photos(folder: Path, source: Path, share: float, side: int) -> None:
-    """The photographs of a COCO-style folder, longest side `side`; every twentieth is for validation."""
-    data = CocoFolder(source)
-    for i in tqdm(range(round(share * len(data))), desc=source.name, unit="photo"):
-        name, split = f"{source.name}-{data.ids[i]}", "val" if i % PHOTO_VALIDATION_EVERY == 0 else "train"
+def write_pool(folder: Path, paths: list[Path], side: int) -> None:
+    """The pictures of a pool, longest side `side`; every twentieth is for validation."""
+    for i, path in enumerate(tqdm(paths, desc=path_name(paths), unit="picture")):
+        name, split = f"{path.parent.name}-{path.stem}", "val" if i % VALIDATION_EVERY == 0 else "train"
         if not _written(folder, split, name):
-            sample: Sample = data[i]
-            height, width = sample.image.shape[:2]
-            scale = side / max(height, width)
-            small = cv2.resize(
-                sample.image, (round(width * scale), round(height * scale)), interpolation=cv2.INTER_AREA
-            )
-            write_example(folder, split, name, small, boxes_of(sample.masks))
+            image, masks = read_entry(path)
+            scale = side / max(image.shape[:2])
+            size = round(image.shape[1] * scale), round(image.shape[0] * scale)
+            write_example(folder, split, name, cv2.resize(image, size, interpolation=cv2.INTER_AREA), boxes_of(masks))
 
 
-def write_data(folder: Path, scenes: int, photos: list[tuple[Path, float]], side: int) -> Path:
-    """Everything of a training, in YOLO's layout; what is there already stays. Returns the path of its data.yaml."""
-    write_scenes(folder, scenes, side)
-    for source, share in photos:
-        write_photos(folder, source, share, side)
+def path_name(paths: list[Path]) -> str:
+    """The pool that the entries are of."""
+    return paths[0].parent.name
+
+
+def write_data(folder: Path, pools: list[tuple[float, list[Path]]], side: int) -> Path:
+    """Everything of a training, in YOLO's layout; what is there already stays. Returns the path of its data.yaml.
+
+    pools: of each the share of its entries to take, spread over the pool, and all its entries.
+    """
+    for share, paths in pools:
+        if not 0 < share <= 1:
+            raise ValueError(f"{path_name(paths)}: the share of a pool to take must lie in (0, 1], not {share:g}")
+        taken = np.unique(np.linspace(0, len(paths) - 1, round(share * len(paths))).round().astype(int))
+        write_pool(folder, [paths[i] for i in taken], side)
     names = "\n".join(f"  {k}: {name}" for k, name in CLASS_NAMES.items())
     return write_atomically(
         folder / "data.yaml", f"path: {folder.resolve()}\ntrain: images/train\nval: images/val\nnames:\n{names}\n"
@@ -238,7 +203,7 @@ def card(command: str, options: dict, counts: dict[str, int], curve: list[dict[s
         "  LabelMeFacade, COCO) were among the data: for research and education.",
         "- **Limits**: a small model after a short training, on rendered scenes and few photographs; no class names.",
         "",
-        "Curve (validation: held-out scenes with training seeds, and every twentieth photograph):",
+        "Curve (validation: every twentieth picture of each pool, held out):",
         "",
         "| epoch | minutes | box loss | class loss | precision | recall | mAP50 | mAP50-95 |",
         "|---|---|---|---|---|---|---|---|",
@@ -251,17 +216,14 @@ def _counts(data: Path) -> dict[str, int]:
     counts: dict[str, int] = {}
     for path in sorted((data / "images/train").iterdir()):
         source = path.name.split("-")[0]
-        label = "scenes" if source == "scene" else f"photographs of {source}"
+        label = "scenes" if source == "scenes" else f"photographs of {source}"
         counts[label] = counts.get(label, 0) + 1
     return counts
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m aopsam_lab.training.detector", description=__doc__.split("\n")[0])
-    parser.add_argument(
-        "--photos", nargs="*", default=[], metavar="DIR[:SHARE]", help="COCO-style folders of photographs"
-    )
-    parser.add_argument("--scenes", type=int, default=1600, help="scenes to train on")
+    parser.add_argument("--pools", nargs="+", required=True, help="FOLDER:SHARE of each pool, the share of its pictures to take")
     parser.add_argument("--minutes", type=float, default=45, help="time of training, all resumed runs together")
     parser.add_argument("--workdir", type=Path, default=Path("runs/detector"))
     parser.add_argument("--imgsz", type=int, default=IMAGE_SIDE, help="longest side of the pictures, in pixels")
@@ -270,18 +232,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--device", default="cuda:0" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, default=WEIGHTS, help="where the weights go, and the card beside them")
     args = parser.parse_args(arguments)
-    photos = list(photo_folders(args.photos))
-    if not photos:
-        print("No --photos: training on rendered scenes alone.")
+    pools = parse_pools(args.pools)
     folder = args.workdir / f"data{args.imgsz}"
-    data = write_data(folder, args.scenes, photos, args.imgsz)
+    data = write_data(folder, pools, args.imgsz)
     run = args.workdir / f"run{args.imgsz}"
     best = train(data, run, args.minutes, args.imgsz, args.batch, args.threads, args.device)
     options = export(best, args.out, args.imgsz)
-    shown = " ".join(f"{f.name}:{share:g}" for f, share in photos)
-    command = (
-        f"python -m aopsam_lab.training.detector --photos {shown} --scenes {args.scenes} --minutes {args.minutes:g}"
-    )
+    shown = " ".join(f"POOLS/{path_name(paths)}:{share:g}" for share, paths in pools)
+    command = f"python -m aopsam_lab.training.detector --pools {shown} --minutes {args.minutes:g}"
     command += f" --imgsz {args.imgsz} --batch {args.batch}"
     write_atomically(
         args.out.with_suffix(".md"), card(command, options, _counts(folder), _read_curve(run), args.out.stat().st_size)

@@ -1,6 +1,6 @@
 """Choose tiny's two thresholds on training pictures and write its bundled weights.
 
-    python -m aopsam_lab.training.export_tiny --checkpoint runs/tiny/last.pt --pools scenes=0.5:DIR photos=0.5:DIR
+    python -m aopsam_lab.training.export_tiny --checkpoint runs/tiny/last.pt --pools POOLS/scenes:0.5 POOLS/photos:0.5
 
 Thresholds (ours): a grid of predicted-IoU and stability thresholds is tried on AMG-D's masks of the pools' pictures; of all
 pairs whose mIoU comes within half a point of the best, the one that keeps the fewest masks wins. AMG-D is the opponent: the
@@ -25,9 +25,8 @@ from aopsam_lab.pipeline import BOX_NMS_THRESH, STABILITY_OFFSET
 from aopsam_lab.sam.decoder import decode_tokens, draw_masks
 from aopsam_lab.sam.tiny import build_tiny_sam
 from aopsam_lab.sam.zoo import TINY_WEIGHTS
-from aopsam_lab.training.pool import read_entry
+from aopsam_lab.training.pool import parse_pools, read_entry
 from aopsam_lab.training.predictor import whole_picture
-from aopsam_lab.training.tiny_sam import parse_pools
 
 IOU_GRID = np.arange(0.20, 0.86, 0.05)
 STABILITY_GRID = np.arange(0.50, 0.96, 0.05)
@@ -83,7 +82,7 @@ def choose_thresholds(sam: Sam, paths: list[Path]) -> tuple[float, float, float,
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", required=True, help="last.pt of a training run")
-    parser.add_argument("--pools", nargs="+", required=True, help="name=share:folder of pool entries")
+    parser.add_argument("--pools", nargs="+", required=True, help="FOLDER:SHARE of each pool")
     parser.add_argument("--pictures", type=int, default=40)
     parser.add_argument("--out", type=Path, default=TINY_WEIGHTS)
     args = parser.parse_args(argv)

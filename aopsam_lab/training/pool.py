@@ -56,6 +56,22 @@ def read_entry(path: Path) -> tuple[np.ndarray, np.ndarray]:
         return entry["image"], masks
 
 
+def parse_pools(specs: list[str]) -> list[tuple[float, list[Path]]]:
+    """``FOLDER:SHARE`` of each pool -> (share, its entries)."""
+    pools = []
+    for spec in specs:
+        folder, _, share = spec.rpartition(":")
+        try:
+            weight = float(share)
+        except ValueError:
+            raise ValueError(f"{spec!r} is not of the form FOLDER:SHARE, as in runs/pools/scenes:0.4") from None
+        paths = sorted(Path(folder).glob("*.npz"))
+        if not paths:
+            raise FileNotFoundError(f"no pool entries in {folder!r}: make them with `python -m aopsam_lab.training.pool`")
+        pools.append((weight, paths))
+    return pools
+
+
 def fill_pool(folder: str | Path, ids: Iterable[str], get: Callable[[str], Sample], label: str = "pool") -> None:
     """Make every entry of ``ids`` that is missing, from ``get(id)``; what has no usable mask leaves an empty entry."""
     folder = Path(folder)

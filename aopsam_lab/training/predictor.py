@@ -1,6 +1,6 @@
 """Train the Prompt Predictor of a SAM on embeddings cached once.
 
-    python -m aopsam_lab.training.predictor --sam tiny --pools scenes=0.5:DIR photos=0.5:DIR --workdir runs/predictor --minutes 20
+    python -m aopsam_lab.training.predictor --sam tiny --pools POOLS/scenes:0.5 POOLS/photos:0.5 --workdir runs/predictor --minutes 20
 
 Target: for each mask one Gaussian bump of height 1 at its prompt point, here the pole of inaccessibility; sigma a third of the
 inradius within bounds; the maximum where bumps meet (ours). SAM is frozen.
@@ -34,8 +34,8 @@ from tqdm.auto import tqdm
 from aopsam_lab.asf import sample_prompts, valid_cells
 from aopsam_lab.predictor import BUNDLED, PromptPredictor
 from aopsam_lab.sam.zoo import load_sam, spec_of
-from aopsam_lab.training.pool import read_entry
-from aopsam_lab.training.tiny_sam import learning_rate, parse_pools, random_crop, save_atomically
+from aopsam_lab.training.pool import parse_pools, read_entry
+from aopsam_lab.training.tiny_sam import learning_rate, random_crop, save_atomically
 
 PEAK_WEIGHT = 8.0
 SIGMA_BOUNDS = (1.2, 3.0)  # in PCM cells
@@ -239,7 +239,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sam", default="tiny")
     parser.add_argument("--checkpoint", help="weights of the SAM, where they are not bundled")
-    parser.add_argument("--pools", nargs="+", required=True, help="name=share:folder of pool entries")
+    parser.add_argument("--pools", nargs="+", required=True, help="FOLDER:SHARE of each pool")
     parser.add_argument("--workdir", required=True)
     parser.add_argument("--preset", choices=("bundled", "paper"), default="bundled")
     parser.add_argument("--minutes", type=float, default=20, help="0 with --preset paper: 1000 epochs")

@@ -1,6 +1,6 @@
 """Train the bundled tiny SAM.
 
-    python -m aopsam_lab.training.tiny_sam --pools scenes=0.4:DIR photos=0.6:DIR --workdir runs/tiny --minutes 90
+    python -m aopsam_lab.training.tiny_sam --pools POOLS/scenes:0.4 POOLS/photos:0.6 --workdir runs/tiny --minutes 90
 
 A step takes some pictures and, for each, some masks with one prompt each: a click (three masks out, the best one learns,
 as in SAM) or a box (one mask out). Binary cross-entropy with Dice, because SAM's focal weights give empty masks for a long
@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from aopsam_lab.sam.decoder import decode_tokens, draw_masks
 from aopsam_lab.sam.tiny import IMG_SIZE, build_tiny_sam
-from aopsam_lab.training.pool import read_entry
+from aopsam_lab.training.pool import parse_pools, read_entry
 
 LOW_RES = IMG_SIZE // 2  # side of the low-resolution masks that the decoder draws
 BOX_SHARE = 0.3
@@ -221,18 +221,6 @@ def save_atomically(state: dict, path: Path) -> None:
     os.replace(path.with_suffix(".tmp"), path)
 
 
-def parse_pools(specs: list[str]) -> list[tuple[float, list[Path]]]:
-    """``name=share:folder`` -> (share, entries)."""
-    pools = []
-    for spec in specs:
-        share, _, folder = spec.partition("=")[2].partition(":")
-        paths = sorted(Path(folder).glob("*.npz"))
-        if not paths:
-            raise FileNotFoundError(f"no pool entries in {folder!r}: run `python -m aopsam_lab.training.make_pools` first")
-        pools.append((float(share), paths))
-    return pools
-
-
 def train(args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)
     device = torch.device(args.device)
@@ -304,7 +292,7 @@ def train(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pools", nargs="+", required=True, help="name=share:folder of pool entries")
+    parser.add_argument("--pools", nargs="+", required=True, help="FOLDER:SHARE of each pool")
     parser.add_argument("--workdir", required=True)
     parser.add_argument("--minutes", type=float, default=90, help="training time in all, resumed runs counted together")
     parser.add_argument("--steps", type=int, default=0, help="if given, the schedule follows steps in place of minutes")

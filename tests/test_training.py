@@ -1,0 +1,130 @@
+import csv
+
+import numpy as np
+import pytest
+import torch
+
+from aopsam_lab.data.sample import Sample
+from aopsam_lab.sam.tiny import build_tiny_sam
+from aopsam_lab.training import predictor as predictor_training
+from aopsam_lab.training import tiny_sam as training
+from aopsam_lab.training.pool import fill_pool, fill_scenes, parse_pools, read_entry
+
+
+@pytest.fixture(scope="module")
+def pool(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pools") / "scenes"
+    fill_scenes(folder, 4)
+    return folder
+
+
+def test_pool_entries_hold_the_picture_and_its_masks(tmp_path):
+    image = np.arange(96 * 192 * 3, dtype=np.uint32).reshape(96, 192, 3).astype(np.uint8)
+    masks = np.zeros((2, 96, 192), bool)
+    masks[0, 16:48, 32:64] = True
+    masks[1, 0, 0] = True  # a quarter of a cell at half of 384: nothing to learn from
+    fill_pool(tmp_path, ["a"], lambda name: Sample(name, image, masks))
+    read, found = read_entry(tmp_path / "a.npz")
+    assert read.shape == (192, 384, 3) and found.shape == (1, 96, 192)
+    assert np.array_equal(found[0], masks[0])
+    assert [p.name for p in tmp_path.iterdir()] == ["a.npz"], "no half-written file stays"
+
+
+def test_pools_are_resumed_and_their_specs_checked(pool):
+    before = {p: p.stat().st_mtime_ns for p in pool.iterdir()}
+    fill_scenes(pool, 4)
+    assert {p: p.stat().st_mtime_ns for p in pool.iterdir()} == before
+    assert [(share, len(paths)) for share, paths in parse_pools([f"{pool}:0.4"])] == [(0.4, 4)]
+    with pytest.raises(ValueError, match="FOLDER:SHARE"):
+        parse_pools([str(pool)])
+    with pytest.raises(FileNotFoundError, match="training.pool"):
+        parse_pools([f"{pool.parent / 'none'}:1"])
+
+
+def test_prompts_lie_where_they_should(pool):
+    data = training.PromptedPictures(parse_pools([f"{pool}:1"]), prompts=7, seed=0)
+    for _, sample in zip(range(12), data):
+        h, w = sample["size"]
+        assert max(h, w) == training.IMG_SIZE and sample["masks"].shape == (7, 128, 128)
+        assert not sample["image"][:, h:].any() and not sample["image"][:, :, w:].any()
+        for mask, (x, y), box in zip(sample["masks"], sample["points"], sample["boxes"]):
+            assert mask[int(y // 2), int(x // 2)], "a click lies on its mask"
+            ys, xs = np.nonzero(mask)
+            near = 20 + 1e-3
+            assert abs(box[0] - 2 * xs.min()) <= near and abs(box[3] - 2 * (ys.max() + 1)) <= near
+
+
+def test_prompt_tokens_equal_the_prompt_encoder():
+    torch.manual_seed(0)
+    encoder = build_tiny_sam().prompt_encoder
+    points, boxes = torch.rand(2, 5, 2) * 256, torch.rand(2, 3, 4) * 256
+    with torch.no_grad():
+        ours = training.prompt_tokens(encoder, points, boxes)
+        for i in range(2):
+            clicks, _ = encoder(points=(points[i][:, None], torch.ones(5, 1)), boxes=None, masks=None)
+            corners, _ = encoder(points=None, boxes=boxes[i], masks=None)
+            assert torch.equal(ours[i], torch.cat([clicks, corners]))
+
+
+def test_mask_loss_and_iou_by_hand():
+    target = torch.tensor([[1.0, 1.0], [0.0, 0.0]])
+    logits = torch.tensor([[50.0, -50.0], [50.0, -50.0]])
+    assert training.mask_iou(logits, target).item() == pytest.approx(1 / 3)
+    # BCE is 50 on two of four cells; Dice: overlap 1, sums 2 and 2, each smoothed by 1
+    assert training.mask_loss(logits, target).item() == pytest.approx(3 * 25 + 2 * (1 - 3 / 5), rel=1e-4)
+    assert training.mask_loss(50 * (2 * target - 1), target).item() == pytest.approx(0, abs=1e-4)
+
+
+def test_learning_rate_warms_up_and_comes_down():
+    assert training.learning_rate(0.0, 0, 1.0, warmup=10) == pytest.approx(0.1)
+    assert training.learning_rate(0.0, 20, 1.0, warmup=10) == pytest.approx(1.0)
+    assert training.learning_rate(1.0, 99, 1.0, warmup=10) == pytest.approx(0.01)
+
+
+def test_tiny_training_learns_something_and_resumes(pool, tmp_path):
+    command = ["--pools", f"{pool}:1", "--workdir", str(tmp_path), "--batch", "1", "--prompts", "4", "--workers", "0"]
+    command += ["--device", "cpu", "--log-every", "1"]
+    training.main([*command, "--steps", "2"])
+    first = torch.load(tmp_path / "last.pt", weights_only=True)
+    training.main([*command, "--steps", "3"])
+    second = torch.load(tmp_path / "last.pt", weights_only=True)
+    assert (first["step"], second["step"]) == (2, 3)
+    with open(tmp_path / "curve.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["step"] for row in rows] == ["1", "2", "3"] and float(rows[-1]["loss"]) > 0
+    moved = [k for k, v in second["sam"].items() if not torch.equal(v, first["sam"][k])]
+    assert any(k.startswith("image_encoder") for k in moved) and any(k.startswith("mask_decoder") for k in moved)
+
+
+def test_predictor_target_by_hand():
+    masks = np.zeros((2, 20, 20), bool)
+    masks[0, 2:11, 2:11] = True  # pole at (6, 6), inradius 5: sigma 5 / 3
+    masks[1, 15, 15] = True  # sigma at its lower bound
+    target = predictor_training.confidence_target(masks, (24, 20))
+    assert target.shape == (24, 20) and target[6, 6] == 1 and target[15, 15] == 1
+    assert target[6, 8] == pytest.approx(np.exp(-0.5 * (2 / (5 / 3)) ** 2), rel=0.05)
+    assert target[15, 16] == pytest.approx(np.exp(-0.5 / 1.2**2), rel=1e-4)
+    assert target[23, 0] < 1e-3
+
+
+def test_predictor_trains_from_its_cache_and_loads(pool, tmp_path):
+    from aopsam_lab.predictor import load_predictor
+
+    command = ["--pools", f"{pool}:1", "--workdir", str(tmp_path), "--crops", "4", "--batch", "2", "--log-every", "1"]
+    command += ["--minutes", "0.02", "--device", "cpu", "--held-out", "1"]
+    predictor_training.main(command)
+    caches = {p: p.stat().st_mtime_ns for p in (tmp_path / "cache").glob("*.npy")}
+    predictor_training.main(command)
+    assert {p: p.stat().st_mtime_ns for p in caches} == caches, "embeddings are computed once"
+    predictor = load_predictor(path=tmp_path / "predictor.safetensors", device="cpu")
+    pcm = predictor(torch.zeros(1, 3, 256, 256), torch.zeros(1, 128, 32, 32))
+    assert pcm.shape == (1, 1, 128, 128) and 0 <= pcm.min() and pcm.max() <= 1
+    with open(tmp_path / "curve.csv") as file:
+        assert {"loss", "recall_64", "candidates"} <= set(next(csv.DictReader(file)))
+
+
+def test_the_two_presets_lose_differently():
+    logits, target = torch.zeros(1, 2, 2), torch.tensor([[[1.0, 0.0], [0.0, 0.0]]])
+    valid = torch.tensor([[[1.0, 1.0], [0.0, 0.0]]])
+    assert predictor_training.loss_of("paper", logits, target, valid, 8).item() == pytest.approx(0.25)
+    assert predictor_training.loss_of("bundled", logits, target, valid, 8).item() == pytest.approx(10 * np.log(2) / 2)
