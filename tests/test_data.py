@@ -226,3 +226,18 @@ def test_a_scene_as_a_sample():
     assert sample.image.shape == (64, 64, 3) and sample.image.dtype == np.uint8
     assert sample.masks.shape[1:] == (64, 64) and len(sample.masks) == len(sample.points)
     assert np.array_equal(dataset[1].image, sample.image)
+
+
+def test_code_fingerprints_ignore_comments_and_docstrings(tmp_path, monkeypatch):
+    from aopsam_lab import fingerprint
+
+    monkeypatch.setattr(fingerprint.resources, "files", lambda _: tmp_path)
+
+    def of(source: str) -> str:
+        (tmp_path / "a.py").write_text(source)
+        return fingerprint.code_fingerprint(["a.py"])
+
+    plain = of("def f(x):\n    return x + 1\n")
+    assert of('"""About."""\n\n\ndef f(x):\n    """Adds one."""\n    return x + 1  # one\n') == plain
+    assert of("def f(x):\n    return x + 2\n") != plain
+    assert of('def f(x):\n    """Only a docstring."""\n') != plain

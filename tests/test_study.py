@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 
 from aopsam_lab.predictor import PromptPredictor
 from aopsam_lab.sam.tiny import build_tiny_sam
-from aopsam_lab.study import PACKAGE_ROOT, tables
+from aopsam_lab.study import PACKAGE_ROOT, settings, tables
 from aopsam_lab.study.report import run_report
 from aopsam_lab.study.runner import STORE_NAME, run_study
 from aopsam_lab.study.store import Store, make_key
@@ -155,6 +155,12 @@ def test_other_weights_are_another_study(study, tmp_path):
     other = write_weights(tmp_path, seed=1)
     assert study(predictor=other["predictor"]).n_scored == 6
     assert study(checkpoint=other["checkpoint"]).n_scored == 6
+
+
+def test_other_code_is_another_study(study, monkeypatch):
+    study()
+    monkeypatch.setattr(settings, "scoring_code", lambda: "changed")
+    assert study().n_scored == 6
 
 
 def test_images_without_truth_are_run_but_not_scored(study):

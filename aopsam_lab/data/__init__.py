@@ -8,6 +8,7 @@ from importlib import resources
 from typing import Protocol
 
 from aopsam_lab.data.sample import Sample
+from aopsam_lab.fingerprint import code_fingerprint
 
 EVALUATION_SCENES = 10_000  # scenes with a lower number are for evaluation, the others for training
 SCENE_SIDE = 512
@@ -96,11 +97,6 @@ def open_dataset(dataset: str | os.PathLike, n_images: int | None = None, seed: 
 
 
 def _renderer_hash() -> str:
-    """A hash of the source of everything that draws scenes: no version number that someone must remember to raise."""
-    digest = hashlib.sha256()
-    folder = resources.files("aopsam_lab.data")
-    for file in sorted(folder.iterdir(), key=lambda entry: entry.name):
-        private = file.name.startswith("_") and file.name.endswith(".py") and file.name != "__init__.py"
-        if private or file.name in ("scenes.py", "points.py"):
-            digest.update("\n".join(file.read_text(encoding="utf-8").splitlines()).encode())
-    return digest.hexdigest()
+    """A hash of all code that draws scenes: no version number that someone must remember to raise."""
+    names = {entry.name for entry in resources.files("aopsam_lab.data").iterdir() if entry.name.endswith(".py")}
+    return code_fingerprint(f"data/{name}" for name in names - {"__init__.py", "sample.py", "coco.py"})

@@ -83,7 +83,7 @@ def examples_figure(examples: Sequence[Example], methods: Sequence[str]) -> Figu
     columns = 1 + len(methods)
     heights = [example.image.shape[0] / example.image.shape[1] for example in examples]
     width = 3.5
-    figure = Figure(figsize=(width * columns, width * sum(heights) + 0.45 * len(examples)), dpi=110, facecolor="white")
+    figure = Figure(figsize=(width * columns, width * sum(heights) + 0.3 * len(examples)), dpi=110, facecolor="white")
     figure.set_layout_engine("constrained", w_pad=0.04, h_pad=0.05)
     grid = figure.subplots(len(examples), columns, squeeze=False, gridspec_kw={"height_ratios": heights})
     for row, example in zip(grid, examples):

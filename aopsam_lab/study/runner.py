@@ -22,13 +22,13 @@ from aopsam_lab.study import tables
 from aopsam_lab.study.memory import MEMORY_VERSION, measure_peak
 from aopsam_lab.study.provenance import processor, provenance
 from aopsam_lab.study.settings import (
-    RESULTS_VERSION,
     Models,
     Setting,
     Weights,
     check_methods,
     load_models,
     row_inputs,
+    scoring_code,
     weight_hashes,
 )
 from aopsam_lab.study.store import Store, make_key
@@ -144,7 +144,7 @@ def run_study(
             "dataset": images.describe(),
             "seeds": {"dataset": seed, "bootstrap": tables.BOOTSTRAP_SEED},
             "weights": weight_hashes(models),
-            "results_version": RESULTS_VERSION,
+            "scoring_code": scoring_code(),
             **provenance(models.device),
         },
         examples=examples,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -11,11 +12,15 @@ import torch
 from segment_anything.modeling import Sam
 
 from aopsam_lab.asf import AsfParams
+from aopsam_lab.fingerprint import code_fingerprint
 from aopsam_lab.methods import METHODS
 from aopsam_lab.sam.zoo import load_sam, resolve_device, spec_of
 
-# Raise it when a change of the code changes what is scored or timed: rows of another version are scored anew.
-RESULTS_VERSION = 1
+# The code that a score or a time depends on. When it changes, rows made with the former code are scored anew.
+SCORING_CODE = (
+    "asf.py", "detector.py", "evaluator.py", "imaging.py", "methods.py", "pipeline.py", "predictor.py", "rle.py",
+    "sam/decoder.py", "sam/mobile.py", "sam/tiny.py", "sam/zoo.py",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -86,7 +91,7 @@ def row_inputs(setting: Setting, models: Models, machine: str, image: str) -> di
     The machine (processor, threads) and torch's version are in it because every row holds times.
     """
     inputs: dict[str, Any] = {
-        "version": RESULTS_VERSION,
+        "code": scoring_code(),
         "method": setting.method,
         "params": setting.used_params(),
         "sam": dataclasses.asdict(spec_of(models.sam)),
@@ -100,6 +105,12 @@ def row_inputs(setting: Setting, models: Models, machine: str, image: str) -> di
     if needed:
         inputs[needed] = getattr(models, needed).sha256
     return inputs
+
+
+@functools.cache
+def scoring_code() -> str:
+    """A hash of SCORING_CODE as this process runs it."""
+    return code_fingerprint(SCORING_CODE)
 
 
 def weight_hashes(models: Models) -> dict[str, str]:
