@@ -34,6 +34,7 @@ from tqdm.auto import tqdm
 from aopsam_lab.asf import sample_prompts, valid_cells
 from aopsam_lab.predictor import BUNDLED, PromptPredictor
 from aopsam_lab.sam.zoo import load_sam, spec_of
+from aopsam_lab.training.card import licence, pool_counts, write_card
 from aopsam_lab.training.pool import parse_pools, read_entry
 from aopsam_lab.training.tiny_sam import learning_rate, random_crop, save_atomically
 
@@ -188,7 +189,7 @@ def train(args: argparse.Namespace) -> None:
         predictor.load_state_dict(state["predictor"])
         optimizer.load_state_dict(state["optimizer"])
         step, seconds = state["step"], state["seconds"]
-    forward = torch.compile(predictor.logits) if args.compile else predictor.logits
+    forward = torch.compile(predictor.logits, dynamic=False) if args.compile else predictor.logits
     started = time.perf_counter() - seconds
     rng = np.random.default_rng([args.seed, step])
     steps = 1000 * args.crops // args.batch if args.preset == "paper" and not args.minutes else 0
@@ -230,9 +231,18 @@ def train(args: argparse.Namespace) -> None:
     save()
     predictor.eval()
     about = dict(sam=spec_of(sam).name, sam_sha256=spec_of(sam).sha256, preset=args.preset, steps=str(step))
-    export(predictor, work / "predictor.safetensors", about)
-    if args.bundle:
-        export(predictor, BUNDLED[args.sam], about)
+    facts = {
+        "Model": f"{sum(p.numel() for p in predictor.parameters()) / 1e6:.2f} M parameters, for embeddings of {about['sam']} "
+        f"(sha256 {about['sam_sha256'][:12]})",
+        "Data": f"{args.crops} crops; pictures: {pool_counts(pools)}; scenes with training seeds only",
+        "Training": f"preset {args.preset}, {step} steps of {args.batch}, {(time.perf_counter() - started) / 60:.0f} minutes, peak "
+        f"weight {args.peak_weight:g}, by `python -m aopsam_lab.training.predictor`",
+        "Licence": licence(pools),
+    }
+    about_curve = f"recall_k: share of truths with one of the k strongest candidates on them, {len(held)} held-out training pictures"
+    for path in [work / "predictor.safetensors"] + ([BUNDLED[args.sam]] if args.bundle else []):
+        export(predictor, path, about)
+        write_card(path, f"Prompt Predictor of the {about['sam']} SAM.", facts, work / "curve.csv", about_curve)
 
 
 def main(argv: list[str] | None = None) -> None:
