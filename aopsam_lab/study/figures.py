@@ -54,7 +54,8 @@ def tradeoff_figure(summary: pd.DataFrame) -> Figure:
             axes.vlines(x[i], low[i], high[i], color=colour, lw=1.3, alpha=0.55, zorder=2)
         filled = method == tables.REFERENCE
         size, face = (95, colour) if filled else (52, "white")
-        axes.scatter(x[i], y[i], s=size, marker=marker, color=face, edgecolors=colour, linewidths=1.6, zorder=3)
+        order = 3 if filled else 3.5  # the large mark must not hide a small one
+        axes.scatter(x[i], y[i], s=size, marker=marker, color=face, edgecolors=colour, linewidths=1.6, zorder=order)
     ends = np.concatenate([low, high, y])
     ends = ends[np.isfinite(ends)]
     if len(ends):

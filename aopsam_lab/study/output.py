@@ -59,14 +59,14 @@ def html_table(table: pd.DataFrame, highlight: str | None = None, text_columns: 
 
 TABLE_STYLE = """
 .results { overflow-x: auto; }
-.results table { border-collapse: collapse; font-size: 0.875rem; line-height: 1.35;
+.results table { border-collapse: collapse; font-size: 0.85rem; line-height: 1.35;
   font-variant-numeric: tabular-nums; }
-.results th, .results td { padding: 0.42em 0.7em; border-bottom: 1px solid #e3e5e8; vertical-align: baseline; }
+.results th, .results td { padding: 0.42em 0.6em; border-bottom: 1px solid #e3e5e8; vertical-align: baseline; }
 .results td { white-space: nowrap; }
 .results thead th { border-bottom: 1.5px solid #1b1b1b; font-weight: 600; vertical-align: bottom; }
 .results tbody th { font-weight: 400; white-space: nowrap; }
-.results .left { text-align: left; }
-.results .right { text-align: right; }
+.results .left { text-align: left !important; }
+.results .right { text-align: right !important; }
 .results tr.own th, .results tr.own td { background: #e8f5f0; font-weight: 600; }
 """
 

@@ -30,7 +30,7 @@ STYLE = """
 * { box-sizing: border-box; }
 body { margin: 0; background: #fff; color: var(--ink); font: 1rem/1.55 system-ui, -apple-system, "Segoe UI", Roboto,
   "Noto Sans", "Helvetica Neue", Arial, sans-serif; }
-main, header, footer { max-width: 72rem; margin: 0 auto; padding: 0 1.5rem; }
+main, header, footer { max-width: 80rem; margin: 0 auto; padding: 0 1.5rem; }
 header { padding-top: 3.5rem; }
 h1 { font-size: 2rem; line-height: 1.2; letter-spacing: -0.015em; margin: 0 0 0.6rem; }
 h2 { font-size: 1.45rem; line-height: 1.25; letter-spacing: -0.01em; margin: 3rem 0 0.4rem; padding-top: 1.6rem;
@@ -53,7 +53,7 @@ dl { display: grid; grid-template-columns: max-content minmax(0, 1fr); gap: 0.25
 dt { color: var(--muted); }
 dd { margin: 0; overflow-wrap: anywhere; font-variant-numeric: tabular-nums; }
 footer { margin-top: 4rem; padding-bottom: 3rem; }
-@media (max-width: 52rem) { .beside { grid-template-columns: 1fr; } dl { grid-template-columns: 1fr; }
+@media (max-width: 52rem) { .beside { grid-template-columns: minmax(0, 1fr); } dl { grid-template-columns: 1fr; }
   dt { margin-top: 0.4rem; } }
 """
 
