@@ -98,13 +98,27 @@ def test_tiny_training_learns_something_and_resumes(pool, tmp_path):
 
 def test_predictor_target_by_hand():
     masks = np.zeros((2, 20, 20), bool)
-    masks[0, 2:11, 2:11] = True  # pole at (6, 6), inradius 5: sigma 5 / 3
+    masks[0, 2:11, 2:11] = True  # pole at (6, 6), inradius 5: sigma 5 / 3; its disc leaves only corners
     masks[1, 15, 15] = True  # sigma at its lower bound
     target = predictor_training.confidence_target(masks, (24, 20))
     assert target.shape == (24, 20) and target[6, 6] == 1 and target[15, 15] == 1
     assert target[6, 8] == pytest.approx(np.exp(-0.5 * (2 / (5 / 3)) ** 2), rel=0.05)
     assert target[15, 16] == pytest.approx(np.exp(-0.5 / 1.2**2), rel=1e-4)
     assert target[23, 0] < 1e-3
+
+
+def test_a_long_mask_gets_several_points_the_pole_first():
+    mask = np.zeros((16, 60), bool)
+    mask[4:13, 3:57] = True
+    mask[2:15, 20:33] = True  # the widest place
+    points = predictor_training.prompt_points(mask)
+    row, column, inradius = points[0]
+    assert 20 <= column < 33 and 3 <= len(points) <= predictor_training.POINTS
+    assert all(mask[r, c] for r, c, _ in points)
+    assert inradius == max(radius for _, _, radius in points)
+    target = predictor_training.confidence_target(mask[None], (16, 60))
+    assert target[points[1][0], points[1][1]] == pytest.approx(predictor_training.HEIGHT_DECAY, abs=0.02)
+    assert predictor_training.prompt_points(np.zeros((4, 4), bool)) == []
 
 
 def test_predictor_trains_from_its_cache_and_loads(pool, tmp_path):

@@ -30,7 +30,7 @@ from aopsam_lab.training.pool import parse_pools, read_entry
 from aopsam_lab.training.predictor import whole_picture
 
 IOU_GRID = np.arange(0.20, 0.86, 0.05)
-STABILITY_GRID = np.arange(0.50, 0.96, 0.05)
+STABILITY_GRID = np.arange(0.50, 0.96, 0.10)
 SLACK = 0.005
 
 

@@ -2,8 +2,10 @@
 
     python -m aopsam_lab.training.predictor --sam tiny --pools POOLS/scenes:0.5 POOLS/photos:0.5 --workdir runs/predictor --minutes 20
 
-Target: for each mask one Gaussian bump of height 1 at its prompt point, here the pole of inaccessibility; sigma a third of the
-inradius within bounds; the maximum where bumps meet (ours). SAM is frozen.
+Target (ours): for each mask a Gaussian bump of height 1 at its pole of inaccessibility and lower ones at further points inside
+it, each the pole of what discs about the earlier ones leave; sigma a third of the inradius within bounds; the maximum where
+bumps meet. One click seldom gives a large object's best mask; on eight training scenes, AMG-style decoding at true poles alone
+reached an mIoU of 0.549, with up to eight points a mask 0.572, on the 32 x 32 grid 0.584. SAM is frozen.
 
 Presets. ``paper``: mean squared error, Adam, 1000 epochs (the paper's recipe). ``bundled`` (ours): binary cross-entropy in
 which a cell at a peak weighs ``1 + PEAK_WEIGHT`` times an empty one, since peaks are a hundredth of all cells; Adam with a
@@ -39,15 +41,26 @@ from aopsam_lab.training.pool import parse_pools, read_entry
 from aopsam_lab.training.tiny_sam import learning_rate, random_crop, save_atomically
 
 PEAK_WEIGHT = 8.0
-SIGMA_BOUNDS = (1.2, 3.0)  # in PCM cells
+POINTS = 8  # bumps a mask
+HEIGHT_DECAY = 0.85  # of each bump to the one before: the pole comes first
+LEAST_RADIUS = 2.0  # in PCM cells: where less is left, one point more is one too many
+SIGMA_BOUNDS = (1.2, 2.5)  # in PCM cells
 HELD_OUT = 20  # every 20th picture of a pool is for choosing, not for training
 
 
-def pole_of(mask: np.ndarray) -> tuple[int, int, float]:
-    """(row, column, inradius) of the cell deepest inside a mask, the outside of the grid counting as outside."""
-    distance = cv2.distanceTransform(np.pad(mask.astype(np.uint8), 1), cv2.DIST_L2, 5)[1:-1, 1:-1]
-    row, column = divmod(int(distance.argmax()), mask.shape[1])
-    return row, column, float(distance[row, column])
+def prompt_points(mask: np.ndarray, most: int = POINTS) -> list[tuple[int, int, float]]:
+    """(row, column, inradius) of the cell deepest inside a mask, then of those deepest inside what is left of it when a disc
+    of that radius is cut out, while its inradius is at least LEAST_RADIUS; the outside of the grid counts as outside."""
+    left, points = mask.astype(np.uint8), []
+    while len(points) < most:
+        distance = cv2.distanceTransform(np.pad(left, 1), cv2.DIST_L2, 5)[1:-1, 1:-1]
+        row, column = divmod(int(distance.argmax()), mask.shape[1])
+        inradius = float(distance[row, column])
+        if inradius < (LEAST_RADIUS if points else 1e-6):
+            break
+        points.append((row, column, inradius))
+        cv2.circle(left, (column, row), int(max(inradius, 2 * LEAST_RADIUS)), 0, -1)
+    return points
 
 
 def confidence_target(masks: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
@@ -55,10 +68,10 @@ def confidence_target(masks: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
     target = np.zeros(grid, np.float32)
     rows, columns = np.arange(grid[0], dtype=np.float32), np.arange(grid[1], dtype=np.float32)
     for mask in masks:
-        row, column, inradius = pole_of(mask)
-        sigma = float(np.clip(inradius / 3, *SIGMA_BOUNDS))
-        bump = np.outer(np.exp(-0.5 * ((rows - row) / sigma) ** 2), np.exp(-0.5 * ((columns - column) / sigma) ** 2))
-        np.maximum(target, bump, out=target)
+        for i, (row, column, inradius) in enumerate(prompt_points(mask)):
+            sigma = float(np.clip(inradius / 3, *SIGMA_BOUNDS))
+            bump = np.outer(np.exp(-0.5 * ((rows - row) / sigma) ** 2), np.exp(-0.5 * ((columns - column) / sigma) ** 2))
+            np.maximum(target, HEIGHT_DECAY**i * bump, out=target)
     return target
 
 
@@ -92,7 +105,7 @@ def build_cache(sam: Sam, pools, count: int, folder: Path, seed: int, batch: int
     s = sam.image_encoder.img_size
     grid = sam.prompt_encoder.mask_input_size
     c, (h, w) = sam.prompt_encoder.embed_dim, sam.prompt_encoder.image_embedding_size
-    key = dict(sam=spec_of(sam).sha256, count=count, seed=seed, pools=[[share, len(paths)] for share, paths in pools])
+    key = dict(sam=spec_of(sam).sha256, count=count, seed=seed, points=POINTS, pools=[[share, len(paths)] for share, paths in pools])
     folder.mkdir(parents=True, exist_ok=True)
     note = folder / "cache.json"
     state = json.loads(note.read_text()) if note.exists() else {}
