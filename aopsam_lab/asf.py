@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-OWN_QUANTILE = 0.25
+OWN_QUANTILE = 0.4  # at 0.25 elimination cost 1.7 points of mIoU on twelve training scenes, at 0.5 0.7
 RIDGE = 0.05  # added to the covariance's diagonal, in units of its mean, before it is inverted
 REFERENCE_WIDTH = 256  # smoothing and spacing are given in cells of a PCM this wide (ours: others scale by width / 256)
 
@@ -179,8 +179,8 @@ def elimination_thresholds(pems: Tensor, coverage: Tensor, valid: Tensor, elimin
     """What a PEM must exceed for its reference to eliminate a prompt -> (n,).
 
     ``elimination`` times the mean of the PEM (n, h, w) over the valid cells (the paper's adaptive threshold; the mean is
-    ours), but not less than the lower quartile of the PEM over the reference's own cells, those that its mask covers by half
-    (ours): a prompt must look as much like the mask as most of the mask itself does. Without that floor a part is lost to
+    ours), but not less than the OWN_QUANTILE of the PEM over the reference's own cells, those that its mask covers by half
+    (ours): a prompt must look as much like the mask as a good part of the mask itself does. Without that floor a part is lost to
     its object, and a small object to what surrounds it.
     """
     adaptive = elimination * pems[:, valid].mean(1)

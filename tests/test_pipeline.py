@@ -64,10 +64,10 @@ def test_amg_keeps_the_masks_of_the_stock_generator(sam, pictures):
         total += len(ours)
         if expected:
             iou = coco_mask.iou(ours, expected, [0] * len(expected))
-            area = coco_mask.area(ours).astype(float)
+            area = np.array([coco_mask.area(mask) for mask in ours], float)  # one by one: its list form fails at 256
             least = np.minimum(0.99, (area - 1) / area)
             assert (iou.max(1) >= least).all()
-            assert len(set(iou.argmax(1))) == len(ours), "each has a partner of its own"
+            assert (iou.max(0) >= np.minimum(0.99, (area[iou.argmax(0)] - 1) / area[iou.argmax(0)])).all()
     assert total > 20, "too few masks for the comparison to mean anything"
 
 
