@@ -23,6 +23,7 @@ from types import ModuleType
 import cv2
 import numpy as np
 import torch
+from PIL import Image
 from safetensors import SafetensorError, safe_open
 
 from aopsam_lab.sam.zoo import resolve_device
@@ -41,12 +42,17 @@ _OFFLINE = {
 
 @contextmanager
 def process_left_alone() -> Iterator[None]:
-    """Puts back what Ultralytics changes for the whole process: threads, printing, environment."""
+    """Puts back what Ultralytics changes for the whole process: threads, printing, environment, and others' functions.
+
+    Its `PIL.Image.open` would go and install a package when it meets a file that is no picture.
+    """
+    image_open, torch_save = Image.open, torch.save
     threads, cv_threads, printing = torch.get_num_threads(), cv2.getNumThreads(), np.get_printoptions()
     environment = dict(os.environ)
     try:
         yield
     finally:
+        Image.open, torch.save = image_open, torch_save
         torch.set_num_threads(threads)
         cv2.setNumThreads(cv_threads)
         np.set_printoptions(**printing)

@@ -126,11 +126,15 @@ def refuse(*args, **kwargs):
     raise OSError("no network in this test")
 socket.getaddrinfo = socket.create_connection = socket.socket.connect = refuse
 import numpy as np
+import torch
+torch_save = torch.save
 from aopsam_lab.detector import load_detector
 found = load_detector(sys.argv[1], "cpu").boxes(np.zeros((64, 64, 3), np.uint8))
 import ultralytics
 from ultralytics.utils import SETTINGS, USER_CONFIG_DIR
 from ultralytics.utils.events import events
+from PIL import Image
+assert Image.open.__module__ == "PIL.Image" and torch_save is torch.save
 print("sync", SETTINGS["sync"], events.enabled, "config", USER_CONFIG_DIR)
 """
 
