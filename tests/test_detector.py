@@ -17,7 +17,6 @@ from aopsam_lab.detector import ARCHITECTURE, Detector, import_ultralytics, load
 from aopsam_lab.training import detector as training
 from aopsam_lab.training.pool import fill_scenes
 
-pytest.importorskip("ultralytics")
 BUNDLED = Path(training.WEIGHTS)
 needs_weights = pytest.mark.skipif(not BUNDLED.exists(), reason="the detector is not trained yet")
 
