@@ -216,7 +216,9 @@ def test_a_tiny_training_runs_resumes_and_exports(tmp_path, pool, capsys):
     out = tmp_path / "out/detector.safetensors"
     command = ["--pools", f"{pool[0]}:1", "--minutes", "0.01", "--imgsz", "32", "--batch", "2", "--device", "cpu",
                "--workdir", str(tmp_path), "--out", str(out)]  # fmt: skip
-    training.main(command)
+    before = torch.get_num_threads()
+    training.main([*command, "--threads", str(before + 1)])
+    assert torch.get_num_threads() == before, "the process is left as it was"
     training.main(command)
     assert "is finished" in capsys.readouterr().out
     assert load_detector(out, "cpu").imgsz == 32

@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import save as to_safetensors
 from tqdm.auto import tqdm
 
-from aopsam_lab.detector import ARCHITECTURE, CLASS_NAMES, DEFAULTS, import_ultralytics
+from aopsam_lab.detector import ARCHITECTURE, CLASS_NAMES, DEFAULTS, import_ultralytics, process_left_alone
 from aopsam_lab.files import write_atomically
 from aopsam_lab.training.pool import parse_pools, read_entry
 
@@ -153,13 +153,14 @@ def train(data: Path, run: Path, minutes: float, side: int, batch: int, threads:
     model = YOLO(str(safe) if safe.exists() else ARCHITECTURE)
     for event, call in (("on_train_start", start), ("on_train_epoch_start", start_epoch), ("on_model_save", saved)):
         model.add_callback(event, call)
-    model.train(
-        data=str(data), time=minutes / 60, imgsz=side, batch=batch, device=device.removeprefix("cuda:"),
-        resume=safe.exists(), pretrained=False, amp="bf16" if cuda else False, project=str(run.parent), name=run.name,
-        exist_ok=True, workers=8 if cuda else 0, plots=False, verbose=False, seed=0, patience=10_000,
-        optimizer="AdamW", lr0=0.002, momentum=0.9, weight_decay=0.0005, cos_lr=True, warmup_epochs=0.5,
-        warmup_bias_lr=0.0, nbs=batch, mosaic=0.0, close_mosaic=0, scale=0.4, max_det=300,
-    )  # fmt: skip
+    with process_left_alone():
+        model.train(
+            data=str(data), time=minutes / 60, imgsz=side, batch=batch, device=device.removeprefix("cuda:"),
+            resume=safe.exists(), pretrained=False, amp="bf16" if cuda else False, project=str(run.parent), name=run.name,
+            exist_ok=True, workers=8 if cuda else 0, plots=False, verbose=False, seed=0, patience=10_000,
+            optimizer="AdamW", lr0=0.002, momentum=0.9, weight_decay=0.0005, cos_lr=True, warmup_epochs=0.5,
+            warmup_bias_lr=0.0, nbs=batch, mosaic=0.0, close_mosaic=0, scale=0.4, max_det=300,
+        )  # fmt: skip
     write_atomically(finished, json.dumps({"minutes": minutes}))
     return best
 

@@ -10,6 +10,7 @@ thresholds suit it first. Masks are compared at low resolution, which is near en
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,7 @@ from aopsam_lab.pipeline import BOX_NMS_THRESH, STABILITY_OFFSET
 from aopsam_lab.sam.decoder import decode_tokens, draw_masks
 from aopsam_lab.sam.tiny import build_tiny_sam
 from aopsam_lab.sam.zoo import TINY_WEIGHTS
-from aopsam_lab.training.card import licence, pool_counts, write_card
+from aopsam_lab.training.card import write_card
 from aopsam_lab.training.pool import parse_pools, read_entry
 from aopsam_lab.training.predictor import whole_picture
 
@@ -111,11 +112,10 @@ def main(argv: list[str] | None = None) -> None:
     facts = {
         "Model": "image encoder of 5.3 M parameters (256 x 256 pixels in, 128 x 32 x 32 out), segment_anything's prompt encoder "
         "and mask decoder at width 128",
-        "Data": pool_counts(pools) + "; scenes with training seeds only",
+        **json.loads((args.workdir / "about.json").read_text()),
         "Training": f"{state['step']} steps, {state['seconds'] / 60:.0f} minutes, by `python -m aopsam_lab.training.tiny_sam`; "
         "weights averaged (EMA); exported by `python -m aopsam_lab.training.export_tiny`",
         "Thresholds": thresholds,
-        "Licence": licence(pools),
         "Limits": "a first, short training: it shows the method; its masks are rough on photographs",
     }
     summary = "The bundled tiny SAM: a plain `segment_anything.modeling.Sam`, trained from scratch."

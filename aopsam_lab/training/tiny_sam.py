@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import json
 import math
 import os
 import time
@@ -25,8 +26,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from aopsam_lab.files import write_atomically
 from aopsam_lab.sam.decoder import decode_tokens, draw_masks
 from aopsam_lab.sam.tiny import IMG_SIZE, build_tiny_sam
+from aopsam_lab.training.card import licence, pool_counts
 from aopsam_lab.training.pool import parse_pools, read_entry
 
 LOW_RES = IMG_SIZE // 2  # side of the low-resolution masks that the decoder draws
@@ -245,7 +248,10 @@ def train(args: argparse.Namespace) -> None:
         weights = {k: v.float() for k, v in load_file(args.init).items()}
         sam.load_state_dict(weights)
         ema.module.load_state_dict(weights)
-    data = PromptedPictures(parse_pools(args.pools), args.prompts, seed=args.seed + step)
+    pools = parse_pools(args.pools)
+    about = {"Data": pool_counts(pools) + "; scenes with training seeds only", "Licence": licence(pools)}
+    write_atomically(work / "about.json", json.dumps(about))
+    data = PromptedPictures(pools, args.prompts, seed=args.seed + step)
     loader = iter(DataLoader(data, args.batch, num_workers=args.workers, prefetch_factor=4 if args.workers else None,
                              pin_memory=device.type == "cuda", persistent_workers=args.workers > 0))
     forward = TrainingStep(sam)
