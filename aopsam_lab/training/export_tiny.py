@@ -15,13 +15,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save as to_safetensors
 from segment_anything.modeling import Sam
 from segment_anything.utils.amg import batched_mask_to_box, build_point_grid, calculate_stability_score
 from torchvision.ops import nms
 from tqdm.auto import tqdm
 
 from aopsam_lab.evaluator import score_matrix
+from aopsam_lab.files import write_atomically
 from aopsam_lab.pipeline import BOX_NMS_THRESH, STABILITY_OFFSET
 from aopsam_lab.sam.decoder import decode_tokens, draw_masks
 from aopsam_lab.sam.tiny import build_tiny_sam
@@ -102,9 +103,7 @@ def main(argv: list[str] | None = None) -> None:
         paths += entries[::step][: round(args.pictures * share / total)]
     iou, stability, miou, kept = choose_thresholds(sam, paths)
     about = dict(pred_iou_thresh=str(iou), stability_score_thresh=str(stability), steps=str(state["step"]))
-    partial = args.out.with_suffix(".tmp")
-    save_file({k: v.contiguous() for k, v in weights.items()}, str(partial), metadata=about)
-    partial.replace(args.out)
+    write_atomically(args.out, to_safetensors({k: v.contiguous() for k, v in weights.items()}, metadata=about))
     thresholds = (
         f"predicted IoU > {iou}, stability >= {stability}: AMG-D's mIoU on {len(paths)} training pictures is {miou:.3f} with "
         f"{kept:.0f} masks a picture"
@@ -116,7 +115,6 @@ def main(argv: list[str] | None = None) -> None:
         "Training": f"{state['step']} steps, {state['seconds'] / 60:.0f} minutes, by `python -m aopsam_lab.training.tiny_sam`; "
         "weights averaged (EMA); exported by `python -m aopsam_lab.training.export_tiny`",
         "Thresholds": thresholds,
-        "Limits": "a first, short training: it shows the method; its masks are rough on photographs",
     }
     summary = "The bundled tiny SAM: a plain `segment_anything.modeling.Sam`, trained from scratch."
     about = "`box` and `click` are mean training IoUs of box prompts and of the best of three masks of one click"

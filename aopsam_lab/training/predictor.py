@@ -28,12 +28,13 @@ import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors.torch import save as to_safetensors
 from segment_anything.modeling import Sam
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from aopsam_lab.asf import sample_prompts, valid_cells
+from aopsam_lab.files import write_atomically
 from aopsam_lab.predictor import BUNDLED, PromptPredictor
 from aopsam_lab.sam.zoo import load_sam, spec_of
 from aopsam_lab.training.card import licence, pool_counts, write_card
@@ -180,9 +181,7 @@ def export(predictor: PromptPredictor, path: Path, about: dict[str, str]) -> Non
     """float16 safetensors with what a loader must know in the metadata; written beside, then renamed."""
     weights = {k: v.detach().cpu().half() if v.is_floating_point() else v.cpu() for k, v in predictor.state_dict().items()}
     about = dict(about, embed_dim=str(predictor.embed_dim), stride=str(predictor.stride))
-    partial = path.with_suffix(".tmp")
-    save_file(weights, str(partial), metadata=about)
-    partial.replace(path)
+    write_atomically(path, to_safetensors(weights, metadata=about))
 
 
 def train(args: argparse.Namespace) -> None:
