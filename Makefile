@@ -5,19 +5,28 @@ PYTHON ?= python3
 # Parameters of `make study`, given on the command line. What is left empty is as the notebook's first cell has it.
 SAM =
 CHECKPOINT =
+PREDICTOR =
+DETECTOR =
 METHODS =
 DATASET =
+# where it lies, for DATASET=coco, lvis or sa1b
+DATA =
 N =
 SEED =
 DEVICE =
 OUT = reports
+TIMED =
+# and of `make train`
+PHOTOS =
+QUICK =
+RUNS = $(if $(QUICK),runs/quick,runs)
 
 VENV := .venv
 READY := $(VENV)/.requirements-installed
 RUN := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help study test lab readme clean
+.PHONY: help study ablation sweeps bench reports test train lab app readme clean
 
 help:  ## this list
 	@echo "Targets:"
@@ -25,17 +34,38 @@ help:  ## this list
 	@echo "Example: make study DATASET=path/to/folder N=50 OUT=path/to/reports"
 	@echo "The first one used builds $(VENV) with PYTHON=$(PYTHON), which may be 3.10 to 3.13 (about 8 GB of disk)."
 
-study: $(READY)  ## the main comparison: SAM= CHECKPOINT= METHODS= DATASET= N= SEED= DEVICE= OUT=
-	$(RUN) -m aopsam_lab.study report main_comparison --reports '$(OUT)' \
-	  $(if $(SAM),--sam '$(SAM)') $(if $(CHECKPOINT),--checkpoint '$(CHECKPOINT)') \
-	  $(if $(METHODS),--methods '$(METHODS)') $(if $(DATASET),--dataset '$(DATASET)') \
-	  $(if $(N),--n-images '$(N)') $(if $(SEED),--seed '$(SEED)') $(if $(DEVICE),--device '$(DEVICE)')
+REPORT = $(RUN) -m aopsam_lab.study report --reports '$(OUT)' \
+  $(if $(SAM),--sam '$(SAM)') $(if $(CHECKPOINT),--checkpoint '$(CHECKPOINT)') \
+  $(if $(PREDICTOR),--predictor '$(PREDICTOR)') $(if $(DETECTOR),--detector '$(DETECTOR)') \
+  $(if $(DATASET),--dataset '$(DATASET)$(if $(DATA),:$(DATA))') $(if $(N),--n-images '$(N)') \
+  $(if $(SEED),--seed '$(SEED)') $(if $(DEVICE),--device '$(DEVICE)')
+
+study: $(READY)  ## the main comparison: SAM= CHECKPOINT= PREDICTOR= DETECTOR= METHODS= DATASET= DATA= N= SEED= DEVICE= OUT=
+	$(REPORT) $(if $(METHODS),--methods '$(METHODS)') main_comparison
+
+ablation: $(READY)  ## what each part of AoP-SAM gives: the parameters of study; TIMED= images on which each runs alone
+	$(REPORT) $(if $(TIMED),--timed-images '$(TIMED)') ablation
+
+sweeps: $(READY)  ## what each of the four knobs does: the parameters of study; TIMED= images on which each runs alone
+	$(REPORT) $(if $(TIMED),--timed-images '$(TIMED)') parameter_sweeps
+
+bench: $(READY)  ## fast decoding against segment_anything's own, technique by technique: DATASET= N= SEED= OUT=
+	$(RUN) -m aopsam_lab.study.bench --out '$(OUT)/bench' \
+	  $(if $(DATASET),--dataset '$(DATASET)') $(if $(N),--n-images '$(N)') $(if $(SEED),--seed '$(SEED)')
+
+reports: study ablation sweeps readme  ## all three, and the README's results
 
 test: $(READY)  ## all tests; ARGS="-k name" for some of them
 	$(RUN) -m pytest $(ARGS)
 
-lab: $(READY)  ## JupyterLab on the notebooks; ARGS="--no-browser --port 8890" for its options
-	$(RUN) -m jupyter lab notebooks $(ARGS)
+train: $(READY)  ## the bundled models, from data to weights: PHOTOS= (a folder of COCO-style folders) RUNS= QUICK=1
+	$(RUN) -m aopsam_lab.training.chain --workdir '$(RUNS)' $(if $(PHOTOS),--photos '$(PHOTOS)') $(if $(QUICK),--quick)
+
+lab: $(READY)  ## JupyterLab, the explorer open; ARGS="--no-browser --port 8890" for its options
+	$(RUN) -m jupyter lab notebooks/explore_pcm_pem.ipynb $(ARGS)
+
+app: $(READY)  ## the explorer as a page, by Voila; ARGS="--no-browser --port 8891 --theme dark" for its options
+	$(RUN) -m voila notebooks/explore_pcm_pem.ipynb $(ARGS)
 
 readme: $(READY)  ## write the results of the last study into the README
 	$(RUN) -m aopsam_lab.study readme --reports '$(OUT)'

@@ -13,7 +13,8 @@ import importlib
 
 _EXPORTS = {
     "segment": "aopsam_lab.pipeline",
-    "encode": "aopsam_lab.pipeline",
+    "encode": "aopsam_lab.decoding",
+    "explore": "aopsam_lab.widgets.explorer",
     "run_method": "aopsam_lab.pipeline",
     "AsfParams": "aopsam_lab.asf",
     "METHODS": "aopsam_lab.methods",

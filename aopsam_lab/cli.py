@@ -1,4 +1,4 @@
-"""The command line: `python -m aopsam_lab segment IMAGE... --out DIR`."""
+"""The command line: `python -m aopsam_lab segment | download | train-predictor`."""
 
 from __future__ import annotations
 
@@ -14,9 +14,11 @@ from PIL import Image
 from tqdm import tqdm
 
 from aopsam_lab.asf import AsfParams
+from aopsam_lab.download import CACHE_VARIABLE, OFFICIAL, download
 from aopsam_lab.methods import METHODS
 from aopsam_lab.pipeline import segment
 from aopsam_lab.sam.zoo import MODELS, load_sam
+from aopsam_lab.training import predictor as predictor_training
 
 ASF_HELP = {
     "smoothing": "sigma of the Gaussian over the confidence map",
@@ -30,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; its exit code: 0 done, 1 some images failed, 2 nothing could be done, 130 interrupted."""
     args = _parser().parse_args(argv)
     try:
-        return segment_command(args)
+        return args.run(args)
     except (ValueError, OSError) as error:
         print(f"aopsam_lab: {error}", file=sys.stderr)
         return 2
@@ -48,17 +50,34 @@ def _parser() -> argparse.ArgumentParser:
         description="Writes STEM.json (COCO), STEM_labels.png (16-bit labels) and STEM_overlay.png for each image.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
+    command.set_defaults(run=segment_command)
     command.add_argument("images", nargs="+", metavar="IMAGE", help="image files, folders of images, or glob patterns")
     command.add_argument("--out", required=True, type=Path, metavar="DIR", help="where the results go; made if missing")
     command.add_argument("--method", default="aop", choices=list(METHODS), help="how prompts are found")
     command.add_argument("--sam", default="tiny", choices=list(MODELS), help="which SAM")
-    command.add_argument("--checkpoint", metavar="FILE", help="the SAM's weights; only tiny's are bundled")
+    command.add_argument("--checkpoint", metavar="FILE", help="SAM weights other than the bundled or official ones")
     command.add_argument("--predictor", metavar="FILE", help="Prompt Predictor weights other than the bundled ones")
-    command.add_argument("--detector", metavar="FILE", help="YOLOv8 weights other than the bundled ones")
+    command.add_argument("--detector", metavar="FILE", help="YOLOv8 weights other than the bundled: a file, or yolov8n")
     command.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
     for parameter in fields(AsfParams):
         text = ASF_HELP[parameter.name]
         command.add_argument(f"--{parameter.name}", type=float, default=parameter.default, metavar="X", help=text)
+    command = commands.add_parser(
+        "download",
+        help="fetch official weights",
+        description=f"Fetches official weights into the folder {CACHE_VARIABLE}, or the system's cache folder, and "
+        "checks their sha256. What was interrupted goes on where it stopped.",
+    )
+    command.set_defaults(run=download_command)
+    command.add_argument("names", nargs="+", choices=list(OFFICIAL), metavar="NAME", help=", ".join(OFFICIAL))
+    command = commands.add_parser(
+        "train-predictor",
+        help="train the Prompt Predictor of a SAM",
+        description=predictor_training.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.set_defaults(run=train_command)
+    predictor_training.add_arguments(command)
     return parser
 
 
@@ -94,6 +113,19 @@ def segment_command(args: argparse.Namespace) -> int:
     if failures:
         print("\n".join(["Failed:", *(f"  {name}: {reason}" for name, reason in failures)]), file=sys.stderr)
     return 1 if failures else 0
+
+
+def download_command(args: argparse.Namespace) -> int:
+    """Fetch the official files named by `args`, print where each lies; 0. Raises what `download` raises."""
+    for name in dict.fromkeys(args.names):
+        print(f"{name}: {download(name)} ({OFFICIAL[name].licence})")
+    return 0
+
+
+def train_command(args: argparse.Namespace) -> int:
+    """Train a Prompt Predictor; 0. Raises what `training.predictor.train` raises."""
+    predictor_training.train(args)
+    return 0
 
 
 def find_images(names: Sequence[str]) -> tuple[list[Path], list[tuple[str, str]]]:

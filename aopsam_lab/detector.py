@@ -26,9 +26,10 @@ import torch
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 
-from aopsam_lab.sam.zoo import resolve_device
+from aopsam_lab.sam.zoo import official_weights, resolve_device
 
 ARCHITECTURE = "yolov8n.yaml"
+OFFICIAL_NAME = "yolov8n"  # in aopsam_lab.download
 CLASS_NAMES = {0: "object"}
 # Where the weights do not say. Low confidence is kind to the baseline: a box more costs it time, not mIoU.
 DEFAULTS = {"imgsz": 640, "confidence": 0.05, "overlap": 0.7}
@@ -160,15 +161,15 @@ def _from_checkpoint(path: Path) -> tuple[torch.nn.Module, dict[str, float]]:
 def load_detector(weights: str | os.PathLike | None = None, device: str | torch.device = "auto") -> Detector:
     """A YOLOv8 detector.
 
-    weights: None for the bundled one-class YOLOv8n, or a file: .safetensors as training/detector.py writes it, or any
-    Ultralytics YOLOv8 detection checkpoint (.pt, read without running code from it; its classes are ignored).
+    weights: None for the bundled one-class YOLOv8n, "yolov8n" for the official one (aopsam_lab.download), or a file:
+    .safetensors as training/detector.py writes it, or any Ultralytics YOLOv8 detection checkpoint (.pt, read without
+    running code from it). Classes are ignored.
     Raises: FileNotFoundError, ValueError for a file that is no such thing, ImportError without Ultralytics.
     """
-    path = (
-        Path(weights)
-        if weights is not None
-        else Path(str(resources.files("aopsam_lab") / "weights/detector.safetensors"))
-    )
+    if weights is None:
+        path = Path(str(resources.files("aopsam_lab") / "weights/detector.safetensors"))
+    else:
+        path = official_weights(OFFICIAL_NAME) if weights == OFFICIAL_NAME else Path(weights)
     if not path.is_file():
         raise FileNotFoundError(
             f"No detector weights at {path}; train some with python -m aopsam_lab.training.detector"

@@ -29,9 +29,9 @@ from aopsam_lab.asf import AsfParams
 if TYPE_CHECKING:
     from aopsam_lab.detector import Detector
     from aopsam_lab.predictor import PromptPredictor
-    from aopsam_lab.pipeline import Encoded
+    from aopsam_lab.decoding import Encoded
 
-ROUND = 16  # points a round of adaptive filtering (ours: the decoder's best batch on a CPU)
+ROUND = 32  # points a round of adaptive filtering (ours: two of the decoder's batches; a PEM costs as much for few as for many)
 MAX_BOXES = 100
 
 
@@ -68,6 +68,7 @@ class Proposal:
     pem_value:     (m,) the PEM there, NaN where none did.
     pcm:           (4h, 4w) or None.
     pems:          list of (h, w) maps, one a reference mask.
+    references:    list of (prompt, threshold), one a reference mask: the prompt that found it, and what its PEM must exceed.
     """
 
     prompts: Prompts
@@ -75,6 +76,7 @@ class Proposal:
     eliminated_by: Tensor = field(init=False)
     pem_value: Tensor = field(init=False)
     pems: list[Tensor] = field(default_factory=list)
+    references: list[tuple[int, float]] = field(default_factory=list)
     _done: bool = False
 
     def __post_init__(self) -> None:
@@ -122,7 +124,8 @@ class FilteredProposal(Proposal):
         waiting = self.waiting.nonzero()[:, 0]
         if not len(masks) or not len(waiting):
             return
-        masks = masks[best_of_each(iou, prompt)]
+        best = best_of_each(iou, prompt)
+        masks = masks[best]
         coverage = asf.cell_coverage(masks, tuple(self.valid.shape)) * self.valid
         pems = asf.elimination_maps(self.features, asf.reference_features(self.features, coverage))
         thresholds = asf.elimination_thresholds(pems, coverage, self.valid, self.elimination)
@@ -132,6 +135,7 @@ class FilteredProposal(Proposal):
         self.pem_value[waiting[gone]] = value[gone]
         self.waiting[waiting[gone]] = False
         self.pems.extend(pems)
+        self.references.extend(zip(prompt[best].tolist(), thresholds.tolist()))
 
 
 def best_of_each(iou: Tensor, prompt: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """The Prompt Predictor: picture and SAM embedding in, Prompt Confidence Map (PCM) out.
 
 From the paper: two encoders (a CNN on the picture, SAM's ViT embedding), convolutions with ReLU, a Sigmoid at the end,
-lightweight. Ours: the widths, BatchNorm, the two scales at which the branches meet, and the last bias of -3 (with a bias of 0
+lightweight. Ours: the widths, BatchNorm, the scale at which the branches meet, and the last bias of -3 (with a bias of 0
 the Sigmoid starts at one half everywhere, is driven to zero by the empty cells and stays there).
 """
 
@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from aopsam_lab.sam.zoo import resolve_device
 
@@ -31,6 +32,10 @@ class PromptPredictor(nn.Module):
     """(B, 3, S, S) model-frame pictures (normalised, padded) and (B, C, h, w) embeddings -> (B, 1, 4h, 4w) PCM in [0, 1].
 
     embed_dim: C of the embedding. stride: S / h, 8 or 16 (so one PCM cell is 2 or 4 model-frame pixels wide).
+
+    Both branches meet on a 2h x 2w grid; a last convolution gives four values a cell, which are the PCM's 2 x 2 cells there, as
+    the embedding branch gives 2 x 2 cells of that grid. So each position within an embedding's cell has weights of its own, and
+    nothing runs at the PCM's own size, where most of the time would go.
     """
 
     def __init__(self, embed_dim: int = 128, stride: int = 8):
@@ -38,19 +43,24 @@ class PromptPredictor(nn.Module):
         if stride not in (8, 16):
             raise ValueError(f"a Prompt Predictor is made for embeddings at stride 8 or 16, not {stride}")
         self.embed_dim, self.stride = embed_dim, stride
-        first = [_conv(3, 24, stride=2)] if stride == 8 else [_conv(3, 16, stride=2), _conv(16, 24, stride=2)]
-        self.image4 = nn.Sequential(*first, _conv(24, 24))  # (B, 24, 4h, 4w)
-        self.image2 = nn.Sequential(_conv(24, 48, stride=2), _conv(48, 48))  # (B, 48, 2h, 2w)
-        self.embed = nn.Sequential(_conv(embed_dim, 96, 1), _conv(96, 96))  # (B, 96, h, w)
-        self.fuse2 = nn.Sequential(_conv(48 + 96, 64), _conv(64, 48, 1))  # (B, 48, 2h, 2w)
-        self.fuse4 = nn.Sequential(_conv(24 + 48, 32), _conv(32, 32), nn.Conv2d(32, 1, 1))  # (B, 1, 4h, 4w)
-        nn.init.constant_(self.fuse4[-1].bias, -3.0)
+        first = [_conv(3, 16, stride=2)] if stride == 8 else [_conv(3, 16, stride=2), _conv(16, 16, stride=2)]
+        self.image = nn.Sequential(*first, _conv(16, 32, stride=2), _conv(32, 32))  # (B, 32, 2h, 2w)
+        self.embed = nn.Sequential(_conv(embed_dim, 96, 1), _conv(96, 64), _conv(64, 64), _conv(64, 4 * 32, 1), nn.PixelShuffle(2))
+        self.fuse = nn.Sequential(_conv(32 + 32, 48), _conv(48, 32), nn.Conv2d(32, 4, 3, padding=1))  # (B, 4, 2h, 2w)
+        nn.init.constant_(self.fuse[-1].bias, -3.0)
 
     def logits(self, image: Tensor, embedding: Tensor) -> Tensor:
         """The PCM before its Sigmoid."""
-        fine = self.image4(image)
-        middle = torch.cat([self.image2(fine), _double(self.embed(embedding))], 1)
-        return self.fuse4(torch.cat([fine, _double(self.fuse2(middle))], 1))
+        both = torch.cat([self.image(image), self.embed(embedding)], 1)  # (B, 32 + 32, 2h, 2w)
+        return F.pixel_shuffle(self.fuse(both), 2)
+
+    def fold(self) -> PromptPredictor:
+        """Each BatchNorm folded into the convolution before it, in place: the same numbers in eval mode, in less time."""
+        for block in [b for b in self.modules() if isinstance(b, nn.Sequential)]:
+            for i, (conv, norm) in enumerate(zip(block, block[1:])):
+                if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+                    block[i], block[i + 1] = fuse_conv_bn_eval(conv, norm), nn.Identity()
+        return self
 
     def forward(self, image: Tensor, embedding: Tensor) -> Tensor:
         return self.logits(image, embedding).sigmoid()
@@ -59,10 +69,6 @@ class PromptPredictor(nn.Module):
     def pcm(self, image: Tensor, embedding: Tensor, valid: Tensor) -> Tensor:
         """The PCM of one picture (1, 3, S, S), zero on padding (``valid``: (4h, 4w) bool) -> (4h, 4w)."""
         return self(image, embedding)[0, 0] * valid
-
-
-def _double(x: Tensor) -> Tensor:
-    return F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)
 
 
 def load_predictor(name: str = "tiny", path: str | Path | None = None, device: str = "auto") -> PromptPredictor:
@@ -87,4 +93,4 @@ def load_predictor(name: str = "tiny", path: str | Path | None = None, device: s
     except (SafetensorError, KeyError, RuntimeError) as error:
         raise ValueError(f"{path} does not hold a Prompt Predictor's weights ({error})") from error
     predictor.sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-    return predictor.eval().requires_grad_(False).to(resolve_device(device))
+    return predictor.eval().fold().requires_grad_(False).to(resolve_device(device))

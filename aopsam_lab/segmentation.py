@@ -20,16 +20,17 @@ from aopsam_lab.rle import decode_rle
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-STATUSES = ("kept", "eliminated", "low_iou", "unstable", "duplicate")
+STATUSES = ("kept", "eliminated", "low_iou", "unstable", "duplicate", "not_reached")
 PROMPT_COLUMNS = ("x", "y", "confidence", "round", "status", "by", "pem", "x0", "y0", "x1", "y1")
 
 # How a prompt of each fate is drawn: marker, colour, legend. Shape tells them apart where colour does not.
-_FATES = {
+FATES = {
     "kept": ("o", "#FFFFFF", "kept"),
     "eliminated": ("x", "#E69F00", "eliminated, never decoded"),
     "low_iou": ("v", "#56B4E9", "low predicted IoU"),
     "unstable": ("s", "#CC79A7", "unstable"),
     "duplicate": ("D", "#F0E442", "duplicate"),
+    "not_reached": ("+", "#BBBBBB", "beyond the limit, never decoded"),
 }
 
 
@@ -54,6 +55,8 @@ class Segmentation:
                   None for methods without one.
     pems:         (r, h, w) float32, a Prompt Elimination Map for each reference mask, in the order they were found;
                   None for methods without.
+    references:   r rows, one a PEM. prompt: the row of `prompts` whose mask it is; threshold: what the PEM must exceed
+                  for the reference to eliminate a prompt.
     seconds:      encode, infer (prompts proposed: the paper's Inf_Lat), mask (prompts to masks: Mask_Lat), total.
     method:       its name in the registry; params: its settings.
     n_decoded:    prompts that went through the mask decoder; n_sampled: proposed; n_eliminated: dropped before that.
@@ -72,6 +75,7 @@ class Segmentation:
     prompts: pd.DataFrame
     pcm: np.ndarray | None = None
     pems: np.ndarray | None = None
+    references: pd.DataFrame = field(default_factory=lambda: pd.DataFrame({"prompt": [], "threshold": []}))
     seconds: dict[str, float] = field(default_factory=dict)
     method: str = ""
     params: dict = field(default_factory=dict)
@@ -212,7 +216,7 @@ class Segmentation:
         ax.imshow(picture, extent=(0, width, height, 0), interpolation="nearest")
         chosen = STATUSES if prompts is True else tuple(prompts or ())
         for status in chosen:
-            if status not in _FATES:
+            if status not in FATES:
                 raise ValueError(f"prompts: {status!r} is not one of {', '.join(STATUSES)}.")
             self._draw_prompts(ax, status)
         if legend and any(status in set(self.prompts["status"]) for status in chosen):
@@ -222,6 +226,12 @@ class Segmentation:
         ax.set_title(title, fontsize="small")
         return ax
 
+    def explore(self, sam: str = "tiny"):
+        """This result in the explorer, as it is, for a notebook's cell; the SAM is asked only when something changes."""
+        from aopsam_lab.widgets.explorer import explore_segmentation
+
+        return explore_segmentation(self, sam)
+
     def _draw_prompts(self, ax: Axes, status: str) -> None:
         from matplotlib import patheffects
         from matplotlib.patches import Rectangle
@@ -229,12 +239,12 @@ class Segmentation:
         rows = self.prompts[self.prompts["status"] == status]
         if rows.empty:
             return
-        marker, colour, text = _FATES[status]
-        edge = {"linewidths": 1.4} if marker == "x" else {"edgecolors": "black", "linewidths": 0.7}
+        marker, colour, text = FATES[status]
+        edge = {"linewidths": 1.4} if marker in "x+" else {"edgecolors": "black", "linewidths": 0.7}
         label = f"{text} ({len(rows)})"
         area = float(np.clip(2600 / len(self.prompts), 7, 26))  # points squared: room to see under a dense grid
         drawn = ax.scatter(rows["x"], rows["y"], s=area, marker=marker, c=colour, label=label, zorder=3, **edge)
-        if marker == "x":  # a cross has no edge of its own: a dark rim keeps it visible on bright pixels
+        if marker in "x+":  # a cross has no edge of its own: a dark rim keeps it visible on bright pixels
             drawn.set_path_effects([patheffects.Stroke(linewidth=2.6, foreground="black"), patheffects.Normal()])
         for box in rows[["x0", "y0", "x1", "y1"]].dropna().itertuples(index=False):
             size = (box.x1 - box.x0, box.y1 - box.y0)

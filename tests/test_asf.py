@@ -136,7 +136,7 @@ def test_threshold_is_the_larger_of_mean_and_own_quantile():
     mean = (0.9 + 0.8 + 0.7 + 0.6 + 3 * 0.2) / 7
     coverage = torch.tensor([[[1.0, 0.5, 1.0, 1.0], [0.4, 0, 0, 1.0]]])  # own cells: the first row
     assert asf.elimination_thresholds(pem, coverage, valid, 1.5).item() == pytest.approx(1.5 * mean)
-    assert asf.elimination_thresholds(pem, coverage, valid, 1.0).item() == pytest.approx(0.7 + 0.2 * 0.1)  # quantile 0.4 of four
+    assert asf.elimination_thresholds(pem, coverage, valid, 1.0).item() == pytest.approx(0.75)  # the median of four
     assert asf.elimination_thresholds(pem, coverage * 0.3, valid, 1.0).item() == pytest.approx(mean)
 
 
@@ -162,8 +162,8 @@ def test_elimination_features_are_half_look_half_place():
     valid[5] = False
     features = asf.elimination_features(torch.randn(8, 6, 6), torch.randn(8, 6, 6), valid)
     assert features.shape == (16, 6, 6)
-    assert torch.allclose(features[:8, valid].norm(dim=0), torch.ones(30), atol=1e-5)
-    assert torch.allclose(features[8:, valid].norm(dim=0), torch.ones(30), atol=1e-5)
+    assert torch.allclose(features[:8, valid].norm(dim=0), torch.full((30,), 0.5**0.5), atol=1e-5)
+    assert torch.allclose(features[8:, valid].norm(dim=0), torch.full((30,), 0.5**0.5), atol=1e-5)
     assert features[:, ~valid].abs().max() == 0
 
 

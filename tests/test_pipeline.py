@@ -4,23 +4,12 @@ import torch
 from pycocotools import mask as coco_mask
 from segment_anything import SamAutomaticMaskGenerator, SamPredictor
 
-from aopsam_lab import pipeline
+from aopsam_lab import decoding, pipeline
 from aopsam_lab.asf import AsfParams
 from aopsam_lab.data.scenes import render, scene
 from aopsam_lab.methods import METHODS, ROUND, Models, method_named
-from aopsam_lab.pipeline import encode, run_method
-from aopsam_lab.predictor import load_predictor
-from aopsam_lab.sam.zoo import load_sam
-
-
-@pytest.fixture(scope="module")
-def sam():
-    return load_sam("tiny", device="cpu")
-
-
-@pytest.fixture(scope="module")
-def predictor():
-    return load_predictor("tiny", device="cpu")
+from aopsam_lab.decoding import encode
+from aopsam_lab.pipeline import run_method
 
 
 @pytest.fixture(scope="module")
@@ -153,8 +142,8 @@ def test_a_box_is_decoded_to_one_mask(sam, pictures):
     proposal = method_named("oas_box").start(encoded, Models(detector=Boxes()), AsfParams())
     with torch.inference_mode():
         spec = sam.spec.__class__("tiny", -1.0, 0.0, "")
-        found = pipeline.decode_and_filter(sam, encoded, proposal.prompts, torch.tensor([0]), spec)
-        ours = pipeline.full_resolution(sam, encoded, found.low_res)[0] > 0
+        found = decoding.decode_and_filter(sam, encoded, proposal.prompts, torch.tensor([0]), spec)
+        ours = decoding.full_resolution(sam, encoded, found.low_res)[0] > 0
     assert float(scores[0]) == pytest.approx(float(found.iou[0]), abs=1e-4)
     assert (ours.numpy() != masks[0]).mean() < 1e-3
 
@@ -167,3 +156,17 @@ def test_segment_takes_any_picture_and_keeps_its_models(predictor, pictures):
     assert result.image.shape == (*grey.shape, 3)
     assert aop.segment(grey, method="amg_s", device="cpu").n_decoded == 256
     assert len([key for key in pipeline._LOADED if key[0] == "sam"]) == 1
+
+
+def test_references_say_whose_mask_and_at_which_threshold(sam, predictor, pictures):
+    for image in pictures[:4]:
+        result = run_method(sam, encode(sam, image), "aop", predictor, params=AsfParams(confidence=0.1, elimination=1.1))
+        table, references = result.prompts, result.references
+        assert len(references) == (0 if result.pems is None else len(result.pems))
+        gone = table[table["status"] == "eliminated"]
+        by = references.iloc[gone["by"]]
+        assert len(gone) and (gone["pem"].to_numpy() > by["threshold"].to_numpy()).all()
+        assert table["status"].iloc[references["prompt"]].isin(["kept", "duplicate"]).all()
+        assert table["round"].iloc[references["prompt"]].is_monotonic_increasing
+    no_filter = run_method(sam, encode(sam, pictures[0]), "aop_no_af", predictor)
+    assert len(no_filter.references) == 0

@@ -5,68 +5,20 @@ Random weights do for all of it; a wide spacing keeps the prompts few and the te
 
 from __future__ import annotations
 
-import json
-import os
 import re
-import signal
-import sqlite3
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
-import torch
-from PIL import Image
-from safetensors.torch import save_file
 
-from aopsam_lab.predictor import PromptPredictor
-from aopsam_lab.sam.tiny import build_tiny_sam
 from aopsam_lab.study import PACKAGE_ROOT, settings, tables
 from aopsam_lab.study.report import run_report
 from aopsam_lab.study.runner import STORE_NAME, run_study
 from aopsam_lab.study.store import Store, make_key
 
-SIDE = 48
 FEW = {"confidence": 0.0, "spacing": 60.0, "memory": False, "progress": False}
 METHODS = ["aop_no_af", "aop"]
 TIMES = ["encode_s", "inf_lat_s", "mask_lat_s", "total_s"]
-
-
-def write_weights(folder: Path, seed: int) -> dict[str, str]:
-    torch.manual_seed(seed)
-    thresholds = {"pred_iou_thresh": "0", "stability_score_thresh": "0"}
-    shape = {"embed_dim": "128", "stride": "8"}
-    for name, model, about in (("sam", build_tiny_sam(), thresholds), ("predictor", PromptPredictor(), shape)):
-        state = {key: value.contiguous() for key, value in model.state_dict().items()}
-        save_file(state, folder / f"{name}.safetensors", metadata=about)
-    return {"checkpoint": str(folder / "sam.safetensors"), "predictor": str(folder / "predictor.safetensors")}
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    return write_weights(tmp_path_factory.mktemp("weights"), seed=0)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """14 small pictures of two squares; the last has no masks."""
-    path = tmp_path_factory.mktemp("data") / "squares"
-    (path / "images").mkdir(parents=True)
-    images, annotations = [], []
-    for i in range(14):
-        rng = np.random.default_rng(i)
-        picture = rng.integers(0, 60, (SIDE, SIDE, 3), dtype=np.uint8)
-        images.append({"id": i, "file_name": f"{i:02d}.png", "width": SIDE, "height": SIDE})
-        for x, y in rng.integers(2, SIDE - 14, (2, 2)) if i < 13 else ():
-            picture[y : y + 12, x : x + 12] = rng.integers(90, 255, 3)
-            corners = [float(v) for v in (x, y, x + 12, y, x + 12, y + 12, x, y + 12)]
-            annotations.append({"id": len(annotations), "image_id": i, "segmentation": [corners], "iscrowd": 0})
-        Image.fromarray(picture).save(path / "images" / f"{i:02d}.png")
-    (path / "annotations.json").write_text(json.dumps({"images": images, "annotations": annotations}))
-    return path
 
 
 @pytest.fixture
@@ -124,7 +76,7 @@ def test_a_study_scores_every_image_with_every_method(study):
     assert own.groupby("image")["encode_s"].nunique().eq(1).all()  # one encoding for all methods
     assert [example.id for example in result.examples] == own["image"].drop_duplicates().tolist()[:3]
     masks = result.examples[0].detail["aop"]["masks"]
-    assert len(masks) == own.query("method == 'aop'")["n_masks"].iloc[0] and masks[0]["size"] == [SIDE, SIDE]
+    assert len(masks) == own.query("method == 'aop'")["n_masks"].iloc[0] and masks[0]["size"] == [48, 48]
 
 
 def test_what_is_scored_is_not_scored_again(study):
@@ -150,11 +102,10 @@ def test_a_change_scores_again_only_what_depends_on_it(study, changes, scored):
     assert study(**changes).n_scored == scored
 
 
-def test_other_weights_are_another_study(study, tmp_path):
+def test_other_weights_are_another_study(study, other_weights):
     study()
-    other = write_weights(tmp_path, seed=1)
-    assert study(predictor=other["predictor"]).n_scored == 6
-    assert study(checkpoint=other["checkpoint"]).n_scored == 6
+    assert study(predictor=other_weights["predictor"]).n_scored == 6
+    assert study(checkpoint=other_weights["checkpoint"]).n_scored == 6
 
 
 def test_other_code_is_another_study(study, monkeypatch):
@@ -187,47 +138,23 @@ def test_bad_arguments(study, changes, message):
         study(**changes)
 
 
-def test_kill_9_loses_at_most_the_image_in_hand(study, weights, folder, tmp_path):
+def test_kill_9_loses_at_most_the_image_in_hand(study, weights, folder, tmp_path, kill_after, stored_rows):
     """A real process, killed once it has stored a few rows; the next one scores the rest and nothing twice."""
     out = tmp_path / "killed"
     arguments = {"methods": METHODS, "dataset": str(folder), "n_images": 14, "out": str(out), **FEW, **weights}
     code = f"from aopsam_lab.study.runner import run_study; run_study(**{arguments!r})"
-    environment = {**os.environ, "PYTHONPATH": str(PACKAGE_ROOT)}
-    process = subprocess.Popen([sys.executable, "-c", code], env=environment)
-    while rows_in(out / STORE_NAME) < 5:
-        assert process.poll() is None, "the study ended before it could be killed"
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    before = stored(out / STORE_NAME)
+    before = kill_after(code, out / STORE_NAME, rows=5)
     assert 5 <= len(before) < 28
 
     result = study(n_images=14, out=out)
     assert (result.n_reused, result.n_scored) == (len(before), 28 - len(before))
-    after = stored(out / STORE_NAME)
+    after = stored_rows(out / STORE_NAME)
     assert len(after) == 28 and before.items() <= after.items()  # the old rows as they were, times of scoring included
 
     whole = study(n_images=14, out=tmp_path / "whole")
     pd.testing.assert_frame_equal(result.per_image.drop(columns=TIMES), whole.per_image.drop(columns=TIMES))
     times = ["inf_lat_s", "mask_lat_s", "encode_s", "total_s"]
     pd.testing.assert_frame_equal(result.summary.drop(columns=times), whole.summary.drop(columns=times))
-
-
-def rows_in(path: Path) -> int:
-    return len(stored(path))
-
-
-def stored(path: Path) -> dict[str, tuple]:
-    if not path.exists():
-        return {}
-    connection = sqlite3.connect(path, timeout=60)
-    try:
-        rows = connection.execute("SELECT key, vals, scored_at FROM scores").fetchall()
-    except sqlite3.OperationalError:  # the table is not there yet
-        rows = []
-    finally:
-        connection.close()
-    return {key: values for key, *values in rows}
 
 
 def test_peak_memory_is_measured_once_in_a_process_of_its_own(study):

@@ -5,9 +5,13 @@ import pytest
 import torch
 
 from aopsam_lab.data.sample import Sample
+from aopsam_lab.predictor import PromptPredictor
 from aopsam_lab.sam.tiny import build_tiny_sam
+from aopsam_lab.training import export_tiny
 from aopsam_lab.training import predictor as predictor_training
 from aopsam_lab.training import tiny_sam as training
+from aopsam_lab.training.examples import whole_picture
+from aopsam_lab.training.muon import orthogonalise
 from aopsam_lab.training.pool import fill_pool, fill_scenes, parse_pools, read_entry
 
 
@@ -66,6 +70,25 @@ def test_prompt_tokens_equal_the_prompt_encoder():
             assert torch.equal(ours[i], torch.cat([clicks, corners]))
 
 
+        several, labels = torch.rand(2, 4, 3, 2) * 256, torch.randint(0, 2, (2, 4, 3))
+        ours = training.click_tokens(encoder, several, labels)
+        for i in range(2):
+            assert torch.equal(ours[i], encoder(points=(several[i], labels[i]), boxes=None, masks=None)[0])
+
+
+def test_the_next_click_falls_where_the_mask_is_most_wrong():
+    truth = torch.zeros(1, 3, 128, 128)
+    truth[:, :, 20:50, 20:50] = 1
+    logits = 2 * truth - 1
+    logits[0, 0, 20:50, 20:38] = -1  # 18 columns are missing
+    logits[0, 1, 80:100, 90:110] = 1  # 20 x 20 are too much
+    points, labels = training.next_clicks(logits, truth)
+    assert labels.tolist() == [[1, 0, 1]]
+    x, y = (points[0] / 2).long().T
+    assert 20 <= x[0] < 38 and 90 <= x[1] < 110 and 80 <= y[1] < 100
+    assert truth[0, 2, y[2], x[2]]  # nothing is wrong: in the middle again
+
+
 def test_mask_loss_and_iou_by_hand():
     target = torch.tensor([[1.0, 1.0], [0.0, 0.0]])
     logits = torch.tensor([[50.0, -50.0], [50.0, -50.0]])
@@ -98,13 +121,22 @@ def test_tiny_training_learns_something_and_resumes(pool, tmp_path):
 
 def test_predictor_target_by_hand():
     masks = np.zeros((2, 20, 20), bool)
-    masks[0, 2:11, 2:11] = True  # pole at (6, 6), inradius 5: sigma 5 / 3; its disc leaves only corners
-    masks[1, 15, 15] = True  # sigma at its lower bound
+    masks[0, 2:11, 2:11] = True  # pole at (6, 6), the middle of an embedding's cell; its disc leaves only corners
+    masks[1, 15, 15] = True  # its cell's middle, (14, 14), is off the mask: the point stays where it is
     target = predictor_training.confidence_target(masks, (24, 20))
     assert target.shape == (24, 20) and target[6, 6] == 1 and target[15, 15] == 1
-    assert target[6, 8] == pytest.approx(np.exp(-0.5 * (2 / (5 / 3)) ** 2), rel=0.05)
-    assert target[15, 16] == pytest.approx(np.exp(-0.5 / 1.2**2), rel=1e-4)
+    assert target[6, 8] == pytest.approx(np.exp(-0.5 * (2 / predictor_training.SIGMA) ** 2), rel=0.05)
+    assert target[15, 16] == pytest.approx(np.exp(-0.5 / predictor_training.SIGMA**2), rel=1e-4)
     assert target[23, 0] < 1e-3
+
+
+def test_target_points_move_to_the_middle_of_their_cell_but_never_off_the_mask():
+    mask = np.zeros((16, 16), bool)
+    mask[1:4, 9:12] = True
+    assert predictor_training.snapped(1, 9, mask) == (2, 10)
+    mask[2, 10] = False
+    assert predictor_training.snapped(1, 9, mask) == (1, 9)
+    assert predictor_training.snapped(14, 14, np.ones((14, 15), bool)) == (14, 14)  # the middle is beyond the picture
 
 
 def test_a_long_mask_gets_several_points_the_pole_first():
@@ -117,7 +149,8 @@ def test_a_long_mask_gets_several_points_the_pole_first():
     assert all(mask[r, c] for r, c, _ in points)
     assert inradius == max(radius for _, _, radius in points)
     target = predictor_training.confidence_target(mask[None], (16, 60))
-    assert target[points[1][0], points[1][1]] == pytest.approx(predictor_training.HEIGHT_DECAY, abs=0.02)
+    at = predictor_training.snapped(*points[1][:2], mask)
+    assert target[at] == pytest.approx(predictor_training.HEIGHT_DECAY, abs=0.02)
     assert predictor_training.prompt_points(np.zeros((4, 4), bool)) == []
 
 
@@ -127,7 +160,8 @@ def test_predictor_trains_from_its_cache_and_loads(pool, tmp_path):
     command = ["--pools", f"{pool}:1", "--workdir", str(tmp_path), "--crops", "4", "--batch", "2", "--log-every", "1"]
     command += ["--minutes", "0.02", "--device", "cpu", "--held-out", "1"]
     predictor_training.main(command)
-    caches = {p: p.stat().st_mtime_ns for p in (tmp_path / "cache").glob("*.npy")}
+    caches = {p: p.stat().st_mtime_ns for p in (tmp_path / "cache").glob("shard-*")}
+    assert len(caches) == 1
     predictor_training.main(command)
     assert {p: p.stat().st_mtime_ns for p in caches} == caches, "embeddings are computed once"
     predictor = load_predictor(path=tmp_path / "predictor.safetensors", device="cpu")
@@ -142,3 +176,40 @@ def test_the_two_presets_lose_differently():
     valid = torch.tensor([[[1.0, 1.0], [0.0, 0.0]]])
     assert predictor_training.loss_of("paper", logits, target, valid, 8).item() == pytest.approx(0.25)
     assert predictor_training.loss_of("bundled", logits, target, valid, 8).item() == pytest.approx(10 * np.log(2) / 2)
+
+
+def test_orthogonalised_matrices_keep_their_directions():
+    torch.manual_seed(0)
+    for shape in ((16, 40), (40, 16)):
+        matrix = torch.randn(shape)
+        u, _, v = torch.linalg.svd(matrix, full_matrices=False)
+        inner = u.T @ orthogonalise(matrix) @ v.T
+        assert 0.5 < inner.diagonal().min() and inner.diagonal().max() < 1.3
+        assert (inner - inner.diagonal().diag()).abs().max() < 1e-3
+
+
+def test_thresholds_keep_the_fewest_masks_within_a_standard_error():
+    kept = np.array([[100.0, 50.0, 10.0]])
+    miou = np.array([[[0.50, 0.49, 0.30]], [[0.60, 0.61, 0.40]], [[0.55, 0.53, 0.35]]])
+    assert export_tiny.choose_pair(miou, kept) == (0, 1)  # loses 0.0067 +- 0.0088; the third loses 0.2
+    assert export_tiny.choose_pair(miou[:1], kept) == (0, 0)
+
+
+def test_calibration_gives_the_candidates_asked_for(pool):
+    sam, paths = build_tiny_sam().eval(), parse_pools([f"{pool}:1"])[0][1][:2]
+    held = predictor_training.hold_out(sam, [whole_picture(*read_entry(path)) for path in paths])
+    torch.manual_seed(1)
+    predictor = PromptPredictor().eval()
+    predictor_training.calibrate(sam, predictor, held, wanted=20)
+    found = predictor_training.recall(sam, predictor, held)["candidates"]
+    assert abs(found - 20) <= 5
+
+
+def test_the_chain_names_its_steps_and_goes_without_photographs(tmp_path):
+    from aopsam_lab.training.chain import QUICK, commands, shares
+
+    assert shares(tmp_path, []) == [f"{tmp_path / 'scenes'}:1"]
+    assert [spec.rsplit(":")[-1] for spec in shares(tmp_path, ["bsds", "coco", "mine"])] == ["0.1", "0.33", "0.27", "0.3"]
+    steps = commands(tmp_path, [], QUICK, tmp_path / "weights", [])
+    assert [step[0].rsplit(".")[-1] for step in steps] == ["pool", "tiny_sam", "export_tiny", "predictor", "detector", "study"]
+    assert "--photos" not in steps[0]

@@ -69,6 +69,18 @@ def test_tiny_reads_its_thresholds_and_hash_from_the_file(tiny_file):
     assert spec.sha256 == hashlib.sha256(tiny_file.read_bytes()).hexdigest()
 
 
+def test_half_precision_stays_inside_the_image_encoder():
+    whole, half = load_sam("tiny", device="cpu"), load_sam("tiny", device="cpu", half=True)
+    assert half.spec.half and not whole.spec.half
+    kinds = {name.split(".")[0]: value.dtype for name, value in half.named_parameters()}
+    assert kinds == {"image_encoder": torch.float16, "prompt_encoder": torch.float32, "mask_decoder": torch.float32}
+    picture = torch.randn(1, 3, 256, 256, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        expected, found = whole.image_encoder(picture), half.image_encoder(picture)
+    assert found.dtype == torch.float32
+    assert 0 < (found - expected).abs().mean() < 0.02 * expected.abs().mean()
+
+
 def test_thresholds_that_are_no_numbers(tmp_path):
     path = tmp_path / "tiny.safetensors"
     save_file(build_tiny_sam().state_dict(), path, metadata={"pred_iou_thresh": "high"})
@@ -228,9 +240,10 @@ def test_other_contents(tmp_path):
         load_sam("vit_b", tmp_path, "cpu")
 
 
-def test_missing_file_name_and_device(tmp_path):
+def test_missing_file_name_and_device(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match="absent.pth"):
         load_sam("vit_b", tmp_path / "absent.pth", "cpu")
+    monkeypatch.setenv("AOPSAM_CACHE", str(tmp_path))
     with pytest.raises(ValueError, match="sam_vit_l_0b3195.pth .*checkpoint"):
         load_sam("vit_l", device="cpu")
     with pytest.raises(ValueError, match="Choose one of tiny, mobile_sam"):

@@ -1,10 +1,11 @@
-"""Data sets: rendered scenes and COCO-style folders, both as pictures with class-agnostic masks."""
+"""Data sets: rendered scenes, COCO-style folders, COCO, LVIS and SA-1B, all as pictures with class-agnostic masks."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 from importlib import resources
+from pathlib import Path
 from typing import Protocol
 
 from aopsam_lab.data.sample import Sample
@@ -13,6 +14,7 @@ from aopsam_lab.fingerprint import code_fingerprint
 EVALUATION_SCENES = 10_000  # scenes with a lower number are for evaluation, the others for training
 SCENE_SIDE = 512
 DEFAULT_SCENES = 24
+NOT_RENDERING = {"__init__.py", "annotations.py", "coco.py", "sa1b.py", "sample.py"}  # modules no scene depends on
 
 
 class Dataset(Protocol):
@@ -79,11 +81,12 @@ class SceneSet:
 
 
 def open_dataset(dataset: str | os.PathLike, n_images: int | None = None, seed: int = 0) -> Dataset:
-    """`"scenes"` or the path of a COCO-style folder -> its data set.
+    """A data set by name: "scenes", "coco:PATH", "lvis:PATH", "sa1b:PATH", or the path of a COCO-style folder.
 
-    n_images: None is 24 scenes, or all images of the folder. seed: chooses which images; the same seed always chooses
+    PATH is the folder with the files as they are published, or an annotation file or shard in it: see Coco, Lvis, Sa1b.
+    n_images: None is 24 scenes, or all images. seed: chooses which images; the same seed always chooses
     the same, and a larger n_images adds to them.
-    Raises ValueError for n_images < 1 or seed < 0, and what SceneSet and CocoFolder raise.
+    Raises ValueError for n_images < 1 or seed < 0, and what the data sets raise.
     """
     if n_images is not None and n_images < 1:
         raise ValueError(f"n_images must be 1 or more, or None; got {n_images}.")
@@ -91,12 +94,19 @@ def open_dataset(dataset: str | os.PathLike, n_images: int | None = None, seed: 
         raise ValueError(f"seed must be 0 or more; got {seed}.")
     if str(dataset) == "scenes":
         return SceneSet(n_images, seed)
-    from aopsam_lab.data.coco import CocoFolder
+    from aopsam_lab.data.coco import Coco, CocoFolder, Lvis
+    from aopsam_lab.data.sa1b import Sa1b
 
+    published = {"coco": Coco, "lvis": Lvis, "sa1b": Sa1b}
+    kind, colon, path = str(dataset).partition(":")
+    if kind in published and colon:
+        return published[kind](path, n_images, seed)
+    if kind in published and not Path(kind).exists():
+        raise ValueError(f"{kind} needs the folder it lies in: {kind}:PATH (with make: DATASET={kind} DATA=PATH).")
     return CocoFolder(dataset, n_images, seed)
 
 
 def _renderer_hash() -> str:
     """A hash of all code that draws scenes: no version number that someone must remember to raise."""
     names = {entry.name for entry in resources.files("aopsam_lab.data").iterdir() if entry.name.endswith(".py")}
-    return code_fingerprint(f"data/{name}" for name in names - {"__init__.py", "sample.py", "coco.py"})
+    return code_fingerprint(f"data/{name}" for name in names - NOT_RENDERING)

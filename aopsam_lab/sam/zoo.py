@@ -14,8 +14,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from segment_anything import sam_model_registry
 from segment_anything.modeling import Sam
-from torch import Tensor
+from torch import Tensor, nn
 
+from aopsam_lab.download import OFFICIAL, ask_to_download, command, download, kept_file
 from aopsam_lab.sam.mobile import build_mobile_sam
 from aopsam_lab.sam.tiny import build_tiny_sam
 
@@ -28,13 +29,6 @@ MODELS: dict[str, Callable[[], Sam]] = {
     "vit_l": sam_model_registry["vit_l"],
     "vit_h": sam_model_registry["vit_h"],
 }
-# What the official files are called; the hexadecimal part begins the file's sha256.
-OFFICIAL_FILES = {
-    "mobile_sam": "mobile_sam.pt from the MobileSAM project",
-    "vit_b": "sam_vit_b_01ec64.pth from the segment-anything project",
-    "vit_l": "sam_vit_l_0b3195.pth from the segment-anything project",
-    "vit_h": "sam_vit_h_4b8939.pth from the segment-anything project",
-}
 # SamAutomaticMaskGenerator's defaults, chosen for the official models.
 PRED_IOU_THRESH = 0.88
 STABILITY_SCORE_THRESH = 0.95
@@ -46,24 +40,35 @@ class SamSpec:
 
     name:    its name in the zoo, or "custom".
     sha256:  of its weights file; "" for a Sam that did not come from a file of the zoo.
+    half:    whether its image encoder works in half precision.
     """
 
     name: str
     pred_iou_thresh: float
     stability_score_thresh: float
     sha256: str
+    half: bool = False
 
 
 def load_sam(
-    name: str = "tiny", checkpoint: str | os.PathLike | None = None, device: str | torch.device = "auto"
+    name: str = "tiny",
+    checkpoint: str | os.PathLike | None = None,
+    device: str | torch.device = "auto",
+    fetch: bool | None = None,
+    half: bool = False,
 ) -> Sam:
     """A SAM ready for inference: in eval mode, without gradients, on `device`, its `SamSpec` in `.spec`.
 
     name:        "tiny" (bundled), "mobile_sam", "vit_b", "vit_l" or "vit_h".
-    checkpoint:  the weights: for all but tiny the official file, or one with the same keys, saved by `torch.save` or as
-                 safetensors. No code in a file is ever run. The metadata of a safetensors file may hold
+    checkpoint:  the weights: a file with the official one's keys, such as a fine-tuned model, saved by `torch.save` or
+                 as safetensors. No code in a file is ever run. The metadata of a safetensors file may hold
                  `pred_iou_thresh` and `stability_score_thresh`; else SamAutomaticMaskGenerator's 0.88 and 0.95 hold.
+                 None: tiny's bundled weights, or the official file in the cache folder (see `aopsam_lab.download`),
+                 which has to have its official sha256.
     device:      "auto" (the GPU if there is one), "cpu", "cuda", ...
+    fetch:       whether to download an official file that is not there. None: ask, where someone sits at a terminal.
+    half:        run the image encoder in float16, for GPUs; pictures go in and embeddings come out as float32, and
+                 prompts are encoded and masks decoded in float32.
 
     Raises FileNotFoundError where the file is missing, and ValueError for an unknown name, a model without its file,
     and a file that is damaged, holds more than weights, or belongs to another model (named where it can be told).
@@ -71,13 +76,10 @@ def load_sam(
     if name not in MODELS:
         raise ValueError(f"There is no SAM called {name!r}. Choose one of {', '.join(MODELS)}.")
     device = resolve_device(device)
-    if checkpoint is None:
-        if name != "tiny":
-            raise ValueError(
-                f"{name} needs its weights: download {OFFICIAL_FILES[name]} and pass its path as checkpoint."
-            )
-        checkpoint = TINY_WEIGHTS
-    path = Path(checkpoint)
+    official = checkpoint is None and name != "tiny"
+    if official:
+        checkpoint = official_weights(name, fetch)
+    path = Path(TINY_WEIGHTS if checkpoint is None else checkpoint)
     state, metadata = _read_weights(path)
     found = identify(state)
     if found != name and found is not None:
@@ -92,9 +94,42 @@ def load_sam(
         name=name,
         pred_iou_thresh=_threshold(path, metadata, "pred_iou_thresh", PRED_IOU_THRESH),
         stability_score_thresh=_threshold(path, metadata, "stability_score_thresh", STABILITY_SCORE_THRESH),
-        sha256=_sha256(path),
+        sha256=OFFICIAL[name].sha256 if official else _sha256(path),
+        half=half,
     )
-    return sam.requires_grad_(False).to(device).eval()
+    sam = sam.requires_grad_(False).to(device).eval()
+    if half:
+        _halve(sam.image_encoder)
+    return sam
+
+
+def _halve(encoder: nn.Module) -> None:
+    """float16 inside, float32 outside."""
+    encoder.half()
+    encoder.register_forward_pre_hook(lambda _, inputs: tuple(x.half() for x in inputs))
+    encoder.register_forward_hook(lambda _, inputs, embedding: embedding.float())
+
+
+def official_weights(name: str, fetch: bool | None = None) -> Path:
+    """The official file of a model in the cache folder, fetched where `fetch` is True or a person at a terminal agrees.
+
+    Raises ValueError, with what to do, where it is not there and stays so, and where it is there but its sha256 is not
+    the official one; and what `download` raises.
+    """
+    path = kept_file(name)
+    if path.exists():
+        if _sha256(path) != OFFICIAL[name].sha256:
+            raise ValueError(
+                f"{path} is not the official {path.name}, or no longer: its sha256 differs. `{command(name)}` fetches "
+                "it anew; weights of your own are passed as checkpoint."
+            )
+        return path
+    if fetch or (fetch is None and ask_to_download(name)):
+        return download(name)
+    raise ValueError(
+        f"{name} needs its weights {path.name} ({OFFICIAL[name].size / 1e6:,.0f} MB): run `{command(name)}`, or pass "
+        "the path of such a file as checkpoint."
+    )
 
 
 def spec_of(sam: Sam) -> SamSpec:
@@ -169,7 +204,9 @@ def _damaged(path: Path, head: bytes) -> str:
 
 
 def _wanted(name: str) -> str:
-    return OFFICIAL_FILES.get(name, "a file of aopsam_lab.training.export_tiny, or none for the bundled weights")
+    if name in OFFICIAL:
+        return f"the official {OFFICIAL[name].name} or one with its keys"
+    return "a file of aopsam_lab.training.export_tiny, or none for the bundled weights"
 
 
 def _misfit(wanted: dict[str, Tensor], given: dict[str, Tensor]) -> str:

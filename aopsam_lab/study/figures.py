@@ -45,7 +45,7 @@ def tradeoff_figure(summary: pd.DataFrame) -> Figure:
     figure = Figure(figsize=(7.6, 4.7), dpi=160, layout="constrained", facecolor="white")
     axes = figure.subplots()
     axes.set_xscale("log")
-    _clean(axes)
+    clean(axes)
     x, y = _apart(summary["n_decoded"].clip(lower=0.5).to_numpy()), 100 * summary["miou"].to_numpy()
     low, high = 100 * summary["miou_lo"].to_numpy(), 100 * summary["miou_hi"].to_numpy()
     for i, method in enumerate(summary["method"]):
@@ -75,7 +75,11 @@ def tradeoff_figure(summary: pd.DataFrame) -> Figure:
         fontweight="bold",
         pad=12,
     )
-    _label_marks(figure, axes, summary["method"].tolist(), x, y, low, high)
+    labels = [
+        (tables.title(method), STYLES.get(method, OTHER_STYLE)[0], method == tables.REFERENCE)
+        for method in summary["method"]
+    ]
+    label_marks(figure, axes, labels, np.column_stack([x, y]), np.column_stack([x, low, x, high]))
     return figure
 
 
@@ -91,7 +95,7 @@ def examples_figure(examples: Sequence[Example], methods: Sequence[str]) -> Figu
         _picture(row[0], example.image, example.truths, f"truth: {len(example.truths)} masks")
         for axes, method in zip(row[1:], methods):
             found = example.detail[method]
-            decoded = sum(status != "eliminated" for _, _, status in found["prompts"])
+            decoded = sum(status not in ("eliminated", "not_reached") for _, _, status in found["prompts"])
             text = f"{tables.title(method)}: {len(found['masks'])} masks, {decoded} prompts decoded"
             _picture(axes, example.image, found["masks"], text)
             for status, colour in _PROMPT_COLOURS.items():
@@ -156,37 +160,39 @@ def _covered(rectangle: tuple[float, float, float, float], others: np.ndarray) -
     return float((overlap_x.clip(min=0) * overlap_y.clip(min=0)).sum())
 
 
-def _label_marks(
-    figure: Figure, axes: Axes, methods: list[str], x: np.ndarray, y: np.ndarray, low: np.ndarray, high: np.ndarray
+def label_marks(
+    figure: Figure, axes: Axes, labels: Sequence[tuple[str, str, bool]], marks: np.ndarray, lines: np.ndarray
 ) -> None:
-    """Name each mark beside it; a thin line leads to names that had to move away."""
+    """Name marks beside them; a thin line leads to names that had to move away.
+
+    labels: text, colour and whether it is bold, one for each of the first marks. marks: (n, 2) x, y. lines: (m, 4)
+    x0 y0 x1 y1 of lines that labels must not cover, those that are not finite left out. All in the axes' data.
+    """
     figure.draw_without_rendering()  # the layout has to be known before pixels can be
     renderer = FigureCanvasAgg(figure).get_renderer()
     texts = []
-    for method in methods:
-        weight = "bold" if method == tables.REFERENCE else "normal"
-        colour = STYLES.get(method, OTHER_STYLE)[0]
-        text = axes.text(0, 0, tables.title(method), fontsize=9, color=colour, fontweight=weight, va="bottom", zorder=4)
+    for name, colour, bold in labels:
+        weight = "bold" if bold else "normal"
+        text = axes.text(0, 0, name, fontsize=9, color=colour, fontweight=weight, va="bottom", zorder=4)
         text.set_path_effects([withStroke(linewidth=2.5, foreground="white")])
         texts.append(text)
     boxes = np.array([[b.width, b.height] for b in (text.get_window_extent(renderer) for text in texts)])
     to_pixels = axes.transData.transform
-    marks = to_pixels(np.column_stack([x, y]))
+    marks = to_pixels(marks)
     radius = 6 * figure.dpi / 72
     obstacles = [(mx - radius, my - radius, mx + radius, my + radius) for mx, my in marks]
-    for mark_x, bottom, top in zip(x, low, high):
-        if np.isfinite([bottom, top]).all():
-            (px, y0), (_, y1) = to_pixels([(mark_x, bottom), (mark_x, top)])
-            obstacles.append((px - 2, y0, px + 2, y1))
+    for line in lines[np.isfinite(lines).all(1)]:
+        (x0, y0), (x1, y1) = to_pixels(line.reshape(2, 2))
+        obstacles.append((min(x0, x1) - 2, min(y0, y1) - 2, max(x0, x1) + 2, max(y0, y1) + 2))
     bounds = axes.get_window_extent(renderer).extents
-    corners = place_labels(boxes, marks, np.array(obstacles), tuple(bounds))
+    corners = place_labels(boxes, marks[: len(boxes)], np.array(obstacles), tuple(bounds))
     to_data = axes.transData.inverted().transform
-    for text, corner, box, mark, method in zip(texts, corners, boxes, marks, methods):
+    for text, corner, box, mark, (_, colour, _) in zip(texts, corners, boxes, marks, labels):
         text.set_position(to_data(corner))
         nearest = np.clip(mark, corner, corner + box)
         if np.hypot(*(nearest - mark)) > 2.2 * radius:
             ends = to_data([nearest, mark])
-            axes.plot(*ends.T, color=STYLES.get(method, OTHER_STYLE)[0], lw=0.6, alpha=0.7, zorder=1)
+            axes.plot(*ends.T, color=colour, lw=0.6, alpha=0.7, zorder=1)
 
 
 def _apart(x: np.ndarray) -> np.ndarray:
@@ -198,7 +204,8 @@ def _apart(x: np.ndarray) -> np.ndarray:
     return positions
 
 
-def _clean(axes: Axes) -> None:
+def clean(axes: Axes) -> None:
+    """The house style: horizontal rules, no box."""
     axes.grid(axis="y", color=RULE, lw=0.8)
     axes.set_axisbelow(True)
     for side in ("top", "right", "left"):

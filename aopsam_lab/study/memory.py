@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from aopsam_lab.study.settings import Setting, Weights, load_models, package_environment
+from aopsam_lab.study.stock import STOCK, run_stock
 
 MIB = 2**20
 MEMORY_VERSION = 1  # raise it when the way of measuring changes
@@ -41,6 +42,7 @@ def measure_peak(setting: Setting, weights: Weights, images: Sequence[np.ndarray
                 {
                     "method": setting.method,
                     "params": dataclasses.asdict(setting.params),
+                    "max_prompts": setting.max_prompts,
                     "weights": dataclasses.asdict(weights),
                     "images": [str(Path(folder, f"{i}.npy")) for i in range(len(images))],
                     "answer": str(answer),
@@ -59,7 +61,8 @@ def main(request_file: str) -> None:
     import torch
 
     from aopsam_lab.asf import AsfParams
-    from aopsam_lab.pipeline import encode, run_method
+    from aopsam_lab.decoding import encode
+    from aopsam_lab.pipeline import run_method
 
     request = json.loads(Path(request_file).read_text())
     method, params = request["method"], AsfParams(**request["params"])
@@ -71,7 +74,13 @@ def main(request_file: str) -> None:
         torch.cuda.reset_peak_memory_stats(models.device)
     before = _start_peak()
     for image in images:
-        run_method(models.sam, encode(models.sam, image), method, models.predictor, models.detector, params)
+        encoded = encode(models.sam, image)
+        if method == STOCK:
+            run_stock(models.sam, encoded)
+            continue
+        run_method(
+            models.sam, encoded, method, models.predictor, models.detector, params, max_prompts=request["max_prompts"]
+        )
     peak = torch.cuda.max_memory_allocated(models.device) if cuda else _peak() - before
     Path(request["answer"]).write_text(json.dumps(max(peak, 0) / MIB))
 

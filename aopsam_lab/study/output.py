@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,27 +15,50 @@ from aopsam_lab.study import figures
 
 if TYPE_CHECKING:
     from aopsam_lab.study.runner import StudyResult
+    from aopsam_lab.study.sweeps import SweepResult
 
 SHOWN_METHODS = ("aop", "amg_d")  # whose masks are drawn
 
 
-def save_result(result: StudyResult, name: str) -> dict[str, Path]:
-    """Write a result to its folder; the paths by what they hold.
+def save_result(result: StudyResult, name: str, shown: Sequence[str] = SHOWN_METHODS) -> dict[str, Path]:
+    """Write a result to its folder; the paths by what they hold. shown: methods whose masks are drawn, if run.
 
     `<name>.csv` (summary), `<name>_differences.csv`, `per_image.csv`, `<name>.png` (the figure), `examples.png` and
     `provenance.json`.
     """
-    shown = [method for method in SHOWN_METHODS if method in set(result.summary["method"])]
+    shown = [method for method in shown if method in set(result.summary["method"])]
     shown = shown or result.summary["method"].tolist()[: len(SHOWN_METHODS)]
+    # a mean over fewer images than the others' would mislead beside them
+    everywhere = result.summary[result.summary["n_images"] == result.summary["n_images"].max()]
     contents = {
         "summary": (f"{name}.csv", to_csv(result.summary)),
         "differences": (f"{name}_differences.csv", to_csv(result.differences)),
         "per_image": ("per_image.csv", to_csv(result.per_image)),
-        "figure": (f"{name}.png", figures.png(figures.tradeoff_figure(result.summary))),
+        "figure": (f"{name}.png", figures.png(figures.tradeoff_figure(everywhere))),
         "examples": ("examples.png", figures.png(figures.examples_figure(result.examples, shown))),
         "provenance": ("provenance.json", json.dumps(result.provenance, indent=2) + "\n"),
     }
     return {key: write_atomically(result.out / file, content) for key, (file, content) in contents.items()}
+
+
+def save_sweeps(result: SweepResult, name: str) -> dict[str, Path]:
+    """Write what sweeps found to their folder; the paths by what they hold.
+
+    `<name>.csv` (one row a knob and value), `trends.csv`, `budgets.csv`, `per_image.csv`, `<name>.png` (the four
+    panels), `joint.png` (mIoU against time) and `provenance.json`.
+    """
+    from aopsam_lab.study.sweep_figures import joint_figure, sweep_figure
+
+    contents = {
+        "table": (f"{name}.csv", to_csv(result.table)),
+        "trends": ("trends.csv", to_csv(result.trends)),
+        "budgets": ("budgets.csv", to_csv(result.budgets)),
+        "per_image": ("per_image.csv", to_csv(result.study.per_image)),
+        "figure": (f"{name}.png", figures.png(sweep_figure(result.table))),
+        "joint": ("joint.png", figures.png(joint_figure(result.table))),
+        "provenance": ("provenance.json", json.dumps(result.study.provenance, indent=2) + "\n"),
+    }
+    return {key: write_atomically(result.study.out / file, content) for key, (file, content) in contents.items()}
 
 
 def to_csv(table: pd.DataFrame) -> str:

@@ -15,12 +15,19 @@ from aopsam_lab.study import tables
 from aopsam_lab.study.output import TABLE_STYLE, html_table
 from aopsam_lab.study.paper import CITATION, MISSING, SLIPS, paper_figures
 
-TITLES = {"main_comparison": "Main comparison"}
+TITLES = {
+    "main_comparison": "Main comparison",
+    "ablation": "Ablation: what each part gives",
+    "parameter_sweeps": "Parameter sweeps: what each knob does",
+}
+BENCH = "bench"  # the folder of `make bench`, which has a page of its own
 FILE_TITLES = (
     ("{name}.html", "the notebook, executed"),
     ("{name}.ipynb", "as .ipynb"),
     ("{name}.csv", "results (CSV)"),
     ("{name}_differences.csv", "differences to AoP-SAM (CSV)"),
+    ("trends.csv", "trends (CSV)"),
+    ("budgets.csv", "best settings (CSV)"),
     ("per_image.csv", "every image (CSV)"),
     ("provenance.json", "provenance (JSON)"),
 )
@@ -67,6 +74,13 @@ def write_index(reports: str | os.PathLike) -> Path:
     names = sorted(path.parent.name for path in reports.glob("*/provenance.json"))
     names.sort(key=lambda name: name != "main_comparison")  # the others after it, by name
     sections = "\n".join(_section(reports / name) for name in names)
+    if (reports / BENCH / "bench.html").exists():
+        sections += (
+            "<section><h2>Exact fast decoding</h2><p>The same masks as segment_anything's, sooner: "
+            f'<a href="{BENCH}/bench.html">'
+            f'each technique against stock</a>.</p><figure><img src="{BENCH}/bench.png" loading="lazy" '
+            'alt="How many times sooner than stock each technique is"></figure></section>'
+        )
     page = f"""<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -101,6 +115,8 @@ def _section(folder: Path) -> str:
     parts.append(f"<p>{html.escape(what_was_run(provenance))}</p>")
     if (folder / f"{name}.csv").exists() and (folder / f"{name}_differences.csv").exists():
         parts.append(_results(folder))
+    elif (folder / f"{name}.csv").exists() and (folder / "trends.csv").exists():
+        parts.append(_sweeps(folder))
     parts.append(_files(folder))
     parts.append(f"<h3>Provenance</h3>{provenance_list(provenance)}</section>")
     return "\n".join(parts)
@@ -123,19 +139,61 @@ def _results(folder: Path) -> str:
 <p class="muted">{html.escape(COLUMN_NOTES)}</p>
 <div class="beside">
 <figure><img src="{name}/{name}.png" alt="mIoU of each method against the prompts it decodes"></figure>
-<div>{paper_panel()}</div>
+<div>{paper_panel() if name == "main_comparison" else f'<p class="muted">{html.escape(MISSING)}</p>'}</div>
 </div>
 <h3>What the numbers say</h3>
 <ul>{sentences}</ul>
 {examples}"""
 
 
+def _sweeps(folder: Path) -> str:
+    from aopsam_lab.study import sweeps  # it runs studies, and so needs all that they need
+
+    name = folder.name
+    table = pd.read_csv(folder / f"{name}.csv")
+    trends = pd.read_csv(folder / "trends.csv", keep_default_na=False, na_values={"change_lo": "", "change_hi": ""})
+    knobs = "\n".join(
+        f'<h3>{html.escape(knob.capitalize())}</h3><div class="results">'
+        f"{html_table(sweeps.knob_for_people(table, knob), highlight=_default_value(table, knob))}</div>"
+        for knob in dict.fromkeys(table["knob"])
+    )
+    sentences = "".join(f"<li>{html.escape(text)}</li>" for text in sweeps.trend_sentences(trends))
+    budgets = sweeps.budgets_for_people(pd.read_csv(folder / "budgets.csv"))
+    return f"""<figure><img src="{name}/{name}.png" alt="mIoU and number of masks along each knob"><figcaption>
+{html.escape(SWEEP_NOTES)}</figcaption></figure>
+<h3>What the numbers say</h3>
+<ul>{sentences}</ul>
+<p class="muted">{html.escape(MISSING)}</p>
+{knobs}
+<p class="muted">{html.escape(COLUMN_NOTES)}</p>
+<h3>All settings at once</h3>
+<figure><img src="{name}/joint.png" width="820" alt="mIoU against time, every setting a mark, and the Pareto front"></figure>
+<h3>The best setting within a budget</h3>
+<div class="results">{html_table(budgets, text_columns=2)}</div>
+<p class="muted">{html.escape(BUDGET_NOTES)}</p>"""
+
+
+def _default_value(table: pd.DataFrame, knob: str) -> str | None:
+    values = table.loc[(table["knob"] == knob) & table["is_default"], "value"]
+    return None if values.empty else f"{values.iloc[0]:g}"
+
+
+SWEEP_NOTES = (
+    "One knob at a time, the others at their defaults; filled marks are the default. The band around mIoU is the 95% "
+    "interval of its paired difference to the default: where it does not hold the default's mIoU, the knob makes a "
+    "difference."
+)
+BUDGET_NOTES = (
+    "Of all settings tried, each held to so many decoded prompts an image, the one with the highest mIoU. It was "
+    "chosen on the pictures it is measured on, so expect a little less on others. max_prompts holds whatever the setting."
+)
 COLUMN_NOTES = (
     "mIoU: each true mask with at most one prediction, matched greedily by IoU, unmatched truth counting 0; mean over "
     "an image's truths, then over images. Brackets: 95% bootstrap intervals over images; Δ is paired, image by image, "
     "in points. Best match: truths may share a prediction. Inf_Lat: embedding and picture in, prompts out. Mask_Lat: "
     "prompts in, filtered masks out. Total: both and the image encoder. Times and counts are means per image. Peak: "
-    "memory beyond the loaded models, in a process of its own (on CUDA the whole peak allocation)."
+    "memory beyond the loaded models, in a process of its own (on CUDA the whole peak allocation). AMG-D, stock: the same "
+    "grid run by segment_anything's own generator, on the first three images only, as it is slow."
 )
 
 
@@ -177,7 +235,18 @@ def what_was_run(provenance: dict[str, Any]) -> str:
     return (
         f"SAM “{parameters['sam']}” on {pictures} (seed {parameters['seed']}), {provenance['processor']}; "
         f"smoothing {parameters['smoothing']:g}, confidence {parameters['confidence']:g}, spacing "
-        f"{parameters['spacing']:g}, elimination {parameters['elimination']:g}."
+        f"{parameters['spacing']:g}, elimination {parameters['elimination']:g}.{_timed(parameters)}"
+    )
+
+
+def _timed(parameters: dict[str, Any]) -> str:
+    """A sentence where times come from fewer images than scores do."""
+    timed = parameters.get("timed_images", parameters.get("n_images"))
+    if timed == parameters.get("n_images"):
+        return ""
+    return (
+        " Scores come from runs that share embeddings, confidence maps and decoded prompts; times from separate runs "
+        f"of each setting alone, with nothing shared, on the first {timed} of these images."
     )
 
 

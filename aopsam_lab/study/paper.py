@@ -30,3 +30,22 @@ def paper_figures() -> pd.DataFrame:
     another source quotes it); source.
     """
     return pd.read_csv(PAPER_FILE, keep_default_na=False)
+
+
+def paper_trends() -> pd.DataFrame:
+    """What is known here of the direction in which the paper's columns move along its knobs, one a row.
+
+    Columns: knob; column (as in the sweeps' tables); trend, "rises" or "falls"; checked and source: as paper_figures.
+    """
+    return pd.read_csv(PAPER_FILE.with_name("paper_trends.csv"), keep_default_na=False)
+
+
+def paper_curve(knob: str, metric: str) -> pd.DataFrame:
+    """The paper's curve of a metric ("mIoU" or "#P") along a knob: columns knob_value and value, empty where not known.
+
+    Its points are rows of the paper's figures named after knob and value, as "smoothing 2".
+    """
+    known = paper_figures()
+    rows = known[(known["metric"] == metric) & known["row"].str.match(rf"{knob} [\d.]+$")]
+    values = rows["row"].str.split().str[-1].astype(float)
+    return pd.DataFrame({"knob_value": values, "value": rows["value"].astype(float)})

@@ -15,7 +15,9 @@ import pandas as pd
 from aopsam_lab.asf import AsfParams
 from aopsam_lab.data import Dataset, open_dataset
 from aopsam_lab.evaluator import evaluate
-from aopsam_lab.pipeline import encode, run_method
+from aopsam_lab.decode_cache import DecodeCache, PcmCache
+from aopsam_lab.decoding import encode
+from aopsam_lab.pipeline import run_method
 from aopsam_lab.rle import encode_rle
 from aopsam_lab.segmentation import Segmentation
 from aopsam_lab.study import tables
@@ -31,12 +33,14 @@ from aopsam_lab.study.settings import (
     scoring_code,
     weight_hashes,
 )
+from aopsam_lab.study.stock import STOCK, STOCK_IMAGES, run_stock
 from aopsam_lab.study.store import Store, make_key
 
-DEFAULT_METHODS = ("amg_s", "amg_d", "oas_box", "oas_point", "aop_no_as_af", "aop_no_af", "aop", "aop_gated")
+DEFAULT_METHODS = ("amg_s", "amg_d", "oas_box", "oas_point", "aop_no_as_af", "aop_no_af", "aop", "aop_gated", STOCK)
 STORE_NAME = "results.sqlite"
 EXAMPLE_IMAGES = 3  # of the first images masks and prompts are kept as well, to be shown
 MEMORY_IMAGES = 2
+TIMES = ("encode_s", "inf_lat_s", "mask_lat_s", "total_s")
 
 
 @dataclass(frozen=True)
@@ -74,11 +78,14 @@ class StudyResult:
     n_reused: int
     out: Path
 
-    def save(self, name: str = "main_comparison") -> dict[str, Path]:
-        """Write the tables as CSV, the figure as PNG and the provenance as JSON to `out`; their paths by name."""
-        from aopsam_lab.study.output import save_result
+    def save(self, name: str = "main_comparison", shown: Sequence[str] | None = None) -> dict[str, Path]:
+        """Write the tables as CSV, the figures as PNG and the provenance as JSON to `out`; their paths by name.
 
-        return save_result(self, name)
+        shown: the methods whose masks are drawn; None: AoP-SAM's and the dense grid's.
+        """
+        from aopsam_lab.study.output import SHOWN_METHODS, save_result
+
+        return save_result(self, name, shown or SHOWN_METHODS)
 
 
 def run_study(
@@ -115,31 +122,59 @@ def run_study(
     methods = [methods] if isinstance(methods, str) else list(methods)
     check_methods(methods)
     params = AsfParams(smoothing=smoothing, confidence=confidence, spacing=spacing, elimination=elimination)
+    weights = Weights.of(sam, checkpoint, predictor, detector, device)
     settings = [Setting(method, method, params) for method in methods]
-    weights = Weights(
-        sam, *(None if path is None else os.fspath(path) for path in (checkpoint, predictor, detector)), device
-    )
+    return run_settings(settings, weights, dataset, n_images, seed, out, memory=memory, progress=progress)
+
+
+def run_settings(
+    settings: Sequence[Setting],
+    weights: Weights,
+    dataset: str | os.PathLike,
+    n_images: int | None,
+    seed: int,
+    out: str | os.PathLike,
+    reference: str = tables.REFERENCE,
+    timed_images: int | None = None,
+    memory: bool = True,
+    progress: bool = True,
+) -> StudyResult:
+    """Score settings on a data set; `run_study` says what the arguments are that both have.
+
+    reference: the label of the setting that the others are compared to.
+    timed_images: None runs every setting alone on every image, and so times all of them. A number shares: of each image
+    the embedding, the confidence map and every decoded prompt are computed once and serve all settings, which gives
+    their scores but no times; times come from runs of each setting alone, with nothing shared, on that many of the
+    first images. The time columns of other images are empty, and means of times are over the timed images.
+    """
     images = open_dataset(dataset, n_images, seed)
-    models = load_models(weights, methods)
+    models = load_models(weights, list(dict.fromkeys(setting.method for setting in settings)))
     with Store(Path(out) / STORE_NAME) as store:
         study = Study(models, images, store, progress)
-        rows, n_scored = study.score(settings)
-        peaks = study.memory(settings, weights) if memory else {}
-        examples = study.examples(settings)
+        if timed_images is None:
+            rows = study.score([s for s in settings if s.method != STOCK])
+            rows += study.score([s for s in settings if s.method == STOCK], min(STOCK_IMAGES, len(images)))
+        else:
+            rows = study.score_together(settings)
+            timed = study.score([s for s in settings if s.max_prompts is None], min(timed_images, len(images)))
+            rows = _with_times(rows, timed)
+        peaks = study.memory([s for s in settings if s.max_prompts is None], weights) if memory else {}
+        examples = study.examples(settings, together=timed_images is not None)
     per_image = tables.per_image_table(rows)
     return StudyResult(
         per_image=per_image,
         summary=tables.summary_table(per_image, peaks),
-        differences=tables.difference_table(per_image),
+        differences=tables.difference_table(per_image, reference),
         provenance={
             "parameters": {
-                "sam": sam,
-                "methods": methods,
+                "sam": weights.sam,
+                "methods": list(dict.fromkeys(setting.method for setting in settings)),
                 "dataset": images.name,
                 "n_images": len(images),
+                "timed_images": len(images) if timed_images is None else min(timed_images, len(images)),
                 "seed": seed,
-                "device": device,
-                **dataclasses.asdict(params),
+                "device": weights.device,
+                **dataclasses.asdict(next((s for s in settings if s.label == reference), settings[0]).params),
             },
             "dataset": images.describe(),
             "seeds": {"dataset": seed, "bootstrap": tables.BOOTSTRAP_SEED},
@@ -148,10 +183,16 @@ def run_study(
             **provenance(models.device),
         },
         examples=examples,
-        n_scored=n_scored,
-        n_reused=len(rows) - n_scored,
+        n_scored=study.n_scored,
+        n_reused=study.n_reused,
         out=Path(out),
     )
+
+
+def _with_times(rows: list[dict[str, Any]], timed: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows without times, filled from the rows of the same image and setting that were timed."""
+    times = {(row["image"], row["method"]): {key: row[key] for key in TIMES} for row in timed}
+    return [{**row, **times.get((row["image"], row["method"]), {})} for row in rows]
 
 
 class Study:
@@ -161,30 +202,47 @@ class Study:
         self.models, self.images, self.store = models, images, store
         self.machine = processor(models.device)
         self.bar = progress_bar(progress)
+        self.n_scored = self.n_reused = 0
 
-    def inputs(self, setting: Setting, i: int) -> dict[str, Any]:
-        return row_inputs(setting, self.models, self.machine, self.images.sample_fingerprint(i))
+    def inputs(self, setting: Setting, i: int, together: bool = False) -> dict[str, Any]:
+        inputs = row_inputs(setting, self.models, self.machine, self.images.sample_fingerprint(i))
+        return {**inputs, "together": True} if together else inputs
 
-    def score(self, settings: Sequence[Setting]) -> tuple[list[dict[str, Any]], int]:
-        """Rows of all settings on all images, the missing ones scored and stored now; and how many those were."""
-        wanted = [(i, setting) for i in range(len(self.images)) for setting in settings]
-        missing = [(i, setting) for i, setting in wanted if make_key(self.inputs(setting, i)) not in self.store]
-        with self.bar(total=len(wanted), initial=len(wanted) - len(missing), desc="scoring", unit="row") as bar:
-            for n, i in enumerate(dict.fromkeys(i for i, _ in missing)):
-                pending = [setting for j, setting in missing if j == i]
-                self._score_image(i, pending[i % len(pending) :] + pending[: i % len(pending)], warm_up=n == 0, bar=bar)
-        rows = []
-        for i, setting in wanted:
-            values = self.store.scores(make_key(self.inputs(setting, i)))
-            rows.append({"image": self.images.ids[i], "method": setting.label, **values})
-        return rows, len(missing)
+    def score(self, settings: Sequence[Setting], n_images: int | None = None) -> list[dict[str, Any]]:
+        """Rows of all settings, each run alone and timed, on the first images (None: on all)."""
+        return self._rows(settings, len(self.images) if n_images is None else n_images, together=False)
+
+    def score_together(self, settings: Sequence[Setting]) -> list[dict[str, Any]]:
+        """Rows of all settings on all images, without times, whatever settings have in common computed once.
+
+        An image's rows are stored in one transaction, so that they never depend on where an earlier run was stopped.
+        """
+        return self._rows(settings, len(self.images), together=True)
+
+    def _rows(self, settings: Sequence[Setting], n_images: int, together: bool) -> list[dict[str, Any]]:
+        wanted = [
+            (i, setting, make_key(self.inputs(setting, i, together))) for i in range(n_images) for setting in settings
+        ]
+        missing = {key: (i, setting) for i, setting, key in wanted if key not in self.store}  # equal settings: once
+        total = len({key for _, _, key in wanted})
+        text = "scoring together" if together else "scoring"
+        with self.bar(total=total, initial=total - len(missing), desc=text, unit="row") as bar:
+            for n, i in enumerate(dict.fromkeys(i for i, _ in missing.values())):
+                pending = [setting for j, setting in missing.values() if j == i]
+                if together:
+                    self._score_image_together(i, pending, bar)
+                else:
+                    self._score_image(i, pending[i % len(pending) :] + pending[: i % len(pending)], n == 0, bar)
+        self.n_scored += len(missing)
+        self.n_reused += total - len(missing)
+        return [{"image": self.images.ids[i], "method": s.label, **self.store.scores(key)} for i, s, key in wanted]
 
     def _score_image(self, i: int, settings: Sequence[Setting], warm_up: bool, bar: Any) -> None:
         sample = self.images[i]
-        truths = encode_rle(sample.masks)
+        truths = sample.rles
         if warm_up:
             encoded = encode(self.models.sam, sample.image)
-            for setting in settings:
+            for setting in {setting.method: setting for setting in settings}.values():
                 self._run(encoded, setting)
         encoded = encode(self.models.sam, sample.image)
         for setting in settings:
@@ -194,9 +252,37 @@ class Study:
             self.store.add_scores(self.inputs(setting, i), sample.id, setting.method, _values(found, truths), detail)
             bar.update()
 
-    def _run(self, encoded: Any, setting: Setting) -> Segmentation:
+    def _score_image_together(self, i: int, settings: Sequence[Setting], bar: Any) -> None:
+        sample = self.images[i]
+        truths = sample.rles
+        encoded = encode(self.models.sam, sample.image)
+        shared = {"decode": DecodeCache(self.models.sam, encoded)}
+        if self.models.predictor is not None:
+            shared["predictor"] = PcmCache(self.models.predictor, encoded)
+        rows, unlimited = [], {}
+        for setting in sorted(settings, key=lambda setting: setting.max_prompts is not None):
+            bar.set_postfix_str(f"{sample.id} {setting.label}", refresh=False)
+            which = (setting.method, setting.params)
+            values, detail = unlimited.get(which, (None, None))
+            # a limit that is not reached changes nothing
+            if values is None or values["n_decoded"] > setting.max_prompts:
+                found = self._run(encoded, setting, **shared)
+                values = {key: value for key, value in _values(found, truths).items() if key not in TIMES}
+                detail = _detail(found) if i < EXAMPLE_IMAGES else None
+            if setting.max_prompts is None:
+                unlimited[which] = values, detail
+            rows.append((self.inputs(setting, i, together=True), sample.id, setting.method, values, detail))
+            bar.update()
+        self.store.add_together(rows)
+
+    def _run(self, encoded: Any, setting: Setting, **shared: Any) -> Segmentation:
         models = self.models
-        return run_method(models.sam, encoded, setting.method, models.predictor, models.detector, setting.params)
+        if setting.method == STOCK:
+            return run_stock(models.sam, encoded)
+        arguments = {"predictor": models.predictor, "detector": models.detector, **shared}
+        return run_method(
+            models.sam, encoded, setting.method, params=setting.params, max_prompts=setting.max_prompts, **arguments
+        )
 
     def memory(self, settings: Sequence[Setting], weights: Weights) -> dict[str, float]:
         """Peak memory of each setting over the first few images (MiB), measured where the store has none."""
@@ -209,25 +295,30 @@ class Study:
             }
             for setting in settings
         }
-        missing = [setting for setting in settings if self.store.memory(make_key(wanted[setting.label])) is None]
+        missing = {
+            key: setting
+            for setting in settings
+            if self.store.memory(key := make_key(wanted[setting.label])) is None
+        }.values()  # equal settings: once
         pictures = [self.images[i].image for i in range(n)] if missing else []
-        with self.bar(total=len(settings), initial=len(settings) - len(missing), desc="peak memory") as bar:
+        total = len({make_key(inputs) for inputs in wanted.values()})
+        with self.bar(total=total, initial=total - len(missing), desc="peak memory") as bar:
             for setting in missing:
                 bar.set_postfix_str(setting.label)
                 self.store.add_memory(wanted[setting.label], setting.method, measure_peak(setting, weights, pictures))
                 bar.update()
         return {label: self.store.memory(make_key(inputs)) for label, inputs in wanted.items()}
 
-    def examples(self, settings: Iterable[Setting]) -> list[Example]:
+    def examples(self, settings: Iterable[Setting], together: bool = False) -> list[Example]:
         examples = []
         for i in range(min(EXAMPLE_IMAGES, len(self.images))):
             sample = self.images[i]
-            detail = {s.label: self.store.detail(make_key(self.inputs(s, i))) for s in settings}
+            detail = {s.label: self.store.detail(make_key(self.inputs(s, i, together))) for s in settings}
             for found in detail.values():
                 found["masks"] = [
                     {"size": found["size"], "counts": counts.encode("ascii")} for counts in found["masks"]
                 ]
-            examples.append(Example(sample.id, sample.image, encode_rle(sample.masks), detail))
+            examples.append(Example(sample.id, sample.image, sample.rles, detail))
         return examples
 
 

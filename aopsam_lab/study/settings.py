@@ -13,13 +13,18 @@ from segment_anything.modeling import Sam
 
 from aopsam_lab.asf import AsfParams
 from aopsam_lab.fingerprint import code_fingerprint
-from aopsam_lab.methods import METHODS
+from aopsam_lab.methods import METHODS as OUR_METHODS
+from aopsam_lab.methods import Grid
 from aopsam_lab.sam.zoo import load_sam, resolve_device, spec_of
+from aopsam_lab.study.stock import STOCK
+
+METHODS = {**OUR_METHODS, STOCK: Grid(STOCK, 32)}
 
 # The code that a score or a time depends on. When it changes, rows made with the former code are scored anew.
 SCORING_CODE = (
-    "asf.py", "detector.py", "evaluator.py", "imaging.py", "methods.py", "pipeline.py", "predictor.py", "rle.py",
-    "sam/decoder.py", "sam/mobile.py", "sam/tiny.py", "sam/zoo.py",
+    "asf.py", "decode_cache.py", "decoding.py", "detector.py", "evaluator.py", "fullsize.py", "imaging.py", "methods.py",
+    "pipeline.py", "predictor.py", "rle.py", "sam/decoder.py", "sam/image_decoder.py", "sam/mobile.py",
+    "sam/shared.py", "sam/tiny.py", "sam/zoo.py", "study/stock.py",
 )  # fmt: skip
 
 
@@ -32,6 +37,19 @@ class Weights:
     predictor: str | None = None
     detector: str | None = None
     device: str = "auto"
+
+    @classmethod
+    def of(
+        cls,
+        sam: str,
+        checkpoint: str | os.PathLike | None = None,
+        predictor: str | os.PathLike | None = None,
+        detector: str | os.PathLike | None = None,
+        device: str = "auto",
+    ) -> Weights:
+        """From paths of any kind."""
+        paths = (None if path is None else os.fspath(path) for path in (checkpoint, predictor, detector))
+        return cls(sam, *paths, device)
 
 
 @dataclass(frozen=True)
@@ -46,11 +64,12 @@ class Models:
 
 @dataclass(frozen=True)
 class Setting:
-    """One method with its ASF parameters; `label` names its row."""
+    """One method with its ASF parameters and its limit of prompts (None: none); `label` names its row."""
 
     label: str
     method: str
     params: AsfParams
+    max_prompts: int | None = None
 
     def used_params(self) -> dict[str, float]:
         """The parameters that this method reads, by name."""
@@ -95,6 +114,7 @@ def row_inputs(setting: Setting, models: Models, machine: str, image: str) -> di
         "method": setting.method,
         "params": setting.used_params(),
         "sam": dataclasses.asdict(spec_of(models.sam)),
+        "max_prompts": setting.max_prompts,
         "image": image,
         "device": models.device.type,
         "machine": machine,

@@ -7,7 +7,7 @@ import json
 import os
 import sqlite3
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,9 @@ CREATE TABLE IF NOT EXISTS memory (
 """
 
 
+Row = tuple[Mapping[str, Any], str, str, Mapping[str, Any], "Mapping[str, Any] | None"]
+
+
 def make_key(inputs: Mapping[str, Any]) -> str:
     """The hash of a row: equal inputs, in whatever order, give the same. Raises TypeError for what JSON cannot hold."""
     return hashlib.sha256(_json(inputs).encode()).hexdigest()
@@ -40,8 +43,8 @@ def make_key(inputs: Mapping[str, Any]) -> str:
 class Store:
     """Scores and memory measurements in one SQLite file.
 
-    Every row is a transaction of its own, so a process that is killed loses the row in hand and no other. A key that is
-    there is never written again. Raises ValueError for a file that is no such store.
+    Rows are written in transactions, one row or one image's rows at a time, so a process that is killed loses only what
+    it had in hand. A key that is there is never written again. Raises ValueError for a file that is no such store.
     """
 
     def __init__(self, path: str | os.PathLike) -> None:
@@ -89,10 +92,17 @@ class Store:
         detail: Mapping[str, Any] | None = None,
     ) -> None:
         """Store one image's values for one method, in one transaction."""
-        blob = None if detail is None else zlib.compress(_json(detail).encode())
-        row = (make_key(inputs), image, method, _json(inputs), _json(values), blob, _now())
+        self.add_together([(inputs, image, method, values, detail)])
+
+    def add_together(self, rows: Iterable[Row]) -> None:
+        """Store several rows, each with the arguments of `add_scores`, in one transaction: all of them or none."""
+        now = _now()
+        stored = [
+            (make_key(inputs), image, method, _json(inputs), _json(values), _packed(detail), now)
+            for inputs, image, method, values, detail in rows
+        ]
         with self._connection:
-            self._connection.execute("INSERT OR IGNORE INTO scores VALUES (?, ?, ?, ?, ?, ?, ?)", row)
+            self._connection.executemany("INSERT OR IGNORE INTO scores VALUES (?, ?, ?, ?, ?, ?, ?)", stored)
 
     def memory(self, key: str) -> float | None:
         """The peak memory stored under a key (MiB), None where there is none."""
@@ -104,6 +114,10 @@ class Store:
         row = (make_key(inputs), method, _json(inputs), peak_mem_mb, _now())
         with self._connection:
             self._connection.execute("INSERT OR IGNORE INTO memory VALUES (?, ?, ?, ?, ?)", row)
+
+
+def _packed(detail: Mapping[str, Any] | None) -> bytes | None:
+    return None if detail is None else zlib.compress(_json(detail).encode())
 
 
 def _json(value: Any) -> str:

@@ -12,6 +12,7 @@ from aopsam_lab.evaluator import aggregate, mean_interval, paired_difference
 
 REFERENCE = "aop"
 BOOTSTRAP_SEED = 0
+DIFFERENCE_HEADING = "Δ to AoP-SAM"
 
 PER_IMAGE_COLUMNS = (
     "image", "method", "miou", "miou_best", "n_truth", "n_masks", "n_sampled", "n_decoded", "n_eliminated",
@@ -35,6 +36,7 @@ TITLES = {
     "aop_no_af": "AoP-SAM without AF",
     "aop": "AoP-SAM",
     "aop_gated": "AoP-SAM gated (ours)",
+    "amg_d_stock": "AMG-D, stock (first images)",
 }
 
 
@@ -46,10 +48,12 @@ def title(method: str) -> str:
 def per_image_table(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     """One row an image and method, in the order given; miou and miou_best are NaN for an image without truth.
 
-    elim_ratio is eliminated / sampled prompts, NaN where nothing was sampled. Times in seconds.
+    elim_ratio is eliminated / sampled prompts, NaN where nothing was sampled. Times in seconds, NaN where none was
+    taken.
     """
-    table = pd.DataFrame(rows)
-    table[["miou", "miou_best"]] = table[["miou", "miou_best"]].astype(float)
+    table = pd.DataFrame(rows).reindex(columns=PER_IMAGE_COLUMNS)
+    numbers = [name for name in PER_IMAGE_COLUMNS if name.endswith("_s") or name.startswith("miou")]
+    table[numbers] = table[numbers].astype(float)
     sampled = table["n_sampled"].astype(float)
     table["elim_ratio"] = table["n_eliminated"] / sampled.where(sampled > 0)
     return table[list(PER_IMAGE_COLUMNS)]
@@ -59,7 +63,8 @@ def summary_table(per_image: pd.DataFrame, peak_mem_mb: Mapping[str, float]) -> 
     """One row a method, over all its images.
 
     n_images: images with truth, on which miou (mean), miou_lo, miou_hi (95% bootstrap over images) and miou_best rest.
-    Times, n_masks and n_decoded are means over all images, elim_ratio is all eliminated / all sampled prompts.
+    Times, n_masks and n_decoded are means over all images (times over those that were timed), elim_ratio is all
+    eliminated / all sampled prompts.
     """
     rows = []
     for method, own in per_image.groupby("method", sort=False):
@@ -130,8 +135,8 @@ def results_for_people(summary: pd.DataFrame, differences: pd.DataFrame) -> pd.D
         rows.append(
             {
                 "Method": title(row.method),
-                "mIoU %": f"{_number(100 * row.miou, 1)} {_range(100 * row.miou_lo, 100 * row.miou_hi)}".strip(),
-                "Δ to AoP-SAM": _difference(difference, row.method),
+                "mIoU %": percent_with_range(row.miou, row.miou_lo, row.miou_hi),
+                DIFFERENCE_HEADING: _difference(difference, row.method),
                 "Best match %": _number(100 * row.miou_best, 1),
                 "Prompts decoded": _number(row.n_decoded, 1),
                 "Masks": _number(row.n_masks, 1),
@@ -174,6 +179,16 @@ def milliseconds(seconds: float) -> str:
     return f"{ms:,.0f}" if ms >= 100 else f"{ms:.1f}" if ms >= 10 else f"{ms:.2f}" if ms >= 0.001 else "0"
 
 
+def percent_with_range(value: float, low: float, high: float) -> str:
+    """A share in percent with its interval, the latter left out where it is not known."""
+    return f"{_number(100 * value, 1)} {_range(100 * low, 100 * high)}".strip()
+
+
+def change_with_range(value: float, low: float, high: float) -> str:
+    """A difference of shares in points with its interval, all with their signs."""
+    return f"{_signed(100 * value)} {_range(100 * low, 100 * high, sign=True)}".strip()
+
+
 def _number(value: float, digits: int) -> str:
     return f"{value:,.{digits}f}" if np.isfinite(value) else "–"
 
@@ -193,7 +208,7 @@ def _difference(differences: pd.DataFrame, method: str) -> str:
     if method not in differences.index:
         return "–"
     row = differences.loc[method]
-    return f"{_signed(100 * row.miou_diff)} {_range(100 * row.miou_diff_lo, 100 * row.miou_diff_hi, sign=True)}".strip()
+    return change_with_range(row.miou_diff, row.miou_diff_lo, row.miou_diff_hi)
 
 
 def _share(ratio: float) -> str:

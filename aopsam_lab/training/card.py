@@ -25,6 +25,12 @@ def curve_table(path: Path, rows: int = 14) -> list[str]:
     return [f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *lines)]
 
 
+def read_curve(card: Path) -> list[dict[str, float]]:
+    """The rows of a card's learning curve, by column."""
+    lines = [[c.strip() for c in line.strip("|\n ").split("|")] for line in card.read_text(encoding="utf-8").splitlines() if line[:1] == "|"]
+    return [dict(zip(lines[0], map(float, cells))) for cells in lines[2:]]
+
+
 def pool_counts(pools: list[tuple[float, list[Path]]]) -> str:
     """``800 of scenes (40%), ...``: how many pictures each pool has, and its share of the draws."""
     total = sum(share for share, _ in pools)

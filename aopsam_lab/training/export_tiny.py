@@ -2,9 +2,10 @@
 
     python -m aopsam_lab.training.export_tiny --workdir runs/tiny --pools POOLS/scenes:0.5 POOLS/photos:0.5
 
-Thresholds (ours): a grid of predicted-IoU and stability thresholds is tried on AMG-D's masks of the pools' pictures; of all
-pairs whose mIoU comes within half a point of the best, the one that keeps the fewest masks wins. AMG-D is the opponent: the
-thresholds suit it first. Masks are compared at low resolution, which is near enough for choosing.
+Thresholds (ours): a grid of predicted-IoU and stability thresholds is tried on AMG-D's masks of the pools' pictures. Greedy
+mIoU never punishes a mask more, so its best pair keeps everything; of all pairs within one standard error of the best (of the
+difference, picture by picture) the one that keeps the fewest masks wins. AMG-D is the opponent: the thresholds suit it first.
+Masks are compared at low resolution, which is near enough for choosing.
 """
 
 from __future__ import annotations
@@ -23,17 +24,16 @@ from tqdm.auto import tqdm
 
 from aopsam_lab.evaluator import score_matrix
 from aopsam_lab.files import write_atomically
-from aopsam_lab.pipeline import BOX_NMS_THRESH, STABILITY_OFFSET
+from aopsam_lab.decoding import BOX_NMS_THRESH, STABILITY_OFFSET
 from aopsam_lab.sam.decoder import decode_tokens, draw_masks
 from aopsam_lab.sam.tiny import build_tiny_sam
 from aopsam_lab.sam.zoo import TINY_WEIGHTS
 from aopsam_lab.training.card import write_card
+from aopsam_lab.training.examples import whole_picture
 from aopsam_lab.training.pool import parse_pools, read_entry
-from aopsam_lab.training.predictor import whole_picture
 
 IOU_GRID = np.arange(0.20, 0.86, 0.05)
 STABILITY_GRID = np.arange(0.50, 0.96, 0.10)
-SLACK = 0.005
 
 
 @torch.inference_mode()
@@ -66,8 +66,8 @@ def grid_masks(sam: Sam, image: np.ndarray, masks: np.ndarray, side: int = 32) -
 def choose_thresholds(sam: Sam, paths: list[Path]) -> tuple[float, float, float, float]:
     """(predicted-IoU threshold, stability threshold, mIoU, masks kept a picture) of AMG-D on the pictures."""
     shape = (len(IOU_GRID), len(STABILITY_GRID))
-    miou, kept = np.zeros(shape), np.zeros(shape)
-    for path in tqdm(paths, desc="thresholds"):
+    miou, kept = np.zeros((len(paths), *shape)), np.zeros(shape)
+    for n, path in enumerate(tqdm(paths, desc="thresholds")):
         image, masks = whole_picture(*read_entry(path))
         found = grid_masks(sam, image, masks)
         for i, least_iou in enumerate(IOU_GRID):
@@ -75,11 +75,19 @@ def choose_thresholds(sam: Sam, paths: list[Path]) -> tuple[float, float, float,
                 good = (found["iou"] > least_iou) & (found["stability"] >= least_stability)
                 index = good.nonzero()[:, 0]
                 index = index[nms(found["box"][index], found["iou"][index], BOX_NMS_THRESH)]
-                miou[i, j] += score_matrix(found["overlap"][:, index].numpy()).miou / len(paths)
+                miou[n, i, j] = score_matrix(found["overlap"][:, index].numpy()).miou
                 kept[i, j] += len(index) / len(paths)
-    near = miou >= miou.max() - SLACK
-    i, j = np.unravel_index(np.where(near, kept, np.inf).argmin(), shape)
-    return round(float(IOU_GRID[i]), 3), round(float(STABILITY_GRID[j]), 3), float(miou[i, j]), float(kept[i, j])
+    i, j = choose_pair(miou, kept)
+    return round(float(IOU_GRID[i]), 3), round(float(STABILITY_GRID[j]), 3), float(miou[:, i, j].mean()), float(kept[i, j])
+
+
+def choose_pair(miou: np.ndarray, kept: np.ndarray) -> tuple[int, int]:
+    """mIoU (pictures, I, J) and masks kept (I, J) -> the pair that keeps the fewest within one standard error of the best."""
+    best = miou[(slice(None), *np.unravel_index(miou.mean(0).argmax(), kept.shape))]
+    loss = best[:, None, None] - miou
+    error = loss.std(0, ddof=1) / np.sqrt(len(miou)) if len(miou) > 1 else np.zeros(kept.shape)
+    near = loss.mean(0) <= error
+    return np.unravel_index(np.where(near, kept, np.inf).argmin(), kept.shape)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -1,17 +1,22 @@
 """Train the Prompt Predictor of a SAM on embeddings cached once.
 
-    python -m aopsam_lab.training.predictor --sam tiny --pools POOLS/scenes:0.5 POOLS/photos:0.5 --workdir runs/predictor --minutes 20
+    python -m aopsam_lab train-predictor --pools POOLS/scenes:0.5 POOLS/photos:0.5 --workdir runs/predictor --minutes 20
+    python -m aopsam_lab train-predictor --sam vit_h --data sa1b:DIR --limit 10000
 
 Target (ours): for each mask a Gaussian bump of height 1 at its pole of inaccessibility and lower ones at further points inside
-it, each the pole of what discs about the earlier ones leave; sigma a third of the inradius within bounds; the maximum where
-bumps meet. One click seldom gives a large object's best mask; on eight training scenes, AMG-style decoding at true poles alone
-reached an mIoU of 0.549, with up to eight points a mask 0.572, on the 32 x 32 grid 0.584. SAM is frozen.
+it, each the pole of what discs about the earlier ones leave, since one click seldom gives a large object's best mask; the
+maximum where bumps meet. As in SA-1B, whose ``point_coords`` are points of SAM's own grid, a point moves to the middle of the
+embedding's cell that it lies in where the mask still covers that. So the PCM can say of every such cell whether a prompt there
+is worth its decoding, and neighbours stay apart when it is smoothed. SAM is frozen.
 
-Presets. ``paper``: mean squared error, Adam, 1000 epochs (the paper's recipe). ``bundled`` (ours): binary cross-entropy in
+Presets. ``paper`` (with ``--data``, if not said otherwise): mean squared error, Adam, 1000 epochs, one bump a mask, at the data
+set's own prompt point where it has one, else at the pole (the paper's recipe). ``bundled`` (ours, with ``--pools``): binary cross-entropy in
 which a cell at a peak weighs ``1 + PEAK_WEIGHT`` times an empty one, since peaks are a hundredth of all cells; Adam with a
 cosine schedule. PEAK_WEIGHT is what sets how many candidates pass the default confidence of 0.2.
 
-Writes ``workdir/predictor.safetensors`` and ``workdir/curve.csv``; ``--bundle`` copies the weights beside the package's own.
+Early stopping is ours: after ``--patience`` evaluations without a lower loss on the held-out pictures the best weights are kept.
+Writes ``workdir/predictor.safetensors``, ``curve.csv`` and ``curve.png`` (drawn anew at each evaluation), the weights to
+``--out`` as well.
 Killed and started again, it takes up the cache and the training where they were.
 """
 
@@ -19,8 +24,9 @@ from __future__ import annotations
 
 import argparse
 import csv
-import json
+import io
 import time
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,19 +40,24 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from aopsam_lab.asf import sample_prompts, valid_cells
+from aopsam_lab.data import open_dataset
 from aopsam_lab.files import write_atomically
-from aopsam_lab.predictor import BUNDLED, PromptPredictor
-from aopsam_lab.sam.zoo import load_sam, spec_of
-from aopsam_lab.training.card import licence, pool_counts, write_card
-from aopsam_lab.training.pool import parse_pools, read_entry
-from aopsam_lab.training.tiny_sam import learning_rate, random_crop, save_atomically
+from aopsam_lab.predictor import PromptPredictor
+from aopsam_lab.sam.zoo import MODELS, load_sam, spec_of
+from aopsam_lab.training.card import write_card
+from aopsam_lab.training.embedding_cache import EmbeddingCache
+from aopsam_lab.training.examples import DatasetExamples, PoolExamples
+from aopsam_lab.training.pool import parse_pools
+from aopsam_lab.training.tiny_sam import learning_rate, quick_at_bf16, save_atomically
 
 PEAK_WEIGHT = 8.0
 POINTS = 8  # bumps a mask
 HEIGHT_DECAY = 0.85  # of each bump to the one before: the pole comes first
 LEAST_RADIUS = 2.0  # in PCM cells: where less is left, one point more is one too many
-SIGMA_BOUNDS = (1.2, 2.5)  # in PCM cells
-HELD_OUT = 20  # every 20th picture of a pool is for choosing, not for training
+SIGMA = 1.0  # in PCM cells; bumps in neighbouring cells of the embedding, four PCM cells apart, do not run together
+CELL = 4  # PCM cells to a side of an embedding's cell
+CANDIDATES = 220  # a picture, of which elimination leaves less than a fifth of AMG-D's 1,024 to decode
+PATIENCE = 20  # evaluations
 
 
 def prompt_points(mask: np.ndarray, most: int = POINTS) -> list[tuple[int, int, float]]:
@@ -64,109 +75,107 @@ def prompt_points(mask: np.ndarray, most: int = POINTS) -> list[tuple[int, int, 
     return points
 
 
-def confidence_target(masks: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
-    """Masks (N, h', w') on the PCM's grid, top left of it -> target (H, W) float32 in [0, 1]."""
+def snapped(row: int, column: int, mask: np.ndarray) -> tuple[int, int]:
+    """The cell nearest the middle of the embedding's cell about (row, column) if the mask covers it, else (row, column)."""
+    middle = row // CELL * CELL + CELL // 2, column // CELL * CELL + CELL // 2
+    inside = middle[0] < mask.shape[0] and middle[1] < mask.shape[1] and mask[middle]
+    return middle if inside else (row, column)
+
+
+def confidence_target(
+    masks: np.ndarray, grid: tuple[int, int], most: int = POINTS, points: np.ndarray | None = None
+) -> np.ndarray:
+    """Masks (N, h', w') on the PCM's grid, top left of it -> target (H, W) float32 in [0, 1].
+
+    most: bumps a mask. points: N x 2 (x, y) in PCM cells; where a data set has them, each is its mask's one bump.
+    """
     target = np.zeros(grid, np.float32)
     rows, columns = np.arange(grid[0], dtype=np.float32), np.arange(grid[1], dtype=np.float32)
-    for mask in masks:
-        for i, (row, column, inradius) in enumerate(prompt_points(mask)):
-            sigma = float(np.clip(inradius / 3, *SIGMA_BOUNDS))
-            bump = np.outer(np.exp(-0.5 * ((rows - row) / sigma) ** 2), np.exp(-0.5 * ((columns - column) / sigma) ** 2))
+    if points is not None:
+        wanted = [[(int(y), int(x))] for x, y in points]
+    else:
+        wanted = [[snapped(row, column, mask) for row, column, _ in prompt_points(mask, most)] for mask in masks]
+    for places in wanted:
+        for i, (row, column) in enumerate(places):
+            bump = np.outer(np.exp(-0.5 * ((rows - row) / SIGMA) ** 2), np.exp(-0.5 * ((columns - column) / SIGMA) ** 2))
             np.maximum(target, HEIGHT_DECAY**i * bump, out=target)
     return target
 
 
-@dataclass
-class Cache:
-    """Memory-mapped training data: images (n, 3, S, S) uint8, sizes (n, 2), embeddings (n, C, h, w) float16, targets (n, 4h, 4w)
-    uint8 of 255 steps."""
+@dataclass(frozen=True)
+class Held:
+    """A held-out picture: its pixels (h', w', 3) uint8 in the model frame, its embedding (1, C, h, w) float16, masks (N, ., .) bool
+    on the PCM's grid, top left of it, its target and valid cells (H, W)."""
 
-    images: np.ndarray
-    sizes: np.ndarray
-    embeddings: np.ndarray
-    targets: np.ndarray
+    image: np.ndarray
+    embedding: Tensor
+    masks: np.ndarray
+    target: Tensor
+    valid: Tensor
 
-    def batch(self, sam: Sam, index: np.ndarray) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Normalised pictures, embeddings, targets and weights (0 on padding) of the entries ``index``."""
-        device = sam.device
-        image = torch.from_numpy(self.images[index]).to(device).float()
-        size = self.sizes[index]
-        s, grid = image.shape[-1], self.targets.shape[1:]
-        inside = torch.stack([valid_cells(tuple(hw), s, (s, s), device) for hw in size])
-        valid = torch.stack([valid_cells(tuple(hw), s, grid, device) for hw in size])
-        image = (image - sam.pixel_mean) / sam.pixel_std * inside[:, None]
-        embedding = torch.from_numpy(self.embeddings[index]).to(device).float()
-        target = torch.from_numpy(self.targets[index]).to(device).float() / 255
-        return image, embedding, target, valid.float()
+    def inputs(self, sam: Sam) -> tuple[Tensor, Tensor]:
+        """What the predictor reads, as float32 on the SAM's device."""
+        return _model_image(sam, self.image), self.embedding.float()
 
 
 @torch.inference_mode()
-def build_cache(sam: Sam, pools, count: int, folder: Path, seed: int, batch: int = 16) -> Cache:
-    """``count`` random crops of the pools with their embeddings, on disk; resumes where it was stopped."""
-    s = sam.image_encoder.img_size
-    grid = sam.prompt_encoder.mask_input_size
-    c, (h, w) = sam.prompt_encoder.embed_dim, sam.prompt_encoder.image_embedding_size
-    key = dict(sam=spec_of(sam).sha256, count=count, seed=seed, points=POINTS, pools=[[share, len(paths)] for share, paths in pools])
-    folder.mkdir(parents=True, exist_ok=True)
-    note = folder / "cache.json"
-    state = json.loads(note.read_text()) if note.exists() else {}
-    done = state.get("done", 0) if state.get("key") == key else 0
-    shapes = dict(images=((3, s, s), np.uint8), sizes=((2,), np.int64), embeddings=((c, h, w), np.float16), targets=(grid, np.uint8))
-    mode = "r+" if done else "w+"
-    cache = Cache(**{
-        name: np.lib.format.open_memmap(folder / f"{name}.npy", mode, dtype, (count, *shape)) for name, (shape, dtype) in shapes.items()
-    })
-    shares = np.array([share for share, _ in pools])
-    for first in tqdm(range(done, count, batch), desc="embeddings", initial=done // batch, total=-(-count // batch)):
-        rows = range(first, min(first + batch, count))
-        for row in rows:
-            rng = np.random.default_rng([seed, row])
-            paths = pools[rng.choice(len(pools), p=shares / shares.sum())][1]
-            masks = np.zeros((0, 1, 1), bool)
-            while not len(masks):
-                image, masks = random_crop(rng, *read_entry(paths[rng.integers(len(paths))]))
-                masks = masks[masks.sum((1, 2)) >= 8]
-            cache.images[row] = 0
-            cache.images[row, :, : image.shape[0], : image.shape[1]] = image.transpose(2, 0, 1)
-            cache.sizes[row] = image.shape[:2]
-            cache.targets[row] = np.rint(confidence_target(masks, grid) * 255)
-        rows = np.array(rows)
-        image = cache.batch(sam, rows)[0]
-        cache.embeddings[rows] = sam.image_encoder(image).half().cpu().numpy()
-        note.write_text(json.dumps(dict(key=key, done=int(rows[-1]) + 1)))
-    return cache
-
-
-@torch.inference_mode()
-def recall(sam: Sam, predictor: PromptPredictor, paths: list[Path], top: tuple[int, ...] = (32, 64, 128, 256)) -> dict[str, float]:
-    """Share of truths with one of the strongest ``top`` candidates on them, over whole pictures; candidates at confidence 0.2."""
+def hold_out(sam: Sam, pictures: list[tuple[np.ndarray, np.ndarray]], most: int = POINTS) -> list[Held]:
+    """Encode pictures once, with their masks on the PCM's grid, for the evaluations to come."""
     s, grid = sam.image_encoder.img_size, sam.prompt_encoder.mask_input_size
+    held = []
+    for image, masks in tqdm(pictures, desc="held out", unit="picture", dynamic_ncols=True):
+        embedding = sam.image_encoder(_model_image(sam, image)).half()
+        target = torch.from_numpy(confidence_target(masks, grid, most)).to(sam.device)
+        held.append(Held(image, embedding, masks, target, valid_cells(image.shape[:2], s, grid, sam.device)))
+    return held
+
+
+def _model_image(sam: Sam, image: np.ndarray) -> Tensor:
+    return sam.preprocess(torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))).to(sam.device)[None])
+
+
+@torch.inference_mode()
+def recall(sam: Sam, predictor: PromptPredictor, held: list[Held], top: tuple[int, ...] = (32, 64, 128, 256)) -> dict[str, float]:
+    """Share of truths with one of the strongest ``top`` candidates on them, over whole pictures; candidates at confidence 0.2."""
     hits, truths, candidates = dict.fromkeys(top, 0), 0, []
-    for path in paths:
-        image, masks = whole_picture(*read_entry(path))
-        pixels = torch.from_numpy(image.transpose(2, 0, 1).copy()).to(sam.device)[None]
-        model_image = sam.preprocess(pixels)
-        valid = valid_cells(image.shape[:2], s, grid, sam.device)
-        pcm = predictor.pcm(model_image, sam.image_encoder(model_image), valid)
+    for one in held:
+        pcm = predictor.pcm(*one.inputs(sam), one.valid)
         cells = sample_prompts(pcm, confidence=0.02)[0].cpu().numpy()
         candidates.append(len(sample_prompts(pcm)[0]))
+        masks = one.masks
         cells = cells[(cells[:, 0] < masks.shape[1]) & (cells[:, 1] < masks.shape[2])]
         truths += len(masks)
         for k in top:
             on = masks[:, cells[:k, 0], cells[:k, 1]]
             hits[k] += int(on.any(1).sum())
-    return {**{f"recall_{k}": hits[k] / max(1, truths) for k in top}, "candidates": float(np.mean(candidates))}
+    return {**{f"recall_{k}": hits[k] / max(1, truths) for k in top}, "candidates": float(np.mean(candidates)) if held else 0.0}
 
 
-def whole_picture(image: np.ndarray, masks: np.ndarray, side: int = 256) -> tuple[np.ndarray, np.ndarray]:
-    """Longest side to ``side`` (picture) and ``side / 2`` (masks), nothing cropped or changed."""
-    scale = side / max(image.shape[:2])
-    half = tuple(max(1, round(x * scale / 2)) for x in image.shape[1::-1])
-    image = cv2.resize(image, (2 * half[0], 2 * half[1]), interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR)
-    small = np.zeros((len(masks), half[1], half[0]), bool)
-    for i, mask in enumerate(masks):
-        small[i] = cv2.resize(mask.astype(np.uint8) * 255, half, interpolation=cv2.INTER_LINEAR) > 127
-    return image, small[small.any((1, 2))]
+@torch.inference_mode()
+def held_loss(sam: Sam, predictor: PromptPredictor, held: list[Held], preset: str, peak_weight: float) -> float:
+    """The mean loss of the held-out pictures; NaN without any."""
+    losses = [
+        loss_of(preset, predictor.logits(*one.inputs(sam))[:, 0], one.target[None], one.valid[None].float(), peak_weight).item()
+        for one in held
+    ]
+    return float(np.mean(losses)) if losses else float("nan")
+
+
+@torch.inference_mode()
+def calibrate(sam: Sam, predictor: PromptPredictor, held: list[Held], wanted: float) -> float:
+    """Shift the last bias so that the pictures give ``wanted`` candidates on average at the default settings; the shift.
+
+    What a network trained on sparse bumps calls 0.2 depends on the loss's weights. This gives the default confidence a meaning.
+    """
+    maps = [(predictor.logits(*one.inputs(sam))[0, 0], one.valid) for one in held]
+    low, high = -8.0, 8.0
+    for _ in range(24):
+        shift = (low + high) / 2
+        found = np.mean([len(sample_prompts((logits + shift).sigmoid() * valid)[0]) for logits, valid in maps])
+        low, high = (shift, high) if found < wanted else (low, shift)
+    last = [module for module in predictor.modules() if isinstance(module, torch.nn.Conv2d)][-1]
+    last.bias += shift
+    return shift
 
 
 def loss_of(preset: str, logits: Tensor, target: Tensor, valid: Tensor, peak_weight: float) -> Tensor:
@@ -185,96 +194,166 @@ def export(predictor: PromptPredictor, path: Path, about: dict[str, str]) -> Non
 
 
 def train(args: argparse.Namespace) -> None:
+    """Train as the arguments say. Raises ValueError and OSError for what cannot be: data, models, room on the disk."""
     torch.manual_seed(args.seed)
-    work = Path(args.workdir)
+    preset = args.preset or ("bundled" if args.pools else "paper")
+    minutes = (20.0 if preset == "bundled" else 0.0) if args.minutes is None else args.minutes
+    patience = (0 if args.pools else PATIENCE) if args.patience is None else args.patience
+    work = Path(args.workdir or f"runs/predictor_{args.sam}")
     sam = load_sam(args.sam, args.checkpoint, args.device)
-    pools = parse_pools(args.pools)
-    held = [path for _, paths in pools for path in paths[::HELD_OUT]][: args.held_out]
-    pools = [(share, [path for i, path in enumerate(paths) if i % HELD_OUT]) for share, paths in pools]
-    cache = build_cache(sam, pools, args.crops, work / "cache", args.seed)
+    grid, most = sam.prompt_encoder.mask_input_size, 1 if preset == "paper" else POINTS
+    if args.pools:
+        held_out = 80 if args.held_out is None else args.held_out
+        examples = PoolExamples(parse_pools(args.pools), sam, args.limit or 3000, held_out, args.seed)
+    else:
+        held_out = 20 if args.held_out is None else args.held_out
+        examples = DatasetExamples(open_dataset(args.data, args.limit, args.seed), sam, held_out)
+    cache = EmbeddingCache(work / "cache", sam, examples.count, {"points": most, "target": "snapped", **examples.key})
+    cache.fill(
+        sam, lambda row: examples.entry(row, lambda masks, points: confidence_target(masks, grid, most, points)), args.max_gb
+    )
+    held = hold_out(sam, examples.held_out(), most)
     side, (h, _) = sam.image_encoder.img_size, sam.prompt_encoder.image_embedding_size
     predictor = PromptPredictor(sam.prompt_encoder.embed_dim, side // h).to(sam.device)
     optimizer = torch.optim.Adam(predictor.parameters(), lr=args.lr)
-    step, seconds = 0, 0.0
+    step, seconds, best, stale = 0, 0.0, float("inf"), 0
     if (work / "last.pt").exists():
         state = torch.load(work / "last.pt", map_location=sam.device, weights_only=True)
         predictor.load_state_dict(state["predictor"])
         optimizer.load_state_dict(state["optimizer"])
         step, seconds = state["step"], state["seconds"]
+        best, stale = state["best"], state["stale"]
     forward = torch.compile(predictor.logits, dynamic=False) if args.compile else predictor.logits
     started = time.perf_counter() - seconds
-    rng = np.random.default_rng([args.seed, step])
-    steps = 1000 * args.crops // args.batch if args.preset == "paper" and not args.minutes else 0
+    batch = min(args.batch, examples.count)
+    steps = max(1, args.epochs * examples.count // batch) if preset == "paper" and not minutes else 0
     recent = []
 
     def progress() -> float:
-        return step / steps if steps else (time.perf_counter() - started) / (60 * args.minutes)
+        return step / steps if steps else (time.perf_counter() - started) / (60 * minutes)
 
     def save() -> None:
-        state = dict(predictor=predictor.state_dict(), optimizer=optimizer.state_dict(), step=step)
+        state = dict(predictor=predictor.state_dict(), optimizer=optimizer.state_dict(), step=step, best=best, stale=stale)
         save_atomically(dict(state, seconds=time.perf_counter() - started), work / "last.pt")
 
-    with open(work / "curve.csv", "a", newline="") as curve:
+    def draws():
+        rng = np.random.default_rng([args.seed, step])
+        while True:
+            yield np.sort(rng.choice(examples.count, batch, replace=False))
+
+    batches = cache.batches(sam, draws())
+    bar = tqdm(total=steps or None, initial=step, desc="training", unit="step", dynamic_ncols=True)
+    with open(work / "curve.csv", "a", newline="") as curve, closing(batches), bar:
         writer = csv.writer(curve)
-        while progress() < 1:
+        while progress() < 1 and not (patience and stale >= patience):
             predictor.train()
             for group in optimizer.param_groups:
-                group["lr"] = args.lr if args.preset == "paper" else learning_rate(progress(), step, args.lr, warmup=100)
-            index = np.sort(rng.choice(args.crops, args.batch, replace=False))
-            image, embedding, target, valid = cache.batch(sam, index)
-            with torch.autocast(sam.device.type, torch.bfloat16):
+                group["lr"] = args.lr if preset == "paper" else learning_rate(progress(), step, args.lr, warmup=100)
+            image, embedding, target, valid = next(batches)
+            with torch.autocast(sam.device.type, torch.bfloat16, enabled=quick_at_bf16(sam.device)):
                 logits = forward(image, embedding)[:, 0].float()
-            loss = loss_of(args.preset, logits, target, valid, args.peak_weight)
+            loss = loss_of(preset, logits, target, valid, args.peak_weight)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
             step += 1
             recent.append(loss.item())
+            bar.update()
+            bar.set_postfix(loss=f"{recent[-1]:.4f}", refresh=False)
             if step % args.log_every == 0:
-                found = recall(sam, predictor.eval(), held)
-                minutes = (time.perf_counter() - started) / 60
+                found = {"held_loss": held_loss(sam, predictor.eval(), held, preset, args.peak_weight)}
+                found.update(recall(sam, predictor, held))
+                if found["held_loss"] < best:
+                    best, stale = found["held_loss"], 0
+                    save_atomically(predictor.state_dict(), work / "best.pt")
+                else:
+                    stale += 1
+                passed = (time.perf_counter() - started) / 60
                 if curve.tell() == 0:
                     writer.writerow(["step", "minutes", "loss", *found])
-                writer.writerow([step, f"{minutes:.2f}", f"{np.mean(recent):.5f}", *(f"{v:.4f}" for v in found.values())])
+                writer.writerow([step, f"{passed:.2f}", f"{np.mean(recent):.5f}", *(f"{v:.4f}" for v in found.values())])
                 curve.flush()
-                print(f"step {step}  {minutes:.2f} min  loss {np.mean(recent):.4f}  {found}", flush=True)
+                draw_curve(work / "curve.csv", work / "curve.png")
+                bar.write(f"step {step}  {passed:.2f} min  loss {np.mean(recent):.4f}  {found}")
                 recent.clear()
                 save()
     save()
+    if patience and (work / "best.pt").exists():
+        predictor.load_state_dict(torch.load(work / "best.pt", map_location=sam.device, weights_only=True))
     predictor.eval()
-    about = dict(sam=spec_of(sam).name, sam_sha256=spec_of(sam).sha256, preset=args.preset, steps=str(step))
+    shift = calibrate(sam, predictor, held, args.candidates) if args.candidates and held else 0.0
+    about = dict(sam=spec_of(sam).name, sam_sha256=spec_of(sam).sha256, preset=preset, steps=str(step))
+    stopped = f"; stopped after {patience} evaluations without a lower held-out loss, best weights kept" if patience else ""
+    data = examples.facts()
     facts = {
         "Model": f"{sum(p.numel() for p in predictor.parameters()) / 1e6:.2f} M parameters, for embeddings of {about['sam']} "
         f"(sha256 {about['sam_sha256'][:12]})",
-        "Data": f"{args.crops} crops; pictures: {pool_counts(pools)}; scenes with training seeds only",
-        "Training": f"preset {args.preset}, {step} steps of {args.batch}, {(time.perf_counter() - started) / 60:.0f} minutes, peak "
-        f"weight {args.peak_weight:g}, by `python -m aopsam_lab.training.predictor`",
-        "Licence": licence(pools),
+        "Data": data["Data"],
+        "Training": f"preset {preset}, {step} steps of {batch}, {(time.perf_counter() - started) / 60:.0f} minutes, peak "
+        f"weight {args.peak_weight:g}, by `python -m aopsam_lab train-predictor`{stopped}",
+        "Calibration": f"bias moved by {shift:+.2f}, so that {len(held)} held-out training pictures give {args.candidates:g} candidates "
+        "each at the default settings" if shift else "none",
+        "Licence": data["Licence"],
     }
     about_curve = f"recall_k: share of truths with one of the k strongest candidates on them, {len(held)} held-out training pictures"
-    for path in [work / "predictor.safetensors"] + ([BUNDLED[args.sam]] if args.bundle else []):
+    for path in [work / "predictor.safetensors"] + ([args.out] if args.out else []):
         export(predictor, path, about)
         write_card(path, f"Prompt Predictor of the {about['sam']} SAM.", facts, work / "curve.csv", about_curve)
+    print(f"Prompt Predictor: {work / 'predictor.safetensors'}")
+
+
+def draw_curve(table: Path, picture: Path) -> None:
+    """The learning curve of a CSV as a PNG."""
+    from matplotlib.figure import Figure
+
+    with open(table, newline="") as file:
+        rows = list(csv.DictReader(file))
+    columns = {name: [float(row[name]) for row in rows] for name in rows[0]}
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for name in columns:
+        if name in ("step", "minutes", "candidates"):
+            continue
+        axes = left if "loss" in name else right
+        axes.plot(columns["step"], columns[name], label=name.replace("_", " "))
+    for axes, title in ((left, "loss"), (right, "recall on held-out pictures")):
+        axes.set(title=title, xlabel="step")
+        axes.legend()
+        axes.grid(alpha=0.3)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=110)
+    write_atomically(picture, drawn.getvalue())
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of a training, for this module and for the package's command line."""
+    parser.add_argument("--sam", default="tiny", choices=list(MODELS))
+    parser.add_argument("--checkpoint", help="weights of the SAM other than the bundled or official ones")
+    data = parser.add_mutually_exclusive_group(required=True)
+    data.add_argument("--data", help="sa1b:PATH, coco:PATH, lvis:PATH or a COCO-style folder")
+    data.add_argument("--pools", nargs="+", help="FOLDER:SHARE of each pool (see aopsam_lab.training.pool); tiny only")
+    parser.add_argument("--limit", "--crops", type=int, help="how many pictures of --data (all) or crops of --pools (3000)")
+    parser.add_argument("--max-gb", type=float, help="most disk that the cache may take; what is free if not given")
+    parser.add_argument("--workdir", help="where the cache, the curve and the weights go (runs/predictor_SAM)")
+    parser.add_argument("--preset", choices=("bundled", "paper"), help="bundled with --pools, else paper")
+    parser.add_argument("--epochs", type=int, default=1000, help="of preset paper")
+    parser.add_argument("--minutes", type=float, help="in place of epochs (preset bundled: 20)")
+    parser.add_argument("--patience", type=int, help=f"evaluations without a lower held-out loss; 0: never stop early ({PATIENCE} with --data)")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--peak-weight", type=float, default=PEAK_WEIGHT)
+    parser.add_argument("--candidates", type=float, default=CANDIDATES, help="mean of a held-out picture; 0: leave the level as trained")
+    parser.add_argument("--held-out", type=int, help="pictures that loss and recall are measured on (20 of --data, 80 of --pools)")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--log-every", type=int, default=250)
+    parser.add_argument("--out", type=Path, help="where the weights go as well, and the card beside them")
+    parser.add_argument("--seed", type=int, default=0)
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sam", default="tiny")
-    parser.add_argument("--checkpoint", help="weights of the SAM, where they are not bundled")
-    parser.add_argument("--pools", nargs="+", required=True, help="FOLDER:SHARE of each pool")
-    parser.add_argument("--workdir", required=True)
-    parser.add_argument("--preset", choices=("bundled", "paper"), default="bundled")
-    parser.add_argument("--minutes", type=float, default=20, help="0 with --preset paper: 1000 epochs")
-    parser.add_argument("--crops", type=int, default=3000, help="cached crops; one of tiny's takes 0.5 MB of disk")
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--peak-weight", type=float, default=PEAK_WEIGHT)
-    parser.add_argument("--held-out", type=int, default=80, help="held-out pictures that the recall is measured on")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--log-every", type=int, default=250)
-    parser.add_argument("--bundle", action="store_true", help="install the result as the bundled weights")
-    parser.add_argument("--seed", type=int, default=0)
+    add_arguments(parser)
     train(parser.parse_args(argv))
 
 

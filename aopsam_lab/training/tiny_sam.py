@@ -3,9 +3,10 @@
     python -m aopsam_lab.training.tiny_sam --pools POOLS/scenes:0.4 POOLS/photos:0.6 --workdir runs/tiny --minutes 90
 
 A step takes some pictures and, for each, some masks with one prompt each: a click (three masks out, the best one learns,
-as in SAM) or a box (one mask out). Binary cross-entropy with Dice, because SAM's focal weights give empty masks for a long
+as in SAM) or a box (one mask out). A share of the clicks goes on: the next click falls where the best mask is most wrong, and
+the two together ask for one mask; then a third. Binary cross-entropy with Dice, because SAM's focal weights give empty masks for a long
 time when nothing is pretrained; the IoU head learns the IoU that its masks really have. Cosine schedule over the steps or
-the minutes asked for, weights averaged (EMA), bf16 on CPU and CUDA. ``workdir/last.pt`` holds all that a resumed run needs,
+the minutes asked for, weights averaged (EMA), bf16 where the device is quick at it. ``workdir/last.pt`` holds all that a resumed run needs,
 ``workdir/curve.csv`` the learning curve.
 """
 
@@ -23,17 +24,23 @@ import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from aopsam_lab.clicks import next_click
 from aopsam_lab.files import write_atomically
 from aopsam_lab.sam.decoder import decode_tokens, draw_masks
 from aopsam_lab.sam.tiny import IMG_SIZE, build_tiny_sam
 from aopsam_lab.training.card import licence, pool_counts
+from aopsam_lab.training.muon import Muon
 from aopsam_lab.training.pool import parse_pools, read_entry
 
 LOW_RES = IMG_SIZE // 2  # side of the low-resolution masks that the decoder draws
 BOX_SHARE = 0.3
+CORRECTED_SHARE = 0.25  # of a picture's clicks: these are corrected
+FURTHER_CLICKS = 2
+COLUMNS = ("loss", "box", "click", "clicks", "iou_mse")  # of the learning curve
 
 
 class PromptedPictures(IterableDataset):
@@ -159,14 +166,31 @@ def mask_iou(logits: Tensor, target: Tensor) -> Tensor:
     return (on & true).sum((-1, -2)) / (on | true).sum((-1, -2)).clamp(min=1)
 
 
-def prompt_tokens(encoder: nn.Module, points: Tensor, boxes: Tensor) -> Tensor:
-    """``PromptEncoder``'s tokens for foreground clicks (B, K, 2) and boxes (B, L, 4), model frame -> (B, K + L, 2, C).
+@torch.compiler.disable
+def next_clicks(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """``next_click`` of each mask: logits and truths (B, K, S/2, S/2) -> points (B, K, 2), model frame, and labels (B, K) 1 or 0."""
+    found, truth = (logits > 0).flatten(0, 1).cpu().numpy(), (target > 0.5).flatten(0, 1).cpu().numpy()
+    clicks = np.array([next_click(mask, true) for mask, true in zip(found, truth)], np.float32)
+    points, labels = 2 * clicks[:, :2], clicks[:, 2]  # a cell is two model-frame pixels wide
+    shape = logits.shape[:2]
+    return tuple(torch.from_numpy(x.copy()).to(logits.device).unflatten(0, shape) for x in (points, labels))
+
+
+def click_tokens(encoder: nn.Module, points: Tensor, labels: Tensor) -> Tensor:
+    """``PromptEncoder``'s tokens for prompts of K clicks (B, P, K, 2), labels (B, P, K) 1 or 0 -> (B, P, K + 1, C).
 
     The same numbers as its ``forward`` gives (a test says so), without the indexed writes that ``torch.compile`` cannot trace.
     """
     types = encoder.point_embeddings  # background, foreground, top left, bottom right
-    at = encoder.pe_layer.forward_with_coords(points + 0.5, encoder.input_image_size) + types[1].weight
-    clicks = torch.stack([at, encoder.not_a_point_embed.weight.expand_as(at)], 2)
+    at = encoder.pe_layer.forward_with_coords(points.flatten(1, 2) + 0.5, encoder.input_image_size).view(*points.shape[:3], -1)
+    at = at + torch.where(labels[..., None] > 0.5, types[1].weight[0], types[0].weight[0])
+    return torch.cat([at, encoder.not_a_point_embed.weight.expand_as(at[:, :, :1])], 2)
+
+
+def prompt_tokens(encoder: nn.Module, points: Tensor, boxes: Tensor) -> Tensor:
+    """Tokens of single foreground clicks (B, K, 2) and of boxes (B, L, 4), model frame -> (B, K + L, 2, C); see click_tokens."""
+    types = encoder.point_embeddings
+    clicks = click_tokens(encoder, points[:, :, None], torch.ones_like(points[:, :, :1]))
     corners = boxes.unflatten(-1, (2, 2)) + 0.5
     corners = encoder.pe_layer.forward_with_coords(corners.flatten(1, 2), encoder.input_image_size).unflatten(1, (-1, 2))
     corners = corners + torch.cat([types[2].weight, types[3].weight])
@@ -176,9 +200,9 @@ def prompt_tokens(encoder: nn.Module, points: Tensor, boxes: Tensor) -> Tensor:
 class TrainingStep(nn.Module):
     """Pictures and prompts in, loss and mean IoUs out; a module of its own so that it can be compiled."""
 
-    def __init__(self, sam: nn.Module):
+    def __init__(self, sam: nn.Module, bf16: bool = False):
         super().__init__()
-        self.sam = sam
+        self.sam, self.bf16 = sam, bf16
 
     def forward(self, image: Tensor, size: Tensor, masks: Tensor, points: Tensor, boxes: Tensor) -> dict[str, Tensor]:
         sam, device_type = self.sam, image.device.type
@@ -189,7 +213,7 @@ class TrainingStep(nn.Module):
         ys, xs = torch.arange(IMG_SIZE, device=x.device)[:, None], torch.arange(IMG_SIZE, device=x.device)[None]
         inside = (ys < size[:, 0, None, None]) & (xs < size[:, 1, None, None])
         x = x * inside[:, None]  # padding is zero after normalisation, as in Sam.preprocess
-        with torch.autocast(device_type, torch.bfloat16):
+        with torch.autocast(device_type, torch.bfloat16, enabled=self.bf16):
             embedding = sam.image_encoder(x).float()
             sparse = prompt_tokens(sam.prompt_encoder, points[:, :clicks], boxes[:, clicks:])
             dense = sam.prompt_encoder.no_mask_embed.weight[0]
@@ -206,17 +230,48 @@ class TrainingStep(nn.Module):
         # 0.05 of the others keeps a mask token alive that never wins
         loss = loss_box.sum() + loss_three.gather(2, best).sum() + 0.05 * loss_three.mean(2).sum()
         loss_iou = ((predicted[:, clicks:, :1] - iou_box) ** 2).sum() + ((predicted[:, :clicks, 1:] - iou_three) ** 2).mean(2).sum()
+        corrected = max(1, round(clicks * CORRECTED_SHARE))
+        at, labels = points[:, :corrected, None], torch.ones_like(points[:, :corrected, :1])
+        wanted = target[:, :corrected, 0]
+        shown = three[:, :corrected].gather(2, best[:, :corrected, :, None, None].expand(-1, -1, -1, *three.shape[-2:]))[:, :, 0]
+        for _ in range(FURTHER_CLICKS):
+            point, label = next_clicks(shown.detach(), wanted)
+            at, labels = torch.cat([at, point[:, :, None]], 2), torch.cat([labels, label[:, :, None]], 2)
+            with torch.autocast(device_type, torch.bfloat16, enabled=self.bf16):
+                sparse = click_tokens(sam.prompt_encoder, at, labels)
+                decoded = decode_tokens(sam.mask_decoder, embedding, sam.prompt_encoder.get_dense_pe(), sparse, dense)
+                shown = draw_masks(sam.mask_decoder, decoded, slice(0, 1)).float().unflatten(0, (b, corrected))[:, :, 0]
+            iou_corrected = mask_iou(shown, wanted)
+            loss = loss + mask_loss(shown, wanted).sum()
+            loss_iou = loss_iou + ((decoded.iou[:, 0].float().view(b, corrected) - iou_corrected) ** 2).sum()
         return dict(
             loss=(loss + 2 * loss_iou) / (b * p),
             box=iou_box.mean().detach(),
             click=iou_three.gather(2, best).mean().detach(),
+            clicks=iou_corrected.mean().detach(),
             iou_mse=((predicted[:, :clicks, 1:] - iou_three) ** 2).mean().detach(),
         )
+
+
+def quick_at_bf16(device: torch.device) -> bool:
+    """Whether bf16 pays: on CUDA, and on processors with AVX-512. With AVX2 alone it is emulated, eight times slower than float32."""
+    return device.type == "cuda" or (device.type == "cpu" and torch.backends.cpu.get_cpu_capability().startswith("AVX512"))
 
 
 def learning_rate(progress: float, step: int, peak: float, warmup: int = 300) -> float:
     """Linear warm-up, then a cosine down to 1% at progress 1."""
     return peak * min(1.0, (step + 1) / warmup) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
+
+
+def make_optimizer(name: str, sam: nn.Module, lr: float, weight_decay: float) -> torch.optim.Optimizer:
+    """``adamw``, or ``muon``: Muon for the matrices inside, AdamW for embeddings, vectors and the first convolution."""
+    muon, decay, rest = [], [], []
+    for key, p in sam.named_parameters():
+        inside = p.ndim > 1 and min(p.shape[0], p[0].numel()) >= 16 and "embed" not in key and "token.weight" not in key and "tokens" not in key
+        (muon if name == "muon" and inside and p.shape[1] > 3 else decay if p.ndim > 1 else rest).append(p)
+    groups = [dict(params=muon, weight_decay=weight_decay, muon=True)] if muon else []
+    groups += [dict(params=decay, weight_decay=weight_decay), dict(params=rest, weight_decay=0.0)]
+    return (Muon if muon else torch.optim.AdamW)(groups, lr=lr, betas=(0.9, 0.98))
 
 
 def save_atomically(state: dict, path: Path) -> None:
@@ -231,10 +286,7 @@ def train(args: argparse.Namespace) -> None:
     work.mkdir(parents=True, exist_ok=True)
     sam = build_tiny_sam().to(device).train()
     ema = torch.optim.swa_utils.AveragedModel(sam, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(args.ema), use_buffers=True)
-    decay = [p for p in sam.parameters() if p.ndim > 1]
-    rest = [p for p in sam.parameters() if p.ndim <= 1]
-    groups = [dict(params=decay, weight_decay=args.weight_decay), dict(params=rest, weight_decay=0.0)]
-    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.98))
+    optimizer = make_optimizer(args.optimizer, sam, args.lr, args.weight_decay)
     step, seconds = 0, 0.0
     if (work / "last.pt").exists():
         state = torch.load(work / "last.pt", map_location=device, weights_only=True)
@@ -243,24 +295,27 @@ def train(args: argparse.Namespace) -> None:
         optimizer.load_state_dict(state["optimizer"])
         step, seconds = state["step"], state["seconds"]
     elif args.init:
-        from safetensors.torch import load_file
-
-        weights = {k: v.float() for k, v in load_file(args.init).items()}
+        with safe_open(args.init, "pt") as file:
+            weights = {k: file.get_tensor(k).float() for k in file.keys()}
         sam.load_state_dict(weights)
         ema.module.load_state_dict(weights)
     pools = parse_pools(args.pools)
     about = {"Data": pool_counts(pools) + "; scenes with training seeds only", "Licence": licence(pools)}
-    write_atomically(work / "about.json", json.dumps(about))
+    if args.init:
+        with safe_open(args.init, "pt") as file:
+            about["Start"] = f"weights after {(file.metadata() or {}).get('steps', 'unknown')} steps"
+    if not (work / "about.json").exists():
+        write_atomically(work / "about.json", json.dumps(about))
     data = PromptedPictures(pools, args.prompts, seed=args.seed + step)
     loader = iter(DataLoader(data, args.batch, num_workers=args.workers, prefetch_factor=4 if args.workers else None,
                              pin_memory=device.type == "cuda", persistent_workers=args.workers > 0))
-    forward = TrainingStep(sam)
+    forward = TrainingStep(sam, quick_at_bf16(device))
     if args.compile:
         forward = torch.compile(forward)
     curve = open(work / "curve.csv", "a", newline="")
     writer = csv.writer(curve)
     if step == 0:
-        writer.writerow(["step", "minutes", "lr", "loss", "box", "click", "iou_mse"])
+        writer.writerow(["step", "minutes", "lr", *COLUMNS])
     started, recent, saved = time.perf_counter() - seconds, [], time.perf_counter()
 
     def progress() -> float:
@@ -271,7 +326,7 @@ def train(args: argparse.Namespace) -> None:
         save_atomically(dict(state, seconds=time.perf_counter() - started), work / "last.pt")
 
     while progress() < 1:
-        lr = learning_rate(progress(), step, args.lr)
+        lr = learning_rate(progress(), step, args.lr, args.warmup)
         for group in optimizer.param_groups:
             group["lr"] = lr
         batch = {k: v.to(device, non_blocking=True) for k, v in next(loader).items()}
@@ -282,14 +337,15 @@ def train(args: argparse.Namespace) -> None:
         optimizer.step()
         ema.update_parameters(sam)
         step += 1
-        recent.append(torch.stack([out[k].detach() for k in ("loss", "box", "click", "iou_mse")]))
+        recent.append(torch.stack([out[k].detach() for k in COLUMNS]))
         if step % args.log_every == 0:
             means = torch.stack(recent).mean(0).tolist()
             recent.clear()
             minutes = (time.perf_counter() - started) / 60
             writer.writerow([step, f"{minutes:.2f}", f"{lr:.2e}", *(f"{m:.4f}" for m in means)])
             curve.flush()
-            print(f"step {step}  {minutes:.2f} min  loss {means[0]:.3f}  box {means[1]:.3f}  click {means[2]:.3f}", flush=True)
+            print(f"step {step}  {minutes:.2f} min  loss {means[0]:.3f}  box {means[1]:.3f}  click {means[2]:.3f}  "
+                  f"three clicks {means[3]:.3f}", flush=True)
         if time.perf_counter() - saved > args.save_every:
             save()
             saved = time.perf_counter()
@@ -304,7 +360,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=0, help="if given, the schedule follows steps in place of minutes")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--prompts", type=int, default=16)
+    parser.add_argument("--optimizer", choices=("adamw", "muon"), default="muon")
     parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--warmup", type=int, default=300, help="steps")
     parser.add_argument("--weight-decay", type=float, default=0.03)
     parser.add_argument("--ema", type=float, default=0.998)
     parser.add_argument("--init", help="start from these safetensors weights (a fresh optimiser)")

@@ -1,0 +1,291 @@
+"""SAM's mask decoder for many prompts on one image: no prompt's pixels are formed, let alone projected (ours).
+
+After a two-way layer the N pixels of a prompt are the image's own plus what its T tokens added, and all of that went
+through the image-to-token attention: a matrix ``A`` (N x HT, its softmax weights) of far lower rank than the pixels
+have channels. So
+
+    after layer 0:  x1 = r1 (y + A1 U1) + b1         y: image, once for all prompts;  U1: HT x C, tokens
+    after layer 1:  x2 = r2 (r1 (z + A1 U1') + A2 U2) + b2
+
+with the LayerNorms' ``r = 1 / standard deviation``, one number a pixel, read off the Gram matrices of U. Whatever the
+decoder then asks of the pixels, a projection ``x W``, splits into ``y W`` (computed once an image, one table) and
+products with ``A``. A prompt at MobileSAM's shape takes 0.2 G multiply-adds and 0.26 G more if its masks are drawn,
+where the stock decoder takes 1.75 G.
+
+The softmax weights of one head sum to 1 over the tokens: a bias added to the pixels is shared out among the rows of U.
+
+Shapes: P prompts, T tokens a prompt, R = P * T rows, H heads of d channels, D = H * d, C channels, N = h * w pixels.
+Weights over the pixels are kept as (P, T * H, N), tables as (D, N) or (C, N): pixels last. For inference only: it
+writes over its own results. Training, whose gradients need each of them, uses ``decoder.py``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from segment_anything.modeling import MaskDecoder
+from segment_anything.modeling.transformer import Attention
+from torch import Tensor
+
+
+def _over_pixels(rows: Tensor, table: Tensor, heads: int, out: Tensor, add: bool = False) -> Tensor:
+    """Head by head ``rows @ table``: (R, D), (D, N) -> out (P, T * H, N), added to what is there where ``add``."""
+    r, n = len(rows), table.shape[-1]
+    by_head = out.view(r, heads, n).transpose(0, 1)
+    left, right = rows.view(r, heads, -1).transpose(0, 1), table.view(heads, -1, n)
+    if add:
+        by_head.baddbmm_(left, right)
+    else:
+        torch.bmm(left, right, out=by_head)
+    return out
+
+
+def _from_pixels(weights: Tensor, table: Tensor, heads: int) -> Tensor:
+    """Head by head ``weights @ table^T``: (P, T * H, N), (D, N) -> (R, D)."""
+    n = table.shape[-1]
+    seen = torch.bmm(weights.view(-1, heads, n).transpose(0, 1), table.view(heads, -1, n).transpose(1, 2))  # (H, R, d)
+    return seen.transpose(0, 1).flatten(1)
+
+
+def _to_channels(rows: Tensor, weight: Tensor, heads: int, prompts: int) -> Tensor:
+    """Head by head ``rows @ weight``: (R, D), (D, C) -> (P, T * H, C)."""
+    r, c = len(rows), weight.shape[-1]
+    out = rows.new_empty(r, heads, c)
+    torch.bmm(rows.view(r, heads, -1).transpose(0, 1), weight.view(heads, -1, c), out=out.transpose(0, 1))
+    return out.view(prompts, -1, c)
+
+
+def _from_channels(rows: Tensor, weight: Tensor, heads: int) -> Tensor:
+    """Head by head ``rows @ weight^T``: (P, T * H, C), (D, C) -> (R, D)."""
+    c = rows.shape[-1]
+    out = torch.bmm(rows.view(-1, heads, c).transpose(0, 1), weight.view(heads, -1, c).transpose(1, 2))  # (H, R, d)
+    return out.transpose(0, 1).flatten(1)
+
+
+def _centred(x: Tensor, dim: int = -1) -> Tensor:
+    """Minus its mean over the channels."""
+    return x - x.mean(dim, keepdim=True)
+
+
+def _token_softmax(scores: Tensor, tokens: int) -> Tensor:
+    """(P, T * H, N) -> the same, each pixel's and head's weights over the T tokens summing to 1."""
+    p, _, n = scores.shape
+    return scores.view(p, tokens, -1).softmax(1).view(p, -1, n)
+
+
+def _rows_dot(a: Tensor, b: Tensor) -> Tensor:
+    """(P, K, N), (P, K, N) -> (P, 1, N), the sum of ``a * b`` over K. Overwrites ``a``."""
+    return a.mul_(b).sum(1, keepdim=True)
+
+
+@dataclass
+class SharedDecoded:
+    """What the transformer makes of P prompts of one image, before any mask is drawn.
+
+    iou:     (P, M) predicted IoU of the M masks (4 in stock SAM: the single mask first).
+    tokens:  (P, M, C) output tokens of the masks.
+    scale1, scale2: (P, 1, N), what the image's and both layers' parts of the pixels are multiplied with in the end.
+    attention1, attention2: (P, T * H, N). values1, values2: (P, T * H, C): the pixels are, but for a constant,
+             ``scale1 (g + attention1 values1) + scale2 attention2 values2``.
+    """
+
+    iou: Tensor
+    tokens: Tensor
+    scale1: Tensor
+    scale2: Tensor
+    attention1: Tensor
+    attention2: Tensor
+    values1: Tensor
+    values2: Tensor
+
+
+class SharedDecoder:
+    """Tables of one image made once, then any number of point or box prompts on it.
+
+    decoder:   a two-layer ``MaskDecoder``, see :func:`aopsam_lab.sam.image_decoder.misfit`; its weights are read, not
+    changed.
+    embedding: (1, C, h, w). image_pe: (1, C, h, w), ``PromptEncoder.get_dense_pe()``.
+    dense:     (C,), what is added to every pixel: the "no mask" embedding.
+    used:      (rows, columns) of the embedding from its first on which masks are drawn; None: all. Logits beyond are 0.
+    """
+
+    @torch.no_grad()
+    def __init__(
+        self,
+        decoder: MaskDecoder,
+        embedding: Tensor,
+        image_pe: Tensor,
+        dense: Tensor,
+        used: tuple[int, int] | None = None,
+    ):
+        self.decoder, self.grid = decoder, tuple(embedding.shape[-2:])
+        self.used = self.grid if used is None else used
+        transformer = decoder.transformer
+        layer0, layer1 = transformer.layers
+        x = embedding[0].flatten(1).T + dense  # (N, C)
+        pos = image_pe[0].flatten(1).T
+
+        def table(attn: Attention, name: str, pixels: Tensor, bias: bool = False) -> Tensor:  # (D, N)
+            projection = getattr(attn, name)
+            projected = projection.weight @ pixels.T
+            return projected + projection.bias[:, None] if bias else projected
+
+        to_image, to_tokens = layer0.cross_attn_token_to_image, layer0.cross_attn_image_to_token
+        self.key0, self.value0 = table(to_image, "k_proj", x + pos), table(to_image, "v_proj", x, bias=True)
+        self.query0 = table(to_tokens, "q_proj", x + pos, bias=True)
+        # layer 0's update: x + A1 (V1 W_o) + its bias, and the LayerNorm over it
+        x = _centred(x + to_tokens.out_proj.bias)
+        self.out0 = _centred(to_tokens.out_proj.weight.T)  # (D, C)
+        self.square0, self.cross0 = x.square().sum(-1), self.out0 @ x.T  # (N,), (D, N)
+        scale, self.bias1 = layer0.norm4.weight, layer0.norm4.bias
+        self.out01 = self.out0 * scale
+        x = x * scale
+        # layer 1 reads r1 (x + A1 U1) + bias1
+        to_image, to_tokens = layer1.cross_attn_token_to_image, layer1.cross_attn_image_to_token
+        self.key1, self.key_pos1 = table(to_image, "k_proj", x), table(to_image, "k_proj", pos)
+        self.value1 = table(to_image, "v_proj", x)
+        self.query1 = table(to_tokens, "q_proj", x)
+        self.query_pos1 = table(to_tokens, "q_proj", pos + self.bias1, bias=True)
+        # layer 1's update and its LayerNorm
+        x = _centred(x)
+        self.out01c = _centred(self.out01)
+        self.out1 = _centred(to_tokens.out_proj.weight.T)
+        self.out_bias1 = _centred(self.bias1 + to_tokens.out_proj.bias)
+        self.square1, self.cross01, self.cross1 = x.square().sum(-1), self.out01c @ x.T, self.out1 @ x.T
+        self.bias_cross1 = x @ self.out_bias1  # (N,)
+        self.scale2, self.bias2 = layer1.norm4.weight, layer1.norm4.bias
+        x = x * self.scale2
+        # the last attention and the upscaling read r2 (r1 (x + A1 U1) + A2 U2) + bias2
+        final = transformer.final_attn_token_to_image
+        self.key2, self.key_pos2 = table(final, "k_proj", x), table(final, "k_proj", pos)
+        self.value2 = table(final, "v_proj", x)
+        up = decoder.output_upscaling[0]
+        # each of the four new pixels less its mean over the channels, which the LayerNorm takes off: (dy dx C/4, C)
+        self.up_weight = _centred(up.weight.permute(2, 3, 1, 0), 2).flatten(0, 2)
+        self.up = self._on_used(self.up_weight @ x.T)  # (C, n)
+        self.up_bias = (self.up_weight @ self.bias2 + _centred(up.bias, 0).repeat(4))[:, None]
+
+    def _on_used(self, x: Tensor) -> Tensor:
+        """(K, N) -> (K, n), the pixels on which masks are drawn."""
+        return x.unflatten(1, self.grid)[:, : self.used[0], : self.used[1]].flatten(1)
+
+    @torch.no_grad()
+    def decode(self, sparse: Tensor) -> SharedDecoded:
+        """(P, t, C) token embeddings of P prompts -> their predicted IoU, and all that drawing their masks needs."""
+        decoder = self.decoder
+        p = len(sparse)
+        outputs = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight])
+        token_pe = torch.cat([outputs.expand(p, -1, -1), sparse.to(outputs.dtype)], dim=1)  # (P, T, C)
+        t, n = token_pe.shape[1], self.key0.shape[1]
+        layer0, layer1 = decoder.transformer.layers
+        heads = layer0.cross_attn_token_to_image.num_heads
+        scores, work = (token_pe.new_empty(p, t * heads, n) for _ in range(2))
+
+        def queries(projection: torch.nn.Linear, x: Tensor) -> Tensor:  # (R, D), scaled for the softmax
+            rows = projection(x).flatten(0, 1)
+            return rows.mul_((rows.shape[-1] // heads) ** -0.5)
+
+        # layer 0
+        tokens = layer0.norm1(layer0.self_attn(q=token_pe, k=token_pe, v=token_pe))
+        attn = layer0.cross_attn_token_to_image
+        _over_pixels(queries(attn.q_proj, tokens + token_pe), self.key0, heads, scores)
+        seen = _from_pixels(torch.softmax(scores, -1, out=work), self.value0, heads)
+        tokens = layer0.norm2(tokens + attn.out_proj(seen).view(p, t, -1))
+        tokens = layer0.norm3(tokens + layer0.mlp(tokens))
+        attn = layer0.cross_attn_image_to_token
+        _over_pixels(queries(attn.k_proj, tokens + token_pe), self.query0, heads, scores)
+        a1 = _token_softmax(scores, t)
+        value = attn.v_proj(tokens).flatten(0, 1)
+        u0 = _to_channels(value, self.out0, heads, p)
+        _over_pixels(2 * value, self.cross0, heads, work)
+        square = self.square0 + _rows_dot(work.baddbmm_(u0 @ u0.mT, a1), a1)  # |x + A1 U|^2, expanded
+        c = u0.shape[-1]
+        r1 = torch.rsqrt(square / c + layer0.norm4.eps)  # (P, 1, N)
+        u1 = u0 * layer0.norm4.weight
+
+        # layer 1
+        q = tokens + token_pe
+        tokens = layer1.norm1(tokens + layer1.self_attn(q=q, k=q, v=tokens))
+        attn = layer1.cross_attn_token_to_image
+        q = queries(attn.q_proj, tokens + token_pe)
+        _over_pixels(q, self.key1, heads, scores)
+        scores.baddbmm_(_to_channels(q, attn.k_proj.weight, heads, p) @ u1.mT, a1).mul_(r1)
+        _over_pixels(q, self.key_pos1, heads, scores, add=True)
+        weights = torch.softmax(scores, -1, out=work).mul_(r1)
+        seen = _from_pixels(weights, self.value1, heads)
+        seen += _from_channels(torch.bmm(weights, a1.mT) @ u1, attn.v_proj.weight, heads)
+        seen += attn.v_proj.weight @ self.bias1 + attn.v_proj.bias
+        tokens = layer1.norm2(tokens + attn.out_proj(seen).view(p, t, -1))
+        tokens = layer1.norm3(tokens + layer1.mlp(tokens))
+        attn = layer1.cross_attn_image_to_token
+        k = queries(attn.k_proj, tokens + token_pe)
+        _over_pixels(k, self.query1, heads, scores)
+        scores.baddbmm_(_to_channels(k, attn.q_proj.weight, heads, p) @ u1.mT, a1).mul_(r1)
+        _over_pixels(k, self.query_pos1, heads, scores, add=True)
+        a2 = _token_softmax(scores, t)
+        value1, value = value, attn.v_proj(tokens).flatten(0, 1)
+        u1 = _centred(u1)
+        u2 = _to_channels(value, self.out1, heads, p) + self.out_bias1 / heads
+        # |r1 (z + A1 U1) + A2 U2|^2, expanded; both of its halves by rows of A1 and of A2
+        _over_pixels(2 * value1, self.cross01, heads, work)
+        square = self.square1 + _rows_dot(work.baddbmm_(u1 @ u1.mT, a1), a1)
+        _over_pixels(value, self.cross1, heads, work).baddbmm_(u2 @ u1.mT, a1).mul_(2 * r1).baddbmm_(u2 @ u2.mT, a2)
+        square = square * r1.square() + 2 * r1 * self.bias_cross1 + _rows_dot(work, a2)
+        r2 = torch.rsqrt(square / c + layer1.norm4.eps)
+        u1, u2 = u1 * self.scale2, u2 * self.scale2
+        r12 = r1 * r2
+
+        # the last attention
+        attn = decoder.transformer.final_attn_token_to_image
+        q = queries(attn.q_proj, tokens + token_pe)
+        folded = _to_channels(q, attn.k_proj.weight, heads, p)
+        _over_pixels(q, self.key2, heads, scores).baddbmm_(folded @ u1.mT, a1).mul_(r1)
+        scores.baddbmm_(folded @ u2.mT, a2).mul_(r2)
+        _over_pixels(q, self.key_pos2, heads, scores, add=True)
+        weights = torch.softmax(scores, -1, out=work).mul_(r2)
+        by_channel = torch.bmm(weights, a2.mT) @ u2
+        weights.mul_(r1)
+        seen = _from_pixels(weights, self.value2, heads)
+        seen += _from_channels(by_channel.baddbmm_(torch.bmm(weights, a1.mT), u1), attn.v_proj.weight, heads)
+        seen += attn.v_proj.weight @ self.bias2 + attn.v_proj.bias
+        tokens = decoder.transformer.norm_final_attn(tokens + attn.out_proj(seen).view(p, t, -1))
+        masks = decoder.num_mask_tokens
+        iou = decoder.iou_prediction_head(tokens[:, 0])
+        return SharedDecoded(iou, tokens[:, 1 : 1 + masks], r12, r2, a1, a2, u1, u2)
+
+    @torch.no_grad()
+    def draw(self, decoded: SharedDecoded, wanted: Tensor) -> Tensor:
+        """Low-resolution logits (k, 4h, 4w) of the k masks that ``wanted`` (P, M) bool marks, prompt by prompt."""
+        decoder, (h, w) = self.decoder, self.used
+        _, norm, act1, up2, act2 = decoder.output_upscaling
+        nets = decoder.output_hypernetworks_mlps
+        hyper = torch.stack([net(decoded.tokens[:, i]) for i, net in enumerate(nets)], 1)  # (P, M, C/8)
+        weight2 = up2.weight.permute(2, 3, 1, 0).flatten(0, 2)  # (dy dx C/8, C/4)
+        bias2 = up2.bias.repeat(4)[:, None]
+        n, channels = h * w, len(weight2) // 4
+        logits = hyper.new_empty(int(wanted.sum()), 4, 4, n)  # (k, dy dx of the first upscaling, of the second, N)
+        done = 0
+        for i in wanted.any(1).nonzero()[:, 0].tolist():  # one prompt at a time stays in cache
+            scale1, scale2 = self._on_used(decoded.scale1[i]), self._on_used(decoded.scale2[i])
+            attention1, attention2 = self._on_used(decoded.attention1[i]), self._on_used(decoded.attention2[i])
+            attention = torch.cat([attention1 * scale1, attention2 * scale2])  # (2 T H, n)
+            values = torch.cat([decoded.values1[i], decoded.values2[i]])  # (2 T H, C)
+            x = torch.addcmul(self.up_bias, self.up, scale1).addmm_(self.up_weight @ values.T, attention)  # (C, N)
+            x = act1(_channel_norm(norm, x.view(4, -1, n)))  # (4, C/4, N)
+            x = act2(torch.matmul(weight2, x).add_(bias2))  # (4, 4 C/8, N)
+            chosen = hyper[i, wanted[i]]  # (m, C/8)
+            m = len(chosen)
+            torch.matmul(chosen, x.view(16, channels, n), out=logits[done : done + m].view(m, 16, n).transpose(0, 1))
+            done += m
+        logits = logits.view(-1, 2, 2, 2, 2, h, w)  # dy, dx of each upscaling, y, x
+        drawn = logits.permute(0, 5, 1, 3, 6, 2, 4).reshape(-1, 4 * h, 4 * w)
+        beyond = [4 * (side - part) for side, part in zip(self.grid, self.used)]
+        return F.pad(drawn, (0, beyond[1], 0, beyond[0])) if any(beyond) else drawn
+
+
+def _channel_norm(norm: torch.nn.Module, x: Tensor) -> Tensor:
+    """segment_anything's LayerNorm2d over the channels of (4, C, N) whose mean is 0, pixels last. Overwrites x."""
+    x *= torch.rsqrt((x * x).mean(1, keepdim=True) + norm.eps)
+    return torch.addcmul(norm.bias[:, None], x, norm.weight[:, None], out=x)

@@ -1,0 +1,168 @@
+"""How good the models themselves are: masks from given prompts, and prompts on the truths (ours).
+
+Everything is measured at the picture's own resolution, on every truth of every picture.
+"""
+
+from __future__ import annotations
+
+
+import numpy as np
+import pandas as pd
+import torch
+from scipy.stats import spearmanr
+from segment_anything.modeling import Sam
+from segment_anything.utils.amg import build_point_grid
+
+from aopsam_lab.asf import AsfParams
+from aopsam_lab.clicks import next_click
+from aopsam_lab.data import Dataset
+from aopsam_lab.data.points import pole
+from aopsam_lab.data.sample import Sample
+from aopsam_lab.decoding import Encoded, decode_batch, encode, full_resolution, image_decoder
+from aopsam_lab.methods import METHODS, Models
+
+CLICKS = 5
+SIZES = (0, 0.002, 0.01, 0.05, 1)  # of a truth's area in its picture's: edges of the classes that recall is given for
+SIZE_NAMES = ("below 0.2%", "0.2% to 1%", "1% to 5%", "above 5%")
+TOP = 64  # candidates of the Prompt Predictor that recall counts
+
+
+@torch.inference_mode()
+def decode_prompts(
+    sam: Sam, encoded: Encoded, points: np.ndarray | None, labels: np.ndarray | None, boxes: np.ndarray | None, masks: slice
+) -> tuple[np.ndarray, np.ndarray]:
+    """Masks (P, M, H, W) bool and predicted IoUs (P, M) of P prompts, each with K points or one box.
+
+    points (P, K, 2) with labels (P, K), 1 foreground, 0 background; or boxes (P, 4). Image frame. masks: which of SAM's four.
+    """
+    device = encoded.embedding.device
+    decoder, batch = image_decoder(sam, encoded), decode_batch(encoded)
+    n, found, iou = len(points if boxes is None else boxes), [], []
+    for part in (slice(i, i + batch) for i in range(0, n, batch)):
+        if boxes is None:
+            at = encoded.to_model(torch.as_tensor(points[part], dtype=torch.float32, device=device))
+            prompt = dict(points=(at, torch.as_tensor(labels[part], device=device)), boxes=None)
+        else:
+            corners = torch.as_tensor(boxes[part], dtype=torch.float32, device=device).unflatten(1, (2, 2))
+            prompt = dict(points=None, boxes=encoded.to_model(corners).flatten(1))
+        sparse = sam.prompt_encoder(**prompt, masks=None)[0]
+        decoded = decoder.decode(sparse)
+        scores = decoded.iou[:, masks]
+        wanted = torch.zeros_like(decoded.iou, dtype=torch.bool)
+        wanted[:, masks] = True
+        full = full_resolution(sam, encoded, decoded.draw(wanted)) > sam.mask_threshold
+        found.append(full.unflatten(0, scores.shape).cpu().numpy())
+        iou.append(scores.cpu().numpy())
+    return np.concatenate(found), np.concatenate(iou)
+
+
+def ious(found: np.ndarray, truths: np.ndarray) -> np.ndarray:
+    """(P, M, H, W) bool against (P, H, W) bool -> (P, M)."""
+    truth = truths[:, None]
+    union = (found | truth).sum((-1, -2))
+    return (found & truth).sum((-1, -2)) / np.maximum(union, 1)
+
+
+def prompted_truths(sam: Sam, sample: Sample, clicks: int = CLICKS) -> tuple[pd.DataFrame, np.ndarray]:
+    """Each truth of a picture prompted with its box, and with one to ``clicks`` clicks.
+
+    One click: three masks, the best counts. From the second on SAM's single mask, the next click where the last mask is most
+    wrong. Returns a row a truth (area as a share of the picture; box; click_1 ...) and (T, 3, 2), the predicted and the true
+    IoU of each first click's three masks.
+    """
+    truths = sample.masks
+    encoded = encode(sam, sample.image)
+    ys, xs = truths.any(2), truths.any(1)
+    high, wide = truths.shape[1:]
+    boxes = np.stack([xs.argmax(1), ys.argmax(1), wide - xs[:, ::-1].argmax(1), high - ys[:, ::-1].argmax(1)], 1)
+    table = pd.DataFrame({"area": truths.mean((1, 2))})
+    table["box"] = ious(decode_prompts(sam, encoded, None, None, boxes, slice(0, 1))[0], truths)[:, 0]
+    points = np.array([pole(truth)[:2] for truth in truths])[:, None]
+    labels = np.ones(points.shape[:2], int)
+    found, predicted = decode_prompts(sam, encoded, points, labels, None, slice(1, None))
+    true = ious(found, truths)
+    table["click_1"] = true.max(1)
+    current = found[np.arange(len(truths)), true.argmax(1)]
+    for k in range(2, clicks + 1):
+        more = [next_click(mask, truth) for mask, truth in zip(current, truths)]
+        points = np.concatenate([points, np.array([p[:2] for p in more])[:, None]], 1)
+        labels = np.concatenate([labels, np.array([p[2] for p in more])[:, None]], 1)
+        found, _ = decode_prompts(sam, encoded, points, labels, None, slice(0, 1))
+        table[f"click_{k}"] = ious(found, truths)[:, 0]
+        current = found[:, 0]
+    return table, np.stack([predicted, true], -1)
+
+
+def hit(truths: np.ndarray, points: np.ndarray) -> np.ndarray:
+    """(T, H, W) bool and (P, 2) points, image frame -> (T,) bool: is any point on the truth?"""
+    if not len(points):
+        return np.zeros(len(truths), bool)
+    x = np.clip(points[:, 0].astype(int), 0, truths.shape[2] - 1)
+    y = np.clip(points[:, 1].astype(int), 0, truths.shape[1] - 1)
+    return truths[:, y, x].any(1)
+
+
+def prompts_on_truths(sam: Sam, predictor, detector, sample: Sample) -> pd.DataFrame:
+    """For each truth of a picture, whether any prompt of each source lies on it.
+
+    Columns: area; predictor (its TOP strongest candidates, default sampling at a confidence of 0.02), predictor_all (those
+    that the default confidence lets through), grid_8, grid_16, grid_32, detector (box centres, at most 100).
+    """
+    encoded = encode(sam, sample.image)
+    models = Models(predictor, detector)
+
+    def points_of(method: str, params: AsfParams = AsfParams()) -> np.ndarray:
+        return METHODS[method].start(encoded, models, params).prompts.points.cpu().numpy()
+
+    h, w = sample.image.shape[:2]
+    table = pd.DataFrame({"area": sample.masks.mean((1, 2))})
+    with torch.inference_mode():
+        table["predictor"] = hit(sample.masks, points_of("aop_no_af", AsfParams(confidence=0.02))[:TOP])
+        table["predictor_all"] = hit(sample.masks, points_of("aop_no_af"))
+        for side in (8, 16, 32):
+            table[f"grid_{side}"] = hit(sample.masks, build_point_grid(side) * [w, h])
+        table["detector"] = hit(sample.masks, points_of("oas_point"))
+    return table
+
+
+def measure(sam: Sam, predictor, detector, images: Dataset, progress=iter) -> tuple[pd.DataFrame, np.ndarray, pd.DataFrame]:
+    """All pictures of a data set that have truths: rows of prompted_truths, its IoU pairs (N, 2), rows of prompts_on_truths."""
+    prompted, pairs, prompts = [], [], []
+    for i in progress(range(len(images))):
+        sample = images[i]
+        if not len(sample.masks):
+            continue
+        table, pair = prompted_truths(sam, sample)
+        prompted.append(table.assign(image=sample.id))
+        pairs.append(pair.reshape(-1, 2))
+        prompts.append(prompts_on_truths(sam, predictor, detector, sample).assign(image=sample.id))
+    return pd.concat(prompted, ignore_index=True), np.concatenate(pairs), pd.concat(prompts, ignore_index=True)
+
+
+def summary_row(name: str, prompted: pd.DataFrame, pairs: np.ndarray, prompts: pd.DataFrame) -> dict[str, float | str | int]:
+    """One row a data set: means over all truths, Spearman's rank correlation of predicted and true IoU, recalls."""
+    means = prompted.drop(columns=["area", "image"]).mean()
+    recalls = prompts.drop(columns=["area", "image"]).mean()
+    return {
+        "dataset": name,
+        "n_images": prompted["image"].nunique(),
+        "n_truth": len(prompted),
+        **means.to_dict(),
+        "spearman": float(spearmanr(pairs[:, 0], pairs[:, 1]).statistic),
+        **{f"recall_{k}": v for k, v in recalls.items()},
+    }
+
+
+def recall_by_size(prompts: pd.DataFrame) -> pd.DataFrame:
+    """Share of truths with a prompt on them, a row a size class (with n), a column a source."""
+    classes = pd.cut(prompts["area"], SIZES, labels=SIZE_NAMES)
+    grouped = prompts.drop(columns=["area", "image"]).groupby(classes, observed=False)
+    return grouped.mean().assign(n=grouped.size())
+
+
+def calibration(pairs: np.ndarray, bins: int = 10) -> pd.DataFrame:
+    """Predicted IoU in ``bins`` equal steps of [0, 1] -> mean predicted, mean true, n of each step that holds any."""
+    step = np.clip((pairs[:, 0] * bins).astype(int), 0, bins - 1)
+    table = pd.DataFrame({"step": step, "predicted": pairs[:, 0], "true": pairs[:, 1]})
+    grouped = table.groupby("step")
+    return grouped[["predicted", "true"]].mean().assign(n=grouped.size()).reset_index(drop=True)

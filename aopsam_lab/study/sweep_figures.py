@@ -1,0 +1,107 @@
+"""Figures of the sweeps: four panels, one a knob, and mIoU against time over all settings."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
+
+from aopsam_lab.study.figures import INK, MUTED, clean, label_marks
+from aopsam_lab.study.paper import paper_curve
+from aopsam_lab.study.sweeps import GRIDS, label, pareto_front
+
+OURS = "#009E73"
+# Colours of Okabe and Ito (2008), with a marker each, so that nothing rests on colour alone.
+KNOB_STYLES = dict(zip(GRIDS, (("#0072B2", "s"), ("#D55E00", "^"), ("#CC79A7", "D"), ("#009E73", "o"))))
+LETTERS = dict(zip(GRIDS, "abcd"))  # the paper's
+
+
+def sweep_figure(table: pd.DataFrame) -> Figure:
+    """A panel a knob, mIoU above and #P below: ours drawn through, the paper's dashed where it is known.
+
+    The band around mIoU is the 95% interval of its paired difference to the default setting, whose mark is filled.
+    """
+    knobs = list(dict.fromkeys(table["knob"]))
+    figure = Figure(figsize=(2.9 * len(knobs) + 0.5, 5.0), dpi=150, facecolor="white")
+    figure.set_layout_engine("constrained", w_pad=0.06, h_pad=0.04, rect=(0, 0.06, 1, 0.94))
+    grid = figure.subplots(2, len(knobs), sharey="row", sharex="col", squeeze=False)
+    published = False
+    for (upper, lower), knob in zip(grid.T, knobs):
+        own = table[table["knob"] == knob]
+        x, miou = own["value"].to_numpy(), 100 * own["miou"].to_numpy()
+        default = miou - 100 * own["miou_diff"].to_numpy()
+        low, high = (default + 100 * own[f"miou_diff_{end}"].to_numpy() for end in ("lo", "hi"))
+        upper.fill_between(x, low, high, color=OURS, alpha=0.16, lw=0)
+        curves = ((upper, miou, "mIoU"), (lower, own["n_masks"].to_numpy(), "#P"))
+        for axes, y, metric in curves:
+            clean(axes)
+            axes.plot(x, y, color=OURS, lw=1.8, zorder=2)
+            faces = np.where(own["is_default"], OURS, "white")
+            axes.scatter(x, y, s=42, c=faces, edgecolors=OURS, linewidths=1.6, zorder=3)
+            theirs = paper_curve(knob, metric)
+            if len(theirs):
+                published = True
+                axes.plot(theirs["knob_value"], theirs["value"], color=MUTED, lw=1.5, ls=(0, (4, 3)), zorder=1)
+            axes.yaxis.set_major_locator(MaxNLocator(nbins=5, steps=[1, 2, 5, 10]))
+        lower.plot(x, own["n_decoded"], color=MUTED, lw=1.1, marker=".", zorder=1)
+        lower.set_xticks(x, [f"{value:g}" for value in x])
+        lower.set_xlabel(knob, color=MUTED)
+        upper.set_title(f"({LETTERS[knob]}) {knob}", loc="left", fontsize=10.5, color=INK, fontweight="bold")
+    grid[1, 0].set_ylim(0, 1.08 * max(table["n_masks"].max(), table["n_decoded"].max(), 1))
+    grid[0, 0].set_ylabel("mIoU %", color=MUTED)
+    grid[1, 0].set_ylabel("per image", color=MUTED)
+    dashed = Line2D([], [], color=MUTED, lw=1.5, ls=(0, (4, 3)))
+    lines = [
+        Line2D([], [], color=OURS, lw=1.8, marker="o", mfc="white"),
+        Line2D([], [], color=MUTED, lw=1.1, marker="."),
+    ]
+    names = ["mIoU; #P, masks kept", "prompts decoded"]
+    if published:
+        lines, names = [*lines, dashed], [*names, "the paper's"]
+    else:
+        names[-1] += "    (the paper's curves are not known here, so none is drawn)"
+    figure.legend(lines, names, loc="lower left", ncols=3, frameon=False, fontsize=9, labelcolor=MUTED)
+    return figure
+
+
+def joint_figure(table: pd.DataFrame) -> Figure:
+    """mIoU against total time per image, every setting a mark, those that no other beats joined: the Pareto front."""
+    table = table[np.isfinite(table["total_s"]) & np.isfinite(table["miou"])].reset_index(drop=True)
+    figure = Figure(figsize=(7.6, 4.7), dpi=160, layout="constrained", facecolor="white")
+    axes = figure.subplots()
+    clean(axes)
+    axes.set_xlabel("total time per image, ms", color=MUTED)
+    axes.set_title("mIoU in percent against time", loc="left", fontsize=10.5, color=INK, fontweight="bold", pad=12)
+    if table.empty:
+        axes.text(0.5, 0.5, "no setting was timed", transform=axes.transAxes, ha="center", color=MUTED)
+        return figure
+    x, y = 1000 * table["total_s"].to_numpy(), 100 * table["miou"].to_numpy()
+    default, front = table["is_default"].to_numpy(dtype=bool), pareto_front(x, y)
+    for knob, (colour, marker) in KNOB_STYLES.items():
+        own = (table["knob"] == knob).to_numpy() & ~default
+        for chosen, face in ((own & front, colour), (own & ~front, "white")):
+            axes.scatter(x[chosen], y[chosen], s=46, marker=marker, c=face, edgecolors=colour, linewidths=1.5, zorder=3)
+    axes.scatter(x[default], y[default], s=90, marker="*", c=INK, zorder=4)
+    order = np.flatnonzero(front)[np.argsort(x[front], kind="stable")]
+    axes.step(x[order], y[order], where="post", color=INK, lw=1, alpha=0.6, zorder=1)
+    axes.margins(0.12)
+    keys = [Line2D([], [], ls="", marker=m, mfc="white", mec=c, mew=1.5) for c, m in KNOB_STYLES.values()]
+    keys += [Line2D([], [], ls="", marker="*", ms=10, color=INK), Line2D([], [], color=INK, lw=1, alpha=0.6)]
+    names = [*KNOB_STYLES, "default", "Pareto front"]
+    figure.legend(keys, names, loc="outside lower left", ncols=6, frameon=False, fontsize=8.5, labelcolor=MUTED)
+    named = {(x[i], y[i]): i for i in (*order, *np.flatnonzero(default))}  # equal settings lie on one point: one name
+    first = list(named.values())
+    others = [i for i in range(len(x)) if i not in first]
+    labels = [
+        ("default", INK, True)
+        if default[i]
+        else (label(table.loc[i, "knob"], table.loc[i, "value"]), KNOB_STYLES[table.loc[i, "knob"]][0], False)
+        for i in first
+    ]
+    fx, fy = x[order], y[order]
+    level = np.column_stack([fx[:-1], fy[:-1], fx[1:], fy[:-1]])
+    upright = np.column_stack([fx[1:], fy[:-1], fx[1:], fy[1:]])
+    label_marks(figure, axes, labels, np.column_stack([x, y])[first + others], np.concatenate([level, upright]))
+    return figure

@@ -1,0 +1,1 @@
+"""Explore a picture by hand: the PCM and PEM widget for JupyterLab and Voila."""

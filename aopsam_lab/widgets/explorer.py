@@ -1,0 +1,523 @@
+"""``explore``: a picture, its PCM and PEM, and the fate of every prompt, to look at and to change by hand.
+
+``Canvas`` is the picture in the page (front end: canvas.js); ``Explorer`` puts controls around it and keeps the state. What a
+change needs of the kernel is answered in two steps: where a new setting would prompt at once (the preview), the masks when the
+hand rests (DEBOUNCE), computed in a worker thread that gives up as soon as a newer setting is there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+import json
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import fields, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import anywidget
+import ipywidgets as ui
+import traitlets
+from PIL import Image
+from segment_anything.modeling import Sam
+
+from aopsam_lab import drawing
+from aopsam_lab.asf import AsfParams
+from aopsam_lab.imaging import read_image
+from aopsam_lab.methods import METHODS
+from aopsam_lab.pipeline import loaded_model, loaded_sam
+from aopsam_lab.sam.zoo import spec_of
+from aopsam_lab.segmentation import FATES, Segmentation
+from aopsam_lab.widgets import packing
+from aopsam_lab.widgets.figure import state_figure
+from aopsam_lab.widgets.session import Answer, Cancelled, Clicks, Session, with_manual
+from aopsam_lab.widgets.sources import Picture, Source, prepared, sources_of
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+HERE = Path(__file__).parent
+DEBOUNCE = 0.12  # seconds a slider must rest before decoding begins
+LAYERS = {"image": 1.0, "pcm": 0.0, "smoothed": 0.0, "pem": 0.0, "masks": 0.8, "truth": 0.0, "prompts": 1.0}
+NOTHING, PINNED = "nothing", "this setting, pinned"
+KNOBS = {  # parameter: least, most, step, what it says
+    "smoothing": (0.0, 8.0, 0.1, "sigma of the Gaussian over the PCM, in cells of a 256-wide map"),
+    "confidence": (0.0, 0.95, 0.01, "a peak counts above this"),
+    "spacing": (1.0, 32.0, 1.0, "reach of a peak's window, in cells of a 256-wide map"),
+    "elimination": (0.5, 2.0, 0.01, "a waiting prompt is dropped above this many times a PEM's mean; higher drops fewer"),
+}
+
+
+class Canvas(anywidget.AnyWidget):
+    """The picture in the page. Python sets what is shown; the page sets `selected` and `round`, and sends
+    {"kind": "ask", x, y, label}, {"kind": "undo"} and {"kind": "export", "what": "coco" or "labels"}."""
+
+    _esm = "\n".join((HERE / name).read_text("utf-8") for name in ("pane.js", "canvas.js"))
+    _css = (HERE / "canvas.css").read_text("utf-8")
+    look = traitlets.Dict().tag(sync=True)  # colour tables and how each fate is drawn
+    picture = traitlets.Dict().tag(sync=True)
+    left = traitlets.Dict().tag(sync=True)
+    right = traitlets.Dict().tag(sync=True)
+    preview = traitlets.Dict().tag(sync=True)
+    detail = traitlets.Dict().tag(sync=True)
+    manual = traitlets.List().tag(sync=True)
+    layers = traitlets.Dict().tag(sync=True)
+    round = traitlets.Int(0).tag(sync=True)
+    selected = traitlets.Int(-1).tag(sync=True)
+    message = traitlets.Unicode().tag(sync=True)
+    busy = traitlets.Unicode().tag(sync=True)
+    call = traitlets.Unicode().tag(sync=True)
+
+
+class Explorer(ui.VBox):
+    """The widget that `explore` makes. Its state, all of it to read, set and observe:
+
+    params:        AsfParams, the four sliders. method, compare: names in METHODS; compare may be NOTHING or PINNED.
+    source:        which of the pictures, from 0.
+    segmentation:  of the left picture, masks asked for by hand among its own; compared: of the right one, or None.
+    selected:      row of `segmentation.prompts` that is clicked, -1 for none.
+    round:         rounds of adaptive filtering shown; all of them by default.
+    layers:        opacity from 0 to 1 of each of LAYERS, as Python sets it; the page keeps its own after that.
+    manual:        clicks by hand: a list of objects, each a list of (x, y, 1 for the object or 0 for the background).
+    message:       what the message line says.
+
+    Settings made in Python are answered before the statement ends; those made in the page do not make it wait.
+    """
+
+    params = traitlets.Instance(AsfParams)
+    method = traitlets.Unicode("aop")
+    compare = traitlets.Unicode(NOTHING)
+    source = traitlets.Int(0)
+    segmentation = traitlets.Instance(Segmentation, allow_none=True)
+    compared = traitlets.Instance(Segmentation, allow_none=True)
+    selected = traitlets.Int(-1)
+    round = traitlets.Int(0)
+    layers = traitlets.Dict(LAYERS)
+    manual = traitlets.List()
+    message = traitlets.Unicode()
+
+    def __init__(
+        self,
+        sources: Sequence[Source] = (),
+        sam: str | Sam = "tiny",
+        method: str = "aop",
+        params: AsfParams = AsfParams(),
+        manual: Sequence[Clicks] = (),
+        shown: Segmentation | None = None,
+    ):
+        self._sources, self._sam, self._session = list(sources), sam, None
+        self._answers: dict[str, Answer | None] = {"left": None, "right": None}
+        self._masks_by_hand: list = []
+        self._worker, self._ticket, self._timer = ThreadPoolExecutor(1), 0, None
+        self._live = self._showing = False  # a change comes from the page; the knobs are being set to what holds
+        look = {"tables": packing.colour_tables(), "fates": [[*FATES[status]] for status in FATES]}
+        self.canvas = Canvas(look=look, layers=dict(LAYERS))
+        self._make_controls(method)
+        super().__init__(children=self._rows(), params=params, method=method)
+        for trait in ("selected", "round", "layers", "message", "manual"):
+            traitlets.link((self, trait), (self.canvas, trait))
+        self._connect()
+        self.canvas.on_msg(self._on_message)
+        with self._said_not_raised():
+            self._open(shown)
+            if manual and self._session:
+                self._set_manual([[tuple(click) for click in clicks] for clicks in manual])
+
+    # --- controls --------------------------------------------------------------------------------------------------------
+
+    def _make_controls(self, method: str) -> None:
+        narrow, label = {"description_width": "initial"}, {"description_width": "82px"}
+        names = [(source.name, i) for i, source in enumerate(self._sources)]
+        self._picker = ui.Dropdown(options=names, description="Picture", style=narrow)
+        self._upload = ui.FileUpload(accept="image/*", multiple=False, description="Your own", tooltip="a picture of your own")
+        self._method = ui.Dropdown(options=list(METHODS), description="Method", style=narrow)
+        self._compare = ui.Dropdown(options=[NOTHING, PINNED, *METHODS], description="beside", style=narrow)
+        for control, width in ((self._picker, "230px"), (self._method, "190px"), (self._compare, "220px"), (self._upload, "120px")):
+            control.layout.width = width
+        self._knobs = {
+            name: ui.FloatSlider(
+                value=low, min=low, max=high, step=step, description=name, tooltip=text, style=label,
+                readout_format=".2f" if step < 0.1 else ".1f", layout=ui.Layout(width="330px"),
+            )
+            for name, (low, high, step, text) in KNOBS.items()
+        }  # fmt: skip
+        self._play = ui.Play(min=0, max=0, interval=700, show_repeat=False, tooltip="the rounds as a film")
+        self._film = ui.IntSlider(min=0, max=0, description="rounds", style=label, layout=ui.Layout(width="330px"))
+        ui.jslink((self.canvas, "round"), (self._film, "value"))  # a new page takes the first one's value for both
+        ui.jslink((self._film, "value"), (self._play, "value"))
+
+    def _rows(self) -> list[ui.Widget]:
+        wrap = ui.Layout(flex_flow="row wrap", align_items="center")
+        film = ui.HBox([self._film, self._play], layout=ui.Layout(align_items="center"))
+        return [
+            ui.HBox([self._picker, self._upload, self._method, self._compare], layout=wrap),
+            ui.HBox([*self._knobs.values(), film], layout=wrap),
+            self.canvas,
+        ]
+
+    def _connect(self) -> None:
+        """The controls' values and this object's traits follow each other."""
+        for control, trait in ((self._picker, "source"), (self._method, "method"), (self._compare, "compare")):
+            control.observe(lambda change, trait=trait: self._from_page(trait, change["new"]), "value")
+        for name, knob in self._knobs.items():
+            knob.observe(lambda change, name=name: self._knob_moved(name, change["new"]), "value")
+        self._upload.observe(self._uploaded, "value")
+
+    def _from_page(self, trait: str, value) -> None:
+        if value is not None and value != getattr(self, trait):
+            self._live = True
+            try:
+                setattr(self, trait, value)
+            finally:
+                self._live = False
+
+    def _knob_moved(self, name: str, value: float) -> None:
+        if not self._showing:
+            self._from_page("params", replace(self.params, **{name: round(value, 6)}))  # the page adds steps up
+
+    def _show_knobs(self) -> None:
+        self._showing = True
+        for name, knob in self._knobs.items():
+            value = getattr(self.params, name)
+            knob.min, knob.max = min(knob.min, value), max(knob.max, value)  # Python may go beyond what a hand needs
+            knob.value = value
+        self._showing = False
+
+    def _uploaded(self, change) -> None:
+        if not change["new"]:
+            return
+        with self._said_not_raised():
+            upload = change["new"][0]
+            picture = _picture_of(bytes(upload["content"]), upload["name"])
+            self._sources.append(Source(upload["name"], repr(upload["name"]), lambda: picture))
+            self._picker.options = [(source.name, i) for i, source in enumerate(self._sources)]
+            self.source = len(self._sources) - 1
+
+    # --- state -> answers ------------------------------------------------------------------------------------------------
+
+    @traitlets.observe("params")
+    def _params_changed(self, _) -> None:
+        if not self._live:  # a knob in the page has moved on already: it must not jump back
+            self._show_knobs()
+        if self._session is not None:
+            self._ask_for(("left", "right") if self.compare in METHODS else ("left",), sampled=True)
+
+    @traitlets.observe("method")
+    def _method_changed(self, _) -> None:
+        self._method.value = self.method if self.method in METHODS else None
+        uses = METHODS[self.method].uses if self.method in METHODS else ()
+        for name, knob in self._knobs.items():
+            knob.disabled = name not in uses
+        if self._session is not None:
+            self._ask_for(("left",), sampled=True)
+
+    @traitlets.observe("compare")
+    def _compare_changed(self, _) -> None:
+        if self.compare not in (NOTHING, PINNED, *METHODS):
+            raise ValueError(f"compare must be {NOTHING!r}, {PINNED!r} or one of {', '.join(METHODS)}, not {self.compare!r}")
+        self._compare.value = self.compare
+        if self._session is None:
+            return
+        self._answers["right"] = self._answers["left"] if self.compare == PINNED else None
+        self._publish("right")
+        if self.compare in METHODS:
+            self._ask_for(("right",))
+
+    @traitlets.observe("source")
+    def _source_changed(self, _) -> None:
+        self._picker.value = self.source
+        with self._said_not_raised():
+            self._open()
+
+    @traitlets.observe("selected")
+    def _selected_changed(self, _) -> None:
+        if self.selected < 0 or self.segmentation is None or self.selected >= len(self.segmentation.prompts):
+            self.canvas.detail = {}
+            return
+        with self._said_not_raised():
+            masks = self._session.candidates(self.segmentation, self.selected)
+            best = max((m.score for m in masks), default=0)
+            self.canvas.detail = {
+                "prompt": self.selected,
+                "masks": packing.pack_masks([mask.rle for mask in masks]),
+                "lines": [
+                    f"IoU {mask.score:.2f}, stability {mask.stability:.2f}{', best' if mask.score == best else ''}"
+                    for mask in masks
+                ],
+            }
+
+    def _open(self, shown: Segmentation | None = None) -> None:
+        """Show the picture `source`; its Segmentation may be known already."""
+        self._ticket += 1
+        self._session, self._answers, self._masks_by_hand = None, {"left": None, "right": None}, []
+        with self.canvas.hold_sync():
+            self.canvas.left, self.canvas.right, self.canvas.preview, self.canvas.picture = {}, {}, {}, {}
+            self.segmentation, self.compared, self.manual, self.selected = None, None, [], -1
+        if not self._sources:
+            return
+        picture = self._sources[self.source].read()
+        session = Session(picture, loaded_sam(self._sam), self._model)
+        height, width = picture.image.shape[:2]
+        packed = {"width": width, "height": height, **packing.pack_image(picture.image)}
+        self.canvas.picture = packed | {"truth": packing.pack_masks(session.truth) if session.truth else {}}
+        self.message, self._session = picture.note, session
+        if shown is None:
+            self._ask_for(("left", "right") if self.compare in METHODS else ("left",))
+        else:
+            answer = Answer(shown, shown.seconds.get("total", 0.0), shown.n_decoded, session.miou(shown))
+            self._received(self._ticket, "left", answer)
+
+    def _model(self, kind: str):
+        return loaded_model(kind, loaded_sam(self._sam))
+
+    def _ask_for(self, sides: Sequence[str], sampled: bool = False) -> None:
+        """Answers for these sides: now where Python asks, when the hand rests where the page does."""
+        self._ticket += 1
+        if self._timer is not None:
+            self._timer.cancel()
+        job = partial(self._compute, self._ticket, self._session, [(side, *self._setting(side)) for side in sides])
+        loop = _running_loop() if self._live else None
+        with self._said_not_raised():
+            if loop is None:
+                job(lambda function, *args: function(*args))
+                return
+            if sampled:
+                self.canvas.preview = packing.pack_waiting(self._session.sample(self.method, self.params))
+            self.canvas.busy = "decoding …"
+            self._timer = loop.call_later(DEBOUNCE, self._worker.submit, self._in_worker, job, loop.call_soon_threadsafe)
+
+    def _setting(self, side: str) -> tuple[str, AsfParams]:
+        return (self.method if side == "left" else self.compare), self.params
+
+    def _compute(self, ticket: int, session: Session, wanted: list[tuple[str, str, AsfParams]], tell: Callable) -> None:
+        """Run the settings one after the other; `tell` calls a function in the thread that owns the widget."""
+        for side, method, params in wanted:
+            progress = partial(tell, self._progress, ticket)
+            answer = session.run(method, params, lambda: ticket != self._ticket, progress)
+            tell(self._received, ticket, side, answer)
+        tell(self._progress, ticket)
+
+    def _in_worker(self, job: Callable, tell: Callable) -> None:
+        try:
+            job(tell)
+        except Cancelled:
+            pass
+        except Exception as error:  # nobody waits for this thread: a person reads it in the message line
+            tell(self._failed, error)
+
+    def _progress(self, ticket: int, done: int = 0, total: int = 0) -> None:
+        if ticket == self._ticket:
+            self.canvas.busy = f"decoding {done} of {total} …" if total else ""
+
+    def _failed(self, error: Exception) -> None:
+        with self._said_not_raised():
+            raise error
+
+    def _received(self, ticket: int, side: str, answer: Answer) -> None:
+        if ticket == self._ticket:
+            self._answers[side] = answer
+            self.message = self._session.picture.note
+            self._publish(side)
+
+    def _publish(self, side: str) -> None:
+        """Traits and page get what is known of one side."""
+        answer = self._answers[side]
+        seg = None if answer is None else answer.segmentation
+        if side == "right":
+            self.compared = seg
+            self.canvas.right = {} if answer is None else self._packed(answer, seg)
+            return
+        seg = with_manual(seg, self._masks_by_hand)
+        selected = _same_prompt(self.segmentation, self.selected, seg)
+        with self.canvas.hold_sync():
+            packed = self._packed(answer, seg)
+            rounds, at_end = packed["prompts"]["rounds"], self.round == self._film.max
+            self._film.max = self._play.max = rounds
+            self.round = rounds if at_end else min(self.round, rounds)
+            self.canvas.left, self.canvas.preview = packed, {}
+            self.canvas.call = self._call()
+            self.segmentation = seg
+            if selected == self.selected:
+                self._selected_changed(None)
+            self.selected = selected
+
+    def _packed(self, answer: Answer, seg: Segmentation) -> dict:
+        truth = self._session.miou(seg)
+        badge = [f"{seg.n_decoded} decoded of {seg.n_sampled}", f"{len(seg.masks)} masks", f"{answer.seconds:.2f} s"]
+        if answer.n_new < seg.n_decoded:
+            badge[0] += f" ({answer.n_new} new)"
+        if truth is not None:
+            badge.append(f"mIoU {100 * truth:.1f} %")
+        maps = {}
+        if seg.pcm is not None:
+            smoothed = self._session.smoothed(seg.pcm, replace(self.params, **seg.params))
+            maps = {"pcm": packing.pack_maps(seg.pcm), "smoothed": packing.pack_maps(smoothed)}
+        if seg.pems is not None:
+            maps["pem"] = packing.pack_maps(seg.pems)
+        height, width = seg.image.shape[:2]
+        scaled = seg.input_size if all(seg.input_size) else (height, width)
+        setting = ", ".join(f"{name} {value:g}" for name, value in seg.params.items())
+        return {
+            "title": seg.method,
+            "setting": setting,
+            "badge": " · ".join(badge),
+            "masks": packing.pack_masks(seg.masks, seg.mask_prompt),
+            "scores": [round(float(score), 3) for score in seg.scores],
+            "prompts": packing.pack_prompts(seg),
+            "extent": [seg.model_size * width / scaled[1], seg.model_size * height / scaled[0]],
+            **maps,
+        }
+
+    # --- by hand, out ----------------------------------------------------------------------------------------------------
+
+    def _on_message(self, _, content: dict, buffers) -> None:
+        kind = content.get("kind")
+        if self._session is None:
+            return
+        with self._said_not_raised():
+            if kind == "ask":
+                self.click(float(content["x"]), float(content["y"]), int(content["label"]))
+            elif kind == "undo":
+                self.undo()
+            elif kind == "export" and self.segmentation is not None:
+                self._send_file(content["what"])
+
+    def click(self, x: float, y: float, label: int = 1) -> None:
+        """Ask SAM at a point of the image: a new object, or, with label 0, background for the last one."""
+        click = (x, y, label)
+        if label:
+            self._set_manual([*self.manual, [click]])
+        elif self.manual:
+            self._set_manual([*self.manual[:-1], [*self.manual[-1], click]])
+        else:
+            self.message = "A background point belongs to an object: click the object first, then shift-click what is not it."
+
+    def undo(self) -> None:
+        """Take back the last click."""
+        if self.manual:
+            rest = list(self.manual[-1])[:-1]
+            self._set_manual([*self.manual[:-1], *([rest] if rest else [])])
+
+    def _set_manual(self, manual: list) -> None:
+        known = {json.dumps(clicks): mask for clicks, mask in self._masks_by_hand}
+        made = []
+        for clicks in manual:
+            key = json.dumps(clicks)
+            mask = known[key] if key in known else self._session.ask(clicks)
+            if mask is None:
+                self.message = "SAM found nothing there."
+                return
+            made.append((clicks, mask))
+        self.manual, self._masks_by_hand, self.message = manual, made, self._session.picture.note
+        if self._answers["left"] is not None:
+            self._publish("left")
+
+    def _send_file(self, what: str) -> None:
+        stem = Path(self._sources[self.source].name).stem
+        if what == "coco":
+            name, mime = f"{stem}.json", "application/json"
+            data = json.dumps(self.segmentation.to_coco(file_name=self._sources[self.source].name)).encode()
+        else:
+            name, mime = f"{stem}_labels.png", "image/png"
+            data = drawing.png_bytes(drawing.label_image(self.segmentation.masks, self.segmentation.image.shape[:2]))
+        self.canvas.send({"kind": "file", "name": name, "mime": mime}, [data])
+
+    def _call(self) -> str:
+        """The Python that makes this state again."""
+        sam = repr(self._sam) if isinstance(self._sam, str) else f"aop.load_sam({spec_of(self._sam).name!r})"
+        values = ", ".join(f"{field.name}={getattr(self.params, field.name):g}" for field in fields(AsfParams))
+        arguments = [self._sources[self.source].code, f"sam={sam}", f"method={self.method!r}", f"params=aop.AsfParams({values})"]
+        if self.manual:
+            clicks = [[(round(x, 1), round(y, 1), label) for x, y, label in clicks] for clicks in self.manual]
+            arguments.append(f"manual={clicks}")
+        return f"aop.explore({', '.join(arguments)})"
+
+    @contextmanager
+    def _said_not_raised(self):
+        """What goes wrong is said in the message line: a person at the widget never meets a stack trace or a dead panel."""
+        try:
+            yield
+        except Exception as error:
+            known = isinstance(error, (ValueError, OSError, ImportError))
+            self.message = str(error) if known else f"{type(error).__name__}: {error}"
+            self.canvas.busy = ""
+
+    def to_figure(self) -> Figure:
+        """The state as a matplotlib picture for a paper; see :func:`figure.state_figure`. Raises ValueError where nothing is
+        shown."""
+        if self.segmentation is None:
+            raise ValueError("There is no picture to draw: " + (self.message or "nothing is open."))
+        return state_figure(self.segmentation, self.compared, self.selected)
+
+    def _repr_mimebundle_(self, **kwargs):
+        """The widget, and a picture for where no kernel runs: GitHub, nbviewer, an HTML export."""
+        bundle = super()._repr_mimebundle_(**kwargs)
+        data = bundle[0] if isinstance(bundle, tuple) else bundle
+        if self.segmentation is not None:
+            stream = io.BytesIO()
+            self.to_figure().savefig(stream, format="png", dpi=80)
+            data["image/png"] = base64.b64encode(stream.getvalue()).decode("ascii")
+        data["text/plain"] = repr(self)
+        return bundle
+
+    def __repr__(self) -> str:
+        return f"Explorer({self.segmentation!r})" if self.segmentation is not None else f"Explorer({self.message!r})"
+
+
+def explore(
+    pictures="scenes",
+    sam: str | Sam = "tiny",
+    method: str = "aop",
+    params: AsfParams = AsfParams(),
+    manual: Sequence[Clicks] = (),
+) -> Explorer:
+    """Open pictures in the explorer; the last line of a notebook's cell.
+
+    pictures: an array, a Pillow image, a path, a folder, a COCO-style folder, "scenes", a Sample, a data set, a list of them or
+              a dictionary from names to them.
+    sam:      a name for `load_sam`, or a ``Sam``. method, params: where to begin. manual: clicks by hand on the first picture.
+    What is wrong with any of them is said in the widget's message line.
+    """
+    try:
+        if method not in METHODS:
+            raise ValueError(f"there is no method {method!r}; choose one of {', '.join(METHODS)}")
+        return Explorer(sources_of(pictures), sam, method, params, manual)
+    except (ValueError, OSError) as error:
+        explorer = Explorer()
+        explorer.message = str(error)
+        return explorer
+
+
+def explore_segmentation(seg: Segmentation, sam: str | Sam = "tiny") -> Explorer:
+    """The explorer on a Segmentation as it is; SAM is asked only when something changes."""
+    known = {field.name: seg.params[field.name] for field in fields(AsfParams) if field.name in seg.params}
+    source = Source("picture", "seg.image", lambda: Picture(seg.image))
+    return Explorer([source], sam, seg.method if seg.method in METHODS else "aop", AsfParams(**known), shown=seg)
+
+
+def _picture_of(data: bytes, name: str) -> Picture:
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            return prepared(read_image(image))
+    except (OSError, SyntaxError) as error:
+        raise ValueError(f"{name} cannot be read as an image: {error}") from error
+
+
+def _same_prompt(old: Segmentation | None, row: int, new: Segmentation) -> int:
+    """The row of `new` whose prompt stands where that of `old` in `row` stood; -1 where none does."""
+    if old is None or not 0 <= row < len(old.prompts):
+        return -1
+    at = old.prompts[["x", "y"]].iloc[row]
+    found = ((new.prompts["x"] == at["x"]) & (new.prompts["y"] == at["y"])).to_numpy().nonzero()[0]
+    return int(found[0]) if len(found) else -1
+
+
+def _running_loop() -> asyncio.AbstractEventLoop | None:
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        return None

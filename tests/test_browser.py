@@ -1,0 +1,377 @@
+"""The explorer in a real browser: Chromium on a JupyterLab server of this machine. Screenshots go to build/browser/."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from contextlib import contextmanager
+from pathlib import Path
+
+import nbformat
+import numpy as np
+import pytest
+from PIL import Image
+
+from aopsam_lab import drawing
+from aopsam_lab.data.scenes import scene
+from aopsam_lab.rle import encode_rle
+from aopsam_lab.widgets import packing
+
+ROOT = Path(__file__).resolve().parents[1]
+NOTEBOOK = ROOT / "notebooks" / "explore_pcm_pem.ipynb"
+SHOTS = ROOT / "build" / "browser"
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+PATIENCE = 180_000  # ms: a busy machine is slow, not broken
+FLAGS = [
+    "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-sync",
+    "--disable-default-apps", "--no-first-run", "--mute-audio", "--disable-dev-shm-usage",
+]  # fmt: skip
+
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@contextmanager
+def served(folder: Path, *command: str):
+    """A server of this machine as a process of its own, with settings of its own, until it answers; its address."""
+    port = free_port()
+    env = os.environ | {name: str(folder / "settings") for name in ("JUPYTER_CONFIG_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR")}
+    switches = folder / "settings" / "labconfig" / "page_config.json"
+    switches.parent.mkdir(parents=True, exist_ok=True)
+    switches.write_text(json.dumps({"disabledExtensions": {"@jupyterlab/apputils-extension:announcements": True}}))
+    with (folder / "server.log").open("w") as log:
+        process = subprocess.Popen([sys.executable, "-m", *command, f"--port={port}"], cwd=folder, env=env, stdout=log, stderr=log)
+        try:
+            address, end = f"http://127.0.0.1:{port}", time.monotonic() + PATIENCE / 1000
+            while True:
+                assert process.poll() is None and time.monotonic() < end, (folder / "server.log").read_text()[-2000:]
+                try:
+                    urllib.request.urlopen(f"{address}/api" if "lab" in command else address, timeout=PATIENCE / 1000).close()
+                    break
+                except OSError:
+                    time.sleep(0.2)
+            yield address
+        finally:
+            process.terminate()
+            process.wait(30)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    from playwright.sync_api import sync_playwright
+
+    SHOTS.mkdir(parents=True, exist_ok=True)
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield chromium
+        chromium.close()
+
+
+def notebook_in(folder: Path) -> Path:
+    """The notebook itself with one small picture of known truth, so that two busy cores are enough."""
+    Image.fromarray(scene(10_003, 224).image).save(folder / "own.png")
+    notebook = nbformat.read(NOTEBOOK, 4)
+    cell = next(cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", []))
+    cell.source += "\nconfidence, elimination, n_scenes, folder = 0.1, 1.1, 1, 'own.png'"
+    path = folder / NOTEBOOK.name
+    nbformat.write(notebook, path)
+    return path
+
+
+class Page:
+    """JupyterLab with the notebook run: what a person would do there, and what they would see."""
+
+    def __init__(self, page):
+        self.page, self.sent, self.got, self.errors = page, [], [], []
+        page.set_default_timeout(PATIENCE)
+        page.on("pageerror", lambda error: self.errors.append(str(error)))
+        page.on("websocket", self._listen)
+        self.canvas = page.locator(".aop-canvas")
+
+    def _listen(self, socket) -> None:
+        socket.on("framesent", lambda frame: self.sent.append(frame))
+        socket.on("framereceived", lambda frame: self.got.append(len(frame)))
+
+    def badge(self, side: int = 0) -> str:
+        return self.page.locator(".aop-badge").nth(side).inner_text()
+
+    def message(self) -> str:
+        return self.page.locator(".aop-message").inner_text()
+
+    def pixels(self) -> str:
+        """What the canvas shows, once it has been drawn."""
+        self.page.evaluate("() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
+        return self.page.evaluate("document.querySelector('.aop-canvas').toDataURL()")
+
+    def until(self, condition: str, argument=None) -> None:
+        self.page.wait_for_function(condition, arg=argument)
+
+    def settled(self) -> None:
+        """Until no answer is under way."""
+        self.page.wait_for_timeout(250)
+        self.until("document.querySelector('.aop-busy').hidden")
+
+    def shot(self, name: str) -> None:
+        self.page.screenshot(path=SHOTS / f"{name}.png")
+
+
+@pytest.fixture(scope="module")
+def lab(browser, tmp_path_factory):
+    """The notebook, opened in JupyterLab and run by its menu."""
+    folder = tmp_path_factory.mktemp("lab")
+    path = notebook_in(folder)
+    options = ["--no-browser", "--allow-root", "--IdentityProvider.token=", "--ServerApp.password=", "--ServerApp.disable_check_xsrf=True"]
+    with served(folder, "jupyter", "lab", *options) as address:
+        context = browser.new_context(viewport={"width": 1440, "height": 1000}, accept_downloads=True)
+        context.grant_permissions(["clipboard-read", "clipboard-write"], origin=address)
+        lab = Page(context.new_page())
+        lab.page.goto(f"{address}/lab/tree/{path.name}?reset")
+        lab.page.locator(".jp-Notebook-ExecutionIndicator[data-status=idle]").wait_for()
+        lab.page.get_by_role("menuitem", name="Run", exact=True).click()
+        lab.page.get_by_text("Run All Cells", exact=True).click()
+        # run to its end, the notebook shows its last cell, and JupyterLab may take those out of sight off the page
+        top = "document.querySelectorAll('.jp-WindowedPanel-outer').forEach((panel) => panel.scrollTo(0, 0))"
+        lab.until(f"() => {{ {top}; return document.querySelector('.aop-badge')?.textContent.includes('masks'); }}")
+        lab.until("document.querySelector('.jp-Notebook-ExecutionIndicator').dataset.status === 'idle'")
+        lab.page.keyboard.press("Control+b")  # the file list gives its room to the picture
+        lab.canvas.scroll_into_view_if_needed()
+        lab.page.locator(".jp-OutputArea-output:has(.aop)").evaluate("element => element.scrollIntoView()")
+        yield lab
+        context.close()
+
+
+def test_the_notebook_runs_and_shows_the_picture(lab):
+    lab.shot("1_opened")
+    assert lab.errors == [] and lab.message() == ""
+    assert lab.page.locator(".jp-RenderedText[data-mime-type*=stderr]").count() == 0
+    counts = dict(line.split("\n") for line in lab.page.locator(".aop-fate").all_inner_texts())
+    decoded, total = numbers(lab.badge())
+    assert sum(map(int, counts.values())) == total and int(counts["eliminated, never decoded"]) == total - decoded
+
+
+def numbers(badge: str) -> tuple[int, int]:
+    """"aop 35 decoded of 47 (0 new) ..." -> 35, 47."""
+    words = badge.split()
+    return int(words[words.index("decoded") - 1]), int(words[words.index("of") + 1])
+
+
+def test_each_slider_changes_the_picture_and_the_badge(lab):
+    right = ["ArrowRight"]
+    moves = [("elimination", ["End"]), ("smoothing", 8 * right), ("confidence", 20 * right), ("spacing", 8 * right), ("elimination", ["Home"])]
+    for name, keys in moves:
+        badge, pixels = lab.badge(), lab.pixels()
+        lab.page.locator(f".widget-slider:has-text('{name}') [role=slider]").focus()
+        for key in keys:
+            lab.page.keyboard.press(key)
+        lab.until("old => document.querySelector('.aop-badge').innerText !== old", badge)
+        lab.settled()
+        assert lab.pixels() != pixels, name
+    lab.shot("2_sliders")
+
+
+def test_layers_need_nothing_from_the_kernel(lab):
+    """Opacity, hover, zoom and pan change the picture, and no byte goes either way."""
+    lab.settled()
+    lab.page.wait_for_timeout(500)
+    sent, got = len(lab.sent), len(lab.got)
+    box = lab.canvas.bounding_box()
+    seen = {lab.pixels()}
+    for name in ("pcm", "pem", "masks"):
+        slider = lab.page.get_by_label(f"opacity of {dict(pcm='PCM', pem='PEM', masks='Masks')[name]}", exact=True)
+        slider.fill("60")
+        seen.add(lab.pixels())
+        lab.shot(f"3_layer_{name}")
+    lab.page.get_by_label("opacity of PCM", exact=True).fill("0")
+    lab.page.get_by_label("opacity of PEM", exact=True).fill("0")
+    lab.page.mouse.move(box["x"] + 0.4 * box["width"], box["y"] + 0.4 * box["height"])
+    hovering = lab.pixels()
+    seen.add(hovering)
+    assert "PCM 0." in lab.page.locator(".aop-readout").inner_text()
+    lab.shot("3_hover")
+    lab.page.mouse.wheel(0, -400)
+    lab.page.mouse.down()
+    lab.page.mouse.move(box["x"] + 0.5 * box["width"], box["y"] + 0.5 * box["height"], steps=4)
+    lab.page.mouse.up()
+    seen.add(lab.pixels())
+    lab.shot("3_zoomed")
+    lab.page.mouse.dblclick(box["x"] + 0.5 * box["width"], box["y"] + 0.5 * box["height"])
+    lab.page.wait_for_timeout(600)
+    lab.page.mouse.move(box["x"] + 0.4 * box["width"], box["y"] + 0.4 * box["height"])
+    assert lab.pixels() == hovering and len(seen) == 6  # a double click brings the whole picture back
+    alive = [frame for frame in lab.sent[sent:] if "comm_msg" in str(frame)]
+    assert alive == [] and sum(lab.got[got:]) < 10_000  # the server's own heartbeat at most
+
+
+def test_a_clicked_prompt_shows_its_masks_and_its_kin(lab):
+    lab.canvas.focus()
+    texts = []
+    for _ in range(numbers(lab.badge())[1]):
+        lab.page.keyboard.press("n")
+        texts.append(lab.page.locator(".aop-detail").inner_text())
+        if sum("explains it" in text for text in texts) and sum("eliminated" in t and "eliminated 0" not in t for t in texts):
+            break
+    reason = next(text for text in texts if "explains it" in text)
+    value, threshold = (float(reason.split(word)[1].split()[0].rstrip(",.")) for word in ("PEM", "more than"))
+    assert value > threshold
+    lab.until("document.querySelectorAll('.aop-detail button').length === 3")
+    lab.shot("4_prompt")
+    before = lab.pixels()
+    lab.page.locator(".aop-detail button").first.click()
+    assert lab.pixels() != before  # only one of the three masks
+    lab.canvas.focus()
+    lab.page.keyboard.press("Escape")
+    assert lab.page.locator(".aop-detail").inner_text() == ""
+
+
+def test_rounds_are_a_film(lab):
+    lab.canvas.focus()
+    states = [lab.pixels()]
+    waiting = []
+    while True:
+        lab.page.keyboard.press("[")
+        states.append(lab.pixels())
+        texts = lab.page.locator(".aop-fate").all_inner_texts()
+        waiting.append(next((int(text.split("\n")[1]) for text in texts if text.startswith("waiting")), 0))
+        if waiting[-1] == numbers(lab.badge())[1]:
+            break
+        lab.shot(f"5_round_{len(waiting)}")
+    assert waiting == sorted(waiting) and len(set(states)) == len(states)
+    lab.page.get_by_title("the rounds as a film").or_(lab.page.locator(".jupyter-widgets.widget-play")).first.locator("button").first.click()
+    lab.until("!document.querySelector('.aop-fates').innerText.includes('waiting')")
+    assert lab.pixels() == states[0]
+
+
+def test_a_point_by_hand_by_mouse_and_keyboard_and_undo(lab):
+    lab.settled()
+    decoded, total = numbers(lab.badge())
+    box = lab.canvas.bounding_box()
+    lab.page.get_by_label("opacity of Prompts", exact=True).fill("0")  # every place is empty then
+    lab.page.mouse.click(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+    lab.until("n => document.querySelector('.aop-badge').innerText.includes(`of ${n}`)", total + 1)
+    lab.canvas.focus()
+    for key in ["Shift+ArrowLeft", "Shift+ArrowUp", "Enter"]:
+        lab.page.keyboard.press(key)
+    lab.until("n => document.querySelector('.aop-badge').innerText.includes(`of ${n}`)", total + 2)
+    lab.page.get_by_label("opacity of Prompts", exact=True).fill("100")
+    lab.shot("6_by_hand")
+    lab.page.get_by_role("button", name="Undo").click()
+    lab.canvas.focus()
+    lab.page.keyboard.press("u")
+    lab.until("n => document.querySelector('.aop-badge').innerText.includes(`of ${n}`)", total)
+
+
+def test_exports(lab, tmp_path):
+    files = {}
+    for name in ("COCO", "Labels", "Overlay"):
+        with lab.page.expect_download() as waiting:
+            lab.page.get_by_role("button", name=name, exact=True).click()
+        files[name] = tmp_path / waiting.value.suggested_filename
+        waiting.value.save_as(files[name])
+    coco = json.loads(files["COCO"].read_text())
+    assert coco["images"][0]["width"] == 224 and f"{len(coco['annotations'])} masks" in lab.badge()
+    labels, overlay = (np.asarray(Image.open(files[name])) for name in ("Labels", "Overlay"))
+    expected = drawing.label_image([a["segmentation"] | {"counts": a["segmentation"]["counts"].encode()} for a in coco["annotations"]], (224, 224))
+    assert np.array_equal(labels, expected) and overlay.shape[:2] == (224, 224)
+    shutil.copy(files["Overlay"], SHOTS / "7_overlay.png")
+    lab.page.get_by_role("button", name="Copy Python").click()
+    lab.until("document.querySelector('.aop-message').innerText.startsWith('Copied')")
+    copied = lab.page.evaluate("navigator.clipboard.readText()")
+    assert copied.startswith("aop.explore('own.png', sam='tiny', method='aop', params=aop.AsfParams(")
+
+
+def test_side_by_side(lab):
+    lab.page.get_by_label("beside").select_option("amg_s")
+    lab.until("document.querySelectorAll('.aop-badge')[1].innerText.includes('256 decoded')")
+    lab.settled()
+    one = lab.pixels()
+    box = lab.canvas.bounding_box()
+    lab.page.mouse.move(box["x"] + 0.2 * box["width"], box["y"] + box["height"] / 2)
+    lab.page.mouse.wheel(0, -500)
+    lab.shot("8_side_by_side")
+    width = lab.page.evaluate("document.querySelector('.aop-canvas').width")
+    assert lab.pixels() != one and lab.badge(1).startswith("amg_s") and width > 600
+    lab.page.get_by_label("beside").select_option("nothing")
+    lab.until("document.querySelectorAll('.aop-badge')[1].hidden")
+    lab.page.keyboard.press("Escape")
+
+
+def test_dark_theme(lab):
+    lab.page.get_by_role("menuitem", name="Settings", exact=True).click()
+    lab.page.get_by_text("Theme", exact=True).hover()
+    lab.page.get_by_text("JupyterLab Dark", exact=True).click()
+    lab.until("document.body.dataset.jpThemeLight === 'false'")
+    lab.page.wait_for_timeout(500)
+    lab.shot("9_dark")
+    ground, text = (
+        lab.page.locator(".aop-layer span").first.evaluate(f"e => getComputedStyle({node}).{what}")
+        for node, what in (("e.closest('.jp-Notebook')", "backgroundColor"), ("e", "color"))
+    )
+    assert abs(brightness(text) - brightness(ground)) > 100
+
+
+def brightness(colour: str) -> float:
+    return float(np.mean([float(v) for v in colour[colour.index("(") + 1 : -1].split(",")[:3]]))
+
+
+def test_a_restarted_kernel_is_said_in_the_message_line(lab):
+    lab.page.get_by_role("menuitem", name="Kernel", exact=True).click()
+    lab.page.get_by_text("Restart Kernel…", exact=True).click()
+    lab.page.get_by_role("button", name="Confirm Kernel Restart").click()
+    lab.until("document.querySelector('.aop-message').innerText.includes('kernel was restarted')")
+    lab.shot("10_restarted")
+    before = lab.pixels()
+    lab.canvas.focus()
+    lab.page.keyboard.press("5")  # what is there can still be looked at
+    assert lab.pixels() != before and lab.errors == []
+
+
+def test_the_same_page_by_voila(browser, tmp_path):
+    path = notebook_in(tmp_path)
+    with served(tmp_path, "voila", path.name, "--no-browser", "--Voila.ip=127.0.0.1") as address:
+        page = Page(browser.new_page(viewport={"width": 1280, "height": 1000}))
+        page.page.goto(address)
+        page.until("document.querySelector('.aop-badge')?.innerText.includes('masks')")
+        page.shot("11_voila")
+        assert page.errors == [] and "waiting" not in page.page.locator(".aop-fates").inner_text()
+        page.page.close()
+
+
+# --- pane.js alone, without a kernel ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def script(browser):
+    page = browser.new_page()
+    page.add_script_tag(path=ROOT / "aopsam_lab" / "widgets" / "pane.js")
+    yield page
+    page.close()
+
+
+def test_the_page_draws_the_label_image_that_python_draws(script):
+    rng = np.random.default_rng(0)
+    for height, width, n in ((1, 1, 1), (5, 9, 3), (40, 31, 12), (64, 64, 40)):
+        noise, blocks = rng.random((n, height, width)) < 0.5, np.zeros((n, height, width), bool)
+        for block in blocks[::2]:
+            block[: rng.integers(1, height + 1), rng.integers(0, width) :] = True
+        masks = encode_rle(np.where(np.arange(n)[:, None, None] % 2 == 0, blocks, noise))
+        pack = {key: list(value) if isinstance(value, bytes) else value for key, value in packing.pack_masks(masks).items()}
+        drawn = script.evaluate(
+            """([pack, width, height]) => {
+              const view = (bytes) => new DataView(new Uint8Array(bytes).buffer);
+              const masks = unpackMasks({ ...pack, counts: view(pack.counts), ends: view(pack.ends), colours: view(pack.colours), owners: view(pack.owners) });
+              return Array.from(topMask(masks, () => true, { width, height }));
+            }""",
+            [pack, width, height],
+        )
+        assert np.array_equal(np.reshape(drawn, (width, height)).T, drawing.label_image(masks, (height, width)))

@@ -1,0 +1,203 @@
+"""Decoding within a limit, and decoding each prompt once for many settings."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from aopsam_lab import decode_cache
+from aopsam_lab.asf import AsfParams
+from aopsam_lab.data.scenes import render
+from aopsam_lab.decode_cache import DecodeCache, PcmCache
+from aopsam_lab.decoding import Found, decode_and_filter, encode
+from aopsam_lab.methods import METHODS, Models, method_named
+from aopsam_lab.pipeline import run_method, segment, strongest
+from aopsam_lab.sam.zoo import load_sam
+
+CHANGES = ({}, {"smoothing": 1}, {"confidence": 0.05}, {"spacing": 3}, {"elimination": 1.1})
+SETTINGS = [AsfParams(**change) for change in CHANGES]
+
+
+class Boxes:
+    """A detector of thirty boxes, the surest last."""
+
+    def boxes(self, image, max_boxes):
+        corners = np.random.default_rng(0).integers(0, 90, (30, 2)).astype(np.float32)
+        return np.concatenate([corners, corners + 60], 1), np.linspace(0.1, 0.9, 30, dtype=np.float32)
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    return list(render(range(10_020, 10_022), 160).images.permute(0, 2, 3, 1).numpy())
+
+
+@pytest.fixture(scope="module")
+def encoded(sam, pictures):
+    return encode(sam, pictures[0])
+
+
+# --- max_prompts ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("limit", [1, 7, 16, 17])
+@pytest.mark.parametrize("method", METHODS)
+def test_no_method_decodes_more_than_the_limit(sam, predictor, encoded, method, limit):
+    params = AsfParams(confidence=0.02)
+    result = run_method(sam, encoded, method, predictor, Boxes(), params, max_prompts=limit)
+    table = result.prompts
+    decoded = table["round"] >= 0
+    assert result.n_decoded == decoded.sum() <= limit and len(table) == result.n_sampled
+    waiting = table["status"] == "not_reached"
+    assert result.n_decoded == limit or not waiting.any()
+    assert (decoded | waiting | (table["status"] == "eliminated")).all()
+    assert result.n_sampled == result.n_decoded + result.n_eliminated + waiting.sum()
+    if waiting.any():  # strongest first
+        assert table.loc[decoded, "confidence"].min() >= table.loc[waiting, "confidence"].max()
+
+
+def test_a_limit_that_is_not_reached_changes_nothing(sam, predictor, encoded):
+    free, limited = (run_method(sam, encoded, "aop", predictor, max_prompts=n) for n in (None, 10_000))
+    assert free.prompts.equals(limited.prompts) and free.masks == limited.masks
+
+
+def test_a_part_of_a_grid_covers_the_picture(sam, encoded):
+    table = run_method(sam, encoded, "amg_d", max_prompts=64).prompts
+    points = table.loc[table["round"] >= 0, ["x", "y"]]
+    thirds = (points / (np.array(encoded.image.shape[1::-1]) / 3)).astype(int)
+    assert len(points) == 64 and len(thirds.drop_duplicates()) == 9  # each ninth of the picture has one
+
+
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=40), st.integers(1, 45))
+def test_strongest(values, limit):
+    confidence = torch.tensor([9.0, *values, 9.0])
+    index = torch.arange(1, len(values) + 1)
+    chosen = strongest(confidence, index, limit).tolist()
+    assert len(chosen) == len(set(chosen)) == min(limit, len(values)) and chosen == sorted(chosen)
+    left = sorted(set(index.tolist()) - set(chosen))
+    assert not left or confidence[chosen].min() >= confidence[left].max()
+
+
+@pytest.mark.parametrize("limit", [0, -3, 2.5])
+def test_a_bad_limit_is_named(sam, encoded, limit):
+    with pytest.raises(ValueError, match="max_prompts"):
+        run_method(sam, encoded, "amg_s", max_prompts=limit)
+
+
+def test_segment_takes_the_limit(pictures):
+    found = segment(pictures[0], method="aop", device="cpu", max_prompts=3, params=AsfParams(confidence=0.0))
+    assert found.n_decoded == 3
+
+
+# --- the cache --------------------------------------------------------------------------------------------------------
+
+
+def assert_same(ours: Found, expected: Found) -> None:
+    for name in (f.name for f in fields(Found)):
+        torch.testing.assert_close(getattr(ours, name), getattr(expected, name), rtol=1e-4, atol=1e-4)
+
+
+def proposal(encoded, predictor, method="aop_no_af", **knobs):
+    with torch.inference_mode():
+        return method_named(method).start(encoded, Models(predictor, Boxes()), AsfParams(**knobs))
+
+
+@pytest.mark.parametrize("method", ["aop_no_af", "oas_box", "oas_point"])
+@torch.inference_mode()
+def test_the_cache_gives_what_decoding_gives(sam, predictor, encoded, method):
+    prompts = proposal(encoded, predictor, method, confidence=0.02).prompts
+    cache = DecodeCache(sam, encoded)
+    for rows in ([3, 0, 7], [0, 1, 2, 3, 4, 5, 6, 7, 8], [7], [8, 3]):
+        index = torch.tensor(rows)
+        expected = decode_and_filter(sam, encoded, prompts, index, sam.spec)
+        assert_same(cache(sam, encoded, prompts, index, sam.spec), expected)
+    assert (cache.n_decoded, cache.n_served) == (9, 6)
+
+
+def test_settings_share_what_they_decode(sam, predictor, encoded, monkeypatch):
+    asked = []
+
+    def counting(sam, encoded, prompts, index, spec):
+        asked.extend(map(tuple, prompts.points[index].tolist()))
+        return decode_and_filter(sam, encoded, prompts, index, spec)
+
+    monkeypatch.setattr(decode_cache, "decode_and_filter", counting)
+    cache, drawn_once = DecodeCache(sam, encoded), PcmCache(predictor, encoded)
+    total = 0
+    for params in SETTINGS:
+        alone = run_method(sam, encoded, "aop", predictor, params=params)
+        shared = run_method(sam, encoded, "aop", drawn_once, params=params, decode=cache)
+        assert (alone.n_decoded, alone.n_eliminated) == (shared.n_decoded, shared.n_eliminated)
+        assert alone.prompts["status"].tolist() == shared.prompts["status"].tolist()
+        np.testing.assert_allclose(alone.scores, shared.scores, atol=1e-4)
+        different = (alone.to_array() != shared.to_array()).mean() if len(alone.masks) else 0
+        assert different < 1e-4
+        total += alone.n_decoded
+    assert len(asked) == len(set(asked)) == cache.n_decoded < total == cache.n_decoded + cache.n_served
+
+
+def test_the_pcm_is_drawn_once(predictor, encoded):
+    class Counting:
+        calls = 0
+
+        def pcm(self, *arguments):
+            self.calls += 1
+            return predictor.pcm(*arguments)
+
+    counting = Counting()
+    shared = PcmCache(counting, encoded)
+    first, second = (proposal(encoded, shared, smoothing=s).pcm for s in (1, 3))
+    assert counting.calls == 1 and torch.equal(first, second)
+    assert torch.equal(first, proposal(encoded, predictor).pcm)
+
+
+@torch.inference_mode()
+def test_nothing_of_another_picture_model_or_threshold(sam, predictor, pictures, encoded):
+    other = encode(sam, pictures[1])
+    cache = DecodeCache(sam, encoded)
+    prompts = proposal(encoded, predictor, confidence=0.02).prompts
+    index = torch.arange(4)
+    cache(sam, encoded, prompts, index, sam.spec)
+    with pytest.raises(ValueError, match="another picture or model"):
+        cache(sam, other, prompts, index, sam.spec)
+    with pytest.raises(ValueError, match="another picture or model"):
+        cache(load_sam("tiny", device="cpu"), encoded, prompts, index, sam.spec)
+    with pytest.raises(ValueError, match="another picture"):
+        proposal(other, PcmCache(predictor, encoded))
+    strict = sam.spec.__class__("tiny", 0.999, 0.999, "")
+    assert_same(cache(sam, encoded, prompts, index, strict), decode_and_filter(sam, encoded, prompts, index, strict))
+    box = proposal(encoded, predictor, "oas_box").prompts
+    point = proposal(encoded, predictor, "oas_point").prompts  # the same centres
+    assert_same(cache(sam, encoded, box, index, sam.spec), decode_and_filter(sam, encoded, box, index, sam.spec))
+    assert_same(cache(sam, encoded, point, index, sam.spec), decode_and_filter(sam, encoded, point, index, sam.spec))
+
+
+@torch.inference_mode()
+def test_memory_is_bounded_and_what_is_forgotten_is_decoded_again(sam, predictor, encoded):
+    prompts = proposal(encoded, predictor, confidence=0.0).prompts
+    one_mask = 4 * 128 * 128
+    cache = DecodeCache(sam, encoded, max_bytes=8 * one_mask)
+    index = torch.arange(min(40, len(prompts)))
+    for part in (*index.split(10), *index.split(10)):
+        expected = decode_and_filter(sam, encoded, prompts, part, sam.spec)
+        assert_same(cache(sam, encoded, prompts, part, sam.spec), expected)
+        assert cache.bytes <= cache.max_bytes
+        kept = sum(x.element_size() * x.nelement() for masks, _ in cache._known.values() for x in masks.values())
+        assert kept == cache.bytes
+    assert cache.n_decoded > len(index)
+
+
+@torch.inference_mode()
+def test_candidates_are_all_three_masks_of_a_prompt(sam, predictor, encoded):
+    prompts = proposal(encoded, predictor, confidence=0.02).prompts
+    cache = DecodeCache(sam, encoded)
+    for row in range(4):
+        found = cache.candidates(prompts, row)
+        assert len(found.iou) == 3 and found.low_res.shape[0] == 3 and found.prompt.tolist() == [row] * 3
+        passed = (found.iou > sam.spec.pred_iou_thresh) & (found.stability >= sam.spec.stability_score_thresh)
+        kept = cache(sam, encoded, prompts, torch.tensor([row]), sam.spec)
+        torch.testing.assert_close(found.iou[passed], kept.iou)

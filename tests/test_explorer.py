@@ -1,0 +1,341 @@
+"""The explorer without a browser: sources, what the page gets, state as traits, messages, and the two-step live answers."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+import json
+from datetime import datetime, timezone
+
+import nbformat
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from nbconvert import HTMLExporter
+from PIL import Image
+
+import aopsam_lab as aop
+from aopsam_lab import drawing
+from aopsam_lab.asf import AsfParams
+from aopsam_lab.data.scenes import scene
+from aopsam_lab.decoding import decode_and_filter
+from aopsam_lab.methods import METHODS, Models
+from aopsam_lab.pipeline import loaded_model, loaded_sam, run_method
+from aopsam_lab.rle import decode_rle, encode_rle
+from aopsam_lab.segmentation import STATUSES
+from aopsam_lab.widgets import explorer as explorer_module
+from aopsam_lab.widgets import packing
+from aopsam_lab.widgets.explorer import NOTHING, PINNED
+from aopsam_lab.widgets.sources import MAX_PIXELS, prepared, sources_of
+
+EAGER = AsfParams(confidence=0.1, elimination=1.1)  # many prompts, many eliminated: something to see on a small picture
+
+
+@pytest.fixture(scope="module")
+def sample():
+    return scene(10_003, 160)
+
+
+@pytest.fixture
+def explorer(sample):
+    return aop.explore(sample, params=EAGER)
+
+
+def rows_of(pack: dict) -> np.ndarray:
+    return np.frombuffer(pack["rows"], "<f4").reshape(pack["n"], -1)
+
+
+# --- what can be opened ---------------------------------------------------------------------------------------------------
+
+
+def test_pictures_come_from_arrays_files_folders_samples_data_sets_and_mixtures(tmp_path, sample):
+    for name in ("b.png", "a.jpg"):
+        Image.fromarray(sample.image).save(tmp_path / name)
+    assert [s.name for s in sources_of(tmp_path)] == ["a.jpg", "b.png"]
+    assert np.array_equal(sources_of(tmp_path / "b.png")[0].read().image, sample.image)
+    assert [s.name for s in sources_of("scenes")][:2] == ["scene-0000", "scene-0001"]
+    mixed = sources_of({"mine": sample.image, "set": aop.open_dataset("scenes", 2), "files": [tmp_path / "b.png", sample]})
+    assert [s.name for s in mixed] == ["mine", "set: scene-0000", "set: scene-0001", "files: b.png", f"files: {sample.id}"]
+    assert mixed[4].read().truth is sample.masks and mixed[0].read().truth is None
+    same = sources_of([sample.image, sample.image])
+    assert [s.name for s in same] == ["picture", "picture 2"] and [s.code for s in same] == ["image[0]", "image[1]"]
+
+
+def test_a_huge_picture_is_reduced_with_its_truth_and_says_so():
+    truth = np.zeros((1, 1500, 4000), bool)
+    truth[0, :, :2000] = True
+    picture = prepared(np.zeros((1500, 4000, 3), np.uint8), truth)
+    height, width = picture.image.shape[:2]
+    assert height * width <= MAX_PIXELS and abs(width / height - 4000 / 1500) < 0.01
+    assert picture.truth.shape == (1, height, width) and abs(picture.truth.mean() - 0.5) < 0.01
+    assert "4000 x 1500" in picture.note and f"{width} x {height}" in picture.note
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda folder: folder, "no images"),
+        (lambda folder: folder / "missing.png", "no image file"),
+        (lambda folder: str(folder / "text.png"), "cannot be read as an image"),
+        (lambda folder: np.zeros((1, 1, 3), np.uint8), "too small"),
+        (lambda folder: np.zeros((4, 4, 4, 4)), "channels"),
+        (lambda folder: [], "no picture"),
+        (lambda folder: 7, "Nothing to explore in a int"),
+    ],
+)
+def test_bad_input_is_said_in_the_message_line_and_the_panel_lives(tmp_path, make, words):
+    what = make(tmp_path)
+    if "read as" in words:
+        (tmp_path / "text.png").write_text("no picture")
+    opened = aop.explore(what)
+    assert words in opened.message and opened.canvas.message == opened.message
+    assert opened.segmentation is None and words in repr(opened)
+    opened.canvas._handle_custom_msg({"kind": "ask", "x": 1, "y": 1, "label": 1}, [])  # nothing happens
+    with pytest.raises(ValueError, match=words):
+        opened.to_figure()
+
+
+def test_a_bad_picture_among_good_ones_and_a_bad_model(sample):
+    opened = aop.explore([np.zeros((1, 1, 3), np.uint8), sample])
+    assert "too small" in opened.message
+    opened.source = 1
+    assert opened.message == "" and len(opened.segmentation.masks)
+    opened.source = 0
+    assert "too small" in opened.message and opened.segmentation is None and opened.canvas.left == {}
+    assert "no SAM called 'nosuch'" in aop.explore(sample, sam="nosuch").message
+    assert "no method 'nosuch'" in aop.explore(sample, method="nosuch").message
+
+
+# --- what the page gets ---------------------------------------------------------------------------------------------------
+
+
+@given(st.integers(1, 9), st.integers(1, 9), st.integers(0, 4), st.randoms(use_true_random=False))
+@settings(max_examples=30, deadline=None)
+def test_packed_masks_hold_each_masks_own_run_lengths(height, width, n, random):
+    masks = np.array([[[random.random() < 0.4 for _ in range(width)] for _ in range(height)] for _ in range(n)], bool)
+    rles = encode_rle(masks.reshape(n, height, width))
+    pack = packing.pack_masks(rles, range(n))
+    ends = np.frombuffer(pack["ends"], "<u4")
+    parts = [pack["counts"][begin:end] for begin, end in zip([0, *ends], ends)]
+    size = (height, width)
+    assert np.array_equal(decode_rle([{"size": size, "counts": part} for part in parts], size), masks.reshape(n, *size))
+    assert np.frombuffer(pack["owners"], "<i4").tolist() == list(range(n)) and len(pack["colours"]) == 3 * n
+
+
+@given(st.lists(st.floats(-0.5, 1.5, width=32), min_size=6, max_size=6))
+def test_packed_maps_are_right_to_five_digits(values):
+    pack = packing.pack_maps(np.array(values, np.float32).reshape(2, 3))
+    got = np.frombuffer(pack["data"], "<u2") / 65535
+    assert (pack["n"], pack["h"], pack["w"]) == (1, 2, 3)
+    assert np.allclose(got, np.clip(values, 0, 1), atol=1e-5)
+
+
+def test_packed_pictures_are_exact_when_small_and_bounded_when_large(sample):
+    small = packing.pack_image(sample.image)
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(small["data"]))), sample.image)
+    noise = np.random.default_rng(0).integers(0, 256, (1500, 2250, 3), np.uint8)  # the worst there is
+    large = packing.pack_image(noise)
+    assert large["mime"] == "image/jpeg" and len(large["data"]) <= packing.MAX_IMAGE_BYTES
+    assert Image.open(io.BytesIO(large["data"])).size == (2250, 1500)
+
+
+def test_the_film_of_rounds_is_what_happened(sample):
+    """Step by step through the method itself: after each round the same prompts wait as the page will show."""
+    sam = loaded_sam("tiny")
+    predictor = loaded_model("predictor", sam)
+    encoded = aop.encode(sam, sample.image)
+    seg = run_method(sam, encoded, "aop", predictor, params=EAGER)
+    pack = packing.pack_prompts(seg)
+    rows = rows_of(pack)
+    with torch.inference_mode():
+        proposal = METHODS["aop"].start(encoded, Models(predictor), EAGER)
+        rounds = 0
+        while (index := proposal.next_round()) is not None:
+            found = decode_and_filter(sam, encoded, proposal.prompts, index, sam.spec)
+            proposal.observe(found.low_res > sam.mask_threshold, found.iou, found.prompt)
+            rounds += 1
+            decided = np.where(rows[:, 4] == STATUSES.index("eliminated"), rows[:, 7], rows[:, 3])
+            assert np.array_equal(decided >= rounds, proposal.waiting.numpy())
+    assert pack["rounds"] == rounds > 1 and (rows[:, 7] >= 0).any()
+
+
+# --- state ----------------------------------------------------------------------------------------------------------------
+
+
+def same_result(seg, fresh) -> bool:
+    return seg.masks == fresh.masks and seg.prompts.equals(fresh.prompts)
+
+
+def test_settings_give_what_a_fresh_run_gives_and_decode_only_what_is_new(explorer, sample):
+    sam = loaded_sam("tiny")
+    encoded, predictor = aop.encode(sam, sample.image), loaded_model("predictor", sam)
+    seen = []
+    explorer.observe(lambda change: seen.append(change["new"]), "segmentation")
+    for params in (EAGER, AsfParams(confidence=0.1, elimination=1.4), AsfParams(smoothing=1, confidence=0.15, spacing=4)):
+        explorer.params = params
+        assert same_result(explorer.segmentation, run_method(sam, encoded, "aop", predictor, params=params))
+        assert {name: knob.value for name, knob in explorer._knobs.items()} == pytest.approx(vars(params))
+    assert len(seen) == 2
+    explorer.params = EAGER
+    assert "(0 new)" in explorer.canvas.left["badge"] and "mIoU" in explorer.canvas.left["badge"]
+
+
+def test_selected_prompt_has_its_masks_and_stays_on_its_point(explorer):
+    table = explorer.segmentation.prompts
+    row = int((table["status"] == "kept").to_numpy().nonzero()[0][-1])
+    explorer.selected = row
+    assert explorer.canvas.selected == row and explorer.canvas.detail["prompt"] == row
+    assert explorer.canvas.detail["masks"]["n"] == len(explorer.canvas.detail["lines"]) == 3
+    explorer.params = AsfParams(confidence=0.05, elimination=1.1)
+    after = explorer.segmentation.prompts.iloc[explorer.selected]
+    assert (after["x"], after["y"]) == tuple(table.iloc[row][["x", "y"]])
+    explorer.method = "amg_s"  # no such point there
+    assert explorer.selected == -1 and explorer.canvas.detail == {}
+
+
+def test_rounds_follow_the_result(explorer):
+    rounds = explorer.canvas.left["prompts"]["rounds"]
+    assert explorer.round == explorer.canvas.round == explorer._film.max == rounds > 1
+    explorer.round = 1
+    explorer.params = AsfParams(confidence=0.05, elimination=1.1)
+    assert explorer.round == 1  # looking at the first round, one stays there
+    explorer.method = "amg_s"
+    assert explorer._film.max == 1
+
+
+def test_clicks_by_hand_add_a_mask_shift_clicks_refine_it_and_undo_takes_back(explorer, sample):
+    before = explorer.segmentation
+    x, y = map(float, sample.points[0])
+    explorer.canvas._handle_custom_msg({"kind": "ask", "x": x, "y": y, "label": 0}, [])
+    assert "background point belongs to an object" in explorer.message and explorer.manual == []
+    explorer.canvas._handle_custom_msg({"kind": "ask", "x": x, "y": y, "label": 1}, [])
+    one = explorer.segmentation
+    assert explorer.message == "" and len(one.masks) == len(before.masks) + 1 and one.n_decoded == before.n_decoded + 1
+    assert (np.diff(one.scores) <= 0).all()
+    mine = one.masks[int((one.mask_prompt == len(before.prompts)).nonzero()[0][0])]
+    assert decode_rle([mine], sample.image.shape[:2])[0, int(y), int(x)]
+    last = one.prompts.iloc[-1]
+    assert (last["x"], last["y"], last["round"], last["status"]) == (x, y, -1, "kept")
+    explorer.canvas._handle_custom_msg({"kind": "ask", "x": 5.0, "y": 5.0, "label": 0}, [])
+    assert explorer.manual == [[(x, y, 1), (5.0, 5.0, 0)]] and len(explorer.segmentation.masks) == len(one.masks)
+    assert "manual=[[(" in explorer.canvas.call
+    again = eval(explorer.canvas.call, {"aop": aop, "image": sample})  # the call makes the same state
+    assert again.segmentation.masks == explorer.segmentation.masks
+    for _ in range(3):
+        explorer.canvas._handle_custom_msg({"kind": "undo"}, [])
+    assert explorer.manual == [] and same_result(explorer.segmentation, before)
+
+
+def test_beside_another_method_or_this_setting_pinned(explorer):
+    explorer.compare = "amg_s"
+    assert explorer.compared.method == explorer.canvas.right["title"] == "amg_s"
+    explorer.compare = PINNED
+    pinned = explorer.compared
+    explorer.params = AsfParams(confidence=0.3)
+    assert explorer.compared is pinned and pinned is not explorer.segmentation
+    explorer.compare = NOTHING
+    assert explorer.compared is None and explorer.canvas.right == {}
+    with pytest.raises(ValueError, match="compare must be"):
+        explorer.compare = "nosuch"
+
+
+def test_exports_are_the_segmentations_own(explorer):
+    sent = []
+    explorer.canvas.send = lambda content, buffers=None: sent.append((content, buffers))
+    for what in ("coco", "labels"):
+        explorer.canvas._handle_custom_msg({"kind": "export", "what": what}, [])
+    (coco, [text]), (labels, [png]) = sent
+    assert json.loads(text)["annotations"] == explorer.segmentation.to_coco()["annotations"]
+    assert coco["name"].endswith(".json") and labels["name"].endswith("_labels.png")
+    expected = drawing.label_image(explorer.segmentation.masks, explorer.segmentation.image.shape[:2])
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(png))), expected)
+
+
+def test_an_uploaded_picture_is_opened_and_a_damaged_one_only_said(explorer, sample):
+    stream = io.BytesIO()
+    Image.fromarray(sample.image[:100]).save(stream, format="PNG")
+    about = {"type": "image/png", "size": 1, "last_modified": datetime(2020, 1, 1, tzinfo=timezone.utc)}
+    explorer._upload.value = ({"name": "mine.png", "content": memoryview(stream.getvalue()), **about},)
+    assert explorer.segmentation.image.shape == (100, 160, 3) and explorer._picker.options[-1][0] == "mine.png"
+    explorer._upload.value = ({"name": "bad.png", "content": memoryview(b"no picture"), **about},)
+    assert "bad.png cannot be read" in explorer.message and explorer.segmentation.image.shape == (100, 160, 3)
+
+
+def test_a_segmentation_is_explored_as_it_is(explorer, monkeypatch):
+    seg = explorer.segmentation
+    monkeypatch.setattr(explorer_module.Session, "run", lambda *_: pytest.fail("nothing was to be decoded"))
+    opened = seg.explore()
+    assert opened.segmentation.masks == seg.masks and opened.params == EAGER and opened.message == ""
+
+
+def test_the_notebook_keeps_a_picture_for_where_no_kernel_runs(explorer):
+    bundle = explorer._repr_mimebundle_()
+    data = bundle[0] if isinstance(bundle, tuple) else bundle
+    image = Image.open(io.BytesIO(base64.b64decode(data["image/png"])))
+    assert "application/vnd.jupyter.widget-view+json" in data and image.width > 300
+    cell = nbformat.v4.new_code_cell(outputs=[nbformat.v4.new_output("execute_result", data=data, execution_count=1)])
+    page, _ = HTMLExporter().from_notebook_node(nbformat.v4.new_notebook(cells=[cell]))
+    assert "data:image/png;base64," in page and "widget-view+json" not in page
+
+
+# --- live -----------------------------------------------------------------------------------------------------------------
+
+
+def test_a_moving_slider_previews_at_once_and_decodes_when_it_rests(explorer, monkeypatch):
+    runs, run = [], explorer_module.Session.run
+    monkeypatch.setattr(
+        explorer_module.Session, "run", lambda self, method, params, *rest: runs.append(params) or run(self, method, params, *rest)
+    )
+    monkeypatch.setattr(explorer_module, "DEBOUNCE", 0.05)
+    start = explorer.segmentation
+
+    async def drag():
+        previews = []
+        for value in (0.12, 0.14, 0.16, 0.18, 0.3):
+            explorer._knobs["confidence"].value = value
+            previews.append(explorer.canvas.preview["n"])
+        assert explorer.segmentation is start and explorer.canvas.busy and runs == []  # nothing decoded while it moves
+        while explorer.canvas.busy:
+            await asyncio.sleep(0.01)
+        return previews
+
+    previews = asyncio.run(asyncio.wait_for(drag(), 60))
+    assert [params.confidence for params in runs] == [0.3]
+    assert previews == sorted(previews, reverse=True) and previews[-1] == len(explorer.segmentation.prompts)
+    assert explorer.params.confidence == 0.3 and explorer.canvas.preview == {} and explorer.segmentation is not start
+
+
+def test_a_newer_setting_stops_the_older_one_between_rounds(explorer, monkeypatch):
+    monkeypatch.setattr(explorer_module, "DEBOUNCE", 0.0)
+    finished = []
+
+    async def change_twice():
+        explorer._method.value = "amg_d"  # 1,024 points
+        while "decoding" not in explorer.canvas.busy or " of 1024" not in explorer.canvas.busy:
+            await asyncio.sleep(0.005)
+        explorer.observe(lambda change: finished.append(change["new"].method), "segmentation")
+        explorer._method.value = "aop"
+        while explorer.canvas.busy:
+            await asyncio.sleep(0.01)
+
+    asyncio.run(asyncio.wait_for(change_twice(), 60))
+    assert finished == ["aop"]
+
+
+def test_what_fails_in_the_worker_is_said(explorer, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("out of luck")
+
+    monkeypatch.setattr(explorer_module.Session, "run", fail)
+    monkeypatch.setattr(explorer_module, "DEBOUNCE", 0.0)
+
+    async def move():
+        explorer._knobs["elimination"].value = 1.35
+        while not explorer.message:
+            await asyncio.sleep(0.01)
+
+    asyncio.run(asyncio.wait_for(move(), 60))
+    assert explorer.message == "RuntimeError: out of luck" and explorer.canvas.busy == ""

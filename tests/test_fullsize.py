@@ -1,0 +1,107 @@
+"""Masks at the picture's size against segment_anything's resizing, stability score, boxes and pycocotools' RLE."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pycocotools import mask as coco_mask
+from segment_anything.utils.amg import batched_mask_to_box, calculate_stability_score
+
+from aopsam_lab.fullsize import FullSize
+from aopsam_lab.rle import encode_changes
+
+
+NEAR = 2e-5  # logits this near to a cut may fall to either side: resizing works in float32
+
+
+def stock(logits: torch.Tensor, model: int, input_size: tuple[int, int], image_size: tuple[int, int]) -> torch.Tensor:
+    """``Sam.postprocess_masks`` of (n, L, L) logits."""
+    scaled = F.interpolate(logits[:, None], (model, model), mode="bilinear", align_corners=False)
+    part = scaled[..., : input_size[0], : input_size[1]]
+    return F.interpolate(part, image_size, mode="bilinear", align_corners=False)[:, 0]
+
+
+def blobs(low: int, seed: int) -> torch.Tensor:
+    """Logits of smooth and of ragged masks, of one that is empty, one that is full and one that is nowhere sure."""
+    generator = torch.Generator().manual_seed(seed)
+    coarse = F.interpolate(torch.randn(3, 1, 6, 6, generator=generator) * 8, (low, low), mode="bicubic")[:, 0]
+    ragged = 3 * torch.randn(1, low, low, generator=generator)
+    return torch.cat([coarse, ragged, torch.full((2, low, low), -5.0), torch.full((1, low, low), 5.0), 0.05 * ragged])
+
+
+def same(logits, model, input_size, image_size, threshold=0.0, offset=1.0) -> None:
+    sizes = FullSize(logits.shape[1:], model, input_size, image_size, logits.device)
+    stability, boxes = sizes.measure(logits, threshold, offset)
+    rles = sizes.encode(logits, threshold)
+    full = stock(logits, model, input_size, image_size)
+    expected, expected_boxes = calculate_stability_score(full, threshold, offset), batched_mask_to_box(full > threshold)
+    for i, pixels in enumerate(full):
+        mask = coco_mask.decode(rles[i]).astype(bool)
+        near = ((pixels - threshold).abs() < NEAR).numpy()
+        assert np.array_equal(mask[~near], (pixels > threshold).numpy()[~near])
+        if not near.any():
+            assert rles[i] == coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))
+            assert torch.equal(boxes[i], expected_boxes[i])
+        if not any(((pixels - cut).abs() < NEAR).any() for cut in (threshold - offset, threshold + offset)):
+            assert torch.equal(stability[i].nan_to_num(-1), expected[i].nan_to_num(-1))
+        few = 20 / pixels.numel() + 1e-6
+        assert float(stability[i].nan_to_num(-1)) == pytest.approx(float(expected[i].nan_to_num(-1)), abs=few)
+
+
+@pytest.mark.parametrize(
+    "low, model, input_size, image_size",
+    [
+        (128, 256, (171, 256), (321, 481)),  # tiny SAM, a photograph
+        (128, 256, (256, 171), (600, 400)),
+        (256, 1024, (768, 1024), (120, 160)),  # MobileSAM, fewer pixels than logits
+        (256, 1024, (1024, 1024), (256, 256)),
+        (64, 256, (3, 256), (2, 171)),  # a strip
+        (64, 256, (1, 1), (1, 1)),
+    ],
+)
+def test_equals_resizing_everything(low, model, input_size, image_size):
+    same(blobs(low, seed=low + image_size[0]), model, input_size, image_size)
+    same(blobs(low, seed=1), model, input_size, image_size, threshold=0.5, offset=0.25)
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    st.integers(1, 64), st.integers(1, 64), st.integers(1, 90), st.integers(1, 90), st.sampled_from([16, 32]),
+    st.integers(0, 99)
+)
+def test_equals_resizing_everything_at_any_size(used_y, used_x, height, width, low, seed):
+    same(blobs(low, seed), 64, (used_y, used_x), (height, width))
+
+
+def test_a_box_of_few_pixels_by_hand():
+    """One logit on, doubled to the model frame and then as it is: its own 2 x 2 pixels, as those beside weigh it too
+    little."""
+    logits = torch.full((1, 4, 4), -9.0)
+    logits[0, 1, 2] = 12.0  # at 3/4 of each axis: (9 * 12 - 7 * 9) / 16 > 0; at 1/4 and 3/4: (3 * 12 - 13 * 9) / 16 < 0
+    sizes = FullSize((4, 4), 8, (8, 8), (8, 8), logits.device)
+    stability, boxes = sizes.measure(logits, 0.0, 1.0)
+    assert boxes.tolist() == [[4, 2, 5, 3]] and stability.item() == 1.0
+    uncompressed = {"size": [8, 8], "counts": [34, 2, 6, 2, 20]}
+    assert sizes.encode(logits, 0.0) == [coco_mask.frPyObjects(uncompressed, 8, 8)]
+
+
+def test_in_parts_as_in_one(monkeypatch):
+    logits = blobs(64, seed=5)
+    sizes = FullSize((64, 64), 256, (200, 256), (150, 192), logits.device)
+    (stability, boxes), rles = sizes.measure(logits, 0.0, 1.0), sizes.encode(logits, 0.0)
+    monkeypatch.setattr("aopsam_lab.fullsize.CELL_PIXELS", 1 << 7)
+    monkeypatch.setattr("aopsam_lab.fullsize.ENCODE_PIXELS", 1 << 14)
+    again = sizes.measure(logits, 0.0, 1.0)
+    assert torch.equal(again[0].nan_to_num(), stability.nan_to_num()) and torch.equal(again[1], boxes)
+    assert sizes.encode(logits, 0.0) == rles
+
+
+def test_changes_of_a_mask_worked_by_hand():
+    # columns of height 2: 0 1 | 1 1 | 1 0, each by itself: 1..2, 2..4, 4..5
+    expected = coco_mask.frPyObjects({"size": [2, 3], "counts": [1, 4, 1]}, 2, 3)
+    assert encode_changes(np.array([1, 2, 2, 4, 4, 5]), (2, 3)) == expected
+    full = coco_mask.encode(np.ones((2, 3), np.uint8, order="F"))
+    assert encode_changes(np.array([0, 2, 2, 4, 4, 6]), (2, 3)) == full
+    assert encode_changes(np.array([], dtype=int), (2, 3)) == coco_mask.encode(np.zeros((2, 3), np.uint8, order="F"))

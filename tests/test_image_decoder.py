@@ -1,0 +1,146 @@
+"""The decoder of one image against segment_anything's own."""
+
+import warnings
+
+import pytest
+import torch
+from segment_anything.modeling import MaskDecoder, TwoWayTransformer
+from test_decoder import modules, prompts
+
+from aopsam_lab.data.scenes import render
+from aopsam_lab.decoding import encode
+from aopsam_lab.sam.image_decoder import ImageDecoder, misfit
+from aopsam_lab.sam.zoo import load_sam
+
+
+def image_decoder(encoder, decoder, embedding, **options) -> ImageDecoder:
+    return ImageDecoder(decoder, embedding, encoder.get_dense_pe(), encoder.no_mask_embed.weight[0], **options)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("width, side", [(128, 32), (128, 64), (256, 32), (256, 64)])
+@pytest.mark.parametrize("kind", ["one point", "three points", "boxes"])
+def test_same_logits_as_the_stock_decoder(width, side, kind):
+    encoder, decoder = modules(width, side)
+    before = {name: value.clone() for name, value in decoder.state_dict().items()}
+    embedding = 3 * torch.randn(1, width, side, side)
+    sparse, dense = encoder(**prompts(kind, 2, 8 * side))
+    decoded = image_decoder(encoder, decoder, embedding).decode(sparse)
+    for multimask, masks in ((True, slice(1, None)), (False, slice(0, 1))):
+        logits, iou = decoder(embedding, encoder.get_dense_pe(), sparse, dense, multimask)
+        wanted = torch.zeros_like(decoded.iou, dtype=torch.bool)
+        wanted[:, masks] = True
+        assert (decoded.draw(wanted).view_as(logits) - logits).abs().max() <= 1e-4
+        assert (decoded.iou[:, masks] - iou).abs().max() <= 1e-4
+        assert logits.std() > 1e-2, "logits so alike would hide a difference"
+    assert all(torch.equal(value, before[name]) for name, value in decoder.state_dict().items())
+
+
+@torch.no_grad()
+def test_the_trained_decoder_on_scenes():
+    """Trained weights have logits of up to 45, where float32 itself is good to about 5e-5."""
+    sam = load_sam("tiny", device="cpu")
+    for image in render([10_020, 10_021], 256).images.permute(0, 2, 3, 1).numpy():
+        encoded = encode(sam, image)
+        points = (torch.rand(12, 1, 2) * 256, torch.ones(12, 1))
+        sparse, dense = sam.prompt_encoder(points=points, boxes=None, masks=None)
+        logits, iou = sam.mask_decoder.predict_masks(encoded.embedding, encoded.image_pe, sparse, dense)
+        decoded = image_decoder(sam.prompt_encoder, sam.mask_decoder, encoded.embedding).decode(sparse)
+        assert (decoded.draw(torch.ones_like(iou, dtype=torch.bool)).view_as(logits) - logits).abs().max() <= 1e-4
+        assert (decoded.iou - iou).abs().max() <= 1e-4
+
+
+@torch.no_grad()
+def test_only_the_marked_masks_are_drawn_prompt_by_prompt():
+    encoder, decoder = modules(128, 16)
+    embedding = torch.randn(1, 128, 16, 16)
+    sparse, dense = encoder(**prompts("one point", 4, 128))
+    logits, _ = decoder.predict_masks(embedding, encoder.get_dense_pe(), sparse, dense)
+    decoded = image_decoder(encoder, decoder, embedding).decode(sparse)
+    wanted = torch.tensor([[0, 1, 0, 1], [0, 0, 0, 0], [1, 1, 1, 1], [0, 0, 1, 0]], dtype=torch.bool)
+    assert (decoded.draw(wanted) - logits[wanted]).abs().max() <= 1e-4
+    assert decoded.draw(torch.zeros_like(wanted)).shape == (0, 64, 64)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("used", [(16, 16), (11, 16), (16, 5), (3, 1)])
+def test_logits_beyond_what_is_used_are_zero(used):
+    encoder, decoder = modules(128, 16)
+    embedding = torch.randn(1, 128, 16, 16)
+    sparse, dense = encoder(**prompts("one point", 2, 128))
+    logits, iou = decoder.predict_masks(embedding, encoder.get_dense_pe(), sparse, dense)
+    every = torch.ones_like(iou, dtype=torch.bool)
+    drawn = image_decoder(encoder, decoder, embedding, used=used).decode(sparse).draw(every).view_as(logits)
+    rows, columns = 4 * used[0], 4 * used[1]
+    expected = torch.zeros_like(logits)
+    expected[..., :rows, :columns] = logits[..., :rows, :columns]
+    assert (drawn - expected).abs().max() <= 1e-4
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["one point", "boxes"])
+def test_mask_prompts(kind):
+    encoder, decoder = modules(128, 16)
+    embedding = torch.randn(1, 128, 16, 16)
+    sparse, dense = encoder(**{**prompts(kind, 3, 128), "masks": torch.randn(3, 1, 64, 64)})
+    logits, iou = decoder.predict_masks(embedding, encoder.get_dense_pe(), sparse, dense)
+    decoded = image_decoder(encoder, decoder, embedding).decode(sparse, dense)
+    assert (decoded.draw(torch.ones_like(iou, dtype=torch.bool)).view_as(logits) - logits).abs().max() <= 1e-4
+    assert (decoded.iou - iou).abs().max() <= 1e-4
+    plain = image_decoder(encoder, decoder, embedding).decode(sparse)
+    assert (plain.iou - decoded.iou).abs().max() > 1e-3, "the masks should count"
+
+
+def unknown_decoders() -> dict[str, MaskDecoder]:
+    class Other(MaskDecoder):
+        pass
+
+    def made(kind=MaskDecoder, depth=2) -> MaskDecoder:
+        transformer = TwoWayTransformer(depth=depth, embedding_dim=64, mlp_dim=128, num_heads=8)
+        return kind(num_multimask_outputs=3, transformer=transformer, transformer_dim=64).eval()
+
+    wide = made()
+    wide.output_upscaling[0] = torch.nn.ConvTranspose2d(64, 16, 4, 2, 1)
+    return {"Other": made(Other), "two layers": made(depth=3), "upscaling": wide}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("why", ["Other", "two layers", "upscaling"])
+def test_an_unknown_decoder_is_run_as_it_is_with_a_warning(why):
+    encoder, _ = modules(64, 8)
+    decoder = unknown_decoders()[why]
+    embedding = torch.randn(1, 64, 8, 8)
+    for mask in (None, torch.randn(3, 1, 32, 32)):
+        sparse, dense = encoder(**{**prompts("one point", 3, 64), "masks": mask})
+        logits, iou = decoder.predict_masks(embedding, encoder.get_dense_pe(), sparse, dense)
+        with pytest.warns(UserWarning, match=f"run as it is.*{why}"):
+            chosen = image_decoder(encoder, decoder, embedding)
+        decoded = chosen.decode(sparse, None if mask is None else dense)
+        assert torch.allclose(decoded.iou, iou, atol=1e-5)
+        assert torch.allclose(decoded.draw(torch.ones_like(iou, dtype=torch.bool)).view_as(logits), logits, atol=1e-5)
+
+
+@torch.no_grad()
+def test_bf16_is_near_and_not_the_same():
+    encoder, decoder = modules(128, 16)
+    embedding = torch.randn(1, 128, 16, 16)
+    sparse, _ = encoder(**prompts("one point", 3, 128))
+    exact = image_decoder(encoder, decoder, embedding).decode(sparse)
+    rounded = image_decoder(encoder, decoder, embedding, precision="bf16").decode(sparse)
+    every = torch.ones_like(exact.iou, dtype=torch.bool)
+    a, b = exact.draw(every), rounded.draw(every)
+    assert b.dtype == rounded.iou.dtype == torch.float32
+    assert 1e-5 < (a - b).abs().mean() < 0.1 * a.std()
+
+
+def test_wrong_precision_is_refused():
+    encoder, decoder = modules(128, 8)
+    with pytest.raises(ValueError, match="float32, bf16"):
+        image_decoder(encoder, decoder, torch.randn(1, 128, 8, 8), precision="fp8")
+
+
+def test_the_zoo_is_known():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for width, side in ((128, 32), (256, 64)):
+            assert misfit(modules(width, side)[1]) == ""

@@ -1,0 +1,278 @@
+"""COCO, LVIS and SA-1B in small files of the formats in which they are published."""
+
+from __future__ import annotations
+
+import io
+import json
+import random
+import shutil
+import tarfile
+import tracemalloc
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from pycocotools import mask as coco_mask
+from pycocotools.coco import COCO
+
+from aopsam_lab.data import open_dataset
+from aopsam_lab.data.annotations import packed, truths
+from aopsam_lab.data.coco import Coco, Lvis
+from aopsam_lab.data.sa1b import Sa1b
+from aopsam_lab.data.sample import Sample
+
+HEIGHT, WIDTH = 30, 40
+TRIANGLE = [[5.0, 5.0, 25.0, 8.0, 12.0, 27.0]]
+
+
+def picture(path, seed=0):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8)).save(path)
+
+
+def rle(mask) -> dict:
+    encoded = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))
+    return {"size": encoded["size"], "counts": encoded["counts"].decode()}
+
+
+def blob(row, column, side=6):
+    mask = np.zeros((HEIGHT, WIDTH), bool)
+    mask[row : row + side, column : column + side] = True
+    return mask
+
+
+def coco_json(path, images, annotations):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    size = {"height": HEIGHT, "width": WIDTH}
+    content = {
+        "info": {},
+        "images": [{"id": i, **size, **names} for i, names in enumerate(images)],
+        "annotations": [{"id": n, "category_id": 1, **entry} for n, entry in enumerate(annotations)],
+        "categories": [{"id": 1, "name": "thing"}],
+    }
+    path.write_text(json.dumps(content))
+    return path
+
+
+@pytest.fixture
+def coco(tmp_path):
+    """The published layout, its validation split with every kind of annotation."""
+    for i in range(4):
+        picture(tmp_path / "val2017" / f"{i:012}.jpg", i)
+    crowd = {"size": [HEIGHT, WIDTH], "counts": [100, 50, HEIGHT * WIDTH - 150]}
+    annotations = [
+        {"image_id": 0, "segmentation": TRIANGLE, "iscrowd": 0},
+        {"image_id": 0, "segmentation": crowd, "iscrowd": 1},
+        {"image_id": 1, "segmentation": crowd, "iscrowd": 0},  # a list of counts
+        {"image_id": 1, "segmentation": rle(blob(3, 4)), "iscrowd": 0},  # a string
+        {"image_id": 2, "segmentation": [[1.0, 1.0, 9.0, 9.0]], "iscrowd": 0},  # two points
+        {"image_id": 9, "segmentation": TRIANGLE, "iscrowd": 0},  # of a picture that is not there
+    ]
+    names = [{"file_name": f"{i:012}.jpg"} for i in range(4)] + [{"file_name": f"{8:012}.jpg"}]
+    coco_json(tmp_path / "annotations" / "instances_val2017.json", names, annotations)
+    return tmp_path
+
+
+def test_coco_as_it_is_published(coco):
+    dataset = open_dataset(f"coco:{coco}")
+    assert isinstance(dataset, Coco) and dataset.name == "coco-val2017" and len(dataset) == 4
+    counts = dataset.describe()
+    assert counts["missing_images"] == 1 and counts["images_without_masks"] == 2
+    assert (counts["masks"], counts["crowd_regions"], counts["degenerate_polygons"]) == (3, 1, 1)
+    samples = {sample.id: sample for sample in map(dataset.__getitem__, range(4))}
+    assert samples[f"{1:012}.jpg"].masks.sum() == 50 + 36
+    assert samples[f"{3:012}.jpg"].masks.shape == (0, HEIGHT, WIDTH)
+
+
+def test_another_split_by_its_file(coco):
+    file = coco / "annotations" / "instances_train2017.json"
+    shutil.copy(file.with_name("instances_val2017.json"), file)
+    with pytest.raises(FileNotFoundError, match="train2017"):
+        Coco(file)
+    shutil.copytree(coco / "val2017", coco / "images" / "train2017")
+    dataset = Coco(file)
+    assert dataset.name == "coco-train2017" and len(dataset) == 4
+    with pytest.raises(FileNotFoundError, match="no instances_val2017.json in .* Give coco:"):
+        Coco(coco / "val2017")
+
+
+def test_lvis_takes_its_pictures_from_both_folders_of_coco(tmp_path):
+    names = ["train2017/000000000001.jpg", "val2017/000000000001.jpg", "val2017/000000000002.jpg"]
+    for i, name in enumerate(names[:2]):
+        picture(tmp_path / "coco" / name, i)
+    images = [{"coco_url": f"http://images.cocodataset.org/{name}"} for name in names]
+    annotations = [{"image_id": i, "segmentation": TRIANGLE} for i in range(3)]
+    file = coco_json(tmp_path / "lvis_v1_val.json", images, annotations)
+    dataset = open_dataset(f"lvis:{tmp_path}")
+    assert isinstance(dataset, Lvis) and dataset.name == "lvis-v1-val"
+    assert sorted(dataset.ids) == names[:2] and dataset.describe()["missing_images"] == 1
+    assert not np.array_equal(dataset[0].image, dataset[1].image), "two pictures of one name"
+    shutil.move(file, tmp_path / "coco" / "annotations.json")
+    assert Lvis(tmp_path / "coco" / "annotations.json").ids == dataset.ids
+    shutil.rmtree(tmp_path / "coco" / "train2017")
+    shutil.rmtree(tmp_path / "coco" / "val2017")
+    with pytest.raises(FileNotFoundError, match="pictures of .* are in none of"):
+        Lvis(tmp_path / "coco" / "annotations.json")
+
+
+def polygons():
+    coordinate = st.floats(-5, 45, allow_nan=False).map(lambda x: round(x, 2))
+    return st.lists(st.lists(coordinate, min_size=6, max_size=12).map(lambda p: p[: len(p) // 2 * 2]), max_size=3)
+
+
+@given(st.lists(polygons(), max_size=3))
+@settings(max_examples=60, deadline=None)
+def test_masks_are_those_of_pycocotools(segmentations):
+    annotations = [{"id": i, "image_id": 0, "segmentation": s, "area": 1} for i, s in enumerate(segmentations)]
+    oracle = COCO()
+    oracle.dataset = {"images": [{"id": 0, "height": HEIGHT, "width": WIDTH}], "annotations": annotations}
+    oracle.createIndex()
+    expected = [oracle.annToMask(annotation).astype(bool) for annotation in annotations if annotation["segmentation"]]
+    rles, _ = truths(map(packed, annotations), HEIGHT, WIDTH, "here", Counter())
+    found = Sample("", np.zeros((HEIGHT, WIDTH, 3), np.uint8), rles=rles).masks
+    expected = [mask for mask in expected if mask.any()]
+    assert len(found) == len(expected) and all(np.array_equal(a, b) for a, b in zip(found, expected))
+
+
+def test_what_is_no_number_is_no_polygon():
+    segmentation = [["a"] * 6, TRIANGLE[0], 3, {"x": 1}]
+    left_out = Counter()
+    rles, points = truths([packed({"segmentation": segmentation})], HEIGHT, WIDTH, "here", left_out)
+    assert len(rles) == 1 and points is None and left_out["degenerate_polygons"] == 3
+
+
+def sa1b_json(name, masks, **changes) -> bytes:
+    content = {
+        "image": {"image_id": 1, "width": WIDTH, "height": HEIGHT, "file_name": f"{name}.jpg", **changes},
+        "annotations": [
+            {
+                "id": i,
+                "bbox": [0, 0, 1, 1],
+                "area": int(mask.sum()),
+                "segmentation": rle(mask),
+                "predicted_iou": 0.9,
+                "point_coords": [[float(np.nonzero(mask)[1][0]) + 0.5, float(np.nonzero(mask)[0][0]) + 0.5]],
+                "crop_box": [0, 0, WIDTH, HEIGHT],
+                "stability_score": 0.95,
+            }
+            for i, mask in enumerate(masks)
+        ],
+    }
+    return json.dumps(content).encode()
+
+
+def sa1b_files(names):
+    """Pictures and JSON by file name, as in a shard."""
+    files = {}
+    for n, name in enumerate(names):
+        buffer = io.BytesIO()
+        pixels = np.random.default_rng(n).integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(buffer, "jpeg")
+        files[f"{name}.jpg"] = buffer.getvalue()
+        files[f"{name}.json"] = sa1b_json(name, [blob(n, n), blob(10, 20)])
+    return files
+
+
+def write_folder(folder, files):
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, data in files.items():
+        (folder / name).write_bytes(data)
+
+
+def write_shard(path, files):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as archive:
+        for name, data in files.items():
+            member = tarfile.TarInfo(f"./{name}")  # as in the published shards
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+    return path
+
+
+NAMES = [f"sa_{i}" for i in range(1, 8)]
+
+
+def test_sa1b_is_the_same_packed_and_unpacked(tmp_path):
+    files = sa1b_files(NAMES)
+    write_folder(tmp_path / "plain" / "deep", files)
+    half = len(files) // 2
+    shuffled = list(files.items())
+    random.Random(0).shuffle(shuffled)
+    write_shard(tmp_path / "packed" / "sa_000000.tar", dict(shuffled[:half]))
+    write_shard(tmp_path / "packed" / "sa_000001.tar", dict(shuffled[half:]))
+    plain, tar = open_dataset(f"sa1b:{tmp_path / 'plain'}", 5, seed=3), Sa1b(tmp_path / "packed", 5, seed=3)
+    assert plain.ids == tar.ids and len(set(plain.ids)) == 5 and plain.fingerprint == tar.fingerprint
+    assert Sa1b(tmp_path / "plain", 3, seed=3).ids == plain.ids[:3]
+    assert Sa1b(tmp_path / "plain", 5, seed=4).ids != plain.ids
+    for i in range(5):
+        a, b = plain[i], tar[i]
+        assert np.array_equal(a.image, b.image) and np.array_equal(a.masks, b.masks)
+        n = NAMES.index(a.id)
+        assert np.array_equal(a.masks, [blob(n, n), blob(10, 20)])
+        assert a.points.tolist() == [[n + 0.5, n + 0.5], [20.5, 10.5]]
+
+
+def test_what_is_missing_in_sa1b_is_counted(tmp_path):
+    files = sa1b_files(NAMES)
+    del files["sa_1.json"], files["sa_2.jpg"]
+    files["readme.txt"] = b"other files are passed over"
+    files["sa_3.json"] = sa1b_json("sa_3", [])
+    write_shard(tmp_path / "sa_000000.tar", files)
+    write_folder(tmp_path, {name: files[name] for name in ("sa_5.jpg", "sa_5.json")})
+    dataset = Sa1b(tmp_path)
+    assert sorted(dataset.ids) == NAMES[2:]
+    counts = dataset.describe()
+    assert (counts["missing_images"], counts["missing_annotation_files"], counts["duplicate_images"]) == (1, 1, 1)
+    assert counts["images_without_masks"] == 1 and counts["masks"] == 8 and counts["images_available"] == 5
+    empty = dataset[dataset.ids.index("sa_3")]
+    assert empty.masks.shape == (0, HEIGHT, WIDTH) and empty.points is None
+
+
+def test_bad_files_of_sa1b_say_what_is_wrong(tmp_path):
+    files = sa1b_files(NAMES[:1])
+    shard = write_shard(tmp_path / "a" / "sa_000000.tar", files)
+    shard.write_bytes(shard.read_bytes()[:1500])
+    with pytest.raises(ValueError, match="sa_000000.tar is not a whole, uncompressed tar"):
+        Sa1b(shard)
+    with pytest.raises(FileNotFoundError, match="no sa_.*jpg"):
+        Sa1b(tmp_path / "nowhere")
+    for name, data, message in [
+        ("sa_1.json", b"{}", "is not SA-1B's"),
+        ("sa_1.json", sa1b_json("sa_1", [blob(0, 0)], width=WIDTH + 1), "its JSON says 41 x 30"),
+        ("sa_1.jpg", b"no picture", "cannot be read as an image"),
+        ("sa_1.jpg", files["sa_1.jpg"][:-60], "is damaged"),
+    ]:
+        write_folder(tmp_path / "b", {**files, name: data})
+        with pytest.raises(ValueError, match=message):
+            Sa1b(tmp_path / "b")[0]
+
+
+def test_streaming_keeps_nothing(tmp_path, coco):
+    write_shard(tmp_path / "sa" / "sa_000000.tar", sa1b_files(NAMES))
+    for dataset in (Sa1b(tmp_path / "sa"), Coco(coco)):
+        for i in range(len(dataset)):
+            assert dataset[i].masks is not None
+        tracemalloc.start()
+        for i in [*range(len(dataset))] * 5:
+            assert dataset[i].masks is not None
+        grown = tracemalloc.get_traced_memory()[0]
+        tracemalloc.stop()
+        assert grown < 20_000, "one picture alone has 3,600 bytes, its masks more"
+
+
+def test_a_name_without_its_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="lvis needs the folder it lies in: lvis:PATH"):
+        open_dataset("lvis")
+
+
+def test_a_sample_has_both_forms_of_its_masks():
+    masks = np.stack([blob(0, 0), blob(4, 9)])
+    image = np.zeros((HEIGHT, WIDTH, 3), np.uint8)
+    given_rles = Sample("a", image, rles=Sample("a", image, masks).rles)
+    assert np.array_equal(given_rles.masks, masks)
+    with pytest.raises(ValueError, match="needs its masks"):
+        Sample("a", image)

@@ -1,0 +1,72 @@
+"""Measures of the models themselves, on masks and points that can be counted by hand."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from aopsam_lab.clicks import next_click
+from aopsam_lab.data import open_dataset
+from aopsam_lab.decoding import encode
+from aopsam_lab.study import models, quality
+from aopsam_lab.study.figures import png
+
+
+def test_next_click_goes_to_the_deeper_error():
+    truth, found = np.zeros((20, 20), bool), np.zeros((20, 20), bool)
+    truth[2:9, 2:9] = True
+    found[2:9, 2:5] = True  # 7 x 4 are missing
+    found[12:15, 12:15] = True  # 3 x 3 are too much
+    x, y, label = next_click(found, truth)
+    assert label == 1 and truth[int(y), int(x)] and not found[int(y), int(x)]
+    found[10:19, 10:19] = True
+    x, y, label = next_click(found, truth)
+    assert label == 0 and found[int(y), int(x)] and not truth[int(y), int(x)]
+    x, y, label = next_click(truth, truth)
+    assert label == 1 and truth[int(y), int(x)]
+
+
+def test_hits_and_recall_by_size():
+    truths = np.zeros((3, 10, 10), bool)
+    truths[0, 0, 0] = truths[1, 5:, 5:] = truths[2, 9, :] = True
+    assert quality.hit(truths, np.array([[0.9, 0.2], [7.5, 7.5]])).tolist() == [True, True, False]
+    assert quality.hit(truths, np.zeros((0, 2))).tolist() == [False] * 3
+    table = pd.DataFrame({"area": [0.01, 0.25, 0.1], "image": "a", "grid_8": [True, True, False]})
+    by_size = quality.recall_by_size(table)
+    assert by_size.loc["above 5%", ["grid_8", "n"]].tolist() == [0.5, 2]
+    assert by_size.loc["0.2% to 1%", "grid_8"] == 1
+
+
+def test_calibration_by_hand():
+    pairs = np.array([[0.05, 0.1], [0.06, 0.3], [1.0, 0.9]])
+    steps = quality.calibration(pairs)
+    assert steps["n"].tolist() == [2, 1] and steps["true"].tolist() == pytest.approx([0.2, 0.9])
+
+
+def test_prompts_decode_as_the_stock_predictor_does(sam):
+    from segment_anything import SamPredictor
+
+    sample = open_dataset("scenes", 1)[0]
+    stock = SamPredictor(sam)
+    stock.set_image(sample.image)
+    points, labels = np.array([[[200.0, 150.0], [40.0, 300.0]]]), np.array([[1, 0]])
+    found, iou = quality.decode_prompts(sam, encode(sam, sample.image), points, labels, None, slice(0, 1))
+    masks, scores, _ = stock.predict(points[0], labels[0], multimask_output=False)
+    assert (found[0] != masks).mean() < 1e-3 and iou[0] == pytest.approx(scores, abs=1e-4)
+    box = np.array([[100.0, 80.0, 300.0, 260.0]])
+    found, iou = quality.decode_prompts(sam, encode(sam, sample.image), None, None, box, slice(0, 1))
+    masks, scores, _ = stock.predict(box=box[0], multimask_output=False)
+    assert (found[0] != masks).mean() < 1e-3 and iou[0] == pytest.approx(scores, abs=1e-4)
+
+
+def test_every_truth_of_a_scene_is_prompted(sam):
+    torch.manual_seed(0)
+    sample = open_dataset("scenes", 1)[0]
+    table, pairs = quality.prompted_truths(sam, sample, clicks=2)
+    assert len(table) == len(sample.masks) and pairs.shape == (len(table), 3, 2)
+    assert table[["box", "click_1", "click_2"]].stack().between(0, 1).all()
+    assert np.allclose(table["click_1"], pairs[..., 1].max(1))
+
+
+def test_learning_curves_are_read_from_the_cards():
+    assert png(models.learning_curves()).startswith(b"\x89PNG")

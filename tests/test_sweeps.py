@@ -1,0 +1,302 @@
+"""The ablation and the sweeps: which settings share what, what their tables say, what survives a kill."""
+
+from __future__ import annotations
+
+import json
+
+import nbformat
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from aopsam_lab import decode_cache
+from aopsam_lab.asf import AsfParams
+from aopsam_lab.study import PACKAGE_ROOT, figures, page, paper, runner, sweeps, tables
+from aopsam_lab.study.report import run_report
+from aopsam_lab.study.runner import STORE_NAME, TIMES, run_study
+from aopsam_lab.study.sweep_figures import joint_figure, sweep_figure
+from aopsam_lab.study.sweeps import GRIDS, run_ablation, run_sweeps
+
+# Random weights give a map of about one value everywhere: a wide spacing keeps the prompts few.
+FEW = {"confidence": 0.0, "spacing": 60.0}
+SMALL = {"spacing": (40.0, 60.0), "elimination": (1.0, 1.3)}
+QUICK = {**FEW, "grids": SMALL, "budgets": (3,), "timed_images": 1, "memory": False, "progress": False}
+
+
+@pytest.fixture
+def sweep(weights, folder, tmp_path):
+    def run(**changes):
+        return run_sweeps(**{"dataset": folder, "n_images": 2, "out": tmp_path / "out", **QUICK, **weights, **changes})
+
+    return run
+
+
+# --- running --------------------------------------------------------------------------------------------------------
+
+
+def test_shared_scores_are_those_of_each_setting_alone(sweep, weights, folder, tmp_path):
+    shared = sweep().study.per_image.set_index(["method", "image"])
+    counts = ["n_truth", "n_masks", "n_sampled", "n_decoded", "n_eliminated"]
+    for name, change in {"default": {}, "spacing 40": {"spacing": 40.0}, "elimination 1": {"elimination": 1.0}}.items():
+        arguments = {"methods": ["aop"], "dataset": folder, "n_images": 2, "out": tmp_path / "alone", **FEW, **weights}
+        alone = run_study(**{**arguments, **change, "memory": False, "progress": False}).per_image.set_index("image")
+        assert (alone[counts] == shared.loc[name][counts]).all(axis=None)
+        np.testing.assert_allclose(alone["miou"], shared.loc[name]["miou"], atol=1e-3)
+
+
+def test_times_come_only_from_runs_without_sharing(sweep, monkeypatch):
+    real, runs = runner.run_method, []
+
+    def recording(sam, encoded, method, **arguments):
+        runs.append((type(arguments.get("decode")).__name__, type(arguments["predictor"]).__name__))
+        return real(sam, encoded, method, **arguments)
+
+    monkeypatch.setattr(runner, "run_method", recording)
+    result = sweep()
+    own = result.study.per_image
+    unlimited = ~own["method"].str.contains("at most")
+    first = own["image"] == own["image"].iloc[0]
+    assert own.loc[unlimited & first, list(TIMES)].notna().all(axis=None)
+    assert own.loc[~(unlimited & first), list(TIMES)].isna().all(axis=None)
+    alone = [run for run in runs if run == ("NoneType", "PromptPredictor")]
+    assert len(alone) == 3 + 1  # three different settings, and one run to warm up
+    assert all(run == ("DecodeCache", "PcmCache") for run in runs if run not in alone)
+    assert "on the first 1 of these images" in page.what_was_run(result.study.provenance)
+
+
+def test_equal_settings_are_run_once_and_points_decoded_once(sweep, monkeypatch):
+    caches = []
+
+    class Watched(decode_cache.DecodeCache):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            caches.append(self)
+
+    monkeypatch.setattr(runner, "DecodeCache", Watched)
+    result = sweep(timed_images=0)
+    assert len(caches) == 2 and all(cache.n_served > cache.n_decoded for cache in caches)  # one cache an image
+    own = result.study.per_image
+    assert own["method"].nunique() == 5 + 3  # labels; of five settings three differ, each held to one budget
+    assert result.study.n_scored == 2 * (3 + 3)
+    for equal in ("spacing 60", "elimination 1.3"):
+        columns = ["image", "miou", "n_masks", "n_decoded"]
+        pair = [own.loc[own["method"] == name, columns].reset_index(drop=True) for name in ("default", equal)]
+        pd.testing.assert_frame_equal(*pair)
+
+
+def test_a_budget_holds_on_every_image(sweep):
+    result = sweep(budgets=(1, 4), timed_images=0)
+    limited = result.study.per_image[result.study.per_image["method"].str.contains("at most")]
+    most = limited["method"].str.extract(r"at most (\d+)")[0].astype(int)
+    assert (limited["n_decoded"] <= most).all() and limited["n_decoded"].gt(0).all()
+    assert result.budgets["budget"].tolist() == [1, 4]
+    assert (result.budgets["n_decoded_max"] <= result.budgets["budget"]).all()
+
+
+def test_what_is_scored_is_not_scored_again(sweep):
+    first, second = sweep(), sweep()
+    assert second.study.n_scored == 0 and second.study.n_reused == first.study.n_scored > 0
+    pd.testing.assert_frame_equal(first.table, second.table)
+    assert sweep(grids={**SMALL, "smoothing": (1.0,)}, budgets=()).study.n_scored == 3  # two images, one of them timed
+
+
+def test_other_weights_or_a_shared_row_never_stand_for_a_timed_one(sweep, other_weights, tmp_path):
+    sweep(grids={}, budgets=(), timed_images=0)
+    assert sweep(grids={}, budgets=(), timed_images=2).study.n_scored == 2
+    assert sweep(grids={}, budgets=(), timed_images=0, predictor=other_weights["predictor"]).study.n_scored == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"), [({"grids": {"size": (1,)}}, "no knob 'size'"), ({"budgets": (0,)}, "budget")]
+)
+def test_bad_arguments(sweep, changes, message):
+    with pytest.raises(ValueError, match=message):
+        sweep(**changes)
+
+
+def test_kill_9_and_the_same_table_as_uninterrupted(weights, folder, tmp_path, kill_after, stored_rows):
+    """A real process, killed after some images; a second one completes it, and no row is lost or scored twice."""
+    arguments = {"dataset": str(folder), "n_images": 10, **QUICK, "timed_images": 0, **weights}
+    out = tmp_path / "killed"
+    code = f"from aopsam_lab.study.sweeps import run_sweeps; run_sweeps(**{ {**arguments, 'out': str(out)}!r})"
+    before = kill_after(code, out / STORE_NAME, rows=12)
+    assert 12 <= len(before) < 60 and len(before) % 6 == 0  # whole images: six different settings each
+    resumed = run_sweeps(**arguments, out=out)
+    assert resumed.study.n_reused == len(before) and before.items() <= stored_rows(out / STORE_NAME).items()
+    whole = run_sweeps(**arguments, out=tmp_path / "whole")
+    for name in ("table", "trends", "budgets"):
+        pd.testing.assert_frame_equal(getattr(resumed, name), getattr(whole, name))
+
+
+def test_the_ablation_has_a_row_a_method_and_its_difference_to_aop(weights, folder, tmp_path):
+    result = run_ablation(
+        dataset=folder, n_images=2, timed_images=1, out=tmp_path, **FEW, **weights, memory=False, progress=False
+    )
+    assert result.summary["method"].tolist() == list(sweeps.ABLATION)
+    assert result.differences["method"].tolist() == ["aop_no_as_af", "aop_no_af", "aop_gated"]
+    assert result.summary["mask_lat_s"].gt(0).all() and result.differences["total_ratio"].notna().all()
+
+
+# --- tables ---------------------------------------------------------------------------------------------------------
+
+
+def rows_along(knob: str, values: dict[float, list[float]], **columns) -> pd.DataFrame:
+    """per_image rows: at each value of the knob the mIoU of each image."""
+    return tables.per_image_table(
+        [
+            {"image": f"i{i}", "method": sweeps.label(knob, value), "miou": miou, "miou_best": miou, "n_truth": 1,
+             "n_masks": 10 * value, "n_sampled": 10, "n_decoded": 5, "n_eliminated": 0, **columns}
+            for value, mious in values.items()
+            for i, miou in enumerate(mious)
+        ]
+    )  # fmt: skip
+
+
+def test_trends_by_hand():
+    falling = {1.0: [0.9, 0.5, 0.6], 2.0: [0.8, 0.4, 0.5], 4.0: [0.6, 0.2, 0.3]}  # 0.1 less a unit on every image
+    trends = sweeps.trend_table(rows_along("smoothing", falling), {"smoothing": (1.0, 2.0, 4.0)}).set_index("column")
+    assert trends.loc["miou", ["change", "change_lo", "change_hi"]].tolist() == pytest.approx([-0.3] * 3)
+    assert trends["trend"].to_dict() == {
+        "miou": "falls", "n_masks": "rises", "n_decoded": "undecided", "inf_lat_s": "undecided",
+        "mask_lat_s": "undecided", "elim_ratio": "undecided",
+    }  # fmt: skip
+    assert trends.loc["n_masks", "change"] == pytest.approx(30) and trends.loc["mask_lat_s", "n_images"] == 0
+    mixed = {1.0: [0.9, 0.5, 0.6, 0.2], 2.0: [0.8, 0.6, 0.7, 0.1]}
+    undecided = sweeps.trend_table(rows_along("smoothing", mixed), {"smoothing": (1.0, 2.0)}).iloc[0]
+    assert undecided["trend"] == "undecided" and undecided["change_lo"] < 0 < undecided["change_hi"]
+
+
+def test_sentences_say_where_the_paper_agrees_and_where_it_is_not_known():
+    own = rows_along("elimination", {1.25: [0.5, 0.6], 1.4: [0.4, 0.5]})
+    own["elim_ratio"] = own["method"].map({"elimination 1.25": 0.2, "elimination 1.4": 0.1})
+    (sentence,) = sweeps.trend_sentences(sweeps.trend_table(own, {"elimination": (1.25, 1.4)}))
+    assert "mIoU falls (-10.0 points [-10.0, -10.0])" in sentence
+    assert "the eliminated share falls (-10.0 points [-10.0, -10.0]), as in the paper" in sentence
+    assert "the paper's mIoU" in sentence and "is not known here" in sentence
+    own["elim_ratio"] = 0.3 - own["elim_ratio"]
+    (sentence,) = sweeps.trend_sentences(sweeps.trend_table(own, {"elimination": (1.25, 1.4)}))
+    assert "rises (+10.0 points [+10.0, +10.0]); in the paper it falls" in sentence
+
+
+@given(
+    st.lists(st.floats(-5, 5), min_size=2, max_size=6, unique=True).filter(lambda x: max(x) - min(x) > 0.1),
+    st.floats(-3, 3),
+    st.floats(-3, 3),
+)
+def test_a_line_is_found_again(x, slope, offset):
+    x = np.array(sorted(x))
+    change = sweeps.line_change(x, (slope * x + offset)[None])
+    assert change[0] == pytest.approx(slope * (x[-1] - x[0]), abs=1e-6)
+
+
+@given(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), min_size=1, max_size=12))
+def test_the_front_is_what_nothing_beats(points):
+    cost, gain = np.array(points, dtype=float).T
+    front = sweeps.pareto_front(cost, gain)
+    assert front.any()
+    for i, (c, g) in enumerate(points):
+        beaten = any(other[0] <= c and other[1] >= g and other != (c, g) for other in points)
+        assert front[i] == (not beaten)
+
+
+def test_the_best_setting_of_a_budget_by_hand():
+    settings = sweeps.limited_settings(
+        sweeps.sweep_settings({"spacing": (5.0, 6.0)}, AsfParams()), budgets=[50]
+    )  # the default is spacing 6
+    assert [setting.label for setting in settings] == ["default, at most 50", "spacing 5, at most 50"]
+    rows = []
+    for setting, mious in zip(settings, ([0.5, 0.3, None], [0.6, 0.4, None])):
+        for i, miou in enumerate(mious):
+            row = {"image": f"i{i}", "method": setting.label, "miou": miou, "miou_best": miou}
+            rows.append({**row, "n_truth": int(miou is not None), "n_masks": 1, "n_sampled": 80, "n_decoded": 40 + i, "n_eliminated": 0})
+    (best,) = sweeps.budget_table(tables.per_image_table(rows), settings).to_dict("records")
+    assert (best["budget"], best["spacing"], best["n_decoded"], best["n_decoded_max"]) == (50, 5.0, 41, 42)
+    assert (best["miou"], best["miou_diff"]) == pytest.approx((0.5, 0.1))
+    (shown,) = sweeps.budgets_for_people(pd.DataFrame([best])).to_dict("records")
+    knobs = "smoothing=2, confidence=0.2, spacing=5, elimination=1.3"
+    assert shown["Call"] == f"aop.segment(image, max_prompts=50, params=aop.AsfParams({knobs}))"
+    assert shown["Δ to the default"] == "+10.0 [+10.0, +10.0]"
+
+
+def test_paper_trends_all_have_a_source():
+    known = paper.paper_trends()
+    assert set(known["knob"]) <= set(GRIDS) and set(known["column"]) <= set(sweeps.TREND_OF)
+    assert set(known["trend"]) <= {sweeps.RISES, sweeps.FALLS} and (known["source"] != "").all()
+
+
+# --- figures and reports ---------------------------------------------------------------------------------------------
+
+
+def made_up_table() -> pd.DataFrame:
+    rows = []
+    for knob, values in GRIDS.items():
+        for i, value in enumerate(values):
+            default = getattr(AsfParams(), knob) == value
+            row = dict.fromkeys(sweeps.SWEEP_COLUMNS, 0.2 if default else 0.1 * (i + 1) + 0.01 * len(rows))
+            rows.append({**row, "knob": knob, "value": value, "is_default": default})
+    return pd.DataFrame(rows)
+
+
+def test_figures_of_the_sweeps():
+    table = made_up_table()
+    figure = sweep_figure(table)
+    assert [axes.get_title(loc="left") for axes in figure.axes[:4]] == [f"({a}) {k}" for a, k in zip("abcd", GRIDS)]
+    assert "not known here" in figure.legends[0].get_texts()[-1].get_text()
+    assert not any(line.get_linestyle() == "--" for axes in figure.axes for line in axes.lines)
+    for made in (figure, joint_figure(table), joint_figure(table.assign(total_s=np.nan))):
+        assert figures.png(made).startswith(b"\x89PNG")
+    labels = [text.get_text() for text in joint_figure(table).axes[0].texts]
+    assert labels.count("default") == 1
+
+
+def test_a_known_curve_of_the_paper_is_drawn_dashed(monkeypatch, tmp_path):
+    published = paper.paper_figures().iloc[:1]
+    curve = pd.concat([published.assign(row=f"smoothing {v}", metric="#P", value=100.0 - v) for v in (1, 2, 3, 4)])
+    curve.to_csv(tmp_path / "paper.csv", index=False)
+    monkeypatch.setattr(paper, "PAPER_FILE", tmp_path / "paper.csv")
+    assert paper.paper_curve("smoothing", "#P")["value"].tolist() == [99, 98, 97, 96]
+    figure = sweep_figure(made_up_table())
+    assert figure.legends[0].get_texts()[-1].get_text() == "the paper's"
+    dashed = [line for axes in figure.axes for line in axes.lines if line.get_linestyle() == "--"]
+    assert len(dashed) == 1 and dashed[0].get_ydata().tolist() == [99, 98, 97, 96]
+
+
+@pytest.mark.parametrize("name", ["ablation", "parameter_sweeps"])
+def test_the_notebooks_are_thin_and_their_parameters_are_the_defaults(name):
+    import inspect
+
+    notebook = nbformat.read(PACKAGE_ROOT / "notebooks" / f"{name}.ipynb", as_version=4)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert all(len(cell.source.splitlines()) <= 25 for cell in code)
+    (tagged,) = [cell for cell in code if "parameters" in cell.metadata.get("tags", [])]
+    values: dict = {}
+    exec(tagged.source, values)
+    function = run_ablation if name == "ablation" else run_sweeps
+    for parameter in inspect.signature(function).parameters.values():
+        if parameter.name in values:
+            default = parameter.default
+            assert values[parameter.name] == (list(default) if isinstance(default, tuple) else default), parameter.name
+    if name == "parameter_sweeps":
+        assert {knob: tuple(values[f"{knob}s"]) for knob in GRIDS} == GRIDS
+
+
+def test_reports_made_from_another_folder(weights, folder, tmp_path, monkeypatch):
+    """Both notebooks through papermill, and the page that lists them."""
+    monkeypatch.chdir(tmp_path)
+    few = {"dataset": str(folder), "n_images": 2, "timed_images": 1, **FEW, **weights}
+    run_report("ablation", {**few, "methods": ["aop_no_af", "aop"]}, "reports")
+    grids = {"smoothings": [2], "confidences": [0.0], "spacings": [40, 60], "eliminations": [1.3]}
+    index = run_report("parameter_sweeps", {**few, **grids, "budgets": [3]}, "reports").read_text(encoding="utf-8")
+    for file in ("ablation/ablation.csv", "ablation/ablation_differences.csv", "ablation/ablation.png",
+                 "ablation/examples.png", "parameter_sweeps/parameter_sweeps.csv", "parameter_sweeps/trends.csv", "parameter_sweeps/budgets.csv",
+                 "parameter_sweeps/parameter_sweeps.png", "parameter_sweeps/joint.png"):  # fmt: skip
+        assert (tmp_path / "reports" / file).stat().st_size > 50 and file in index, file
+    assert "on the first 1 of these images" in index and "Spacing from 40 to 60" in index
+    facts = json.loads((tmp_path / "reports/parameter_sweeps/provenance.json").read_text())
+    assert facts["parameters"]["budgets"] == [3]
+    table = pd.read_csv(tmp_path / "reports/parameter_sweeps/parameter_sweeps.csv")
+    assert list(table.columns) == list(sweeps.SWEEP_COLUMNS) and table["peak_mem_mb"].gt(0).all()
+    ablation = (tmp_path / "reports/ablation/ablation.html").read_text(encoding="utf-8")
+    assert "AoP-SAM without AF" in ablation
