@@ -14,7 +14,7 @@ from aopsam_lab.asf import AsfParams
 from aopsam_lab.decoding import Encoded, Found, Stopwatch, decode_and_filter, encode, remove_duplicates
 from aopsam_lab.imaging import read_image
 from aopsam_lab.methods import Models, Prompts, Proposal, method_named
-from aopsam_lab.sam.zoo import SamSpec, load_sam, spec_of
+from aopsam_lab.sam.zoo import SamSpec, load_sam, resolve_device, spec_of
 from aopsam_lab.segmentation import Segmentation
 
 if TYPE_CHECKING:
@@ -181,6 +181,7 @@ _LOADED: dict[tuple[str, str, str], object] = {}
 
 
 def _cached(kind: str, load, name: str, device):
+    device = resolve_device(device)  # "auto" and its name are one model
     key = (kind, name, str(device))
     if key not in _LOADED:
         _LOADED[key] = load(name, device=device)

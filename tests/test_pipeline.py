@@ -148,13 +148,17 @@ def test_a_box_is_decoded_to_one_mask(sam, pictures):
     assert (ours.numpy() != masks[0]).mean() < 1e-3
 
 
-def test_segment_takes_any_picture_and_keeps_its_models(predictor, pictures):
+def test_segment_takes_any_picture_and_keeps_its_models(pictures, monkeypatch):
     import aopsam_lab as aop
+
+    monkeypatch.setattr(pipeline, "_LOADED", {})  # other tests load models as well
 
     grey = pictures[1].mean(2).astype(np.uint8)
     result = aop.segment(grey, method="amg_s", device="cpu")
     assert result.image.shape == (*grey.shape, 3)
-    assert aop.segment(grey, method="amg_s", device="cpu").n_decoded == 256
+    assert aop.segment(grey, method="amg_s", device=torch.device("cpu")).n_decoded == 256
+    if not torch.cuda.is_available():
+        assert pipeline.loaded_sam("tiny") is pipeline.loaded_sam("tiny", "cpu")
     assert len([key for key in pipeline._LOADED if key[0] == "sam"]) == 1
 
 
