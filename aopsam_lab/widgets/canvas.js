@@ -45,6 +45,7 @@ class Stage {
       const result = results[i];
       badge.hidden = !result;
       badge.replaceChildren(tag("b", { textContent: result?.title ?? "" }), ` ${result?.badge ?? ""}`);
+      badge.title = result?.setting ?? "";
     });
     this.empty.hidden = this.image !== null;
     this.layout();
@@ -113,7 +114,7 @@ class Stage {
   /** What is shown, as a canvas of the picture's own size. */
   overlay() {
     const step = this.size.width + GAP, canvas = makeCanvas(step * this.panes.length - GAP, this.size.height), ctx = canvas.getContext("2d");
-    const view = { k: 1, x: 0, y: 0, glyph: Math.max(1, Math.max(this.size.width, this.size.height) / 700) };
+    const view = { k: 1, x: 0, y: 0, glyph: Math.max(0.6, Math.max(this.size.width, this.size.height) / 700) };
     this.panes.forEach((p, i) => {
       ctx.setTransform(1, 0, 0, 1, i * step, 0);
       for (const name in LAYERS) this.paint(ctx, p, name, view, this.opacity[name]);
@@ -133,7 +134,7 @@ class Stage {
       const left = i * (width + GAP);
       ctx.setTransform(1, 0, 0, 1, Math.round(left * scale), 0);
       const show = (name) => {
-        ctx.globalAlpha = this.opacity[name];
+        ctx.globalAlpha = this.opacity[name] * (name === "masks" && i === 0 && this.candidates ? 0.3 : 1); // a chosen prompt's stand out
         if (ctx.globalAlpha && this.has(p, name)) ctx.drawImage(this.drawn(p, name), 0, 0);
         ctx.globalAlpha = 1;
       };
@@ -183,6 +184,7 @@ class Stage {
     this.canvas.height = Math.round(this.height * this.scale);
     this.canvas.style.height = `${this.height}px`;
     this.badges[1].style.left = `${this.width + GAP}px`;
+    this.badges.forEach((badge) => { badge.style.maxWidth = `${this.width}px`; });
     if (this.fitted) this.fit();
     this.invalidate();
   }
@@ -224,7 +226,7 @@ class Stage {
     const masks = this.panes.map((q) => [q, q.maskAt(at.x, at.y)]).filter(([, mask]) => mask >= 0);
     return [
       `x ${at.x.toFixed(1)}, y ${at.y.toFixed(1)}`, ...maps.map(([name, value]) => `${name} ${value.toFixed(2)}`),
-      ...masks.map(([q, mask]) => `mask ${mask}: IoU ${q.result.scores[mask].toFixed(2)}, ${q.masks.areas[mask]} px`),
+      ...masks.map(([q, mask]) => `${this.panes.length > 1 ? `${q.result.title}'s ` : ""}mask ${mask}: IoU ${q.result.scores[mask].toFixed(2)}, ${q.masks.areas[mask]} px`),
     ].join(" · ");
   }
   promptNear(at) { return this.opacity.prompts && this.panes.length ? this.panes[0].nearest(at, 9 / this.view.k) : -1; }
@@ -250,12 +252,12 @@ class Side {
     slider.setAttribute("aria-label", `opacity of ${LAYERS[name]}`);
     const check = tag("input", { type: "checkbox", onchange: () => this.toggle(name) });
     const text = tag("span", { textContent: LAYERS[name] }), bar = tag("span", { className: "aop-bar" });
+    const legend = name in TABLE_OF ? tag("span", { className: "aop-legend" }, "0", bar, "1") : "";
     if (name in TABLE_OF) {
       const table = this.stage.tables[TABLE_OF[name]], stops = [0, 51, 102, 153, 204, 255].map((i) => `rgb(${table.subarray(3 * i, 3 * i + 3)})`);
       bar.style.background = `linear-gradient(90deg, ${stops.join()})`;
-      bar.title = "from 0 to 1";
     }
-    const row = tag("div", { className: "aop-layer" }, tag("label", {}, check, text), slider, bar);
+    const row = tag("div", { className: "aop-layer" }, tag("label", {}, check, text), slider, legend);
     this.layers[name] = { slider, check, text, row };
     return row;
   }
