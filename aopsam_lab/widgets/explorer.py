@@ -11,6 +11,7 @@ import asyncio
 import base64
 import io
 import json
+import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -107,6 +108,7 @@ class Explorer(ui.VBox):
         method: str = "aop",
         params: AsfParams = AsfParams(),
         manual: Sequence[Clicks] = (),
+        compare: str = NOTHING,
         shown: Segmentation | None = None,
     ):
         self._sources, self._sam, self._session = list(sources), sam, None
@@ -117,7 +119,7 @@ class Explorer(ui.VBox):
         look = {"tables": packing.colour_tables(), "fates": [[*FATES[status]] for status in FATES]}
         self.canvas = Canvas(look=look, layers=dict(LAYERS))
         self._make_controls(method)
-        super().__init__(children=self._rows(), params=params, method=method)
+        super().__init__(children=self._rows(), params=params, method=method, compare=compare)
         for trait in ("selected", "round", "layers", "message", "manual"):
             traitlets.link((self, trait), (self.canvas, trait))
         self._connect()
@@ -135,7 +137,9 @@ class Explorer(ui.VBox):
         self._picker = ui.Dropdown(options=names, description="Picture", style=narrow)
         self._upload = ui.FileUpload(accept="image/*", multiple=False, description="Your own", tooltip="a picture of your own")
         self._method = ui.Dropdown(options=list(METHODS), description="Method", style=narrow)
-        self._compare = ui.Dropdown(options=[NOTHING, PINNED, *METHODS], description="beside", style=narrow)
+        self._compare = ui.Dropdown(options=[NOTHING, PINNED, *METHODS], description="Beside", style=narrow)
+        for control in (self._picker, self._method, self._compare):
+            control.add_class("aop-choice")
         for control, width in ((self._picker, "230px"), (self._method, "190px"), (self._compare, "220px"), (self._upload, "120px")):
             control.layout.width = width
         self._knobs = {
@@ -146,7 +150,7 @@ class Explorer(ui.VBox):
             for name, (low, high, step, text) in KNOBS.items()
         }  # fmt: skip
         self._play = ui.Play(min=0, max=0, interval=700, show_repeat=False, tooltip="the rounds as a film")
-        self._film = ui.IntSlider(min=0, max=0, description="rounds", style=label, layout=ui.Layout(width="330px"))
+        self._film = ui.IntSlider(min=0, max=0, description="Rounds", style=label, layout=ui.Layout(width="330px"))
         ui.jslink((self.canvas, "round"), (self._film, "value"))  # a new page takes the first one's value for both
         ui.jslink((self._film, "value"), (self._play, "value"))
 
@@ -327,6 +331,7 @@ class Explorer(ui.VBox):
         """Traits and page get what is known of one side."""
         answer = self._answers[side]
         seg = None if answer is None else answer.segmentation
+        self.canvas.call = self._call()
         if side == "right":
             self.compared = seg
             self.canvas.right = {} if answer is None else self._packed(answer, seg)
@@ -339,7 +344,6 @@ class Explorer(ui.VBox):
             self._film.max = self._play.max = rounds
             self.round = rounds if at_end else min(self.round, rounds)
             self.canvas.left, self.canvas.preview = packed, {}
-            self.canvas.call = self._call()
             self.segmentation = seg
             if selected == self.selected:
                 self._selected_changed(None)
@@ -434,13 +438,17 @@ class Explorer(ui.VBox):
         if self.manual:
             clicks = [[(round(x, 1), round(y, 1), label) for x, y, label in clicks] for clicks in self.manual]
             arguments.append(f"manual={clicks}")
+        if self.compare in METHODS:
+            arguments.append(f"compare={self.compare!r}")
         return f"aop.explore({', '.join(arguments)})"
 
     @contextmanager
     def _said_not_raised(self):
         """What goes wrong is said in the message line: a person at the widget never meets a stack trace or a dead panel."""
         try:
-            yield
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `prepared` has a note on large pictures
+                yield
         except Exception as error:
             known = isinstance(error, (ValueError, OSError, ImportError))
             self.message = str(error) if known else f"{type(error).__name__}: {error}"
@@ -474,18 +482,21 @@ def explore(
     method: str = "aop",
     params: AsfParams = AsfParams(),
     manual: Sequence[Clicks] = (),
+    compare: str = NOTHING,
 ) -> Explorer:
     """Open pictures in the explorer; the last line of a notebook's cell.
 
     pictures: an array, a Pillow image, a path, a folder, a COCO-style folder, "scenes", a Sample, a data set, a list of them or
               a dictionary from names to them.
     sam:      a name for `load_sam`, or a ``Sam``. method, params: where to begin. manual: clicks by hand on the first picture.
+    compare:  a method to show beside it.
     What is wrong with any of them is said in the widget's message line.
     """
     try:
-        if method not in METHODS:
-            raise ValueError(f"there is no method {method!r}; choose one of {', '.join(METHODS)}")
-        return Explorer(sources_of(pictures), sam, method, params, manual)
+        for name in [method] if compare == NOTHING else [method, compare]:
+            if name not in METHODS:
+                raise ValueError(f"there is no method {name!r}; choose one of {', '.join(METHODS)}")
+        return Explorer(sources_of(pictures), sam, method, params, manual, compare)
     except (ValueError, OSError) as error:
         explorer = Explorer()
         explorer.message = str(error)
