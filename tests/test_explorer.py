@@ -28,6 +28,7 @@ from aopsam_lab.rle import decode_rle, encode_rle
 from aopsam_lab.segmentation import STATUSES
 from aopsam_lab.widgets import explorer as explorer_module
 from aopsam_lab.widgets import packing
+from aopsam_lab.widgets import sources as sources_module
 from aopsam_lab.widgets.explorer import NOTHING, PINNED
 from aopsam_lab.widgets.sources import MAX_PIXELS, prepared, sources_of
 
@@ -72,6 +73,17 @@ def test_a_huge_picture_is_reduced_with_its_truth_and_says_so():
     assert height * width <= MAX_PIXELS and abs(width / height - 4000 / 1500) < 0.01
     assert picture.truth.shape == (1, height, width) and abs(picture.truth.mean() - 0.5) < 0.01
     assert "4000 x 1500" in picture.note and f"{width} x {height}" in picture.note
+
+
+def test_a_huge_file_opens_without_a_warning_in_the_cell(tmp_path, sample, monkeypatch, recwarn):
+    Image.fromarray(sample.image).save(tmp_path / "huge.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20_000)  # beyond it Pillow warns, beyond its double it refuses
+    monkeypatch.setattr(sources_module, "MAX_PIXELS", 15_000)
+    opened = aop.explore(tmp_path / "huge.png")
+    assert "160 x 160 pixels, explored at 122 x 122" in opened.message and opened.segmentation is not None
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10_000)
+    assert "cannot be read as an image" in aop.explore(tmp_path / "huge.png").message
+    assert not [w for w in recwarn if w.category is Image.DecompressionBombWarning]
 
 
 @pytest.mark.parametrize(
@@ -240,6 +252,16 @@ def test_beside_another_method_or_this_setting_pinned(explorer):
     assert explorer.compared is None and explorer.canvas.right == {}
     with pytest.raises(ValueError, match="compare must be"):
         explorer.compare = "nosuch"
+
+
+def test_the_call_says_what_it_is_compared_with(sample):
+    opened = aop.explore(sample, params=EAGER, compare="amg_s")
+    assert opened.compared.method == "amg_s" and "compare='amg_s'" in opened.canvas.call
+    again = eval(opened.canvas.call, {"aop": aop, "image": sample})
+    assert again.compared.masks == opened.compared.masks
+    opened.compare = NOTHING
+    assert "compare" not in opened.canvas.call
+    assert "no method 'nosuch'" in aop.explore(sample, compare="nosuch").message
 
 
 def test_exports_are_the_segmentations_own(explorer):
