@@ -19,7 +19,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-OWN_QUANTILE = 0.5
 RIDGE = 0.05  # added to the covariance's diagonal, in units of its mean, before it is inverted
 REFERENCE_WIDTH = 256  # smoothing and spacing are given in cells of a PCM this wide (ours: others scale by width / 256)
 
@@ -160,9 +159,11 @@ def elimination_features(embedding: Tensor, image_pe: Tensor, valid: Tensor) -> 
     return torch.cat([part * (2 * part.square().sum(0)).clamp(min=1e-12).rsqrt() for part in parts])
 
 
-def cell_coverage(masks: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Area-average of masks (n, 4h, 4w) bool over the cells of an h x w grid -> (n, h, w) float in [0, 1]."""
-    return F.adaptive_avg_pool2d(masks.float()[:, None], grid)[:, 0]
+def cell_coverage(masks: Tensor) -> Tensor:
+    """Area-average of masks (n, 4h, 4w) bool over the cells of the h x w grid -> (n, h, w) float in [0, 1]."""
+    rows = masks.contiguous().view(torch.int32)  # four bools side by side are the bytes of one number
+    counts = rows.unflatten(1, (-1, 4)).sum(2, dtype=torch.int32)  # each byte 0 to 4
+    return ((counts * 0x01010101) >> 24).float() / 16  # so multiplied, the top byte is the sum of the four
 
 
 def reference_features(features: Tensor, coverage: Tensor) -> Tensor:
@@ -185,13 +186,14 @@ def elimination_thresholds(pems: Tensor, coverage: Tensor, valid: Tensor, elimin
     """What a PEM must exceed for its reference to eliminate a prompt -> (n,).
 
     ``elimination`` times the mean of the PEM (n, h, w) over the valid cells (the paper's adaptive threshold; the mean is
-    ours), but not less than the OWN_QUANTILE of the PEM over the reference's own cells, those that its mask covers by half
-    (ours): a prompt must look as much like the mask as a good part of the mask itself does. Without that floor a part is lost to
+    ours), but not less than the median of the PEM over the reference's own cells, those that its mask covers by half
+    (ours): a prompt must look as much like the mask as half of the mask itself does. Without that floor a part is lost to
     its object, and a small object to what surrounds it.
     """
-    adaptive = elimination * pems[:, valid].mean(1)
+    weights = valid.to(pems.dtype).flatten()
+    adaptive = elimination * (pems.flatten(1) @ (weights / weights.sum()))
     own = torch.where((coverage >= 0.5) & valid, pems, float("nan")).flatten(1)
-    floor = torch.nanquantile(own, OWN_QUANTILE, dim=1).nan_to_num(nan=0.0)  # a mask that fills no cell has no floor
+    floor = own.nanmedian(1).values.nan_to_num(nan=0.0)  # a mask that fills no cell has no floor
     return torch.maximum(adaptive, floor)
 
 

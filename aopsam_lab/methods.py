@@ -29,7 +29,7 @@ from aopsam_lab.asf import AsfParams
 if TYPE_CHECKING:
     from aopsam_lab.detector import Detector
     from aopsam_lab.predictor import PromptPredictor
-    from aopsam_lab.decoding import Encoded
+    from aopsam_lab.decoding import Encoded, Found
 
 ROUND = 32  # points a round of adaptive filtering (ours: two of the decoder's batches; a PEM costs as much for few as for many)
 MAX_BOXES = 100
@@ -91,11 +91,9 @@ class Proposal:
         self._done = True
         return torch.arange(len(self.prompts), device=self.prompts.points.device)
 
-    def observe(self, masks: Tensor, iou: Tensor, prompt: Tensor) -> None:
-        """See what this round's prompts gave and what passed the predicted-IoU and stability thresholds.
-
-        masks: (r, 4h, 4w) bool, model frame at low resolution. iou: (r,) predicted. prompt: (r,) the prompt each came from.
-        """
+    def observe(self, found: Found, mask_threshold: float) -> None:
+        """See which masks of this round's prompts passed the predicted-IoU and stability thresholds; a logit above
+        ``mask_threshold`` is on the mask."""
 
 
 @dataclass
@@ -120,13 +118,12 @@ class FilteredProposal(Proposal):
         self.waiting[chosen] = False
         return chosen if len(chosen) else None
 
-    def observe(self, masks: Tensor, iou: Tensor, prompt: Tensor) -> None:
+    def observe(self, found: Found, mask_threshold: float) -> None:
         waiting = self.waiting.nonzero()[:, 0]
-        if not len(masks) or not len(waiting):
+        if not len(found.iou) or not len(waiting):
             return
-        best = best_of_each(iou, prompt)
-        masks = masks[best]
-        coverage = asf.cell_coverage(masks, tuple(self.valid.shape)) * self.valid
+        best = best_of_each(found.iou, found.prompt)
+        coverage = asf.cell_coverage(found.low_res[best] > mask_threshold) * self.valid
         pems = asf.elimination_maps(self.features, asf.reference_features(self.features, coverage))
         thresholds = asf.elimination_thresholds(pems, coverage, self.valid, self.elimination)
         by, value = asf.eliminate(pems, thresholds, self.cells[waiting], asf.dilate(coverage) if self.gated else None)
@@ -135,7 +132,7 @@ class FilteredProposal(Proposal):
         self.pem_value[waiting[gone]] = value[gone]
         self.waiting[waiting[gone]] = False
         self.pems.extend(pems)
-        self.references.extend(zip(prompt[best].tolist(), thresholds.tolist()))
+        self.references.extend(zip(found.prompt[best].tolist(), thresholds.tolist()))
 
 
 def best_of_each(iou: Tensor, prompt: Tensor) -> Tensor:

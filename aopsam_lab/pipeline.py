@@ -66,7 +66,7 @@ def run_method(
             found = decode(sam, encoded, proposal.prompts, index, spec)
             rounds.append((index, found))
         with watch("infer"):
-            proposal.observe(found.low_res > sam.mask_threshold, found.iou, found.prompt)
+            proposal.observe(found, sam.mask_threshold)
             index = proposal.next_round()
     with watch("mask"):
         result = remove_duplicates(sam, encoded, [found for _, found in rounds])

@@ -129,14 +129,14 @@ def test_pem_by_hand():
     assert by.tolist() == [-1, -1, -1]
 
 
-def test_threshold_is_the_larger_of_mean_and_own_quantile():
+def test_threshold_is_the_larger_of_mean_and_own_median():
     pem = torch.tensor([[[0.9, 0.8, 0.7, 0.6], [0.2, 0.2, 0.2, 0.0]]])
     valid = torch.ones(2, 4, dtype=torch.bool)
     valid[1, 3] = False
     mean = (0.9 + 0.8 + 0.7 + 0.6 + 3 * 0.2) / 7
     coverage = torch.tensor([[[1.0, 0.5, 1.0, 1.0], [0.4, 0, 0, 1.0]]])  # own cells: the first row
     assert asf.elimination_thresholds(pem, coverage, valid, 1.5).item() == pytest.approx(1.5 * mean)
-    assert asf.elimination_thresholds(pem, coverage, valid, 1.0).item() == pytest.approx(0.75)  # the median of four
+    assert asf.elimination_thresholds(pem, coverage, valid, 1.0).item() == pytest.approx(0.7)  # the median, of four the third
     assert asf.elimination_thresholds(pem, coverage * 0.3, valid, 1.0).item() == pytest.approx(mean)
 
 
@@ -209,4 +209,12 @@ def test_a_higher_threshold_removes_no_more(seed):
 def test_coverage_is_the_area_average():
     mask = torch.zeros(1, 8, 8, dtype=torch.bool)
     mask[0, :4, :2] = True
-    assert asf.cell_coverage(mask, (2, 2)).tolist() == [[[0.5, 0.0], [0.0, 0.0]]]
+    assert asf.cell_coverage(mask).tolist() == [[[0.5, 0.0], [0.0, 0.0]]]
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 10_000))
+def test_coverage_equals_average_pooling(seed):
+    rng = torch.Generator().manual_seed(seed)
+    masks = torch.rand(3, 12, 20, generator=rng) < torch.rand(3, 1, 1, generator=rng)
+    assert torch.equal(asf.cell_coverage(masks), torch.nn.functional.avg_pool2d(masks.float()[:, None], 4)[:, 0])
