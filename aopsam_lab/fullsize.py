@@ -90,7 +90,6 @@ class FullSize:
         offset``, NaN where the latter is empty; the box is x0 y0 x1 y1, inclusive pixel indices, all 0 for an empty
         mask.
         """
-        n, (height, width) = len(logits), self.image_size
         full, open_cells = self._cells(logits, threshold - offset, threshold + offset)
         rows = full.float() @ self.x.size.float()  # pixels; whole numbers below 2^24: exact
         area = rows.double() @ self.y.size.double()  # (n,)

@@ -14,7 +14,7 @@ from aopsam_lab.data.scenes import scene
 from aopsam_lab.decoding import encode
 from aopsam_lab.methods import METHODS, Grid
 from aopsam_lab.sam.zoo import load_sam
-from aopsam_lab.study import bench, stock
+from aopsam_lab.study import bench, bench_page, stock
 
 
 @pytest.fixture
@@ -62,7 +62,7 @@ def test_agreement_by_hand():
 
 def test_bars_and_page():
     part = "everything, as they are"
-    table = bench.with_ratios(
+    table = bench_page.with_ratios(
         pd.DataFrame(
             {
                 "part": part,
@@ -73,13 +73,20 @@ def test_bars_and_page():
         )
     )
     assert table["times_stock"].tolist() == pytest.approx([1, 6, 40])
-    bars = bench.bars_table(table)
+    bars = bench_page.bars_table(table)
     assert bars["asked"].tolist() == [5.0, 30.0, 0.4]
     assert bars["reached"].tolist() == pytest.approx([6, 40, 0.1])
-    assert len(bench.figure(table).axes) == 1
+    assert len(bench_page.figure(table).axes) == 1
     steps = pd.DataFrame([{"run": part, "step": "RLE", "seconds": 0.1, "share": 0.05}])
-    text = bench.page(table, bars, steps, {"gemm_gmacs": 40.0})
+    text = bench_page.page(table, bars, steps, {"gemm_gmacs": 40.0})
     assert "12" in text and "stock generator" in text and "40 G multiply-adds" in text
+
+
+def test_a_bar_for_fewer_prompts():
+    part = "decoder, MobileSAM"
+    rows = ["stock, batch 64", "IoU before pixels, 35% pass"]
+    bars = bench_page.bars_table(pd.DataFrame({"part": part, "row": rows, "seconds": [16.0, 4.0], "peak_mib": float("nan")}))
+    assert bars["reached"].tolist() == pytest.approx([4, 4 * 10.24]) and bars["asked"].tolist() == [4.5, 30.0]
 
 
 def test_time_is_summed_by_step_and_functions_are_put_back():

@@ -23,7 +23,6 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import cv2
@@ -31,7 +30,7 @@ import numpy as np
 import pandas as pd
 import torch
 from pycocotools import mask as coco_mask
-from segment_anything.modeling import MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
+from segment_anything.modeling import Sam
 from segment_anything.utils.amg import (
     batched_mask_to_box,
     build_point_grid,
@@ -39,7 +38,6 @@ from segment_anything.utils.amg import (
     coco_encode_rle,
     mask_to_rle_pytorch,
 )
-from torch import Tensor
 from torchvision.ops import nms
 
 from aopsam_lab import decoding, pipeline
@@ -50,149 +48,19 @@ from aopsam_lab.files import write_atomically
 from aopsam_lab.fullsize import FullSize
 from aopsam_lab.predictor import load_predictor
 from aopsam_lab.rle import encode_rle
-from aopsam_lab.sam.decoder import decode_tokens, draw_masks
-from aopsam_lab.sam.image_decoder import ImageDecoder
 from aopsam_lab.sam.zoo import load_sam
 from aopsam_lab.study import memory
+from aopsam_lab.study.bench_decoder import BF16, MULTIMASK, alternate, bench_decoder, decoder_rows, random_modules, some_tokens
+from aopsam_lab.study.bench_page import PROMPTS, bars_table, figure, page, with_ratios
 from aopsam_lab.study.figures import png
-from aopsam_lab.study.output import TABLE_STYLE, html_table, to_csv
-from aopsam_lab.study.page import BENCH, STYLE, provenance_list, write_index
+from aopsam_lab.study.output import to_csv
+from aopsam_lab.study.page import BENCH, write_index
 from aopsam_lab.study.provenance import provenance
 from aopsam_lab.study.settings import package_environment
-from aopsam_lab.study.stock import POINTS_PER_BATCH, stock_records
+from aopsam_lab.study.stock import stock_records
 
-PASSING = 0.35  # share of prompts that the IoU gate lets through in the decoder's rows
-PROMPTS = 1024
-BF16 = "bf16, an option"  # ten times slower where a CPU has no such instructions, so measured once only
 LARGE = (1500, 2250)  # (height, width)
-STOCK_BATCHES = (1, 4, 16, POINTS_PER_BATCH)  # among which its best is looked for
 MEMORY_ROWS = ("stock generator", "RLE of survivors, by outline")
-MULTIMASK = slice(1, None)
-
-
-@dataclass(frozen=True)
-class Bar:
-    """A ratio of medians that was asked for: of `slow` to `fast` in `part`, at least `least`."""
-
-    part: str
-    slow: str
-    fast: str
-    least: float
-
-
-BARS = (
-    Bar("decoder, MobileSAM", "stock, batch 64", "IoU before pixels, 35% pass", 4.5),
-    Bar("decoder, MobileSAM", "stock, its best batch", "IoU before pixels, 35% pass", 3.0),
-    Bar("decoder, MobileSAM", "stock, its best batch", "pixels stay with the image", 1.8),
-    Bar("everything, as they are", "stock generator", "RLE of survivors, by outline", 5.0),
-    Bar("everything, 1500 x 2250", "stock generator", "RLE of survivors, by outline", 10.0),
-    Bar("everything, as they are", "stock generator", "aop", 30.0),
-)
-
-
-def alternate(rows: dict[str, Callable[[], object]], rounds: int) -> tuple[dict[str, list[float]], dict[str, object]]:
-    """Run every row `rounds` times in turn: seconds by row, and what each returned last."""
-    seconds: dict[str, list[float]] = {name: [] for name in rows}
-    results = {}
-    names = list(rows)
-    for i in range(rounds):
-        for name in names[i % len(names) :] + names[: i % len(names)]:
-            start = time.perf_counter()
-            results[name] = rows[name]()
-            seconds[name].append(time.perf_counter() - start)
-    return seconds, results
-
-
-# --- the decoder alone ------------------------------------------------------------------------------------------------
-
-
-def random_modules(width: int, side: int, mlp: int) -> tuple[PromptEncoder, MaskDecoder]:
-    """Prompt encoder and mask decoder of a shape, random weights."""
-    torch.manual_seed(0)
-    prompt_encoder = PromptEncoder(width, (side, side), (16 * side, 16 * side), mask_in_chans=16)
-    transformer = TwoWayTransformer(depth=2, embedding_dim=width, mlp_dim=mlp, num_heads=8)
-    return prompt_encoder.eval(), MaskDecoder(
-        num_multimask_outputs=3, transformer=transformer, transformer_dim=width
-    ).eval()
-
-
-def decoder_rows(
-    prompt_encoder: PromptEncoder, decoder: MaskDecoder, embedding: Tensor, sparse: Tensor, batch: int, stock_best: int
-) -> dict[str, Callable[[], Tensor]]:
-    """The decoder's techniques by name; each returns the logits of the prompts' three masks, 0 where a gate kept them
-    undrawn."""
-    pe, no_mask = prompt_encoder.get_dense_pe(), prompt_encoder.no_mask_embed.weight[0]
-    dense = no_mask.view(1, -1, 1, 1)
-
-    def stock(size: int) -> Tensor:
-        return torch.cat([decoder(embedding, pe, part, dense, True)[0] for part in sparse.split(size)])
-
-    def folded() -> Tensor:
-        decoded = (decode_tokens(decoder, embedding, pe, part[None], no_mask) for part in sparse.split(batch))
-        return torch.cat([draw_masks(decoder, part, MULTIMASK) for part in decoded])
-
-    def shared(gate: float, precision: str = "float32") -> Tensor:
-        image = ImageDecoder(decoder, embedding, pe, no_mask, precision)
-        drawn = []
-        for part in sparse.split(batch):
-            decoded = image.decode(part)
-            wanted = torch.zeros_like(decoded.iou, dtype=torch.bool)
-            wanted[:, MULTIMASK] = (decoded.iou[:, MULTIMASK].amax(1) >= gate)[:, None]
-            logits = decoded.iou.new_zeros(len(part), 3, *[4 * side for side in embedding.shape[-2:]])
-            logits[wanted[:, MULTIMASK]] = decoded.draw(wanted)
-            drawn.append(logits)
-        return torch.cat(drawn)
-
-    image = ImageDecoder(decoder, embedding, pe, no_mask)
-    iou = torch.cat([image.decode(part).iou[:, MULTIMASK].amax(1) for part in sparse.split(batch)])
-    gate = float(iou.quantile(1 - PASSING))
-    return {
-        "stock, batch 64": functools.partial(stock, POINTS_PER_BATCH),
-        "stock, its best batch": functools.partial(stock, stock_best),
-        "projections folded": folded,
-        "pixels stay with the image": functools.partial(shared, float("-inf")),
-        "IoU before pixels, 35% pass": functools.partial(shared, gate),
-        BF16: functools.partial(shared, gate, "bf16"),
-    }
-
-
-def bench_decoder(
-    name: str, prompt_encoder: PromptEncoder, decoder: MaskDecoder, embedding: Tensor, n: int, rounds: int
-) -> Iterator[dict]:
-    """Rows of the decoder's part: seconds for PROMPTS prompts, from `n` of them a round."""
-    generator = torch.Generator().manual_seed(1)
-    size = prompt_encoder.input_image_size[0]
-    points = torch.rand(n, 1, 2, generator=generator) * size
-    sparse, _ = prompt_encoder(points=(points, torch.ones(n, 1)), boxes=None, masks=None)
-    batch = max(decoding.MIN_DECODE_BATCH, decoding.DECODE_PIXELS["cpu"] // embedding[0, 0].numel())
-    trials = {}
-    for size in STOCK_BATCHES:
-        some = sparse[: max(size, 8)]
-        row = decoder_rows(prompt_encoder, decoder, embedding, some, batch, size)["stock, its best batch"]
-        row()
-        seconds, _ = alternate({"": row}, 2)
-        trials[size] = min(seconds[""]) / len(some)
-    best = min(trials, key=trials.get)
-    rows = decoder_rows(prompt_encoder, decoder, embedding, sparse, batch, best)
-    once = {BF16: rows.pop(BF16)}
-    seconds, logits = alternate(rows, rounds)
-    for found, more in zip((seconds, logits), alternate(once, 1)):
-        found.update(more)
-    stock = logits["stock, batch 64"]
-    for row in seconds:
-        drawn = logits[row].flatten(2).abs().amax(2) > 0  # (n, 3): gated masks are left out
-        difference = (logits[row][drawn] - stock[drawn]).abs()
-        yield {
-            "part": f"decoder, {name}",
-            "row": row,
-            "seconds": float(np.median(seconds[row])) * PROMPTS / n,
-            "rounds": len(seconds[row]),
-            "images": 1,
-            "prompts": PROMPTS,
-            "largest_logit_difference": float(difference.max()),
-            "pixels_that_differ": float(((logits[row][drawn] > 0) != (stock[drawn] > 0)).float().mean()),
-            "note": f"batch {best}" if row == "stock, its best batch" else "",
-        }
 
 
 # --- everything -------------------------------------------------------------------------------------------------------
@@ -405,80 +273,7 @@ def gemm_speed() -> float:
     return 1024**3 / min(seconds[""])
 
 
-# --- report -----------------------------------------------------------------------------------------------------------
-
-
-def with_ratios(table: pd.DataFrame) -> pd.DataFrame:
-    """How many times sooner than the first row of its part each row is done."""
-    first = table.groupby("part", sort=False)["seconds"].transform("first")
-    return table.assign(times_stock=first / table["seconds"])
-
-
-def bars_table(table: pd.DataFrame) -> pd.DataFrame:
-    """Each bar whose rows were measured, and what was reached."""
-    found = table.set_index(["part", "row"])["seconds"]
-    rows = []
-    for bar in BARS:
-        if (bar.part, bar.slow) in found.index and (bar.part, bar.fast) in found.index:
-            reached = found[bar.part, bar.slow] / found[bar.part, bar.fast]
-            rows.append({"part": bar.part, "of": bar.slow, "to": bar.fast, "asked": bar.least, "reached": reached})
-    memory_of = table.dropna(subset=["peak_mib"])
-    for part, group in memory_of.groupby("part", sort=False):
-        peaks = group.set_index("row")["peak_mib"]
-        share = peaks.iloc[-1] / peaks.iloc[0]
-        what = "peak memory, " + peaks.index[-1]
-        rows.append({"part": part, "of": what, "to": "stock's", "asked": 0.4, "reached": share})
-    return pd.DataFrame(rows)
-
-
-def figure(table: pd.DataFrame):
-    """A bar a row, part by part: how many times sooner than stock."""
-    from matplotlib.figure import Figure
-
-    parts = list(dict.fromkeys(table["part"]))
-    heights = [int((table["part"] == part).sum()) for part in parts]
-    drawn = Figure(figsize=(8.6, 0.36 * sum(heights) + 0.75 * len(parts)), dpi=150, layout="constrained")
-    grid = drawn.subplots(len(parts), 1, squeeze=False, gridspec_kw={"height_ratios": heights})[:, 0]
-    for axes, part in zip(grid, parts):
-        rows = table[table["part"] == part].iloc[::-1]
-        colours = ["#9aa0a6" if "stock" in row else "#009E73" if row == "aop" else "#0072B2" for row in rows["row"]]
-        axes.barh(rows["row"], rows["times_stock"], color=colours, height=0.62)
-        for y, (times, seconds) in enumerate(zip(rows["times_stock"], rows["seconds"])):
-            axes.text(times, y, f" {times:.1f} x   ({seconds:.3g} s)", va="center", fontsize=8)
-        axes.set_title(part, loc="left", fontsize=9.5, fontweight="bold")
-        axes.set_xlim(0, 1.28 * rows["times_stock"].max())
-        axes.tick_params(labelsize=8, length=0)
-        axes.set_xticks([])
-        for side in ("top", "right", "bottom"):
-            axes.spines[side].set_visible(False)
-    return drawn
-
-
-def page(table: pd.DataFrame, bars: pd.DataFrame, steps: pd.DataFrame, about: dict) -> str:
-    """The bench as one static page."""
-    def words(value) -> str:
-        if isinstance(value, float):
-            return "" if np.isnan(value) else f"{value:.3g}"
-        return str(value)
-
-    def shown(frame: pd.DataFrame, texts: int) -> str:
-        text = frame.map(words)
-        return f'<div class="results">{html_table(text, text_columns=texts)}</div>'
-
-    return f"""<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>aopsam_lab: fast decoding</title><style>{STYLE}{TABLE_STYLE}</style></head><body>
-<header><h1>Exact fast decoding</h1><p class="lead">The same masks as segment_anything's, sooner: each technique
-switched on after the one before it, all in one run, taking turns.</p></header><main>
-<figure><img src="bench.png" alt="How many times sooner than stock each technique is"></figure>
-<h2>What was asked and what was reached</h2>{shown(bars, 3)}
-<h2>All rows</h2>{shown(table, 2)}
-<h2>Where the time goes</h2>{shown(steps, 2)}
-<p class="muted">A large matrix product runs at {about['gemm_gmacs']:.0f} G multiply-adds a second here.</p>
-<h3>Files</h3><ul class="files"><li><a href="bench.csv">bench.csv</a></li><li><a href="bars.csv">bars.csv</a></li>
-<li><a href="profile.csv">profile.csv</a></li><li><a href="bench.json">bench.json</a></li></ul>
-<h3>Provenance</h3>{provenance_list(about)}</main></body></html>
-"""
+# --- all of it --------------------------------------------------------------------------------------------------------
 
 
 @torch.inference_mode()
@@ -510,7 +305,7 @@ def run_bench(
         prompt_encoder, decoder = random_modules(256, 64, 2048)
         embedding = torch.randn(1, 256, 64, 64, generator=torch.Generator().manual_seed(2))
         add(bench_decoder("MobileSAM", prompt_encoder, decoder, embedding, prompts, rounds))
-        gated = decoder_rows(prompt_encoder, decoder, embedding, _some_tokens(prompt_encoder, 16), 4, 1)
+        gated = decoder_rows(prompt_encoder, decoder, embedding, some_tokens(prompt_encoder, 16), 4, 1)
         steps += profile("decoder, MobileSAM, 16 prompts, 35% drawn", gated["IoU before pixels, 35% pass"])
     sizes = [("as they are", None, samples)] + ([("1500 x 2250", LARGE, samples[:large])] if large else [])
     for name, size, chosen in sizes:
@@ -547,11 +342,6 @@ def run_bench(
     if folder.name == BENCH:
         write_index(folder.parent)
     return written
-
-
-def _some_tokens(prompt_encoder: PromptEncoder, n: int) -> Tensor:
-    points = torch.rand(n, 1, 2, generator=torch.Generator().manual_seed(3)) * prompt_encoder.input_image_size[0]
-    return prompt_encoder(points=(points, torch.ones(n, 1)), boxes=None, masks=None)[0]
 
 
 def main() -> int:

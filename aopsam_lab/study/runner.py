@@ -18,7 +18,6 @@ from aopsam_lab.evaluator import evaluate
 from aopsam_lab.decode_cache import DecodeCache, PcmCache
 from aopsam_lab.decoding import encode
 from aopsam_lab.pipeline import run_method
-from aopsam_lab.rle import encode_rle
 from aopsam_lab.segmentation import Segmentation
 from aopsam_lab.study import tables
 from aopsam_lab.study.memory import MEMORY_VERSION, measure_peak
