@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import io
+
+from matplotlib.figure import Figure
 
 from aopsam_lab.segmentation import Segmentation
 from aopsam_lab.widgets.packing import COLOUR_MAPS
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
 PANEL = 3.6  # inches, of a square picture
+
+
+class ShownFigure(Figure):
+    """A figure that a notebook shows as a picture. Others it shows only once pyplot is imported, which nothing here needs."""
+
+    def _repr_png_(self) -> bytes:
+        stream = io.BytesIO()
+        self.savefig(stream, format="png", dpi=100)
+        return stream.getvalue()
 
 
 def state_figure(seg: Segmentation, compared: Segmentation | None = None, selected: int = -1) -> Figure:
@@ -18,8 +26,6 @@ def state_figure(seg: Segmentation, compared: Segmentation | None = None, select
 
     The PEM is that of the selected prompt's mask where it is a reference, else the maximum. No backend is needed.
     """
-    from matplotlib.figure import Figure
-
     results = [seg] if compared is None else [seg, compared]
     maps = [] if seg.pcm is None else [("PCM", seg.pcm, COLOUR_MAPS[0])]
     if seg.pems is not None:
@@ -29,7 +35,7 @@ def state_figure(seg: Segmentation, compared: Segmentation | None = None, select
     height, width = seg.image.shape[:2]
     across, down = PANEL * (width / height) ** 0.5, PANEL * (height / width) ** 0.5
     count = len(results) + len(maps)
-    figure = Figure(figsize=(across * count + 0.6 * len(maps), down + 0.5), layout="constrained")
+    figure = ShownFigure(figsize=(across * count + 0.6 * len(maps), down + 0.5), layout="constrained")
     axes = list(figure.subplots(1, count, squeeze=False)[0])
     for ax, result in zip(axes, results):
         result.plot(ax, legend=False)
