@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 _DEPTHS = (8, 10, 12, 14, 16, 32)
 _SLACK = 1e-3  # how far resampled float pixels may leave [0, 1]
@@ -51,6 +51,8 @@ def _from_file(path: Path) -> np.ndarray:
         with Image.open(io.BytesIO(data)) as picture:
             picture.load()
             return _from_pillow(picture)
+    except UnidentifiedImageError:  # its own text names a buffer in memory
+        raise ValueError(f"{path} cannot be read as an image: its format is none that Pillow knows.") from None
     except Exception as error:  # Pillow's readers raise many kinds on damaged files: struct.error, SyntaxError, ...
         raise ValueError(f"{path} cannot be read as an image: {error}") from error
 

@@ -414,6 +414,7 @@ function render({ model, el }) {
     showResults();
   }
   function showResults() {
+    say(model.get("message")); // "Copied" and the like were about what was there before
     stage.setResults(stage.image ? [model.get("left"), model.get("right")].filter((result) => result.prompts) : []);
     showRound();
   }

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 import anywidget
 import ipywidgets as ui
 import traitlets
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from segment_anything.modeling import Sam
 
 from aopsam_lab import drawing
@@ -514,6 +514,8 @@ def _picture_of(data: bytes, name: str) -> Picture:
     try:
         with Image.open(io.BytesIO(data)) as image:
             return prepared(read_image(image))
+    except UnidentifiedImageError:
+        raise ValueError(f"{name} cannot be read as an image: its format is none that Pillow knows.") from None
     except (OSError, SyntaxError) as error:
         raise ValueError(f"{name} cannot be read as an image: {error}") from error
 
