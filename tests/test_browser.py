@@ -27,6 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOK = ROOT / "notebooks" / "explore_pcm_pem.ipynb"
 SHOTS = ROOT / "build" / "browser"
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+SIDE = 224  # of the picture in the notebook, pixels
 PATIENCE = 180_000  # ms: a busy machine is slow, not broken
 FLAGS = [
     "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-sync",
@@ -80,7 +81,7 @@ def browser():
 
 def notebook_in(folder: Path) -> Path:
     """The notebook itself with one small picture of known truth, so that two busy cores are enough."""
-    Image.fromarray(scene(10_003, 224).image).save(folder / "own.png")
+    Image.fromarray(scene(10_003, SIDE).image).save(folder / "own.png")
     notebook = nbformat.read(NOTEBOOK, 4)
     cell = next(cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", []))
     cell.source += "\nconfidence, elimination, n_scenes, folder = 0.1, 1.1, 1, 'own.png'"
@@ -116,6 +117,12 @@ class Page:
 
     def until(self, condition: str, argument=None) -> None:
         self.page.wait_for_function(condition, arg=argument)
+
+    def place(self, x: float, y: float) -> tuple[float, float]:
+        """A point of the square picture, shown whole -> the mouse's point on the page."""
+        box = self.canvas.bounding_box()
+        k = min(box["width"], box["height"]) / SIDE
+        return box["x"] + (box["width"] - k * SIDE) / 2 + k * x, box["y"] + (box["height"] - k * SIDE) / 2 + k * y
 
     def settled(self) -> None:
         """Until no answer is under way."""
@@ -235,10 +242,16 @@ def test_a_clicked_prompt_shows_its_masks_and_its_kin(lab):
     lab.canvas.focus()
     lab.page.keyboard.press("Escape")
     assert lab.page.locator(".aop-detail").inner_text() == ""
+    x, y = map(float, reason.split("at ")[1].split("\n")[0].split(", ")[:2])
+    lab.page.mouse.click(*lab.place(x, y))
+    lab.until("text => document.querySelector('.aop-detail').innerText.startsWith(text)", reason.split("\n")[0])
+    lab.canvas.focus()
+    lab.page.keyboard.press("Escape")
 
 
 def test_rounds_are_a_film(lab):
     lab.page.get_by_label("opacity of PEM", exact=True).fill("60")
+    lab.page.mouse.move(5, 5)  # no mask lights up under the pointer
     lab.canvas.focus()
     states = [lab.pixels()]
     waiting = []
@@ -270,7 +283,16 @@ def test_a_point_by_hand_by_mouse_and_keyboard_and_undo(lab):
     lab.until("n => document.querySelector('.aop-badge').innerText.includes(`of ${n}`)", total + 2)
     lab.page.get_by_label("opacity of Prompts", exact=True).fill("100")
     lab.shot("6_by_hand")
-    lab.page.get_by_role("button", name="Undo").click()
+    before = lab.pixels()
+    lab.page.keyboard.down("Shift")
+    lab.page.mouse.click(*lab.place(20, 200))
+    lab.page.keyboard.up("Shift")
+    lab.until("old => document.querySelector('.aop-canvas').toDataURL() !== old", before)
+    lab.settled()
+    assert numbers(lab.badge())[1] == total + 2  # background of the last object, not another one
+    lab.shot("6_background")
+    for _ in range(2):
+        lab.page.get_by_role("button", name="Undo").click()
     lab.canvas.focus()
     lab.page.keyboard.press("u")
     lab.until("n => document.querySelector('.aop-badge').innerText.includes(`of ${n}`)", total)
@@ -309,6 +331,33 @@ def test_side_by_side(lab):
     lab.page.get_by_label("beside").select_option("nothing")
     lab.until("document.querySelectorAll('.aop-badge')[1].hidden")
     lab.page.keyboard.press("Escape")
+
+
+def test_a_picture_of_known_truth_and_one_of_the_persons_own(lab, tmp_path):
+    lab.page.get_by_label("Picture", exact=True).select_option("scene")
+    lab.until("document.querySelector('.aop-badge').innerText.includes('mIoU')")
+    lab.settled()
+    assert lab.message() == ""  # no longer what was copied before
+    before = lab.pixels()
+    lab.page.get_by_label("opacity of Ground truth", exact=True).fill("100")
+    assert lab.pixels() != before
+    lab.shot("8_truth")
+    Image.fromarray(scene(10_004, SIDE).image[:150]).save(tmp_path / "mine.png")
+    (tmp_path / "bad.png").write_text("no picture")
+    for name, sign in (("mine.png", "!document.querySelector('.aop-badge').innerText.includes('mIoU')"),
+                       ("bad.png", "document.querySelector('.aop-message').innerText.includes('bad.png cannot be read')")):  # fmt: skip
+        with lab.page.expect_file_chooser() as chooser:
+            lab.page.locator(".jupyter-widgets.widget-upload").click()
+        chooser.value.set_files(tmp_path / name)
+        lab.until(sign)
+        lab.settled()
+    lab.until("document.querySelector('.aop-badge').innerText.includes('masks')")
+    lab.shot("8_own")
+    assert lab.page.locator(".jp-RenderedText[data-mime-type*=stderr]").count() == 0
+    lab.page.get_by_label("Picture", exact=True).select_option("scene")
+    lab.until("document.querySelector('.aop-badge').innerText.includes('mIoU')")
+    lab.settled()
+    assert lab.message() == ""
 
 
 def test_dark_theme(lab):

@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from IPython.core.formatters import DisplayFormatter
 from nbconvert import HTMLExporter
 from PIL import Image
 
@@ -91,7 +92,7 @@ def test_a_huge_file_opens_without_a_warning_in_the_cell(tmp_path, sample, monke
     [
         (lambda folder: folder, "no images"),
         (lambda folder: folder / "missing.png", "no image file"),
-        (lambda folder: str(folder / "text.png"), "cannot be read as an image"),
+        (lambda folder: str(folder / "text.png"), "read as an image: its format is none"),
         (lambda folder: np.zeros((1, 1, 3), np.uint8), "too small"),
         (lambda folder: np.zeros((4, 4, 4, 4)), "channels"),
         (lambda folder: [], "no picture"),
@@ -167,7 +168,7 @@ def test_the_film_of_rounds_is_what_happened(sample):
         rounds = 0
         while (index := proposal.next_round()) is not None:
             found = decode_and_filter(sam, encoded, proposal.prompts, index, sam.spec)
-            proposal.observe(found.low_res > sam.mask_threshold, found.iou, found.prompt)
+            proposal.observe(found, sam.mask_threshold)
             rounds += 1
             decided = np.where(rows[:, 4] == STATUSES.index("eliminated"), rows[:, 7], rows[:, 3])
             assert np.array_equal(decided >= rounds, proposal.waiting.numpy())
@@ -283,7 +284,8 @@ def test_an_uploaded_picture_is_opened_and_a_damaged_one_only_said(explorer, sam
     explorer._upload.value = ({"name": "mine.png", "content": memoryview(stream.getvalue()), **about},)
     assert explorer.segmentation.image.shape == (100, 160, 3) and explorer._picker.options[-1][0] == "mine.png"
     explorer._upload.value = ({"name": "bad.png", "content": memoryview(b"no picture"), **about},)
-    assert "bad.png cannot be read" in explorer.message and explorer.segmentation.image.shape == (100, 160, 3)
+    assert explorer.message == "bad.png cannot be read as an image: its format is none that Pillow knows."
+    assert explorer.segmentation.image.shape == (100, 160, 3)
 
 
 def test_a_segmentation_is_explored_as_it_is(explorer, monkeypatch):
@@ -291,6 +293,13 @@ def test_a_segmentation_is_explored_as_it_is(explorer, monkeypatch):
     monkeypatch.setattr(explorer_module.Session, "run", lambda *_: pytest.fail("nothing was to be decoded"))
     opened = seg.explore()
     assert opened.segmentation.masks == seg.masks and opened.params == EAGER and opened.message == ""
+
+
+def test_the_figure_is_shown_by_a_notebook_without_pyplot(explorer):
+    figure = explorer.to_figure()
+    assert [ax.get_title() for ax in figure.axes if ax.get_title()][-2:] == ["PCM", "PEM, maximum"]
+    data, _ = DisplayFormatter().format(figure)
+    assert Image.open(io.BytesIO(data["image/png"])).width > 500
 
 
 def test_the_notebook_keeps_a_picture_for_where_no_kernel_runs(explorer):
