@@ -129,14 +129,14 @@ def test_pem_by_hand():
     assert by.tolist() == [-1, -1, -1]
 
 
-def test_threshold_is_the_larger_of_mean_and_own_median():
+def test_threshold_is_the_larger_of_mean_and_own_quantile():
     pem = torch.tensor([[[0.9, 0.8, 0.7, 0.6], [0.2, 0.2, 0.2, 0.0]]])
     valid = torch.ones(2, 4, dtype=torch.bool)
     valid[1, 3] = False
     mean = (0.9 + 0.8 + 0.7 + 0.6 + 3 * 0.2) / 7
     coverage = torch.tensor([[[1.0, 0.5, 1.0, 1.0], [0.4, 0, 0, 1.0]]])  # own cells: the first row
-    assert asf.elimination_thresholds(pem, coverage, valid, 1.5).item() == pytest.approx(1.5 * mean)
-    assert asf.elimination_thresholds(pem, coverage, valid, 1.0).item() == pytest.approx(0.7)  # the median, of four the third
+    assert asf.elimination_thresholds(pem, coverage, valid, 1.7).item() == pytest.approx(1.7 * mean)
+    assert asf.elimination_thresholds(pem, coverage, valid, 1.0).item() == pytest.approx(0.84)  # 0.8 of the way from 0.6 to 0.9
     assert asf.elimination_thresholds(pem, coverage * 0.3, valid, 1.0).item() == pytest.approx(mean)
 
 

@@ -1,0 +1,66 @@
+"""Choose the floor of the elimination threshold (``asf.OWN_QUANTILE``) on training pictures (ours).
+
+    python -m aopsam_lab.training.elimination --pools POOLS/scenes POOLS/bsds --pictures 12
+
+For every picture and each floor: the mIoU of ``aop``, how many of its candidates elimination removes, and how many prompts
+are decoded; beside them ``aop_no_af``, the same candidates without elimination. Each point is decoded once. The higher the
+floor, the less is removed and the less is lost; what is wanted is the lowest floor whose loss is small in every pool.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from tqdm.auto import tqdm
+
+from aopsam_lab import asf
+from aopsam_lab.decode_cache import DecodeCache
+from aopsam_lab.decoding import encode
+from aopsam_lab.evaluator import evaluate
+from aopsam_lab.pipeline import loaded_model, loaded_sam, run_method
+from aopsam_lab.rle import encode_rle
+from aopsam_lab.training.examples import HELD_OUT
+from aopsam_lab.training.pool import parse_pools, read_entry
+
+QUANTILES = (0.5, 0.65, 0.8, 0.9)
+
+
+def try_floors(path: Path, quantiles: tuple[float, ...] = QUANTILES) -> list[dict]:
+    """One pool entry: a row for ``aop_no_af`` (floor NaN) and one for ``aop`` with each floor."""
+    sam = loaded_sam("tiny")
+    predictor = loaded_model("predictor", sam)
+    image, masks = read_entry(path)
+    whole = F.interpolate(torch.from_numpy(masks)[None].float(), image.shape[:2])[0] > 0.5  # pools keep masks at half size
+    truths, encoded = encode_rle(whole.numpy()), encode(sam, image)
+    cache, rows = DecodeCache(sam, encoded), []
+    for quantile in (float("nan"), *quantiles):
+        with mock.patch.object(asf, "OWN_QUANTILE", quantile):
+            found = run_method(sam, encoded, "aop_no_af" if np.isnan(quantile) else "aop", predictor, decode=cache)
+        removed = found.n_eliminated / max(1, found.n_sampled)
+        row = {"floor": quantile, "miou": evaluate(truths, found.masks).miou, "removed": removed, "decoded": found.n_decoded}
+        rows.append(row)
+    return rows
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pools", nargs="+", required=True, help="folders of pools; pictures no model was trained on come first")
+    parser.add_argument("--pictures", type=int, default=12, help="of each pool")
+    args = parser.parse_args(argv)
+    for folder in args.pools:
+        [(_, paths)] = parse_pools([f"{folder}:1"])
+        chosen = paths[::HELD_OUT][: args.pictures]  # the pictures that the predictor's training holds out
+        rows = [row for path in tqdm(chosen, desc=Path(folder).name) for row in try_floors(path)]
+        table = pd.DataFrame(rows).groupby("floor", dropna=False).mean()
+        table["lost"] = table["miou"].loc[np.nan] - table["miou"]
+        print(f"\n{folder}, {len(chosen)} pictures\n{table.round(4).to_string()}")
+
+
+if __name__ == "__main__":
+    main()
