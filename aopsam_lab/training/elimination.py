@@ -28,7 +28,7 @@ from aopsam_lab.rle import encode_rle
 from aopsam_lab.training.examples import HELD_OUT
 from aopsam_lab.training.pool import parse_pools, read_entry
 
-QUANTILES = (0.5, 0.65, 0.8, 0.9)
+QUANTILES = (0.5, 0.7, 0.8, 0.85, 0.9)
 
 
 def try_floors(path: Path, quantiles: tuple[float, ...] = QUANTILES) -> list[dict]:
