@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 from pycocotools import mask as coco_mask
+from safetensors import safe_open
 
 from aopsam_lab import cli
 from aopsam_lab.data import open_dataset
@@ -102,6 +103,9 @@ def test_the_cache_holds_what_the_encoder_gave(tiny, photos, tmp_path, monkeypat
     monkeypatch.setattr(embedding_cache, "SHARD", 4)
     examples, cache = filled(tiny, photos, tmp_path)
     assert examples.count == 11 and len(list(tmp_path.glob("shard-*"))) == 3  # of 4, 4 and 3; one picture is held out
+    with safe_open(tmp_path / "shard-000001.safetensors", "np") as shard:  # any reader of the format can read it
+        kinds = {name: (shard.get_tensor(name).dtype, len(shard.get_tensor(name))) for name in shard.keys()}
+    assert kinds["embeddings"] == (np.float16, 4) and kinds["targets"] == (np.uint8, 4) and kinds["ends"] == (np.int64, 4)
     dataset = open_dataset(f"sa1b:{photos}")
     index = np.array([9, 0, 5])
     (batch,) = cache.batches(tiny, [index])
@@ -113,6 +117,13 @@ def test_the_cache_holds_what_the_encoder_gave(tiny, photos, tmp_path, monkeypat
         assert not batch.image[i, :, high:].any() and not batch.valid[i, -(-high // 2) :].any()
         target = examples.entry(int(row), draw)[1]
         assert np.abs(batch.target[i].numpy() - target).max() <= 0.5 / 255 + 1e-6
+
+
+def test_pictures_are_made_ahead_in_order_and_few_at_a_time():
+    made = []
+    ahead = embedding_cache._made_ahead(lambda row: made.append(row) or row * 2, range(50), 3)
+    assert next(ahead) == 0 and len(made) <= 3
+    assert [0, *ahead] == list(range(0, 100, 2))
 
 
 def test_batches_come_in_order_and_their_memory_is_bounded(tiny, photos, tmp_path):

@@ -12,13 +12,14 @@ import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
 import cv2
 import numpy as np
 import torch
-from safetensors.numpy import save as to_safetensors
 from segment_anything.modeling import Sam
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -30,7 +31,7 @@ from aopsam_lab.sam.zoo import spec_of
 SHARD = 64
 ENCODE_PIXELS = 1 << 20  # of the model frame, through the image encoder at a time
 JPEG_BITS = 4  # a pixel, about, of a photograph at quality 95: only to say beforehand how much room it takes
-AHEAD = 2  # batches read while one is trained on
+AHEAD = 2  # batches read while one is trained on, and pictures while one is encoded
 _DTYPES = {"F16": np.float16, "U8": np.uint8, "I64": np.int64}
 
 
@@ -129,31 +130,26 @@ class EmbeddingCache:
             )
 
     @torch.inference_mode()
-    def _shard(self, sam: Sam, entry: Callable, first: int, bar: tqdm) -> bytes:
+    def _shard(self, sam: Sam, entry: Callable, first: int, bar: tqdm) -> list[bytes | memoryview]:
+        """A shard's bytes in pieces. Nothing of it is held twice: the embeddings of a large SAM fill most of the memory."""
         rows = range(first, min(first + SHARD, self.count))
         at_once = max(1, ENCODE_PIXELS // self.side**2)
-        embeddings, targets, sizes, pictures = [], [], [], []
-        with ThreadPoolExecutor(2) as makers:  # reading pictures while the encoder runs
-            made = makers.map(entry, rows)
-            for _ in range(0, len(rows), at_once):
-                some = [one for _, one in zip(range(at_once), made)]
+        embeddings = np.empty((len(rows), *self.embedding), np.float16)
+        targets, sizes, pictures = np.empty((len(rows), *self.grid), np.uint8), [], []
+        with closing(_made_ahead(entry, rows, at_once + AHEAD)) as made:
+            while some := list(islice(made, at_once)):
+                at = len(sizes)
                 images = torch.cat([sam.preprocess(_channels_first(image, sam.device)) for image, _ in some])
-                embeddings.append(sam.image_encoder(images).half().cpu().numpy())
+                embeddings[at : at + len(some)] = sam.image_encoder(images).half().cpu().numpy()
                 for image, target in some:
                     options = [cv2.IMWRITE_JPEG_QUALITY, 95, cv2.IMWRITE_JPEG_SAMPLING_FACTOR, 0x111111]
                     pictures.append(cv2.imencode(".jpg", image[..., ::-1], options)[1].ravel())
-                    targets.append(np.rint(target * 255).astype(np.uint8))
+                    targets[len(sizes)] = np.rint(target * 255)
                     sizes.append(image.shape[:2])
                 bar.update(len(some))
-        return to_safetensors(
-            {
-                "embeddings": np.concatenate(embeddings),
-                "targets": np.stack(targets),
-                "sizes": np.array(sizes, np.int64),
-                "ends": np.cumsum([len(picture) for picture in pictures]),
-                "pictures": np.concatenate(pictures),
-            }
-        )
+        ends = np.cumsum([len(picture) for picture in pictures], dtype=np.int64)
+        arrays = {"sizes": np.array(sizes, np.int64), "ends": ends, "embeddings": embeddings, "targets": targets}
+        return [*_safetensors(arrays, {"pictures": int(ends[-1])}), *map(memoryview, pictures)]
 
     def _read(self, index: np.ndarray, pin: bool) -> tuple[Tensor, Tensor, Tensor, np.ndarray]:
         """Pictures (uint8, padded), embeddings (float16), targets (uint8) and sizes of some entries, in main memory."""
@@ -191,13 +187,39 @@ class EmbeddingCache:
         square = (self.side, self.side)
         inside = torch.stack([valid_cells(tuple(size), self.side, square, device) for size in read[3]])
         valid = torch.stack([valid_cells(tuple(size), self.side, self.grid, device) for size in read[3]])
-        image = (images.float() - sam.pixel_mean) / sam.pixel_std * inside[:, None]
+        image = images.float()  # 12.6 MB a picture of 1024 pixels: worked on in place
+        image.sub_(sam.pixel_mean).div_(sam.pixel_std).mul_(inside[:, None])
         return Batch(image, embeddings.float(), targets.float() / 255, valid.float())
 
 
 def _channels_first(image: np.ndarray, device: torch.device) -> Tensor:
     """(h', w', 3) uint8 -> (1, 3, h', w') on the device."""
     return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))).to(device)[None]
+
+
+def _made_ahead(entry: Callable, rows: Iterable[int], ahead: int) -> Iterator:
+    """`entry(row)` of each row in order, by two threads, while earlier ones are used; at most `ahead` are kept."""
+    with ThreadPoolExecutor(2) as makers:
+        waiting = deque()
+        for row in rows:
+            waiting.append(makers.submit(entry, row))
+            if len(waiting) >= ahead:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def _safetensors(arrays: dict[str, np.ndarray], then: dict[str, int]) -> list[bytes | memoryview]:
+    """The pieces of a safetensors file, the arrays as they lie in memory; `then`: bytes by name that are to follow."""
+    names = {dtype: name for name, dtype in _DTYPES.items()}
+    header, at = {}, 0
+    pieces = [(name, names[array.dtype.type], array.shape, array.nbytes) for name, array in arrays.items()]
+    for name, dtype, shape, size in [*pieces, *((name, "U8", (size,), size) for name, size in then.items())]:
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [at, at + size]}
+        at += size
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # the arrays begin at a multiple of eight
+    return [len(text).to_bytes(8, "little"), text, *(memoryview(array).cast("B") for array in arrays.values())]
 
 
 def _layout(path: Path) -> dict[str, tuple[type, tuple[int, ...], int]]:
