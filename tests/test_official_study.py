@@ -5,9 +5,12 @@ from __future__ import annotations
 import subprocess
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from test_published_data import NAMES, TRIANGLE, coco_json, picture, sa1b_files, write_shard
 
+from aopsam_lab.data.coco import Coco
+from aopsam_lab.study import loading, official, page, paper
 from aopsam_lab.study.runner import run_study
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -51,3 +54,49 @@ def test_make_hands_the_data_over():
     wanted = ("--sam 'vit_h'", "--dataset 'lvis:some/where'", "--predictor 'p.safetensors'", "--detector 'yolov8n'")
     for part in (*wanted, "--n-images '7'", "main_comparison"):
         assert part in printed
+
+
+def test_a_made_up_coco_is_read_as_pycocotools_reads_it(tmp_path, capsys, monkeypatch):
+    file = loading.write_coco(tmp_path / "coco", 6)
+    masks, different = loading.compare_masks(Coco(tmp_path / "coco"), file)
+    assert masks > 30 and different == 0
+    found = loading.read_all(tmp_path / "coco")
+    assert found["images"] == 6 and found["masks"] == masks
+    counts = Coco(tmp_path / "coco").describe()
+    assert counts["crowd_regions"] == 1 and counts["missing_images"] == 0
+    monkeypatch.setattr(Coco, "__getitem__", _one_pixel_off(Coco.__getitem__))
+    assert loading.compare_masks(Coco(tmp_path / "coco"), file) == (masks, masks), "a single pixel is noticed"
+
+
+def _one_pixel_off(getitem):
+    def get(self, i):
+        sample = getitem(self, i)
+        sample.masks[:, 0, 0] ^= True
+        return sample
+
+    return get
+
+
+def test_only_official_models_have_originals(capsys):
+    with pytest.raises(SystemExit):
+        official.main(["exactness", "tiny"])
+    assert "choose of mobile_sam, vit_b, vit_l, vit_h" in capsys.readouterr().err
+
+
+def test_the_papers_figures_stand_beside_ours(tmp_path, monkeypatch):
+    head = paper.PAPER_FILE.read_text().splitlines()[0]
+    lines = ["Table 1,AMG-D,vit_h,lvis,,mIoU,50.5,%,paper,here", "Table 1,AMG-D,vit_h,lvis,,Inf_Lat,0.25,s,paper,here"]
+    monkeypatch.setattr(paper, "PAPER_FILE", tmp_path / "paper.csv")
+    paper.PAPER_FILE.write_text("\n".join([head, *lines]) + "\n")
+    summary = pd.DataFrame(
+        {"method": ["amg_d", "aop"], "miou": [0.52, 0.6], "inf_lat_s": [0.2, 0.1], "peak_mem_mb": [9, 8], "n_masks": [5, 6]}
+    )
+    table = paper.side_by_side(summary, "vit_h", "lvis-v1-val").set_index("method")
+    assert list(table.index) == ["AMG-S", "AMG-D", "OAS Box", "OAS Central Point", "AoP-SAM"]
+    assert table.loc["AMG-D"].filter(like="mIoU").tolist() == pytest.approx([50.5, 52, 1.5])
+    assert table.loc["AMG-D"].filter(like="Inf_Lat").tolist() == pytest.approx([250, 200, -50])
+    assert table.loc["AoP-SAM"].filter(like="mIoU").isna().tolist() == [True, False, True]
+    assert paper.side_by_side(summary, "mobile_sam", "lvis-v1-val").filter(like=": paper").isna().all(axis=None)
+    assert paper.side_by_side(summary, "vit_h", "scenes").empty
+    (tmp_path / "provenance.json").write_text('{"parameters": {"sam": "vit_h"}, "dataset": {"name": "lvis-v1-val"}}')
+    assert "+1.5" in page._beside_paper(tmp_path, summary) and "-50.0" in page._beside_paper(tmp_path, summary)

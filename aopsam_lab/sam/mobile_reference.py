@@ -1,7 +1,8 @@
 """MobileSAM's image encoder written out from its definition, to check and to time the one in use against (ours).
 
 TinyViT-5M (K. Wu et al., 2022) as MobileSAM (C. Zhang et al., 2023) uses it: 1024 x 1024 input, the last stage at
-stride 16, SAM's neck. It works on the official file's tensors by their names and shares no code with kornia's module.
+stride 16, SAM's neck. It works on the official file's tensors by their names and shares no code with kornia's module:
+`encoder_shapes` says which tensors those are, `reference_embedding` what is made of them.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from torch import Tensor
 EPS = 1e-5  # of BatchNorm and LayerNorm
 NECK_EPS = 1e-6
 STAGES = ((2, 4, 7, 2), (6, 5, 14, 1), (2, 10, 7, None))  # blocks, heads, window, stride of the merging after them
+WIDTHS = (64, 128, 160, 320)  # of the first stage, which has no attention, and of these
+CLASSES = 1000  # of the classifier that the encoder was distilled with; the file still holds it
 
 
 def reference_embedding(state: dict[str, Tensor], image: Tensor) -> Tensor:
@@ -33,6 +36,51 @@ def reference_embedding(state: dict[str, Tensor], image: Tensor) -> Tensor:
             x = _merge(weights, f"layers.{stage}.downsample", x, stride)
     x = _channel_norm(F.conv2d(x, weights["neck.0.weight"]), weights, "neck.1")
     return _channel_norm(F.conv2d(x, weights["neck.2.weight"], padding=1), weights, "neck.3")
+
+
+def encoder_shapes() -> dict[str, tuple[int, ...]]:
+    """The name and shape of every tensor of the official `mobile_sam.pt` that belongs to the image encoder."""
+    shapes: dict[str, tuple[int, ...]] = {}
+
+    def norm(name: str, width: int) -> None:
+        shapes.update({f"{name}.weight": (width,), f"{name}.bias": (width,)})
+
+    def conv(name: str, width: int, given: int, side: int) -> None:
+        norm(f"{name}.bn", width)
+        shapes.update({f"{name}.bn.{key}": (width,) for key in ("running_mean", "running_var")})
+        shapes.update({f"{name}.c.weight": (width, given, side, side), f"{name}.bn.num_batches_tracked": ()})
+
+    def linear(name: str, width: int, given: int) -> None:
+        shapes.update({f"{name}.weight": (width, given), f"{name}.bias": (width,)})
+
+    def three(name: str, given: int, inner: int, width: int) -> None:
+        """1 x 1, depthwise 3 x 3, 1 x 1."""
+        conv(f"{name}.conv1", inner, given, 1)
+        conv(f"{name}.conv2", inner, 1, 3)
+        conv(f"{name}.conv3", width, inner, 1)
+
+    conv("patch_embed.seq.0", WIDTHS[0] // 2, 3, 3)
+    conv("patch_embed.seq.2", WIDTHS[0], WIDTHS[0] // 2, 3)
+    for block in range(2):
+        three(f"layers.0.blocks.{block}", WIDTHS[0], 4 * WIDTHS[0], WIDTHS[0])
+    for stage, (blocks, heads, window, _) in enumerate(STAGES, 1):
+        three(f"layers.{stage - 1}.downsample", WIDTHS[stage - 1], WIDTHS[stage], WIDTHS[stage])
+        for block in range(blocks):
+            name, width = f"layers.{stage}.blocks.{block}", WIDTHS[stage]
+            shapes[f"{name}.attn.attention_biases"] = (heads, window**2)
+            norm(f"{name}.attn.norm", width)
+            linear(f"{name}.attn.qkv", 3 * width, width)
+            linear(f"{name}.attn.proj", width, width)
+            conv(f"{name}.local_conv", width, 1, 3)
+            norm(f"{name}.mlp.norm", width)
+            linear(f"{name}.mlp.fc1", 4 * width, width)
+            linear(f"{name}.mlp.fc2", width, 4 * width)
+    norm("norm_head", WIDTHS[-1])
+    linear("head", CLASSES, WIDTHS[-1])
+    shapes.update({"neck.0.weight": (256, WIDTHS[-1], 1, 1), "neck.2.weight": (256, 256, 3, 3)})
+    norm("neck.1", 256)
+    norm("neck.3", 256)
+    return {f"image_encoder.{name}": shape for name, shape in shapes.items()}
 
 
 def _conv(weights: dict, name: str, x: Tensor, stride: int = 1, padding: int = 0) -> Tensor:

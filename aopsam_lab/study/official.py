@@ -1,9 +1,10 @@
-"""What the official models and data sets cost: `python -m aopsam_lab.study.official budget | bench`.
+"""The official models and data sets: `python -m aopsam_lab.study.official budget | bench | exactness | loading`.
 
 *budget* counts products (torch's own counter, on tensors without content) and bytes and prints the table of
 `reports/official.md`. *bench* measures here, with random weights: MobileSAM's encoder against its definition written
 out, and a training step of its Prompt Predictor against the time that the machine's own matrix products take for as
-much arithmetic. Ways of doing a thing take turns, and medians are compared.
+much arithmetic. Ways of doing a thing take turns, and medians are compared. *exactness* compares the models' numbers
+with their originals' (see `exactness`), *loading* COCO's loader with pycocotools (see `loading`).
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from aopsam_lab.download import OFFICIAL
 from aopsam_lab.predictor import PromptPredictor
 from aopsam_lab.sam.mobile_reference import reference_embedding
 from aopsam_lab.sam.zoo import MODELS
+from aopsam_lab.study import exactness, loading
 from aopsam_lab.training.embedding_cache import EmbeddingCache
 from aopsam_lab.training.predictor import loss_of
 
@@ -156,10 +158,23 @@ def main(argv: list[str] | None = None) -> int:
     measure.add_argument("--pictures", type=int, default=500, help="in the cache")
     measure.add_argument("--batch", type=int, default=4)
     measure.add_argument("--steps", type=int, default=7)
+    exact = commands.add_parser("exactness", help="compare with the originals, at full size on random weights")
+    exact.add_argument("names", nargs="*", metavar="SAM", help="mobile_sam, vit_b, vit_l, vit_h (all if none is named)")
+    load = commands.add_parser("loading", help="compare COCO's loader with pycocotools, and measure it at COCO's size")
+    load.add_argument("folders", nargs="*", type=Path, metavar="FOLDER", help="COCO-style folders to compare on as well")
+    load.add_argument("--pictures", type=int, default=5000, help="of the made-up COCO, 0.17 MB each in the temporary folder")
     args = parser.parse_args(argv)
+    official = [name for name in MODELS if name in OFFICIAL]
     if args.command == "budget":
         print(budget(args.pictures, args.epochs, args.images, args.tflops))
         return 0
+    if args.command == "exactness":
+        if unknown := set(args.names) - set(official):
+            parser.error(f"no official SAM is called {', '.join(sorted(unknown))}: choose of {', '.join(official)}")
+        return 0 if exactness.report(args.names or official) else 1
+    if args.command == "loading":
+        with tempfile.TemporaryDirectory(prefix="aopsam_loading_") as folder:
+            return 0 if loading.report(args.folders, args.pictures, Path(folder)) else 1
     with tempfile.TemporaryDirectory(prefix="aopsam_bench_") as folder:
         found = training_seconds(Path(folder), args.pictures, args.batch, args.steps)
     print(

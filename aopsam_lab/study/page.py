@@ -13,7 +13,7 @@ import pandas as pd
 from aopsam_lab.files import write_atomically
 from aopsam_lab.study import tables
 from aopsam_lab.study.output import TABLE_STYLE, html_table
-from aopsam_lab.study.paper import CITATION, MISSING, SLIPS, paper_figures
+from aopsam_lab.study.paper import CITATION, MISSING, SLIPS, paper_figures, side_by_side
 
 TITLES = {
     "main_comparison": "Main comparison",
@@ -127,6 +127,7 @@ def _results(folder: Path) -> str:
     summary, differences = pd.read_csv(folder / f"{name}.csv"), pd.read_csv(folder / f"{name}_differences.csv")
     table = html_table(tables.results_for_people(summary, differences), highlight=tables.title(tables.REFERENCE))
     sentences = "".join(f"<li>{html.escape(text)}</li>" for text in tables.findings(summary, differences))
+    beside_paper = _beside_paper(folder, summary) if name == "main_comparison" else ""
     examples = ""
     if (folder / "examples.png").exists():
         examples = (
@@ -137,13 +138,29 @@ def _results(folder: Path) -> str:
         )
     return f"""<div class="results">{table}</div>
 <p class="muted">{html.escape(COLUMN_NOTES)}</p>
-<div class="beside">
+{beside_paper}<div class="beside">
 <figure><img src="{name}/{name}.png" alt="mIoU of each method against the prompts it decodes"></figure>
 <div>{paper_panel() if name == "main_comparison" else f'<p class="muted">{html.escape(MISSING)}</p>'}</div>
 </div>
 <h3>What the numbers say</h3>
 <ul>{sentences}</ul>
 {examples}"""
+
+
+def _beside_paper(folder: Path, summary: pd.DataFrame) -> str:
+    """The paper's main table beside ours, on the data sets that it has; "" on others."""
+    provenance = json.loads((folder / "provenance.json").read_text(encoding="utf-8"))
+    compared = side_by_side(summary, provenance["parameters"]["sam"], provenance["dataset"]["name"])
+    if compared.empty:
+        return ""
+    shown = pd.DataFrame({"Method": compared.pop("method")})
+    for heading, values in compared.items():
+        sign = "+" if heading.endswith("difference") else ""
+        shown[heading] = [f"{value:{sign},.1f}" if pd.notna(value) else "–" for value in values]
+    return (
+        f'<h3>Beside the paper</h3><div class="results">{html_table(shown)}</div>'
+        '<p class="muted">Difference: ours minus the paper\'s. –: not known here, or not run.</p>\n'
+    )
 
 
 def _sweeps(folder: Path) -> str:
