@@ -190,7 +190,7 @@ def test_settings_give_what_a_fresh_run_gives_and_decode_only_what_is_new(explor
     for params in (EAGER, AsfParams(confidence=0.1, elimination=1.4), AsfParams(smoothing=1, confidence=0.15, spacing=4)):
         explorer.params = params
         assert same_result(explorer.segmentation, run_method(sam, encoded, "aop", predictor, params=params))
-        assert {name: knob.value for name, knob in explorer._knobs.items()} == pytest.approx(vars(params))
+        assert {name: knob.value for name, knob in explorer._controls.knobs.items()} == pytest.approx(vars(params))
     assert len(seen) == 2
     explorer.params = EAGER
     assert "(0 new)" in explorer.canvas.left["badge"] and "mIoU" in explorer.canvas.left["badge"]
@@ -211,12 +211,12 @@ def test_selected_prompt_has_its_masks_and_stays_on_its_point(explorer):
 
 def test_rounds_follow_the_result(explorer):
     rounds = explorer.canvas.left["prompts"]["rounds"]
-    assert explorer.round == explorer.canvas.round == explorer._film.max == rounds > 1
+    assert explorer.round == explorer.canvas.round == explorer._controls.film.max == rounds > 1
     explorer.round = 1
     explorer.params = AsfParams(confidence=0.05, elimination=1.1)
     assert explorer.round == 1  # looking at the first round, one stays there
     explorer.method = "amg_s"
-    assert explorer._film.max == 1
+    assert explorer._controls.film.max == 1
 
 
 def test_clicks_by_hand_add_a_mask_shift_clicks_refine_it_and_undo_takes_back(explorer, sample):
@@ -281,9 +281,9 @@ def test_an_uploaded_picture_is_opened_and_a_damaged_one_only_said(explorer, sam
     stream = io.BytesIO()
     Image.fromarray(sample.image[:100]).save(stream, format="PNG")
     about = {"type": "image/png", "size": 1, "last_modified": datetime(2020, 1, 1, tzinfo=timezone.utc)}
-    explorer._upload.value = ({"name": "mine.png", "content": memoryview(stream.getvalue()), **about},)
-    assert explorer.segmentation.image.shape == (100, 160, 3) and explorer._picker.options[-1][0] == "mine.png"
-    explorer._upload.value = ({"name": "bad.png", "content": memoryview(b"no picture"), **about},)
+    explorer._controls.upload.value = ({"name": "mine.png", "content": memoryview(stream.getvalue()), **about},)
+    assert explorer.segmentation.image.shape == (100, 160, 3) and explorer._controls.picker.options[-1][0] == "mine.png"
+    explorer._controls.upload.value = ({"name": "bad.png", "content": memoryview(b"no picture"), **about},)
     assert explorer.message == "bad.png cannot be read as an image: its format is none that Pillow knows."
     assert explorer.segmentation.image.shape == (100, 160, 3)
 
@@ -326,7 +326,7 @@ def test_a_moving_slider_previews_at_once_and_decodes_when_it_rests(explorer, mo
     async def drag():
         previews = []
         for value in (0.12, 0.14, 0.16, 0.18, 0.3):
-            explorer._knobs["confidence"].value = value
+            explorer._controls.knobs["confidence"].value = value
             previews.append(explorer.canvas.preview["n"])
         assert explorer.segmentation is start and explorer.canvas.busy and runs == []  # nothing decoded while it moves
         while explorer.canvas.busy:
@@ -344,11 +344,11 @@ def test_a_newer_setting_stops_the_older_one_between_rounds(explorer, monkeypatc
     finished = []
 
     async def change_twice():
-        explorer._method.value = "amg_d"  # 1,024 points
+        explorer._controls.method.value = "amg_d"  # 1,024 points
         while "decoding" not in explorer.canvas.busy or " of 1024" not in explorer.canvas.busy:
             await asyncio.sleep(0.005)
         explorer.observe(lambda change: finished.append(change["new"].method), "segmentation")
-        explorer._method.value = "aop"
+        explorer._controls.method.value = "aop"
         while explorer.canvas.busy:
             await asyncio.sleep(0.01)
 
@@ -364,7 +364,7 @@ def test_what_fails_in_the_worker_is_said(explorer, monkeypatch):
     monkeypatch.setattr(explorer_module, "DEBOUNCE", 0.0)
 
     async def move():
-        explorer._knobs["elimination"].value = 1.35
+        explorer._controls.knobs["elimination"].value = 1.35
         while not explorer.message:
             await asyncio.sleep(0.01)
 

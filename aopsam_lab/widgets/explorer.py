@@ -23,20 +23,20 @@ from typing import TYPE_CHECKING
 import anywidget
 import ipywidgets as ui
 import traitlets
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from segment_anything.modeling import Sam
 
 from aopsam_lab import drawing
 from aopsam_lab.asf import AsfParams
-from aopsam_lab.imaging import read_image
 from aopsam_lab.methods import METHODS
 from aopsam_lab.pipeline import loaded_model, loaded_sam
 from aopsam_lab.sam.zoo import spec_of
 from aopsam_lab.segmentation import FATES, Segmentation
 from aopsam_lab.widgets import packing
+from aopsam_lab.widgets.controls import NOTHING, PINNED, Controls, numbered
 from aopsam_lab.widgets.figure import state_figure
-from aopsam_lab.widgets.session import Answer, Cancelled, Clicks, Session, with_manual
-from aopsam_lab.widgets.sources import Picture, Source, prepared, sources_of
+from aopsam_lab.widgets.session import Answer, Cancelled, Clicks, Session, same_prompt, with_manual
+from aopsam_lab.widgets.sources import Picture, Source, sources_of, uploaded_picture
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -44,13 +44,6 @@ if TYPE_CHECKING:
 HERE = Path(__file__).parent
 DEBOUNCE = 0.12  # seconds a slider must rest before decoding begins
 LAYERS = {"image": 1.0, "pcm": 0.0, "smoothed": 0.0, "pem": 0.0, "masks": 0.8, "truth": 0.0, "prompts": 1.0}
-NOTHING, PINNED = "nothing", "this setting, pinned"
-KNOBS = {  # parameter: least, most, step, what it says
-    "smoothing": (0.0, 8.0, 0.1, "sigma of the Gaussian over the PCM, in cells of a 256-wide map"),
-    "confidence": (0.0, 0.95, 0.01, "a peak counts above this"),
-    "spacing": (1.0, 32.0, 1.0, "reach of a peak's window, in cells of a 256-wide map"),
-    "elimination": (0.5, 2.0, 0.01, "a waiting prompt is dropped above this many times a PEM's mean; higher drops fewer"),
-}
 
 
 class Canvas(anywidget.AnyWidget):
@@ -118,8 +111,8 @@ class Explorer(ui.VBox):
         self._live = self._showing = False  # a change comes from the page; the knobs are being set to what holds
         look = {"tables": packing.colour_tables(), "fates": [[*FATES[status]] for status in FATES]}
         self.canvas = Canvas(look=look, layers=dict(LAYERS))
-        self._make_controls(method)
-        super().__init__(children=self._rows(), params=params, method=method, compare=compare)
+        self._controls = Controls([source.name for source in self._sources], self.canvas)
+        super().__init__(children=self._controls.rows(self.canvas), params=params, method=method, compare=compare)
         for trait in ("selected", "round", "layers", "message", "manual"):
             traitlets.link((self, trait), (self.canvas, trait))
         self._connect()
@@ -131,45 +124,13 @@ class Explorer(ui.VBox):
 
     # --- controls --------------------------------------------------------------------------------------------------------
 
-    def _make_controls(self, method: str) -> None:
-        narrow, label = {"description_width": "initial"}, {"description_width": "82px"}
-        names = [(source.name, i) for i, source in enumerate(self._sources)]
-        self._picker = ui.Dropdown(options=names, description="Picture", style=narrow)
-        self._upload = ui.FileUpload(accept="image/*", multiple=False, description="Your own", tooltip="a picture of your own")
-        self._method = ui.Dropdown(options=list(METHODS), description="Method", style=narrow)
-        self._compare = ui.Dropdown(options=[NOTHING, PINNED, *METHODS], description="Beside", style=narrow)
-        for control in (self._picker, self._method, self._compare):
-            control.add_class("aop-choice")
-        for control, width in ((self._picker, "230px"), (self._method, "190px"), (self._compare, "220px"), (self._upload, "120px")):
-            control.layout.width = width
-        self._knobs = {
-            name: ui.FloatSlider(
-                value=low, min=low, max=high, step=step, description=name, tooltip=text, style=label,
-                readout_format=".2f" if step < 0.1 else ".1f", layout=ui.Layout(width="330px"),
-            )
-            for name, (low, high, step, text) in KNOBS.items()
-        }  # fmt: skip
-        self._play = ui.Play(min=0, max=0, interval=700, show_repeat=False, tooltip="the rounds as a film")
-        self._film = ui.IntSlider(min=0, max=0, description="Rounds", style=label, layout=ui.Layout(width="330px"))
-        ui.jslink((self.canvas, "round"), (self._film, "value"))  # a new page takes the first one's value for both
-        ui.jslink((self._film, "value"), (self._play, "value"))
-
-    def _rows(self) -> list[ui.Widget]:
-        wrap = ui.Layout(flex_flow="row wrap", align_items="center")
-        film = ui.HBox([self._film, self._play], layout=ui.Layout(align_items="center"))
-        return [
-            ui.HBox([self._picker, self._upload, self._method, self._compare], layout=wrap),
-            ui.HBox([*self._knobs.values(), film], layout=wrap),
-            self.canvas,
-        ]
-
     def _connect(self) -> None:
         """The controls' values and this object's traits follow each other."""
-        for control, trait in ((self._picker, "source"), (self._method, "method"), (self._compare, "compare")):
+        for control, trait in ((self._controls.picker, "source"), (self._controls.method, "method"), (self._controls.compare, "compare")):
             control.observe(lambda change, trait=trait: self._from_page(trait, change["new"]), "value")
-        for name, knob in self._knobs.items():
+        for name, knob in self._controls.knobs.items():
             knob.observe(lambda change, name=name: self._knob_moved(name, change["new"]), "value")
-        self._upload.observe(self._uploaded, "value")
+        self._controls.upload.observe(self._uploaded, "value")
 
     def _from_page(self, trait: str, value) -> None:
         if value is not None and value != getattr(self, trait):
@@ -185,7 +146,7 @@ class Explorer(ui.VBox):
 
     def _show_knobs(self) -> None:
         self._showing = True
-        for name, knob in self._knobs.items():
+        for name, knob in self._controls.knobs.items():
             value = getattr(self.params, name)
             knob.min, knob.max = min(knob.min, value), max(knob.max, value)  # Python may go beyond what a hand needs
             knob.value = value
@@ -196,9 +157,9 @@ class Explorer(ui.VBox):
             return
         with self._said_not_raised():
             upload = change["new"][0]
-            picture = _picture_of(bytes(upload["content"]), upload["name"])
+            picture = uploaded_picture(bytes(upload["content"]), upload["name"])
             self._sources.append(Source(upload["name"], repr(upload["name"]), lambda: picture))
-            self._picker.options = [(source.name, i) for i, source in enumerate(self._sources)]
+            self._controls.picker.options = numbered([source.name for source in self._sources])
             self.source = len(self._sources) - 1
 
     # --- state -> answers ------------------------------------------------------------------------------------------------
@@ -212,9 +173,9 @@ class Explorer(ui.VBox):
 
     @traitlets.observe("method")
     def _method_changed(self, _) -> None:
-        self._method.value = self.method if self.method in METHODS else None
+        self._controls.method.value = self.method if self.method in METHODS else None
         uses = METHODS[self.method].uses if self.method in METHODS else ()
-        for name, knob in self._knobs.items():
+        for name, knob in self._controls.knobs.items():
             knob.disabled = name not in uses
         if self._session is not None:
             self._ask_for(("left",), sampled=True)
@@ -223,7 +184,7 @@ class Explorer(ui.VBox):
     def _compare_changed(self, _) -> None:
         if self.compare not in (NOTHING, PINNED, *METHODS):
             raise ValueError(f"compare must be {NOTHING!r}, {PINNED!r} or one of {', '.join(METHODS)}, not {self.compare!r}")
-        self._compare.value = self.compare
+        self._controls.compare.value = self.compare
         if self._session is None:
             return
         self._answers["right"] = self._answers["left"] if self.compare == PINNED else None
@@ -233,7 +194,7 @@ class Explorer(ui.VBox):
 
     @traitlets.observe("source")
     def _source_changed(self, _) -> None:
-        self._picker.value = self.source
+        self._controls.picker.value = self.source
         with self._said_not_raised():
             self._open()
 
@@ -337,11 +298,11 @@ class Explorer(ui.VBox):
             self.canvas.right = {} if answer is None else self._packed(answer, seg)
             return
         seg = with_manual(seg, self._masks_by_hand)
-        selected = _same_prompt(self.segmentation, self.selected, seg)
+        selected = same_prompt(self.segmentation, self.selected, seg)
         with self.canvas.hold_sync():
             packed = self._packed(answer, seg)
-            rounds, at_end = packed["prompts"]["rounds"], self.round == self._film.max
-            self._film.max = self._play.max = rounds
+            rounds, at_end = packed["prompts"]["rounds"], self.round == self._controls.film.max
+            self._controls.film.max = self._controls.play.max = rounds
             self.round = rounds if at_end else min(self.round, rounds)
             self.canvas.left, self.canvas.preview = packed, {}
             self.segmentation = seg
@@ -356,25 +317,8 @@ class Explorer(ui.VBox):
             badge[0] += f" ({answer.n_new} new)"
         if truth is not None:
             badge.append(f"mIoU {100 * truth:.1f} %")
-        maps = {}
-        if seg.pcm is not None:
-            smoothed = self._session.smoothed(seg.pcm, replace(self.params, **seg.params))
-            maps = {"pcm": packing.pack_maps(seg.pcm), "smoothed": packing.pack_maps(smoothed)}
-        if seg.pems is not None:
-            maps["pem"] = packing.pack_maps(seg.pems)
-        height, width = seg.image.shape[:2]
-        scaled = seg.input_size if all(seg.input_size) else (height, width)
-        setting = ", ".join(f"{name} {value:g}" for name, value in seg.params.items())
-        return {
-            "title": seg.method,
-            "setting": setting,
-            "badge": " · ".join(badge),
-            "masks": packing.pack_masks(seg.masks, seg.mask_prompt),
-            "scores": [round(float(score), 3) for score in seg.scores],
-            "prompts": packing.pack_prompts(seg),
-            "extent": [seg.model_size * width / scaled[1], seg.model_size * height / scaled[0]],
-            **maps,
-        }
+        smoothed = None if seg.pcm is None else self._session.smoothed(seg.pcm, replace(self.params, **seg.params))
+        return packing.pack_result(seg, smoothed, " · ".join(badge))
 
     # --- by hand, out ----------------------------------------------------------------------------------------------------
 
@@ -508,25 +452,6 @@ def explore_segmentation(seg: Segmentation, sam: str | Sam = "tiny") -> Explorer
     known = {field.name: seg.params[field.name] for field in fields(AsfParams) if field.name in seg.params}
     source = Source("picture", "seg.image", lambda: Picture(seg.image))
     return Explorer([source], sam, seg.method if seg.method in METHODS else "aop", AsfParams(**known), shown=seg)
-
-
-def _picture_of(data: bytes, name: str) -> Picture:
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            return prepared(read_image(image))
-    except UnidentifiedImageError:
-        raise ValueError(f"{name} cannot be read as an image: its format is none that Pillow knows.") from None
-    except (OSError, SyntaxError) as error:
-        raise ValueError(f"{name} cannot be read as an image: {error}") from error
-
-
-def _same_prompt(old: Segmentation | None, row: int, new: Segmentation) -> int:
-    """The row of `new` whose prompt stands where that of `old` in `row` stood; -1 where none does."""
-    if old is None or not 0 <= row < len(old.prompts):
-        return -1
-    at = old.prompts[["x", "y"]].iloc[row]
-    found = ((new.prompts["x"] == at["x"]) & (new.prompts["y"] == at["y"])).to_numpy().nonzero()[0]
-    return int(found[0]) if len(found) else -1
 
 
 def _running_loop() -> asyncio.AbstractEventLoop | None:

@@ -84,3 +84,23 @@ def colour_tables() -> dict:
     """Name -> 256 x 3 bytes, of each of COLOUR_MAPS."""
     steps = np.linspace(0, 1, 256)
     return {name: np.round(matplotlib.colormaps[name](steps)[:, :3] * 255).astype(np.uint8).tobytes() for name in COLOUR_MAPS}
+
+
+def pack_result(seg: Segmentation, smoothed: np.ndarray | None, badge: str) -> dict:
+    """One side of the canvas: title, setting, badge, masks with scores, prompts, and the maps there are with their extent,
+    (width, height) in the image frame. smoothed: the PCM as sampling saw it."""
+    height, width = seg.image.shape[:2]
+    scaled = seg.input_size if all(seg.input_size) else (height, width)
+    maps = {} if seg.pcm is None else {"pcm": pack_maps(seg.pcm), "smoothed": pack_maps(smoothed)}
+    if seg.pems is not None:
+        maps["pem"] = pack_maps(seg.pems)
+    return {
+        "title": seg.method,
+        "setting": ", ".join(f"{name} {value:g}" for name, value in seg.params.items()),
+        "badge": badge,
+        "masks": pack_masks(seg.masks, seg.mask_prompt),
+        "scores": [round(float(score), 3) for score in seg.scores],
+        "prompts": pack_prompts(seg),
+        "extent": [seg.model_size * width / scaled[1], seg.model_size * height / scaled[0]],
+        **maps,
+    }

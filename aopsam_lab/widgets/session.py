@@ -191,3 +191,12 @@ def with_manual(seg: Segmentation, manual: Sequence[tuple[Clicks, Mask]]) -> Seg
         n_decoded=seg.n_decoded + len(masks),
         n_sampled=seg.n_sampled + len(masks),
     )
+
+
+def same_prompt(old: Segmentation | None, row: int, new: Segmentation) -> int:
+    """The row of `new` whose prompt stands where that of `old` in `row` stood; -1 where none does."""
+    if old is None or not 0 <= row < len(old.prompts):
+        return -1
+    at = old.prompts[["x", "y"]].iloc[row]
+    found = ((new.prompts["x"] == at["x"]) & (new.prompts["y"] == at["y"])).to_numpy().nonzero()[0]
+    return int(found[0]) if len(found) else -1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from aopsam_lab.cli import find_images
 from aopsam_lab.data import open_dataset
@@ -112,3 +113,14 @@ def _renamed(groups: list[tuple[str, list[Source]]]) -> list[Source]:
     if not sources:
         raise ValueError("There is no picture in this list.")
     return sources
+
+
+def uploaded_picture(data: bytes, name: str) -> Picture:
+    """A file's bytes as a Picture. Raises ValueError, which names the file, where they are no image."""
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            return prepared(read_image(image))
+    except UnidentifiedImageError:
+        raise ValueError(f"{name} cannot be read as an image: its format is none that Pillow knows.") from None
+    except (OSError, SyntaxError) as error:
+        raise ValueError(f"{name} cannot be read as an image: {error}") from error
