@@ -181,7 +181,7 @@ def decode_and_filter(
         if not wanted.any():
             return wanted.any(1), none
         low_res = decoded.draw(wanted)
-        stability, boxes = sizes.measure(low_res, sam.mask_threshold, STABILITY_OFFSET)
+        stability, boxes = sizes.measure(low_res, sam.mask_threshold, STABILITY_OFFSET, spec.stability_score_thresh)
         stable = stability >= spec.stability_score_thresh  # an empty mask has NaN and fails
         owner = part.repeat_interleave(wanted.sum(1))
         return wanted.any(1), tuple(x[stable] for x in (low_res, decoded.iou[wanted], stability, boxes, owner))
@@ -197,10 +197,16 @@ def remove_duplicates(sam: Sam, encoded: Encoded, found: list[Found]) -> dict:
     if not n:
         none = np.zeros(0, np.float32)
         return dict(masks=[], scores=none, stability=none, boxes=none.reshape(0, 4), mask_prompt=none.astype(int))
-    low, iou, stability, boxes, prompt = (
-        torch.cat([getattr(part, name) for part in found]) for name in ("low_res", "iou", "stability", "boxes", "prompt")
+    iou, stability, boxes, prompt = (
+        torch.cat([getattr(part, name) for part in found]) for name in ("iou", "stability", "boxes", "prompt")
     )
     keep = nms(boxes.float(), iou, BOX_NMS_THRESH)  # best first
-    masks = full_size(sam, encoded).encode(low[keep], sam.mask_threshold)
+    # round by round: all logits in one tensor would be there twice
+    order, masks, first = keep.sort(), [], 0
+    for part in found:
+        own = order.values[(order.values >= first) & (order.values < first + len(part.iou))] - first
+        masks += full_size(sam, encoded).encode(part.low_res[own], sam.mask_threshold)
+        first += len(part.iou)
+    masks = [masks[i] for i in order.indices.argsort().tolist()]
     scores, stability, boxes, prompt = (x[keep].cpu().numpy() for x in (iou.float(), stability.float(), boxes.float(), prompt))
     return dict(masks=masks, scores=scores, stability=stability, boxes=boxes, mask_prompt=prompt)

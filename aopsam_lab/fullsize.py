@@ -3,8 +3,9 @@
 ``Sam.postprocess_masks`` resizes twice, both times linearly along each axis: to the model frame, and from its part that
 is picture to the picture. Both together are one small matrix an axis, and every pixel is a weighted mean of the at most
 3 x 3 low-resolution logits around it. Pixels whose logits are the same make up a *cell*. Where all logits of a cell lie
-on one side of a threshold, so do all its pixels, and they need only be counted; the others, along a mask's outline, are
-worked out. Stability and boxes are therefore exact, from a few percent of the pixels.
+on one side of a threshold, so do all its pixels, and they need only be counted; the others, along that threshold's own
+outline, are worked out. Stability and boxes are therefore exact, from a few percent of the pixels. Small pictures are
+not worth that on a CPU: there OpenCV resizes one mask after the other as a whole.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -19,8 +21,9 @@ from torch import Tensor
 
 from aopsam_lab.rle import encode_changes
 
+WHOLE_PIXELS = 1 << 20  # of a picture whose masks a CPU measures as a whole; half of it, or twice, makes little difference
 CELL_PIXELS = 1 << 17  # pixels of one row of all cells worked out at a time
-ENCODE_PIXELS = 1 << 24  # pixels in cells' top rows, of masks encoded at a time
+ENCODE_PIXELS = 1 << 22  # pixels in cells' top rows, of masks encoded at a time
 
 
 @dataclass(frozen=True)
@@ -80,40 +83,84 @@ class FullSize:
         self, low: tuple[int, int], model: int, input_size: tuple[int, int], image_size: tuple[int, int], device:
         torch.device
     ):
-        self.image_size = image_size
+        self.model, self.input_size, self.image_size = model, input_size, image_size
         self.y, self.x = (Axis.of(low[i], model, input_size[i], image_size[i], device) for i in range(2))
 
-    def measure(self, logits: Tensor, threshold: float, offset: float) -> tuple[Tensor, Tensor]:
+    def measure(
+        self, logits: Tensor, threshold: float, offset: float, least: float = 0.0
+    ) -> tuple[Tensor, Tensor]:
         """Stability score (n,) and box (n, 4) long of masks ``logits > threshold`` at the picture's size.
 
         As segment_anything: stability is the IoU of the mask cut at ``threshold + offset`` and at ``threshold -
         offset``, NaN where the latter is empty; the box is x0 y0 x1 y1, inclusive pixel indices, all 0 for an empty
         mask.
+        least: masks of a lower stability are not wanted. Those that cannot reach it are not worked out, their score is
+        NaN; and the boxes of all of them are 0.
         """
-        full, open_cells = self._cells(logits, threshold - offset, threshold + offset)
-        rows = full.float() @ self.x.size.float()  # pixels; whole numbers below 2^24: exact
-        area = rows.double() @ self.y.size.double()  # (n,)
-        inner, outer = area, area.clone()
+        if logits.device.type == "cpu" and self.image_size[0] * self.image_size[1] <= WHOLE_PIXELS:
+            return self._measure_whole(logits, threshold, offset, least)
+        smallest, greatest = self._bounds(logits)
+        surely_outer = self._pixels(smallest > threshold - offset)
+        maybe_inner = self._pixels(greatest > threshold + offset)
+        hopeful = (maybe_inner >= least * surely_outer).nonzero()[:, 0]
+        part = logits, smallest, greatest
+        if len(hopeful) < len(logits):
+            part = tuple(x[hopeful] for x in part)
+        stability = logits.new_full((len(logits),), float("nan"))
+        stability[hopeful] = (self._area(*part, threshold + offset) / self._area(*part, threshold - offset)).float()
+        boxes = torch.zeros(len(logits), 4, dtype=torch.long, device=logits.device)
+        wanted = (stability >= least).nonzero()[:, 0] if least else torch.arange(len(logits), device=logits.device)
+        boxes[wanted] = self._boxes(logits[wanted], smallest[wanted], greatest[wanted], threshold)
+        return stability, boxes
+
+    def _measure_whole(
+        self, logits: Tensor, threshold: float, offset: float, least: float
+    ) -> tuple[Tensor, Tensor]:
+        """As :meth:`measure`, by resizing each mask."""
+        high, wide = self.input_size
+        stability, boxes = logits.new_full((len(logits),), float("nan")), torch.zeros(len(logits), 4, dtype=torch.long)
+        for i, mask in enumerate(logits.numpy()):
+            scaled = cv2.resize(mask, (self.model, self.model), interpolation=cv2.INTER_LINEAR)[:high, :wide]
+            whole = cv2.resize(scaled, self.image_size[::-1], interpolation=cv2.INTER_LINEAR)
+            inner, outer = (np.count_nonzero(whole > cut) for cut in (threshold + offset, threshold - offset))
+            stability[i] = inner / outer if outer else float("nan")
+            if stability[i] >= least or not least:
+                x, y, w, h = cv2.boundingRect((whole > threshold).view(np.uint8))
+                boxes[i] = torch.tensor([x, y, x + w - 1, y + h - 1] if w else [0, 0, 0, 0])
+        return stability, boxes
+
+    def _pixels(self, cells: Tensor) -> Tensor:
+        """(n, Gy, Gx) bool -> (n,) double, the pixels of the cells that are on."""
+        rows = cells.float() @ self.x.size.float()  # whole numbers below 2^24: exact
+        return rows.double() @ self.y.size.double()
+
+    def _area(self, logits: Tensor, smallest: Tensor, greatest: Tensor, cut: float) -> Tensor:
+        """Pixels of each mask above ``cut`` -> (n,) double. smallest, greatest: see :meth:`_bounds`."""
+        full = smallest > cut
+        area = self._pixels(full)
+        for cells in self._parts((~full & (greatest > cut)).nonzero()):
+            counts = sum((values > cut).sum(0, dtype=torch.uint8).float() for values in self._rows(logits, cells))
+            area = area.index_add(0, cells[:, 0], counts.double())
+        return area
+
+    def _boxes(self, logits: Tensor, smallest: Tensor, greatest: Tensor, threshold: float) -> Tensor:
+        """Boxes of masks, see :meth:`measure`. Only cells beyond the outermost full ones can make a box larger."""
+        full = smallest > threshold
         on_x = full.any(1).repeat_interleave(self.x.size, 1)  # (n, W): columns with anything on
         on_y = full.any(2).repeat_interleave(self.y.size, 1)  # (n, H)
-        for cells in self._parts(open_cells):
+        beyond = _beyond(full.any(2))[:, :, None] | _beyond(full.any(1))[:, None]
+        for cells in self._parts((beyond & ~full & (greatest > threshold)).nonzero()):
             mask, i, j = cells.unbind(1)
-            counts = logits.new_zeros(2, len(cells))
             on_columns = torch.zeros(len(self.x.weights), len(cells), dtype=torch.bool, device=logits.device)
             for r, values in enumerate(self._rows(logits, cells)):
-                counts[0] += (values > threshold + offset).sum(0, dtype=torch.uint8)
-                counts[1] += (values > threshold - offset).sum(0, dtype=torch.uint8)
                 on = values > threshold
                 on_columns |= on
                 some = on.any(0)
                 on_y[mask[some], self.y.start[i[some]] + r] = True
-            inner = inner.index_add(0, mask, counts[0].double())
-            outer = outer.index_add(0, mask, counts[1].double())
             column, cell = on_columns.nonzero(as_tuple=True)
             on_x[mask[cell], self.x.start[j[cell]] + column] = True
         (x0, x1), (y0, y1) = _ends(on_x), _ends(on_y)
-        boxes = torch.stack([x0, y0, x1, y1], 1).masked_fill(~on_x.any(1, keepdim=True), 0)
-        return (inner / outer).float(), boxes
+        return torch.stack([x0, y0, x1, y1], 1).masked_fill(~on_x.any(1, keepdim=True), 0)
 
     def encode(self, logits: Tensor, threshold: float) -> list[dict]:
         """COCO RLE of the masks ``logits > threshold`` at the picture's size: (n, 4h, 4w) -> n.
@@ -125,7 +172,9 @@ class FullSize:
 
     def _encode(self, logits: Tensor, threshold: float) -> list[dict]:
         n, (height, width) = len(logits), self.image_size
-        full, open_cells = self._cells(logits, threshold, threshold)
+        smallest, greatest = self._bounds(logits)
+        full = smallest > threshold
+        open_cells = (~full & (greatest > threshold)).nonzero()
         # the first and the last pixel of each cell's columns: (n, Gy, W)
         top = full.repeat_interleave(self.x.size, 2)
         bottom = top.clone()
@@ -158,13 +207,9 @@ class FullSize:
             encode_changes(ends - k * span, self.image_size) for k, ends in enumerate(np.split(found, bounds))
         ]
 
-    def _cells(self, logits: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
-        """(n, Gy, Gx) bool, cells whose logits all exceed ``high``; (u, 3) long, mask, row and column of those that are
-        open:
-        neither that nor all at most ``low``."""
-        least, most = (_windows(logits, self.y, self.x, pick) for pick in (torch.minimum, torch.maximum))
-        full = least > high
-        return full, (~full & (most > low)).nonzero()
+    def _bounds(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """(n, Gy, Gx), the least and the greatest of the logits that each cell's pixels are made of."""
+        return tuple(_windows(logits, self.y, self.x, pick) for pick in (torch.minimum, torch.maximum))
 
     def _parts(self, cells: Tensor) -> tuple[Tensor, ...]:
         """Cells so few at a time that what is worked out of them stays in cache."""
@@ -186,6 +231,11 @@ def _ends(on: Tensor) -> tuple[Tensor, Tensor]:
     """First and last place that is on in each row of (n, L) bool."""
     on = on.byte()
     return on.argmax(1), on.shape[1] - 1 - on.flip(1).argmax(1)
+
+
+def _beyond(on: Tensor) -> Tensor:
+    """(n, G) bool -> the places before the first and after the last that is on; all where none is."""
+    return (on.int().cumsum(1) == 0) | (on.flip(1).int().cumsum(1) == 0).flip(1)
 
 
 def _mix(weights: Tensor, values: Tensor) -> Tensor:

@@ -4,13 +4,19 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pycocotools import mask as coco_mask
 from segment_anything.utils.amg import batched_mask_to_box, calculate_stability_score
 
 from aopsam_lab.fullsize import FullSize
 from aopsam_lab.rle import encode_changes
+
+
+@pytest.fixture(params=["as a whole", "cell by cell"], autouse=True)
+def way(request, monkeypatch):
+    """Both ways of measuring, whatever the picture's size."""
+    monkeypatch.setattr("aopsam_lab.fullsize.WHOLE_PIXELS", 1 << 30 if request.param == "as a whole" else 0)
 
 
 NEAR = 2e-5  # logits this near to a cut may fall to either side: resizing works in float32
@@ -66,7 +72,7 @@ def test_equals_resizing_everything(low, model, input_size, image_size):
     same(blobs(low, seed=1), model, input_size, image_size, threshold=0.5, offset=0.25)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.integers(1, 64), st.integers(1, 64), st.integers(1, 90), st.integers(1, 90), st.sampled_from([16, 32]),
     st.integers(0, 99)
@@ -85,6 +91,16 @@ def test_a_box_of_few_pixels_by_hand():
     assert boxes.tolist() == [[4, 2, 5, 3]] and stability.item() == 1.0
     uncompressed = {"size": [8, 8], "counts": [34, 2, 6, 2, 20]}
     assert sizes.encode(logits, 0.0) == [coco_mask.frPyObjects(uncompressed, 8, 8)]
+
+
+def test_unstable_masks_are_left_out():
+    logits = blobs(32, seed=7)
+    sizes = FullSize((32, 32), 64, (64, 48), (90, 70), logits.device)
+    (stability, boxes), (some, wanted) = sizes.measure(logits, 0.0, 1.0), sizes.measure(logits, 0.0, 1.0, least=0.5)
+    stable = stability >= 0.5
+    assert 0 < stable.sum() < len(logits) and torch.equal(some >= 0.5, stable)
+    assert torch.equal(some[stable], stability[stable]) and torch.equal(wanted[stable], boxes[stable])
+    assert not wanted[~stable].any()
 
 
 def test_in_parts_as_in_one(monkeypatch):
