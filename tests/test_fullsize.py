@@ -103,6 +103,14 @@ def test_unstable_masks_are_left_out():
     assert not wanted[~stable].any()
 
 
+def test_no_least_stability_wants_every_mask():
+    logits = torch.full((1, 16, 16), -9.0)
+    logits[0, 5, 6] = 9.0  # so small that no cell is surely on it
+    sizes = FullSize((16, 16), 64, (64, 64), (50, 50), logits.device)
+    (stability, boxes), (same_stability, same_boxes) = (sizes.measure(logits, 0.0, 1.0, x) for x in (0.0, float("-inf")))
+    assert stability.item() > 0 and torch.equal(stability, same_stability) and torch.equal(boxes, same_boxes)
+
+
 def test_in_parts_as_in_one(monkeypatch):
     logits = blobs(64, seed=5)
     sizes = FullSize((64, 64), 256, (200, 256), (150, 192), logits.device)
