@@ -19,7 +19,7 @@ from segment_anything.utils.transforms import ResizeLongestSide
 from torch import Tensor
 from torchvision.ops import nms
 
-from aopsam_lab.batching import fitting_batch, halving
+from aopsam_lab.batching import fitting_batch, in_batches
 from aopsam_lab.fullsize import FullSize
 from aopsam_lab.methods import Prompts
 from aopsam_lab.sam.image_decoder import ImageDecoder
@@ -187,7 +187,7 @@ def decode_and_filter(
         return wanted.any(1), tuple(x[stable] for x in (low_res, decoded.iou[wanted], stability, boxes, owner))
 
     nothing = index.new_zeros(0, dtype=torch.bool), none
-    passed, kept = zip(nothing, *halving(index, decode_batch(encoded), found_of))
+    passed, kept = zip(nothing, *in_batches(index, decode_batch(encoded), found_of, MIN_DECODE_BATCH))
     return Found(*(torch.cat(parts) for parts in zip(*kept)), torch.cat(passed))
 
 
@@ -205,7 +205,9 @@ def remove_duplicates(sam: Sam, encoded: Encoded, found: list[Found]) -> dict:
     order, masks, first = keep.sort(), [], 0
     for part in found:
         own = order.values[(order.values >= first) & (order.values < first + len(part.iou))] - first
-        masks += full_size(sam, encoded).encode(part.low_res[own], sam.mask_threshold)
+        sizes, logits = full_size(sam, encoded), part.low_res
+        for encoded_masks in in_batches(own, max(1, len(own)), lambda some: sizes.encode(logits[some], sam.mask_threshold)):
+            masks += encoded_masks
         first += len(part.iou)
     masks = [masks[i] for i in order.indices.argsort().tolist()]
     scores, stability, boxes, prompt = (x[keep].cpu().numpy() for x in (iou.float(), stability.float(), boxes.float(), prompt))

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from aopsam_lab.detector import Detector
     from aopsam_lab.predictor import PromptPredictor
 
+DECODED_AT_A_TIME = 128  # prompts: what passes is copied once when they are done, and so few of it is there twice
 
 Decode = Callable[[Sam, Encoded, Prompts, torch.Tensor, SamSpec], Found]
 
@@ -55,7 +56,7 @@ def run_method(
     watch = Stopwatch(encoded.embedding.device)
     if decode is decode_and_filter:  # a run that shares nothing makes its own, and takes its time
         encoded.made.clear()
-    rounds: list[tuple[torch.Tensor, Found]] = []
+    rounds: list[list[tuple[torch.Tensor, Found]]] = []
     with watch("infer"):
         proposal = chosen.start(encoded, models, params)
         index = proposal.next_round()
@@ -63,13 +64,14 @@ def run_method(
         with watch("mask"):
             index = strongest(proposal.prompts.confidence, index, left)
             left -= len(index)
-            found = decode(sam, encoded, proposal.prompts, index, spec)
-            rounds.append((index, found))
+            parts = index.split(DECODED_AT_A_TIME)
+            rounds.append([(part, decode(sam, encoded, proposal.prompts, part, spec)) for part in parts])
         with watch("infer"):
-            proposal.observe(found, sam.mask_threshold)
+            for _, found in rounds[-1]:
+                proposal.observe(found, sam.mask_threshold)
             index = proposal.next_round()
     with watch("mask"):
-        result = remove_duplicates(sam, encoded, [found for _, found in rounds])
+        result = remove_duplicates(sam, encoded, [found for parts in rounds for _, found in parts])
     seconds = {"encode": encoded.seconds, "infer": watch.seconds["infer"], "mask": watch.seconds["mask"]}
     seconds["total"] = sum(seconds.values())
     table = _prompt_table(proposal, rounds, result["mask_prompt"])
@@ -84,7 +86,7 @@ def run_method(
         seconds=seconds,
         method=method,
         params={name: getattr(params, name) for name in chosen.uses},
-        n_decoded=sum(len(index) for index, _ in rounds),
+        n_decoded=sum(len(index) for parts in rounds for index, _ in parts),
         n_sampled=len(proposal.prompts),
         n_eliminated=int(eliminated.sum()),
         input_size=tuple(encoded.input_size),
@@ -110,7 +112,7 @@ def strongest(confidence: torch.Tensor, index: torch.Tensor, limit: float) -> to
     return index[chosen]
 
 
-def _prompt_table(proposal: Proposal, rounds: list[tuple[torch.Tensor, Found]], mask_prompt: np.ndarray) -> pd.DataFrame:
+def _prompt_table(proposal: Proposal, rounds: list[list[tuple[torch.Tensor, Found]]], mask_prompt: np.ndarray) -> pd.DataFrame:
     """One row a prompt: where, how sure, in which round, and what became of it."""
     prompts = proposal.prompts
     m = len(prompts)
@@ -120,7 +122,7 @@ def _prompt_table(proposal: Proposal, rounds: list[tuple[torch.Tensor, Found]], 
     table["pem"] = proposal.pem_value.cpu().numpy()
     round_of = np.full(m, -1)
     status = np.where(table["by"] >= 0, "eliminated", "not_reached").astype(object)
-    for i, (index, found) in enumerate(rounds):
+    for i, index, found in ((i, *part) for i, parts in enumerate(rounds) for part in parts):
         rows = index.cpu().numpy()
         round_of[rows] = i
         status[rows] = np.where(found.passed_iou.cpu().numpy(), "unstable", "low_iou")

@@ -1,5 +1,10 @@
 from __future__ import annotations
 
+import subprocess
+import sys
+import textwrap
+import threading
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aopsam_lab import batching
-from aopsam_lab.batching import fitting_batch, halving
+from aopsam_lab.batching import fitting_batch, halving, in_batches
 from aopsam_lab.decoding import Stopwatch, decode_and_filter, encode
 from aopsam_lab.methods import Prompts
 from aopsam_lab.sam.image_decoder import ImageDecoder
@@ -57,6 +62,71 @@ def test_other_errors_are_not_swallowed():
         list(halving(torch.arange(4), 4, work))
 
 
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@given(st.integers(0, 40), st.integers(1, 50), st.integers(1, 6))
+def test_batches_side_by_side_come_back_in_order(count, size, least):
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        found = list(in_batches(torch.arange(count), size, lambda part: part * 2, least))
+    finally:
+        torch.set_num_threads(before)
+    assert [x for part in found for x in part.tolist()] == list(range(0, 2 * count, 2))
+    assert all(len(part) <= max(size, least) for part in found)
+
+
+def test_batches_run_side_by_side_with_a_thread_each(two_threads):
+    both = threading.Barrier(2)
+
+    def work(part):
+        both.wait(timeout=20)  # passes only while the other batch is at work too
+        return torch.get_num_threads(), torch.is_inference_mode_enabled(), torch.is_grad_enabled(), len(part)
+
+    with torch.inference_mode():
+        assert list(in_batches(torch.arange(8), 100, work)) == [(1, True, False, 4)] * 2
+    assert list(in_batches(torch.arange(8), 100, work)) == [(1, False, True, 4)] * 2
+    assert torch.get_num_threads() == 2, "the caller keeps its threads"
+
+
+def test_a_batch_too_small_to_share_stays_with_the_caller(two_threads):
+    def work(part):
+        return threading.current_thread() is threading.main_thread()
+
+    assert list(in_batches(torch.arange(4), 100, work, least=4)) == [True]
+    torch.set_num_threads(1)
+    assert list(in_batches(torch.arange(8), 2, work)) == [True] * 4
+
+
+def test_an_error_in_a_batch_reaches_the_caller(two_threads):
+    def work(part):
+        raise RuntimeError(f"of {len(part)}")
+
+    with pytest.raises(RuntimeError, match="of 2"):
+        list(in_batches(torch.arange(4), 2, work))
+
+
+def test_a_forked_process_makes_threads_of_its_own():
+    program = """
+        import os, torch
+        from aopsam_lab.batching import in_batches
+        torch.set_num_threads(2)
+        def found(): return [x for part in in_batches(torch.arange(6), 2, lambda part: part + 0) for x in part.tolist()]
+        assert found() == list(range(6))
+        child = os.fork()
+        if not child:
+            os._exit(0 if found() == list(range(6)) else 1)
+        assert os.waitpid(child, 0)[1] == 0
+    """
+    subprocess.run([sys.executable, "-W", "ignore", "-c", textwrap.dedent(program)], check=True, timeout=60)
+
+
 def test_the_first_batch_follows_the_free_memory(monkeypatch):
     assert fitting_batch(torch.device("cpu"), 10**9, 64) == 64
     monkeypatch.setattr(batching.torch.cuda, "mem_get_info", lambda _: (8_000, 16_000))
@@ -69,6 +139,7 @@ def test_the_first_batch_follows_the_free_memory(monkeypatch):
 
 
 def test_decoding_goes_on_in_smaller_batches_with_the_same_masks(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)  # as on a GPU: one batch after the other
     torch.manual_seed(0)
     sam = build_tiny_sam().eval().requires_grad_(False)
     encoded = encode(sam, np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8))

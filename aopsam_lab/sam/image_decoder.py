@@ -67,7 +67,9 @@ class ImageDecoder:
         self.decoder, self.embedding, self.image_pe, self.no_mask = decoder, embedding, image_pe, no_mask
         self.precision, self.used = precision, used
         self.stock = misfit(decoder)
-        self._shared: SharedDecoder | None = None
+        self._shared = None
+        if not self.stock and precision == "float32":  # made here, as batches of prompts may come from several threads
+            self._shared = SharedDecoder(decoder, embedding, image_pe, no_mask, used)
         if self.stock:
             warnings.warn(f"This mask decoder is run as it is, slowly: {self.stock}.", stacklevel=2)
 
@@ -82,10 +84,6 @@ class ImageDecoder:
                 return self._folded(self.embedding + dense, sparse[:, None], none)
             if self.precision != "float32":
                 return self._folded(self.embedding, sparse[None], self.no_mask)
-            if self._shared is None:
-                self._shared = SharedDecoder(
-                    self.decoder, self.embedding, self.image_pe, self.no_mask, self.used
-                )
             decoded = self._shared.decode(sparse)
             return DecodedPrompts(decoded.iou, lambda wanted: self._shared.draw(decoded, wanted))
 

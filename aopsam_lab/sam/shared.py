@@ -29,6 +29,8 @@ from segment_anything.modeling import MaskDecoder
 from segment_anything.modeling.transformer import Attention
 from torch import Tensor
 
+DRAWN_AT_A_TIME = {"cpu": 2}  # prompts whose pixels stay in cache; elsewhere all
+
 
 def _over_pixels(rows: Tensor, table: Tensor, heads: int, out: Tensor, add: bool = False) -> Tensor:
     """Head by head ``rows @ table``: (R, D), (D, N) -> out (P, T * H, N), added to what is there where ``add``."""
@@ -164,12 +166,12 @@ class SharedDecoder:
         up = decoder.output_upscaling[0]
         # each of the four new pixels less its mean over the channels, which the LayerNorm takes off: (dy dx C/4, C)
         self.up_weight = _centred(up.weight.permute(2, 3, 1, 0), 2).flatten(0, 2)
-        self.up = self._on_used(self.up_weight @ x.T)  # (C, n)
+        self.up = self._on_used(self.up_weight @ x.T).flatten(1)  # (C, n)
         self.up_bias = (self.up_weight @ self.bias2 + _centred(up.bias, 0).repeat(4))[:, None]
 
     def _on_used(self, x: Tensor) -> Tensor:
-        """(K, N) -> (K, n), the pixels on which masks are drawn."""
-        return x.unflatten(1, self.grid)[:, : self.used[0], : self.used[1]].flatten(1)
+        """(..., N) -> (..., rows, columns), the pixels on which masks are drawn."""
+        return x.unflatten(-1, self.grid)[..., : self.used[0], : self.used[1]]
 
     @torch.no_grad()
     def decode(self, sparse: Tensor) -> SharedDecoded:
@@ -258,31 +260,35 @@ class SharedDecoder:
     @torch.no_grad()
     def draw(self, decoded: SharedDecoded, wanted: Tensor) -> Tensor:
         """Low-resolution logits (k, 4h, 4w) of the k masks that ``wanted`` (P, M) bool marks, prompt by prompt."""
-        decoder, (h, w) = self.decoder, self.used
+        decoder, (height, width), (h, w) = self.decoder, self.grid, self.used
         _, norm, act1, up2, act2 = decoder.output_upscaling
         nets = decoder.output_hypernetworks_mlps
         hyper = torch.stack([net(decoded.tokens[:, i]) for i, net in enumerate(nets)], 1)  # (P, M, C/8)
         weight2 = up2.weight.permute(2, 3, 1, 0).flatten(0, 2)  # (dy dx C/8, C/4)
         bias2 = up2.bias.repeat(4)[:, None]
         n, channels = h * w, len(weight2) // 4
-        logits = hyper.new_empty(int(wanted.sum()), 4, 4, n)  # (k, dy dx of the first upscaling, of the second, N)
-        done = 0
-        for i in wanted.any(1).nonzero()[:, 0].tolist():  # one prompt at a time stays in cache
-            scale1, scale2 = self._on_used(decoded.scale1[i]), self._on_used(decoded.scale2[i])
-            attention1, attention2 = self._on_used(decoded.attention1[i]), self._on_used(decoded.attention2[i])
-            attention = torch.cat([attention1 * scale1, attention2 * scale2])  # (2 T H, n)
-            values = torch.cat([decoded.values1[i], decoded.values2[i]])  # (2 T H, C)
-            x = torch.addcmul(self.up_bias, self.up, scale1).addmm_(self.up_weight @ values.T, attention)  # (C, N)
-            x = act1(_channel_norm(norm, x.view(4, -1, n)))  # (4, C/4, N)
-            x = act2(torch.matmul(weight2, x).add_(bias2))  # (4, 4 C/8, N)
-            chosen = hyper[i, wanted[i]]  # (m, C/8)
-            m = len(chosen)
-            torch.matmul(chosen, x.view(16, channels, n), out=logits[done : done + m].view(m, 16, n).transpose(0, 1))
-            done += m
-        logits = logits.view(-1, 2, 2, 2, 2, h, w)  # dy, dx of each upscaling, y, x
-        drawn = logits.permute(0, 5, 1, 3, 6, 2, 4).reshape(-1, 4 * h, 4 * w)
-        beyond = [4 * (side - part) for side, part in zip(self.grid, self.used)]
-        return F.pad(drawn, (0, beyond[1], 0, beyond[0])) if any(beyond) else drawn
+        logits = hyper.new_empty(int(wanted.sum()), 4 * height, 4 * width)
+        logits[:, 4 * h :], logits[:, : 4 * h, 4 * w :] = 0, 0
+        places = logits[:, : 4 * h, : 4 * w].unflatten(2, (w, 4)).unflatten(1, (h, 4))  # (k, y, dy, x, dx)
+        rows, done = wanted.any(1).nonzero()[:, 0], 0
+        for some in rows.split(DRAWN_AT_A_TIME.get(rows.device.type, len(rows))) if len(rows) else ():
+            values = torch.cat([decoded.values1[some], decoded.values2[some]], 1)  # (p, 2 T H, C)
+            attention = values.new_empty(*values.shape[:2], h, w)
+            for part, i in zip(attention, some.tolist()):
+                halves = (decoded.attention1[i], decoded.scale1[i]), (decoded.attention2[i], decoded.scale2[i])
+                for half, pair in zip(part.chunk(2), halves):
+                    torch.mul(*map(self._on_used, pair), out=half)
+            scale = self._on_used(decoded.scale1[some]).flatten(2)
+            x = torch.addcmul(self.up_bias, self.up, scale)
+            x = x.baddbmm_(self.up_weight @ values.mT, attention.flatten(2))  # (p, C, n)
+            x = act1(_channel_norm(norm, x.view(len(some) * 4, -1, n)))  # (p 4, C/4, n)
+            x = act2(torch.matmul(weight2, x).add_(bias2))  # (p 4, 4 C/8, n)
+            x = torch.matmul(hyper[some].unsqueeze(1), x.view(len(some), 16, channels, n))  # (p, 16, M, n)
+            # of the two upscalings dy dx dy dx -> dy dy dx dx, of those marked
+            chosen = x.view(len(some), 2, 2, 2, 2, -1, h, w).permute(0, 5, 1, 3, 2, 4, 6, 7)[wanted[some]]
+            places[done : done + len(chosen)] = chosen.reshape(-1, 4, 4, h, w).permute(0, 3, 1, 4, 2)
+            done += len(chosen)
+        return logits
 
 
 def _channel_norm(norm: torch.nn.Module, x: Tensor) -> Tensor:

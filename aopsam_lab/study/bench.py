@@ -245,7 +245,7 @@ def timed(seconds: dict[str, float], places: dict[str, tuple[object, str]]) -> I
 
 
 def profile(name: str, run: Callable[[], object]) -> Iterator[dict]:
-    """Where a run's time goes, by step."""
+    """Where a run's time goes, by step, on one thread: on several, steps of different prompts run side by side."""
     from aopsam_lab.sam.shared import SharedDecoder
 
     seconds: dict[str, float] = {}
@@ -257,10 +257,15 @@ def profile(name: str, run: Callable[[], object]) -> Iterator[dict]:
         "NMS": (decoding, "nms"),
         "RLE": (FullSize, "encode"),
     }
-    with timed(seconds, places):
-        start = time.perf_counter()
-        run()
-        total = time.perf_counter() - start
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with timed(seconds, places):
+            start = time.perf_counter()
+            run()
+            total = time.perf_counter() - start
+    finally:
+        torch.set_num_threads(threads)
     seconds["the rest"] = total - sum(seconds.values())
     for step, value in seconds.items():
         yield {"run": name, "step": step, "seconds": value, "share": value / total}
