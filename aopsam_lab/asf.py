@@ -65,15 +65,24 @@ def smooth(pcm: Tensor, sigma: float) -> Tensor:
     return F.conv2d(F.conv2d(x, kernel.view(1, 1, 1, -1)), kernel.view(1, 1, -1, 1))[0, 0]
 
 
+def _window_maximum(x: Tensor, reach: int, dim: int) -> Tensor:
+    """Of each cell of (H, W) and the ``reach`` to either side of it along ``dim``: maxima of windows that double."""
+    ends = (reach, reach, 0, 0) if dim == 1 else (0, 0, reach, reach)
+    x, width, side = F.pad(x, ends, value=-float("inf")), 1, 2 * reach + 1
+    while width < side:
+        step = min(width, side - width)
+        x = torch.maximum(x.narrow(dim, 0, x.shape[dim] - step), x.narrow(dim, step, x.shape[dim] - step))
+        width += step
+    return x
+
+
 def local_maxima(score: Tensor, threshold: float, spacing: int) -> tuple[Tensor, Tensor]:
     """Cells that exceed ``threshold`` and are the maximum of their ``(2 * spacing + 1)`` window.
 
     score: (H, W). Returns (n, 2) long (row, column) and their n scores, strongest first, ties by row then column. Of equal
     maxima within one window (a plateau) the first in that order stays.
     """
-    side = 2 * spacing + 1
-    rows = F.max_pool2d(score[None, None], (1, side), stride=1, padding=(0, spacing))
-    peak = F.max_pool2d(rows, (side, 1), stride=1, padding=(spacing, 0))[0, 0]  # by rows, then columns: as the square window, sooner
+    peak = _window_maximum(_window_maximum(score, spacing, 1), spacing, 0)
     cells = ((score == peak) & (score > threshold)).nonzero()  # row-major
     values = score[cells[:, 0], cells[:, 1]]
     order = values.argsort(descending=True, stable=True)

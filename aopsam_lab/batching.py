@@ -32,11 +32,12 @@ def in_batches(items: Tensor, size: int, work: Callable[[Tensor], Result], least
     """`work(part)` of `items`, at most `size` at a time, results in the items' order.
 
     On a CPU as many batches run side by side as torch has threads, each with one of them: a batch of small products
-    leaves threads that share it waiting for each other. Batches become smaller, down to `least`, where some thread would
-    have none. Elsewhere one follows the other, see :func:`halving`.
+    leaves threads that share it waiting for each other. Batches become smaller, down to `least`, so that all threads have
+    as many. Elsewhere one follows the other, see :func:`halving`.
     """
     threads = torch.get_num_threads() if items.device.type == "cpu" else 1
-    parts = items.split(min(size, max(least, -(-len(items) // threads)))) if len(items) else ()
+    turns = -(-len(items) // (size * threads))
+    parts = items.split(min(size, max(least, -(-len(items) // (turns * threads))))) if len(items) else ()
     if threads == 1 or len(parts) < 2:
         yield from halving(items, size, work)
         return

@@ -123,7 +123,7 @@ class FilteredProposal(Proposal):
         if not len(found.iou) or not len(waiting):
             return
         best = best_of_each(found.iou, found.prompt)
-        coverage = asf.cell_coverage(found.low_res[best] > mask_threshold) * self.valid
+        coverage = asf.cell_coverage(found.low_res.index_select(0, best) > mask_threshold) * self.valid
         pems = asf.elimination_maps(self.features, asf.reference_features(self.features, coverage))
         thresholds = asf.elimination_thresholds(pems, coverage, self.valid, self.elimination)
         by, value = asf.eliminate(pems, thresholds, self.cells[waiting], asf.dilate(coverage) if self.gated else None)

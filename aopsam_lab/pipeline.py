@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from aopsam_lab.detector import Detector
     from aopsam_lab.predictor import PromptPredictor
 
-DECODED_AT_A_TIME = 128  # prompts: what passes is copied once when they are done, and so few of it is there twice
+# prompts whose masks are gathered at a time; what passes is there twice meanwhile. On a GPU all of a round: batches are large
+DECODED_AT_A_TIME = {"cpu": 64}
 
 Decode = Callable[[Sam, Encoded, Prompts, torch.Tensor, SamSpec], Found]
 
@@ -64,7 +65,7 @@ def run_method(
         with watch("mask"):
             index = strongest(proposal.prompts.confidence, index, left)
             left -= len(index)
-            parts = index.split(DECODED_AT_A_TIME)
+            parts = index.split(DECODED_AT_A_TIME.get(index.device.type, len(index)))
             rounds.append([(part, decode(sam, encoded, proposal.prompts, part, spec)) for part in parts])
         with watch("infer"):
             for _, found in rounds[-1]:

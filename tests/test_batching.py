@@ -95,6 +95,11 @@ def test_batches_run_side_by_side_with_a_thread_each(two_threads):
     assert torch.get_num_threads() == 2, "the caller keeps its threads"
 
 
+def test_all_threads_have_as_many_batches(two_threads):
+    assert list(in_batches(torch.arange(48), 16, len)) == [12] * 4
+    assert list(in_batches(torch.arange(10), 16, len, least=4)) == [5, 5]
+
+
 def test_a_batch_too_small_to_share_stays_with_the_caller(two_threads):
     def work(part):
         return threading.current_thread() is threading.main_thread()
