@@ -66,7 +66,7 @@ def test_bars_and_page():
         pd.DataFrame(
             {
                 "part": part,
-                "row": ["stock generator", "RLE of survivors, by outline", "aop"],
+                "row": ["stock generator", "batches side by side", "aop"],
                 "seconds": [12.0, 2.0, 0.3],
                 "peak_mib": [900.0, 90.0, float("nan")],
             }
@@ -110,7 +110,7 @@ def test_rows_as_they_are_measured(small_grid):
     assert all(row["largest_logit_difference"] <= 1e-4 and row["seconds"] > 0 for row in rows[:-1])
     assert 0 < rows[-1]["largest_logit_difference"] < 0.1
     sam = load_sam("tiny", device="cpu")
-    wanted = ["stock generator", "RLE of survivors, by outline"]
+    wanted = ["stock generator", "batches side by side"]
     rows = list(bench.bench_everything("small", sam, None, [scene(10_032, 96)], (60, 90), wanted))
     assert [row["row"] for row in rows] == wanted and rows[1]["as_many_masks"] and rows[1]["lowest_match_iou"] >= 0.99
     assert rows[0]["miou"] == pytest.approx(rows[1]["miou"], abs=0.02)

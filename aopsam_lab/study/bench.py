@@ -41,6 +41,7 @@ from segment_anything.utils.amg import (
 from torchvision.ops import nms
 
 from aopsam_lab import decoding, pipeline
+from aopsam_lab.batching import halving
 from aopsam_lab.data import open_dataset
 from aopsam_lab.decoding import BOX_NMS_THRESH, STABILITY_OFFSET, Encoded, encode, full_resolution
 from aopsam_lab.evaluator import evaluate
@@ -60,7 +61,8 @@ from aopsam_lab.study.settings import package_environment
 from aopsam_lab.study.stock import stock_records
 
 LARGE = (1500, 2250)  # (height, width)
-MEMORY_ROWS = ("stock generator", "RLE of survivors, by outline")
+ALL = "batches side by side"  # every technique: what the package does
+MEMORY_ROWS = ("stock generator", ALL)
 
 
 # --- everything -------------------------------------------------------------------------------------------------------
@@ -112,6 +114,16 @@ def ours(sam: Sam, encoded: Encoded, method: str, predictor=None, precision: str
     return pipeline.run_method(sam, encoded, method, predictor, decode=decode).masks
 
 
+def one_by_one(sam: Sam, encoded: Encoded, method: str) -> list[dict]:
+    """As `ours`, one batch after the other, all threads at work on each."""
+    side_by_side = decoding.in_batches
+    decoding.in_batches = lambda items, size, work, least=1: halving(items, size, work)
+    try:
+        return ours(sam, encoded, method)
+    finally:
+        decoding.in_batches = side_by_side
+
+
 def everything_rows(sam: Sam, predictor, encoded: Encoded) -> dict[str, Callable[[], list[dict]]]:
     """The techniques of the whole way from prompts to RLE by name; each includes those before it."""
 
@@ -124,7 +136,8 @@ def everything_rows(sam: Sam, predictor, encoded: Encoded) -> dict[str, Callable
         "pixels stay with the image": functools.partial(fresh, composed, False, False),
         "IoU before pixels": functools.partial(fresh, composed, True, False),
         "stability and boxes by outline": functools.partial(fresh, composed, True, True),
-        "RLE of survivors, by outline": functools.partial(fresh, ours, "amg_d"),
+        "RLE of survivors, by outline": functools.partial(fresh, one_by_one, "amg_d"),
+        ALL: functools.partial(fresh, ours, "amg_d"),
         BF16: functools.partial(fresh, ours, "amg_d", None, "bf16"),
         "aop": functools.partial(fresh, ours, "aop", predictor),
     }
@@ -316,11 +329,11 @@ def run_bench(
     for name, size, chosen in sizes:
         if only not in f"everything, {name}":
             continue
-        skipped = [] if size is None else ["pixels stay with the image", "IoU before pixels", BF16]
+        skipped = [] if size is None else ["pixels stay with the image", "IoU before pixels", "RLE of survivors, by outline", BF16]
         wanted = [row for row in everything_rows(sam, predictor, tiny) if row not in skipped]
         add(bench_everything(name, sam, predictor, chosen, size, wanted))
         encoded, _ = prepared(sam, samples[0], size)
-        for row in ("RLE of survivors, by outline", "aop"):
+        for row in (ALL, "aop"):
             steps += profile(f"everything, {name}, {row}", everything_rows(sam, predictor, encoded)[row])
         if with_memory:
             for row in rows:

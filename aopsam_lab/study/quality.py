@@ -5,7 +5,6 @@ Everything is measured at the picture's own resolution, on every truth of every 
 
 from __future__ import annotations
 
-
 import numpy as np
 import pandas as pd
 import torch
@@ -14,6 +13,7 @@ from segment_anything.modeling import Sam
 from segment_anything.utils.amg import build_point_grid
 
 from aopsam_lab.asf import AsfParams
+from aopsam_lab.batching import in_batches
 from aopsam_lab.clicks import next_click
 from aopsam_lab.data import Dataset
 from aopsam_lab.data.points import pole
@@ -37,8 +37,9 @@ def decode_prompts(
     """
     device = encoded.embedding.device
     decoder, batch = image_decoder(sam, encoded), decode_batch(encoded)
-    n, found, iou = len(points if boxes is None else boxes), [], []
-    for part in (slice(i, i + batch) for i in range(0, n, batch)):
+
+    def found_of(index: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+        part = index.cpu().numpy()
         if boxes is None:
             at = encoded.to_model(torch.as_tensor(points[part], dtype=torch.float32, device=device))
             prompt = dict(points=(at, torch.as_tensor(labels[part], device=device)), boxes=None)
@@ -51,16 +52,18 @@ def decode_prompts(
         wanted = torch.zeros_like(decoded.iou, dtype=torch.bool)
         wanted[:, masks] = True
         full = full_resolution(sam, encoded, decoded.draw(wanted)) > sam.mask_threshold
-        found.append(full.unflatten(0, scores.shape).cpu().numpy())
-        iou.append(scores.cpu().numpy())
+        return full.unflatten(0, scores.shape).cpu().numpy(), scores.cpu().numpy()
+
+    index = torch.arange(len(points if boxes is None else boxes), device=device)
+    found, iou = zip(*in_batches(index, batch, found_of))
     return np.concatenate(found), np.concatenate(iou)
 
 
 def ious(found: np.ndarray, truths: np.ndarray) -> np.ndarray:
     """(P, M, H, W) bool against (P, H, W) bool -> (P, M)."""
-    truth = truths[:, None]
-    union = (found | truth).sum((-1, -2))
-    return (found & truth).sum((-1, -2)) / np.maximum(union, 1)
+    found, truth = np.packbits(found.reshape(*found.shape[:2], -1), -1), np.packbits(truths.reshape(len(truths), 1, -1), -1)
+    both, either = (np.bitwise_count(x).sum(-1, dtype=np.int64) for x in (found & truth, found | truth))
+    return both / np.maximum(either, 1)
 
 
 def prompted_truths(sam: Sam, sample: Sample, clicks: int = CLICKS) -> tuple[pd.DataFrame, np.ndarray]:

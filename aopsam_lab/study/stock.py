@@ -15,7 +15,7 @@ from aopsam_lab.sam.zoo import spec_of
 from aopsam_lab.segmentation import PROMPT_COLUMNS, Segmentation
 
 STOCK = "amg_d_stock"
-STOCK_IMAGES = 3  # it is slow: the row is of the first images only
+STOCK_IMAGES = 2  # it is slow: the row is of the first images only
 POINTS_PER_BATCH = 64  # SamAutomaticMaskGenerator's default
 
 

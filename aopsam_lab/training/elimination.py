@@ -1,10 +1,12 @@
-"""Choose the floor of the elimination threshold (``asf.OWN_QUANTILE``) on training pictures (ours).
+"""Choose the floor of the elimination threshold (``asf.OWN_QUANTILE``) and the prompts a round (``methods.ROUND``) on training
+pictures (ours).
 
     python -m aopsam_lab.training.elimination --pools POOLS/scenes POOLS/bsds --pictures 12
 
-For every picture and each floor: the mIoU of ``aop``, how many of its candidates elimination removes, and how many prompts
+For every picture, each floor and each size of a round: the mIoU of ``aop``, how many of its candidates elimination removes, and how many prompts
 are decoded; beside them ``aop_no_af``, the same candidates without elimination. Each point is decoded once. The higher the
-floor, the less is removed and the less is lost; what is wanted is the lowest floor whose loss is small in every pool.
+floor, the less is removed and the less is lost; what is wanted is the lowest floor whose loss is small in every pool. The larger
+a round, the fewer PEMs are computed, and the more prompts are decoded before a mask can explain them.
 """
 
 from __future__ import annotations
@@ -13,13 +15,12 @@ import argparse
 from pathlib import Path
 from unittest import mock
 
-import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
 
-from aopsam_lab import asf
+from aopsam_lab import asf, methods
 from aopsam_lab.decode_cache import DecodeCache
 from aopsam_lab.decoding import encode
 from aopsam_lab.evaluator import evaluate
@@ -29,22 +30,23 @@ from aopsam_lab.training.examples import HELD_OUT
 from aopsam_lab.training.pool import parse_pools, read_entry
 
 QUANTILES = (0.5, 0.7, 0.8, 0.85, 0.9)
+ROUNDS = (32, 48, 64)
 
 
-def try_floors(path: Path, quantiles: tuple[float, ...] = QUANTILES) -> list[dict]:
-    """One pool entry: a row for ``aop_no_af`` (floor NaN) and one for ``aop`` with each floor."""
+def try_settings(path: Path, quantiles: tuple[float, ...] = QUANTILES, rounds: tuple[int, ...] = ROUNDS) -> list[dict]:
+    """One pool entry: a row for ``aop_no_af`` (floor NaN, round 0) and one for ``aop`` with each floor and size of a round."""
     sam = loaded_sam("tiny")
     predictor = loaded_model("predictor", sam)
     image, masks = read_entry(path)
     whole = F.interpolate(torch.from_numpy(masks)[None].float(), image.shape[:2])[0] > 0.5  # pools keep masks at half size
     truths, encoded = encode_rle(whole.numpy()), encode(sam, image)
     cache, rows = DecodeCache(sam, encoded), []
-    for quantile in (float("nan"), *quantiles):
-        with mock.patch.object(asf, "OWN_QUANTILE", quantile):
-            found = run_method(sam, encoded, "aop_no_af" if np.isnan(quantile) else "aop", predictor, decode=cache)
+    for quantile, size in ((float("nan"), 0), *((q, r) for q in quantiles for r in rounds)):
+        with mock.patch.object(asf, "OWN_QUANTILE", quantile), mock.patch.object(methods, "ROUND", size):
+            found = run_method(sam, encoded, "aop" if size else "aop_no_af", predictor, decode=cache)
         removed = found.n_eliminated / max(1, found.n_sampled)
-        row = {"floor": quantile, "miou": evaluate(truths, found.masks).miou, "removed": removed, "decoded": found.n_decoded}
-        rows.append(row)
+        scores = {"miou": evaluate(truths, found.masks).miou, "removed": removed, "decoded": found.n_decoded}
+        rows.append({"floor": quantile, "round": size, **scores})
     return rows
 
 
@@ -56,9 +58,9 @@ def main(argv: list[str] | None = None) -> None:
     for folder in args.pools:
         [(_, paths)] = parse_pools([f"{folder}:1"])
         chosen = paths[::HELD_OUT][: args.pictures]  # the pictures that the predictor's training holds out
-        rows = [row for path in tqdm(chosen, desc=Path(folder).name) for row in try_floors(path)]
-        table = pd.DataFrame(rows).groupby("floor", dropna=False).mean()
-        table["lost"] = table["miou"].loc[np.nan] - table["miou"]
+        rows = [row for path in tqdm(chosen, desc=Path(folder).name) for row in try_settings(path)]
+        table = pd.DataFrame(rows).groupby(["round", "floor"], dropna=False).mean()
+        table["lost"] = table["miou"].iloc[0] - table["miou"]  # round 0 comes first: nothing eliminated
         print(f"\n{folder}, {len(chosen)} pictures\n{table.round(4).to_string()}")
 
 
