@@ -10,6 +10,7 @@ from aopsam_lab.sam.tiny import build_tiny_sam
 from aopsam_lab.training import export_tiny
 from aopsam_lab.training import predictor as predictor_training
 from aopsam_lab.training import tiny_sam as training
+from aopsam_lab.training.elimination import try_settings
 from aopsam_lab.training.examples import whole_picture
 from aopsam_lab.training.muon import orthogonalise
 from aopsam_lab.training.pool import fill_pool, fill_scenes, parse_pools, read_entry
@@ -203,6 +204,16 @@ def test_calibration_gives_the_candidates_asked_for(pool):
     predictor_training.calibrate(sam, predictor, held, wanted=20)
     found = predictor_training.recall(sam, predictor, held)["candidates"]
     assert abs(found - 20) <= 5
+
+
+def test_what_elimination_loses_is_tried_on_a_training_picture(pool):
+    rows = try_settings(parse_pools([f"{pool}:1"])[0][1][0], quantiles=(0.1, 0.95), rounds=(8, 1000))
+    assert [(row["round"], row["floor"]) for row in rows[1:]] == [(8, 0.1), (1000, 0.1), (8, 0.95), (1000, 0.95)]
+    first, removed = rows[0], {(row["round"], row["floor"]): row["removed"] for row in rows}
+    assert first["round"] == 0 and first["removed"] == 0 and 0 < first["miou"] <= 1
+    assert removed[8, 0.1] > removed[8, 0.95], "a low floor removes more"
+    assert removed[1000, 0.1] == 0, "nothing waits where one round takes all"
+    assert all(row["decoded"] <= first["decoded"] for row in rows)
 
 
 def test_the_chain_names_its_steps_and_goes_without_photographs(tmp_path):

@@ -110,7 +110,9 @@ def main(argv: list[str] | None = None) -> None:
         step = max(1, len(entries) // max(1, round(args.pictures * share / total)))
         paths += entries[::step][: round(args.pictures * share / total)]
     iou, stability, miou, kept = choose_thresholds(sam, paths)
-    about = dict(pred_iou_thresh=str(iou), stability_score_thresh=str(stability), steps=str(state["step"]))
+    trained = json.loads((args.workdir / "about.json").read_text())
+    steps = trained.pop("earlier_steps", 0) + state["step"]  # those of the weights it began from as well
+    about = dict(pred_iou_thresh=str(iou), stability_score_thresh=str(stability), steps=str(steps))
     write_atomically(args.out, to_safetensors({k: v.contiguous() for k, v in weights.items()}, metadata=about))
     thresholds = (
         f"predicted IoU > {iou}, stability >= {stability}: AMG-D's mIoU on {len(paths)} training pictures is {miou:.3f} with "
@@ -119,7 +121,7 @@ def main(argv: list[str] | None = None) -> None:
     facts = {
         "Model": "image encoder of 5.3 M parameters (256 x 256 pixels in, 128 x 32 x 32 out), segment_anything's prompt encoder "
         "and mask decoder at width 128",
-        **json.loads((args.workdir / "about.json").read_text()),
+        **trained,
         "Training": f"{state['step']} steps, {state['seconds'] / 60:.0f} minutes, by `python -m aopsam_lab.training.tiny_sam`; "
         "weights averaged (EMA); exported by `python -m aopsam_lab.training.export_tiny`",
         "Thresholds": thresholds,

@@ -303,7 +303,8 @@ def train(args: argparse.Namespace) -> None:
     about = {"Data": pool_counts(pools) + "; scenes with training seeds only", "Licence": licence(pools)}
     if args.init:
         with safe_open(args.init, "pt") as file:
-            about["Start"] = f"weights after {(file.metadata() or {}).get('steps', 'unknown')} steps"
+            about["earlier_steps"] = int((file.metadata() or {}).get("steps", 0))
+        about["Start"] = f"weights after {about['earlier_steps']} steps"
     if not (work / "about.json").exists():
         write_atomically(work / "about.json", json.dumps(about))
     data = PromptedPictures(pools, args.prompts, seed=args.seed + step)
