@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from aopsam_lab.predictor import PromptPredictor
     from aopsam_lab.decoding import Encoded, Found
 
-ROUND = 32  # points a round of adaptive filtering (ours: two of the decoder's batches; a PEM costs as much for few as for many)
+ROUND = 48  # points a round of adaptive filtering (ours), chosen by `python -m aopsam_lab.training.elimination`
 MAX_BOXES = 100
 
 
