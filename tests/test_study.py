@@ -11,9 +11,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from aopsam_lab.study import PACKAGE_ROOT, settings, tables
+from aopsam_lab.study import PACKAGE_ROOT, figures, settings, tables
 from aopsam_lab.study.report import run_report
-from aopsam_lab.study.runner import STORE_NAME, run_study
+from aopsam_lab.study.runner import STORE_NAME, Example, run_study
 from aopsam_lab.study.store import Store, make_key
 
 FEW = {"confidence": 0.0, "spacing": 60.0, "memory": False, "progress": False}
@@ -221,3 +221,11 @@ def test_a_report_made_from_another_folder(weights, folder, tmp_path, monkeypatc
     page = (made / "main_comparison.html").read_text(encoding="utf-8")
     assert "4 rows scored now, 0 found" in page and not re.search(r'<(script|link)[^>]+(src|href)="https?:', page)
     assert str(PACKAGE_ROOT) not in (made / "main_comparison.ipynb").read_text(encoding="utf-8")
+
+
+def test_an_example_image_without_a_method_is_shown_without_its_masks():
+    image = np.zeros((20, 30, 3), np.uint8)
+    found = {"masks": [], "prompts": [[3.0, 4.0, "kept"], [5.0, 6.0, "eliminated"]]}
+    example = Example("a", image, [], {"aop": found})
+    titles = [axes.get_title(loc="left") for axes in figures.examples_figure([example], ["aop", "amg_d_stock"]).axes]
+    assert titles[1].endswith("0 masks, 1 prompts decoded") and titles[2].endswith("not run on this image")

@@ -94,7 +94,10 @@ def examples_figure(examples: Sequence[Example], methods: Sequence[str]) -> Figu
     for row, example in zip(grid, examples):
         _picture(row[0], example.image, example.truths, f"truth: {len(example.truths)} masks")
         for axes, method in zip(row[1:], methods):
-            found = example.detail[method]
+            found = example.detail.get(method)
+            if found is None:
+                _picture(axes, example.image, [], f"{tables.title(method)}: not run on this image")
+                continue
             decoded = sum(status not in ("eliminated", "not_reached") for _, _, status in found["prompts"])
             text = f"{tables.title(method)}: {len(found['masks'])} masks, {decoded} prompts decoded"
             _picture(axes, example.image, found["masks"], text)

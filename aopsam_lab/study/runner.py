@@ -312,7 +312,8 @@ class Study:
         examples = []
         for i in range(min(EXAMPLE_IMAGES, len(self.images))):
             sample = self.images[i]
-            detail = {s.label: self.store.detail(make_key(self.inputs(s, i, together))) for s in settings}
+            stored = {s.label: self.store.detail(make_key(self.inputs(s, i, together))) for s in settings}
+            detail = {label: found for label, found in stored.items() if found is not None}  # the stock row is of fewer images
             for found in detail.values():
                 found["masks"] = [
                     {"size": found["size"], "counts": counts.encode("ascii")} for counts in found["masks"]
