@@ -60,6 +60,11 @@ def bars_table(table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def _rounded(value: float) -> str:
+    """Three digits, more before the point, never a power of ten."""
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
+
+
 def figure(table: pd.DataFrame):
     """A bar a row, part by part: how many times sooner than stock."""
     parts = list(dict.fromkeys(table["part"]))
@@ -71,7 +76,7 @@ def figure(table: pd.DataFrame):
         colours = ["#9aa0a6" if "stock" in row else "#009E73" if row == "aop" else "#0072B2" for row in rows["row"]]
         axes.barh(rows["row"], rows["times_stock"], color=colours, height=0.62)
         for y, (times, seconds) in enumerate(zip(rows["times_stock"], rows["seconds"])):
-            axes.text(times, y, f" {times:.1f} x   ({seconds:.3g} s)", va="center", fontsize=8)
+            axes.text(times, y, f" {times:.1f} x   ({_rounded(seconds)} s)", va="center", fontsize=8)
         axes.set_title(part, loc="left", fontsize=9.5, fontweight="bold")
         axes.set_xlim(0, 1.28 * rows["times_stock"].max())
         axes.tick_params(labelsize=8, length=0)
@@ -85,7 +90,7 @@ def page(table: pd.DataFrame, bars: pd.DataFrame, steps: pd.DataFrame, about: di
     """The bench as one static page."""
     def words(value) -> str:
         if isinstance(value, float):
-            return "" if np.isnan(value) else f"{value:.3g}"
+            return "" if np.isnan(value) else _rounded(value)
         return str(value)
 
     def shown(frame: pd.DataFrame, texts: int) -> str:
