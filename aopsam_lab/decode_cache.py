@@ -21,7 +21,7 @@ from aopsam_lab.predictor import PromptPredictor
 from aopsam_lab.sam.zoo import SamSpec
 
 MAX_BYTES = 512 * 2**20
-_OF_MASKS = tuple(f.name for f in fields(Found) if f.name not in ("prompt", "passed_iou"))  # (n, ...), one row a mask
+_OF_MASKS = tuple(f.name for f in fields(Found) if f.name not in ("prompt", "passed_iou", "masks"))  # (n, ...), one row a mask
 
 
 class DecodeCache:

@@ -29,6 +29,7 @@ STABILITY_OFFSET = 1.0
 BOX_NMS_THRESH = 0.7
 # Pixels of the embedding, times prompts decoded at a time: what stays in a CPU's cache, what fills a GPU.
 DECODE_PIXELS = {"cpu": 1 << 14, "cuda": 1 << 20}
+KEPT_LOGITS = 32 << 20  # bytes of masks that wait for duplicates to be removed; beyond it they are encoded first
 MIN_DECODE_BATCH = 4  # fewer would read the decoder's weights too often
 
 
@@ -100,6 +101,7 @@ class Found:
 
     low_res: (n, 4h, 4w) logits, model frame; beyond the picture's edge, on padding, they may be 0. iou, stability: (n,). boxes: (n, 4) long, image frame, inclusive. prompt: (n,)
     long, index into the prompts. passed_iou: (m,) bool, prompts of which at least one mask passed the IoU threshold.
+    masks: n COCO RLE where they are encoded already; low_res is then empty. See :func:`encode_early`.
     """
 
     low_res: Tensor
@@ -108,6 +110,7 @@ class Found:
     boxes: Tensor
     prompt: Tensor
     passed_iou: Tensor = field(repr=False)
+    masks: list[dict] | None = field(default=None, repr=False)
 
 
 def _sparse_tokens(sam: Sam, encoded: Encoded, prompts: Prompts, index: Tensor) -> Tensor:
@@ -191,6 +194,25 @@ def decode_and_filter(
     return Found(*(torch.cat(parts) for parts in zip(*kept)), torch.cat(passed))
 
 
+def encode_early(sam: Sam, encoded: Encoded, found: list[Found]) -> None:
+    """Where the logits of all masks found so far take more than KEPT_LOGITS, encode the masks and let the logits go.
+
+    Most of them will be duplicates, encoded for nothing; so that memory does not grow with the prompts tried.
+    """
+    waiting = [part for part in found if part.masks is None]
+    if sum(part.low_res.nbytes for part in waiting) > KEPT_LOGITS:
+        for part in waiting:
+            part.masks = _encoded_masks(sam, encoded, part.low_res, torch.arange(len(part.iou), device=part.iou.device))
+            part.low_res = part.low_res.new_zeros(0, *part.low_res.shape[1:])
+
+
+def _encoded_masks(sam: Sam, encoded: Encoded, low_res: Tensor, index: Tensor) -> list[dict]:
+    """RLE of the masks ``index``, in its order."""
+    sizes = full_size(sam, encoded)
+    parts = in_batches(index, max(1, len(index)), lambda part: sizes.encode(low_res[part], sam.mask_threshold))
+    return [rle for part in parts for rle in part]
+
+
 def remove_duplicates(sam: Sam, encoded: Encoded, found: list[Found]) -> dict:
     """Box NMS over all rounds, then RLE of the survivors only -> the mask fields of a Segmentation."""
     n = sum(len(part.iou) for part in found)
@@ -205,9 +227,10 @@ def remove_duplicates(sam: Sam, encoded: Encoded, found: list[Found]) -> dict:
     order, masks, first = keep.sort(), [], 0
     for part in found:
         own = order.values[(order.values >= first) & (order.values < first + len(part.iou))] - first
-        sizes, logits = full_size(sam, encoded), part.low_res
-        for encoded_masks in in_batches(own, max(1, len(own)), lambda some: sizes.encode(logits[some], sam.mask_threshold)):
-            masks += encoded_masks
+        if part.masks is None:
+            masks += _encoded_masks(sam, encoded, part.low_res, own)
+        else:
+            masks += [part.masks[i] for i in own.tolist()]
         first += len(part.iou)
     masks = [masks[i] for i in order.indices.argsort().tolist()]
     scores, stability, boxes, prompt = (x[keep].cpu().numpy() for x in (iou.float(), stability.float(), boxes.float(), prompt))

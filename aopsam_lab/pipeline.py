@@ -11,7 +11,7 @@ import torch
 from segment_anything.modeling import Sam
 
 from aopsam_lab.asf import AsfParams
-from aopsam_lab.decoding import Encoded, Found, Stopwatch, decode_and_filter, encode, remove_duplicates
+from aopsam_lab.decoding import Encoded, Found, Stopwatch, decode_and_filter, encode, encode_early, remove_duplicates
 from aopsam_lab.imaging import read_image
 from aopsam_lab.methods import Models, Prompts, Proposal, method_named
 from aopsam_lab.sam.zoo import SamSpec, load_sam, resolve_device, spec_of
@@ -65,11 +65,16 @@ def run_method(
         with watch("mask"):
             index = strongest(proposal.prompts.confidence, index, left)
             left -= len(index)
-            parts = index.split(DECODED_AT_A_TIME.get(index.device.type, len(index)))
-            rounds.append([(part, decode(sam, encoded, proposal.prompts, part, spec)) for part in parts])
-        with watch("infer"):
-            for _, found in rounds[-1]:
+        rounds.append([])
+        for part in index.split(DECODED_AT_A_TIME.get(index.device.type, len(index))):
+            with watch("mask"):
+                found = decode(sam, encoded, proposal.prompts, part, spec)
+                rounds[-1].append((part, found))
+            with watch("infer"):
                 proposal.observe(found, sam.mask_threshold)
+            with watch("mask"):
+                encode_early(sam, encoded, [found for parts in rounds for _, found in parts])
+        with watch("infer"):
             index = proposal.next_round()
     with watch("mask"):
         result = remove_duplicates(sam, encoded, [found for parts in rounds for _, found in parts])

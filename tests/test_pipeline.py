@@ -75,6 +75,24 @@ def test_every_method_accounts_for_every_prompt(sam, predictor, pictures, method
     assert (result.pcm is None) == method.startswith("amg")
 
 
+@pytest.mark.parametrize("method", ["amg_s", "aop"])
+def test_masks_encoded_early_are_the_same_and_their_logits_are_gone(sam, predictor, pictures, method, monkeypatch):
+    whole = run_method(sam, encode(sam, pictures[0]), method, predictor)
+    waiting, remove = [], pipeline.remove_duplicates
+
+    def watched(sam, encoded, found):
+        waiting.append(sum(len(part.low_res) for part in found))
+        return remove(sam, encoded, found)
+
+    monkeypatch.setattr(pipeline, "remove_duplicates", watched)
+    for kept in (0, 200 << 10):  # none, and what a few masks take
+        monkeypatch.setattr(decoding, "KEPT_LOGITS", kept)
+        early = run_method(sam, encode(sam, pictures[0]), method, predictor)
+        assert early.masks == whole.masks and early.scores.tolist() == whole.scores.tolist()
+        assert early.prompts.equals(whole.prompts)
+        assert waiting.pop() * (64 << 10) <= kept and len(whole.masks) > 4
+
+
 def test_rounds_are_full_and_strongest_first(sam, predictor, pictures):
     table = run_method(sam, encode(sam, pictures[0]), "aop", predictor, params=AsfParams(confidence=0.05)).prompts
     decoded = table[table["round"] >= 0]
