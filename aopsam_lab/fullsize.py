@@ -24,7 +24,7 @@ from aopsam_lab.rle import encode_changes
 # of a picture whose masks a CPU measures as a whole: at 0.7 M that was twice as quick, at 3.4 M half as quick
 WHOLE_PIXELS = 1 << 20
 CELL_PIXELS = 1 << 17  # pixels of one row of all cells worked out at a time
-ENCODE_PIXELS = 1 << 22  # pixels in cells' top rows, of masks encoded at a time
+ENCODE_PIXELS = 1 << 20  # pixels in cells' top rows, of masks encoded at a time
 
 
 @dataclass(frozen=True)
