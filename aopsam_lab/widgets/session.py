@@ -104,20 +104,23 @@ class Session:
     ) -> Answer:
         """The method's Segmentation, from what is known already and what must still be decoded.
 
-        cancelled: asked before every CHUNK prompts. progress: told (done, total) of a round of more than CHUNK.
+        cancelled: asked before every CHUNK prompts. progress: told how many prompts were decoded, and of how many that
+        were proposed, where these are more than CHUNK.
         Raises Cancelled, and ValueError as run_method does.
         """
         start = time.perf_counter()
-        before = self._cache.n_decoded
+        before, done = self._cache.n_decoded, 0
 
         def decode(sam, encoded, prompts, index, spec) -> Found:
+            nonlocal done
             for i in range(0, len(index), CHUNK):  # a long round in pieces; the cache then joins them
                 if cancelled():
                     raise Cancelled
                 with self._lock:
                     found = self._cache(sam, encoded, prompts, index[i : i + CHUNK], spec)
-                if len(index) > CHUNK:
-                    progress(min(i + CHUNK, len(index)), len(index))
+                if len(prompts) > CHUNK:
+                    progress(done + min(i + CHUNK, len(index)), len(prompts))
+            done += len(index)
             if len(index) <= CHUNK:
                 return found
             with self._lock:
