@@ -87,9 +87,9 @@ def local_maxima(score: Tensor, threshold: float, spacing: int) -> tuple[Tensor,
     values = score[cells[:, 0], cells[:, 1]]
     order = values.argsort(descending=True, stable=True)
     cells, values = cells[order], values[order]
-    near = (cells[:, None] - cells[None]).abs().amax(-1) <= spacing  # only ties can be this near
-    near.fill_diagonal_(False)
-    if near.any():
+    if (values[1:] == values[:-1]).any():  # only of equal ones can two be this near
+        near = (cells[:, None] - cells[None]).abs().amax(-1) <= spacing
+        near.fill_diagonal_(False)
         keep = torch.ones(len(cells), dtype=torch.bool, device=cells.device)
         for i in near.any(1).nonzero()[:, 0].tolist():
             keep[i] = not (near[i, :i] & keep[:i]).any()

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from aopsam_lab import asf
 from aopsam_lab.asf import AsfParams
+from aopsam_lab.batching import one_thread
 
 if TYPE_CHECKING:
     from aopsam_lab.detector import Detector
@@ -120,8 +121,11 @@ class FilteredProposal(Proposal):
 
     def observe(self, found: Found, mask_threshold: float) -> None:
         waiting = self.waiting.nonzero()[:, 0]
-        if not len(found.iou) or not len(waiting):
-            return
+        if len(found.iou) and len(waiting):
+            with one_thread(waiting.device):
+                self._filter(found, mask_threshold, waiting)
+
+    def _filter(self, found: Found, mask_threshold: float, waiting: Tensor) -> None:
         best = best_of_each(found.iou, found.prompt)
         coverage = asf.cell_coverage(found.low_res.index_select(0, best) > mask_threshold) * self.valid
         pems = asf.elimination_maps(self.features, asf.reference_features(self.features, coverage))
@@ -204,11 +208,13 @@ class Aop:
         return sampling + (("elimination",) if self.filtering else ())
 
     def start(self, encoded: Encoded, models: Models, params: AsfParams) -> Proposal:
-        size = encoded.model_image.shape[-1]
         h, w = encoded.embedding.shape[-2:]
-        device = encoded.embedding.device
-        pcm_valid = asf.valid_cells(encoded.input_size, size, (4 * h, 4 * w), device)
-        pcm = models.predictor.pcm(encoded.model_image, encoded.embedding, pcm_valid)
+        valid = asf.valid_cells(encoded.input_size, encoded.model_image.shape[-1], (4 * h, 4 * w), encoded.embedding.device)
+        pcm = models.predictor.pcm(encoded.model_image, encoded.embedding, valid)
+        with one_thread(pcm.device):
+            return self._sample(encoded, pcm, valid, params)
+
+    def _sample(self, encoded: Encoded, pcm: Tensor, pcm_valid: Tensor, params: AsfParams) -> Proposal:
         if self.adaptive_sampling:
             cells, confidence = asf.sample_prompts(pcm, params.smoothing, params.confidence, params.spacing)
         else:
@@ -216,10 +222,11 @@ class Aop:
         # a smoothed map can peak just outside the picture; such a prompt would lie on padding
         inside = pcm_valid[cells[:, 0], cells[:, 1]]
         cells, confidence = cells[inside], confidence[inside]
+        size, grid = encoded.model_image.shape[-1], encoded.embedding.shape[-2:]
         prompts = Prompts(encoded.to_image((cells.flip(1) + 0.5) * (size / pcm.shape[-1])), confidence)
         if not self.filtering:
             return Proposal(prompts, pcm)
-        valid = asf.valid_cells(encoded.input_size, size, (h, w), device)
+        valid = asf.valid_cells(encoded.input_size, size, grid, pcm.device)
         features = asf.elimination_features(encoded.embedding[0], encoded.image_pe[0], valid)
         return FilteredProposal(
             prompts, pcm, cells=cells // 4, features=features, valid=valid, elimination=params.elimination, gated=self.gated

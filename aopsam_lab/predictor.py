@@ -1,13 +1,14 @@
 """The Prompt Predictor: picture and SAM embedding in, Prompt Confidence Map (PCM) out.
 
 From the paper: two encoders (a CNN on the picture, SAM's ViT embedding), convolutions with ReLU, a Sigmoid at the end,
-lightweight. Ours: the widths, BatchNorm, the scale at which the branches meet, and the last bias of -3 (with a bias of 0
-the Sigmoid starts at one half everywhere, is driven to zero by the empty cells and stays there).
+lightweight. Ours: the widths, BatchNorm, the scale at which the branches meet, a bump a cell, and the last bias of -3 (with a
+bias of 0 the Sigmoid starts at one half everywhere, is driven to zero by the empty cells and stays there).
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 from pathlib import Path
 
 import torch
@@ -18,6 +19,8 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from aopsam_lab.sam.zoo import resolve_device
 
+CELL = 4  # PCM cells to a side of an embedding's cell
+SIGMA = 1.0  # of the bumps, in PCM cells: those in neighbouring cells of the embedding, four PCM cells apart, stay two when smoothed
 WEIGHTS = Path(__file__).parent / "weights"
 BUNDLED = {"tiny": WEIGHTS / "predictor_tiny.safetensors"}
 
@@ -33,9 +36,10 @@ class PromptPredictor(nn.Module):
 
     embed_dim: C of the embedding. stride: S / h, 8 or 16 (so one PCM cell is 2 or 4 model-frame pixels wide).
 
-    Both branches meet on a 2h x 2w grid; a last convolution gives four values a cell, which are the PCM's 2 x 2 cells there, as
-    the embedding branch gives 2 x 2 cells of that grid. So each position within an embedding's cell has weights of its own, and
-    nothing runs at the PCM's own size, where most of the time would go.
+    Both branches meet on the embedding's own grid. Of each of its cells the network says whether a prompt there is worth its
+    decoding (a Sigmoid), and at which of the 4 x 4 PCM cells in it (a Softmax); the PCM shows this as one bump a cell, see
+    :func:`draw_pcm`. So neighbours never run together into one peak, and nothing is computed at the PCM's own size, where most
+    of the time would go.
     """
 
     def __init__(self, embed_dim: int = 128, stride: int = 8):
@@ -44,15 +48,15 @@ class PromptPredictor(nn.Module):
             raise ValueError(f"a Prompt Predictor is made for embeddings at stride 8 or 16, not {stride}")
         self.embed_dim, self.stride = embed_dim, stride
         first = [_conv(3, 16, stride=2)] if stride == 8 else [_conv(3, 16, stride=2), _conv(16, 16, stride=2)]
-        self.image = nn.Sequential(*first, _conv(16, 32, stride=2), _conv(32, 32))  # (B, 32, 2h, 2w)
-        self.embed = nn.Sequential(_conv(embed_dim, 96, 1), _conv(96, 64), _conv(64, 64), _conv(64, 4 * 32, 1), nn.PixelShuffle(2))
-        self.fuse = nn.Sequential(_conv(32 + 32, 48), _conv(48, 32), nn.Conv2d(32, 4, 3, padding=1))  # (B, 4, 2h, 2w)
-        nn.init.constant_(self.fuse[-1].bias, -3.0)
+        self.image = nn.Sequential(*first, _conv(16, 32, stride=2), _conv(32, 32), _conv(32, 48, stride=2))  # (B, 48, h, w)
+        self.embed = _conv(embed_dim, 64, 1)
+        self.fuse = nn.Sequential(_conv(48 + 64, 64), _conv(64, 64), _conv(64, 64), nn.Conv2d(64, 1 + CELL**2, 1))
+        nn.init.constant_(self.fuse[-1].bias[0], -3.0)
 
-    def logits(self, image: Tensor, embedding: Tensor) -> Tensor:
-        """The PCM before its Sigmoid."""
-        both = torch.cat([self.image(image), self.embed(embedding)], 1)  # (B, 32 + 32, 2h, 2w)
-        return F.pixel_shuffle(self.fuse(both), 2)
+    def cells(self, image: Tensor, embedding: Tensor) -> tuple[Tensor, Tensor]:
+        """Of each cell of the embedding the logit of its worth (B, h, w), and those of the 16 places in it (B, 16, h, w)."""
+        out = self.fuse(torch.cat([self.image(image), self.embed(embedding)], 1))
+        return out[:, 0], out[:, 1:]
 
     def fold(self) -> PromptPredictor:
         """Each BatchNorm folded into the convolution before it, in place: the same numbers in eval mode, in less time."""
@@ -63,12 +67,24 @@ class PromptPredictor(nn.Module):
         return self
 
     def forward(self, image: Tensor, embedding: Tensor) -> Tensor:
-        return self.logits(image, embedding).sigmoid()
+        return draw_pcm(*self.cells(image, embedding))
 
     @torch.inference_mode()
     def pcm(self, image: Tensor, embedding: Tensor, valid: Tensor) -> Tensor:
         """The PCM of one picture (1, 3, S, S), zero on padding (``valid``: (4h, 4w) bool) -> (4h, 4w)."""
         return self(image, embedding)[0, 0] * valid
+
+
+def draw_pcm(worth: Tensor, place: Tensor) -> Tensor:
+    """One bump a cell of the embedding, as high as the cell is worth, where its place is -> (B, 1, 4h, 4w) in [0, 1].
+
+    worth: (B, h, w) logits. place: (B, 16, h, w) logits, row by row; an uncertain place gives a lower and broader bump.
+    """
+    tops = F.pixel_shuffle(worth.sigmoid()[:, None] * place.softmax(1), CELL)
+    reach = math.ceil(3 * SIGMA)
+    bump = torch.exp(-0.5 * (torch.arange(-reach, reach + 1, device=tops.device, dtype=tops.dtype) / SIGMA) ** 2)
+    along = F.conv2d(tops, bump.view(1, 1, 1, -1), padding=(0, reach))
+    return F.conv2d(along, bump.view(1, 1, -1, 1), padding=(reach, 0)).clamp(0, 1)
 
 
 def load_predictor(name: str = "tiny", path: str | Path | None = None, device: str = "auto") -> PromptPredictor:
@@ -91,7 +107,7 @@ def load_predictor(name: str = "tiny", path: str | Path | None = None, device: s
         predictor = PromptPredictor(int(about["embed_dim"]), int(about["stride"]))
         predictor.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in weights.items()})
     except (SafetensorError, KeyError, RuntimeError) as error:
-        raise ValueError(f"{path} does not hold a Prompt Predictor's weights ({error})") from error
+        raise ValueError(f"{path} does not hold weights of this Prompt Predictor ({str(error).splitlines()[0]})") from error
     predictor.sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
     predictor = predictor.eval().fold().requires_grad_(False).to(resolve_device(device))
     return predictor.to(memory_format=torch.channels_last)  # a sixth quicker on a CPU

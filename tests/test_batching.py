@@ -12,12 +12,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aopsam_lab import batching
-from aopsam_lab.batching import fitting_batch, halving, in_batches
+from aopsam_lab.batching import fitting_batch, halving, in_batches, one_thread
 from aopsam_lab.decoding import Stopwatch, decode_and_filter, encode
 from aopsam_lab.methods import Prompts
 from aopsam_lab.sam.image_decoder import ImageDecoder
 from aopsam_lab.sam.tiny import build_tiny_sam
 from aopsam_lab.sam.zoo import SamSpec
+
+
+def test_small_operations_have_one_thread_and_later_ones_all_again():
+    threads = torch.get_num_threads()
+    with pytest.raises(KeyError), one_thread(torch.device("cpu")):
+        assert torch.get_num_threads() == 1
+        raise KeyError
+    assert torch.get_num_threads() == threads
+    with one_thread(torch.device("meta")):
+        assert torch.get_num_threads() == threads
 
 
 def device_of(room: int):

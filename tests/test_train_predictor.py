@@ -23,7 +23,7 @@ from aopsam_lab.sam.tiny import build_tiny_sam
 from aopsam_lab.training import embedding_cache
 from aopsam_lab.training.embedding_cache import EmbeddingCache
 from aopsam_lab.training.examples import DatasetExamples, PoolExamples
-from aopsam_lab.training.predictor import confidence_target, draw_curve
+from aopsam_lab.training.predictor import draw_curve, target_of
 
 HEIGHT, WIDTH = 60, 90
 
@@ -55,8 +55,7 @@ def tiny():
     return build_tiny_sam().eval().requires_grad_(False)
 
 
-def draw(masks, points):
-    return confidence_target(masks, (128, 128), 1, points)
+draw = target_of("paper", (128, 128))
 
 
 def filled(sam, photos, folder, limit=None, **key):

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
+from aopsam_lab.asf import sample_prompts
 from aopsam_lab.data.sample import Sample
-from aopsam_lab.predictor import PromptPredictor
+from aopsam_lab.predictor import SIGMA, PromptPredictor, draw_pcm
 from aopsam_lab.sam.tiny import build_tiny_sam
 from aopsam_lab.training import export_tiny
 from aopsam_lab.training import predictor as predictor_training
@@ -124,11 +125,12 @@ def test_predictor_target_by_hand():
     masks = np.zeros((2, 20, 20), bool)
     masks[0, 2:11, 2:11] = True  # pole at (6, 6), the middle of an embedding's cell; its disc leaves only corners
     masks[1, 15, 15] = True  # its cell's middle, (14, 14), is off the mask: the point stays where it is
-    target = predictor_training.confidence_target(masks, (24, 20))
+    target = predictor_training.confidence_target(masks, None, (24, 20))
     assert target.shape == (24, 20) and target[6, 6] == 1 and target[15, 15] == 1
-    assert target[6, 8] == pytest.approx(np.exp(-0.5 * (2 / predictor_training.SIGMA) ** 2), rel=0.05)
-    assert target[15, 16] == pytest.approx(np.exp(-0.5 / predictor_training.SIGMA**2), rel=1e-4)
-    assert target[23, 0] < 1e-3
+    assert {(y, x) for y, x in np.argwhere(target == 1)} == {(6, 6), (15, 15)}
+    bumps = predictor_training.confidence_target(masks, None, (24, 20), most=1, bumps=True)
+    assert bumps[6, 6] == 1 and bumps[6, 8] == pytest.approx(np.exp(-0.5 * (2 / SIGMA) ** 2), rel=1e-4)
+    assert bumps[15, 16] == pytest.approx(np.exp(-0.5 / SIGMA**2), rel=1e-4) and bumps[23, 0] < 1e-3
 
 
 def test_target_points_move_to_the_middle_of_their_cell_but_never_off_the_mask():
@@ -149,9 +151,9 @@ def test_a_long_mask_gets_several_points_the_pole_first():
     assert 20 <= column < 33 and 3 <= len(points) <= predictor_training.POINTS
     assert all(mask[r, c] for r, c, _ in points)
     assert inradius == max(radius for _, _, radius in points)
-    target = predictor_training.confidence_target(mask[None], (16, 60))
+    target = predictor_training.confidence_target(mask[None], None, (16, 60))
     at = predictor_training.snapped(*points[1][:2], mask)
-    assert target[at] == pytest.approx(predictor_training.HEIGHT_DECAY, abs=0.02)
+    assert target[at] == pytest.approx(predictor_training.HEIGHT_DECAY)
     assert predictor_training.prompt_points(np.zeros((4, 4), bool)) == []
 
 
@@ -173,10 +175,31 @@ def test_predictor_trains_from_its_cache_and_loads(pool, tmp_path):
 
 
 def test_the_two_presets_lose_differently():
-    logits, target = torch.zeros(1, 2, 2), torch.tensor([[[1.0, 0.0], [0.0, 0.0]]])
-    valid = torch.tensor([[[1.0, 1.0], [0.0, 0.0]]])
-    assert predictor_training.loss_of("paper", logits, target, valid, 8).item() == pytest.approx(0.25)
-    assert predictor_training.loss_of("bundled", logits, target, valid, 8).item() == pytest.approx(10 * np.log(2) / 2)
+    """Two cells of the embedding, the right one beyond the picture; a point at the left one's place 5."""
+    target, valid = torch.zeros(1, 4, 8), torch.zeros(1, 4, 8)
+    target[0, 1, 1], valid[0, :, :4] = 1.0, 1.0
+    sure = torch.zeros(1, 16, 1, 2)
+    sure[0, 5] = 100.0
+    worth = torch.zeros(1, 1, 2)
+    bundled = predictor_training.loss_of("bundled", (worth, sure), target, valid, 8)
+    assert bundled.item() == pytest.approx(9 * np.log(2))
+    unsure = predictor_training.loss_of("bundled", (worth, 0 * sure), target, valid, 8) - bundled
+    assert unsure.item() == pytest.approx(predictor_training.PLACE_WEIGHT * np.log(16))
+    # one half everywhere, drawn as a bump at (1, 1), against a target of one cell
+    bump = [0.5 * np.exp(-0.5 * ((y - 1) ** 2 + (x - 1) ** 2)) - (y == x == 1) for y in range(4) for x in range(4)]
+    paper = predictor_training.loss_of("paper", (worth - torch.tensor([0.0, 100.0]), sure), target, valid, 8)
+    assert paper.item() == pytest.approx(np.mean(np.square(bump)), rel=1e-4)
+
+
+def test_a_pcm_shows_one_bump_a_cell_where_its_place_is():
+    worth, place = torch.full((1, 2, 3), -100.0), torch.zeros(1, 16, 2, 3)
+    worth[0, 1, 2], place[0, 7, 1, 2] = 0.0, 100.0  # place 7: row 1, column 3 of the cell
+    pcm = draw_pcm(worth, place)[0, 0]
+    assert pcm.shape == (8, 12) and pcm[5, 11] == pytest.approx(0.5) and pcm.argmax() == 5 * 12 + 11
+    assert pcm[4, 11] == pytest.approx(0.5 * np.exp(-0.5 / SIGMA**2)) and pcm[0, 0] < 1e-6
+    worth[:], place[0, 7] = 100.0, 100.0  # neighbours stay apart, and can be told apart when smoothed
+    cells, confidence = sample_prompts(draw_pcm(worth, place)[0, 0], smoothing=256 / 12 * SIGMA, spacing=256 / 12 * 3)
+    assert pcm.max() <= 1 and len(cells) == 6 and confidence.min() > 0.2
 
 
 def test_orthogonalised_matrices_keep_their_directions():
@@ -198,7 +221,8 @@ def test_thresholds_keep_the_fewest_masks_within_a_standard_error():
 
 def test_calibration_gives_the_candidates_asked_for(pool):
     sam, paths = build_tiny_sam().eval(), parse_pools([f"{pool}:1"])[0][1][:2]
-    held = predictor_training.hold_out(sam, [whole_picture(*read_entry(path)) for path in paths])
+    draw = predictor_training.target_of("bundled", (128, 128))
+    held = predictor_training.hold_out(sam, [whole_picture(*read_entry(path)) for path in paths], draw)
     torch.manual_seed(1)
     predictor = PromptPredictor().eval()
     predictor_training.calibrate(sam, predictor, held, wanted=20)

@@ -6,13 +6,14 @@ small or large, on a CPU or a GPU (up to rounding). Source: ours.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from aopsam_lab.batching import one_thread
 
 from . import _draw, _render
 from ._layout import SceneParams
@@ -65,18 +66,6 @@ def _large(areas: Tensor, least: int) -> list[int]:
     return [k for k, area in enumerate(areas.tolist()) if k > 0 and area >= least]
 
 
-@contextmanager
-def _one_thread(device: torch.device) -> Iterator[None]:
-    """Thousands of small operations: on busy cores, threads that wait for each other cost ten times what they bring."""
-    threads = torch.get_num_threads()
-    if device.type == "cpu":
-        torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
 @torch.no_grad()
 def render(seeds: Sequence[int], size: int, device: str | torch.device = "cpu") -> SceneBatch:
     """Renders one scene per seed as size x size pixels.
@@ -91,7 +80,7 @@ def render(seeds: Sequence[int], size: int, device: str | torch.device = "cpu") 
         raise ValueError("render() needs at least one seed, and no negative ones")
     device = torch.device(device)
     step = max(1, _SCENE_PIXELS.get(device.type, 1 << 21) // size**2)
-    with _one_thread(device):
+    with one_thread(device):
         pieces = [
             _render_some([_draw.draw(int(seed)) for seed in seeds[i : i + step]], size, device)
             for i in range(0, len(seeds), step)

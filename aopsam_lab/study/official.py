@@ -60,7 +60,7 @@ def budget(pictures: int, epochs: int, images: int, tflops: float) -> str:
         predictor = PromptPredictor(sam.prompt_encoder.embed_dim, side // 64).to("meta").eval()
         with torch.inference_mode():
             encoder = flops(lambda: sam.image_encoder(image))
-            forward = flops(lambda: predictor.logits(image, embedding))
+            forward = flops(lambda: predictor.cells(image, embedding))
             prompt = flops(lambda: _decode_one(sam, embedding))
         parts = EmbeddingCache(Path(), sam, pictures, {}).megabytes()
         study = images * (encoder + (GRID_PROMPTS + OTHER_PROMPTS) * prompt)
@@ -116,7 +116,7 @@ def training_seconds(folder: Path, pictures: int, batch: int, steps: int) -> dic
 
     def step() -> None:
         image, embedding, target, valid = next(batches)
-        loss = loss_of("paper", predictor.logits(image, embedding)[:, 0], target, valid, 0)
+        loss = loss_of("paper", predictor.cells(image, embedding), target, valid, 0)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()

@@ -4,9 +4,9 @@ pictures (ours).
     python -m aopsam_lab.training.elimination --pools POOLS/scenes POOLS/bsds --pictures 12
 
 For every picture, each floor and each size of a round: the mIoU of ``aop``, how many of its candidates elimination removes, and
-how many prompts are decoded; beside them ``aop_no_af``, the same candidates without elimination. Each point is decoded once. The higher the
-floor, the less is removed and the less is lost; what is wanted is the lowest floor whose loss is small in every pool. The larger
-a round, the fewer PEMs are computed, and the more prompts are decoded before a mask can explain them.
+how many prompts are decoded; beside them ``aop_no_af``, the same candidates without elimination. Each point is decoded once. The
+higher the floor, the less is removed and the less is lost; what is wanted is the lowest floor whose loss is small in every pool.
+The larger a round, the fewer PEMs are computed, and the more prompts are decoded before a mask can explain them.
 """
 
 from __future__ import annotations

@@ -3,16 +3,13 @@
     python -m aopsam_lab train-predictor --pools POOLS/scenes:0.5 POOLS/photos:0.5 --workdir runs/predictor --minutes 20
     python -m aopsam_lab train-predictor --sam vit_h --data sa1b:DIR --limit 10000
 
-Target (ours): for each mask a Gaussian bump of height 1 at its pole of inaccessibility and lower ones at further points inside
-it, each the pole of what discs about the earlier ones leave, since one click seldom gives a large object's best mask; the
-maximum where bumps meet. As in SA-1B, whose ``point_coords`` are points of SAM's own grid, a point moves to the middle of the
-embedding's cell that it lies in where the mask still covers that. So the PCM can say of every such cell whether a prompt there
-is worth its decoding, and neighbours stay apart when it is smoothed. SAM is frozen.
-
-Presets. ``paper`` (with ``--data``, if not said otherwise): mean squared error, Adam, 1000 epochs, one bump a mask, at the data
-set's own prompt point where it has one, else at the pole (the paper's recipe). ``bundled`` (ours, with ``--pools``): binary cross-entropy in
-which a cell at a peak weighs ``1 + PEAK_WEIGHT`` times an empty one, since peaks are a hundredth of all cells; Adam with a
-cosine schedule. PEAK_WEIGHT is what sets how many candidates pass the default confidence of 0.2.
+Presets. ``paper`` (with ``--data``, if not said otherwise): one Gaussian bump of height 1 a mask, at the data set's own prompt
+point where it has one, else at the pole of inaccessibility, the maximum where bumps meet; mean squared error of the PCM, Adam,
+1000 epochs (the paper's recipe). ``bundled`` (ours, with ``--pools``): the pole is worth 1 and further points inside the mask
+less, each the pole of what discs about the earlier ones leave, since one click seldom gives a large object's best mask; binary
+cross-entropy of each cell's worth, in which one that is worth 1 weighs ``1 + PEAK_WEIGHT`` times an empty one, and cross-entropy
+of the place in it; Adam with a cosine schedule. As in SA-1B, whose ``point_coords`` are points of SAM's own grid, a point moves
+to the middle of the embedding's cell that it lies in where the mask still covers that. SAM is frozen.
 
 Early stopping is ours: after ``--patience`` evaluations without a lower loss on the held-out pictures the best weights are kept.
 Writes ``workdir/predictor.safetensors``, ``curve.csv`` and ``curve.png`` (drawn anew at each evaluation), the weights to
@@ -28,6 +25,7 @@ import io
 import time
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import cv2
@@ -42,11 +40,11 @@ from tqdm.auto import tqdm
 from aopsam_lab.asf import sample_prompts, valid_cells
 from aopsam_lab.data import open_dataset
 from aopsam_lab.files import write_atomically
-from aopsam_lab.predictor import PromptPredictor
+from aopsam_lab.predictor import CELL, SIGMA, PromptPredictor, draw_pcm
 from aopsam_lab.sam.zoo import MODELS, load_sam, spec_of
 from aopsam_lab.training.card import write_card
 from aopsam_lab.training.embedding_cache import EmbeddingCache
-from aopsam_lab.training.examples import DatasetExamples, PoolExamples
+from aopsam_lab.training.examples import DatasetExamples, Draw, PoolExamples
 from aopsam_lab.training.pool import parse_pools
 from aopsam_lab.training.tiny_sam import learning_rate, quick_at_bf16, save_atomically
 
@@ -54,8 +52,7 @@ PEAK_WEIGHT = 8.0
 POINTS = 8  # bumps a mask
 HEIGHT_DECAY = 0.85  # of each bump to the one before: the pole comes first
 LEAST_RADIUS = 2.0  # in PCM cells: where less is left, one point more is one too many
-SIGMA = 1.0  # in PCM cells; bumps in neighbouring cells of the embedding, four PCM cells apart, do not run together
-CELL = 4  # PCM cells to a side of an embedding's cell
+PLACE_WEIGHT = 0.1  # of the places' loss to the worths'
 CANDIDATES = 220  # a picture, of which elimination leaves less than a fifth of AMG-D's 1,024 to decode
 PATIENCE = 20  # evaluations
 
@@ -83,23 +80,33 @@ def snapped(row: int, column: int, mask: np.ndarray) -> tuple[int, int]:
 
 
 def confidence_target(
-    masks: np.ndarray, grid: tuple[int, int], most: int = POINTS, points: np.ndarray | None = None
+    masks: np.ndarray, points: np.ndarray | None, grid: tuple[int, int], most: int = POINTS, bumps: bool = False
 ) -> np.ndarray:
-    """Masks (N, h', w') on the PCM's grid, top left of it -> target (H, W) float32 in [0, 1].
+    """Masks (N, h', w') on the PCM's grid, top left of it -> target (H, W) float32 in [0, 1]: each point's worth where it lies.
 
-    most: bumps a mask. points: N x 2 (x, y) in PCM cells; where a data set has them, each is its mask's one bump.
+    points: N x 2 (x, y) in PCM cells; where a data set has them, each is its mask's one point. most: else, points a mask.
+    bumps: whether a point is drawn as a Gaussian bump of that height, not as one cell.
     """
     target = np.zeros(grid, np.float32)
     rows, columns = np.arange(grid[0], dtype=np.float32), np.arange(grid[1], dtype=np.float32)
     if points is not None:
-        wanted = [[(int(y), int(x))] for x, y in points]
+        wanted = [[(min(int(y), grid[0] - 1), min(int(x), grid[1] - 1))] for x, y in points]
     else:
         wanted = [[snapped(row, column, mask) for row, column, _ in prompt_points(mask, most)] for mask in masks]
     for places in wanted:
         for i, (row, column) in enumerate(places):
-            bump = np.outer(np.exp(-0.5 * ((rows - row) / SIGMA) ** 2), np.exp(-0.5 * ((columns - column) / SIGMA) ** 2))
-            np.maximum(target, HEIGHT_DECAY**i * bump, out=target)
+            if bumps:
+                bump = np.outer(np.exp(-0.5 * ((rows - row) / SIGMA) ** 2), np.exp(-0.5 * ((columns - column) / SIGMA) ** 2))
+                np.maximum(target, HEIGHT_DECAY**i * bump, out=target)
+            else:
+                target[row, column] = max(target[row, column], HEIGHT_DECAY**i)
     return target
+
+
+def target_of(preset: str, grid: tuple[int, int]) -> Draw:
+    """What a preset learns: (masks, the data set's prompt points or None) -> target on the PCM's grid."""
+    paper = preset == "paper"
+    return partial(confidence_target, grid=grid, most=1 if paper else POINTS, bumps=paper)
 
 
 @dataclass(frozen=True)
@@ -119,13 +126,13 @@ class Held:
 
 
 @torch.inference_mode()
-def hold_out(sam: Sam, pictures: list[tuple[np.ndarray, np.ndarray]], most: int = POINTS) -> list[Held]:
-    """Encode pictures once, with their masks on the PCM's grid, for the evaluations to come."""
+def hold_out(sam: Sam, pictures: list[tuple[np.ndarray, np.ndarray]], draw: Draw) -> list[Held]:
+    """Encode pictures once, with their masks on the PCM's grid, for the evaluations to come. draw: their target."""
     s, grid = sam.image_encoder.img_size, sam.prompt_encoder.mask_input_size
     held = []
     for image, masks in tqdm(pictures, desc="held out", unit="picture", dynamic_ncols=True):
         embedding = sam.image_encoder(_model_image(sam, image)).half()
-        target = torch.from_numpy(confidence_target(masks, grid, most)).to(sam.device)
+        target = torch.from_numpy(draw(masks, None)).to(sam.device)
         held.append(Held(image, embedding, masks, target, valid_cells(image.shape[:2], s, grid, sam.device)))
     return held
 
@@ -155,7 +162,7 @@ def recall(sam: Sam, predictor: PromptPredictor, held: list[Held], top: tuple[in
 def held_loss(sam: Sam, predictor: PromptPredictor, held: list[Held], preset: str, peak_weight: float) -> float:
     """The mean loss of the held-out pictures; NaN without any."""
     losses = [
-        loss_of(preset, predictor.logits(*one.inputs(sam))[:, 0], one.target[None], one.valid[None].float(), peak_weight).item()
+        loss_of(preset, predictor.cells(*one.inputs(sam)), one.target[None], one.valid[None].float(), peak_weight).item()
         for one in held
     ]
     return float(np.mean(losses)) if losses else float("nan")
@@ -163,27 +170,32 @@ def held_loss(sam: Sam, predictor: PromptPredictor, held: list[Held], preset: st
 
 @torch.inference_mode()
 def calibrate(sam: Sam, predictor: PromptPredictor, held: list[Held], wanted: float) -> float:
-    """Shift the last bias so that the pictures give ``wanted`` candidates on average at the default settings; the shift.
+    """Shift the worths' last bias so that the pictures give ``wanted`` candidates on average at the default settings; the shift.
 
     What a network trained on sparse bumps calls 0.2 depends on the loss's weights. This gives the default confidence a meaning.
     """
-    maps = [(predictor.logits(*one.inputs(sam))[0, 0], one.valid) for one in held]
+    cells = [(*predictor.cells(*one.inputs(sam)), one.valid) for one in held]
     low, high = -8.0, 8.0
     for _ in range(24):
         shift = (low + high) / 2
-        found = np.mean([len(sample_prompts((logits + shift).sigmoid() * valid)[0]) for logits, valid in maps])
+        pcms = (draw_pcm(worth + shift, place)[0, 0] * valid for worth, place, valid in cells)
+        found = np.mean([len(sample_prompts(pcm)[0]) for pcm in pcms])
         low, high = (shift, high) if found < wanted else (low, shift)
-    last = [module for module in predictor.modules() if isinstance(module, torch.nn.Conv2d)][-1]
-    last.bias += shift
+    predictor.fuse[-1].bias[0] += shift
     return shift
 
 
-def loss_of(preset: str, logits: Tensor, target: Tensor, valid: Tensor, peak_weight: float) -> Tensor:
-    """Mean over the cells on the picture. logits, target, valid: (B, H, W)."""
+def loss_of(preset: str, cells: tuple[Tensor, Tensor], target: Tensor, valid: Tensor, peak_weight: float) -> Tensor:
+    """Mean over the cells on the picture. cells: (B, h, w) and (B, 16, h, w) logits. target, valid: (B, 4h, 4w)."""
+    worth, place = cells
     if preset == "paper":
-        return ((logits.sigmoid() - target) ** 2 * valid).sum() / valid.sum()
-    bce = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
-    return (bce * (1 + peak_weight * target) * valid).sum() / valid.sum()
+        return ((draw_pcm(worth, place)[:, 0] - target) ** 2 * valid).sum() / valid.sum()
+    inside = F.pixel_unshuffle(target[:, None], CELL)  # (B, 16, h, w)
+    true, at = inside.max(1)
+    on = F.max_pool2d(valid, CELL)
+    bce = F.binary_cross_entropy_with_logits(worth, true, reduction="none")
+    places = F.cross_entropy(place, at, reduction="none") * true
+    return (bce * (1 + peak_weight * true) * on).sum() / on.sum() + PLACE_WEIGHT * places.sum() / true.sum().clamp(min=1)
 
 
 def export(predictor: PromptPredictor, path: Path, about: dict[str, str]) -> None:
@@ -201,18 +213,16 @@ def train(args: argparse.Namespace) -> None:
     patience = (0 if args.pools else PATIENCE) if args.patience is None else args.patience
     work = Path(args.workdir or f"runs/predictor_{args.sam}")
     sam = load_sam(args.sam, args.checkpoint, args.device)
-    grid, most = sam.prompt_encoder.mask_input_size, 1 if preset == "paper" else POINTS
+    draw = target_of(preset, sam.prompt_encoder.mask_input_size)
     if args.pools:
         held_out = 80 if args.held_out is None else args.held_out
         examples = PoolExamples(parse_pools(args.pools), sam, args.limit or 3000, held_out, args.seed)
     else:
         held_out = 20 if args.held_out is None else args.held_out
         examples = DatasetExamples(open_dataset(args.data, args.limit, args.seed), sam, held_out)
-    cache = EmbeddingCache(work / "cache", sam, examples.count, {"points": most, "target": "snapped", **examples.key})
-    cache.fill(
-        sam, lambda row: examples.entry(row, lambda masks, points: confidence_target(masks, grid, most, points)), args.max_gb
-    )
-    held = hold_out(sam, examples.held_out(), most)
+    cache = EmbeddingCache(work / "cache", sam, examples.count, {"target": preset, **examples.key})
+    cache.fill(sam, lambda row: examples.entry(row, draw), args.max_gb)
+    held = hold_out(sam, examples.held_out(), draw)
     side, (h, _) = sam.image_encoder.img_size, sam.prompt_encoder.image_embedding_size
     predictor = PromptPredictor(sam.prompt_encoder.embed_dim, side // h).to(sam.device)
     optimizer = torch.optim.Adam(predictor.parameters(), lr=args.lr)
@@ -223,7 +233,7 @@ def train(args: argparse.Namespace) -> None:
         optimizer.load_state_dict(state["optimizer"])
         step, seconds = state["step"], state["seconds"]
         best, stale = state["best"], state["stale"]
-    forward = torch.compile(predictor.logits, dynamic=False) if args.compile else predictor.logits
+    forward = torch.compile(predictor.cells, dynamic=False) if args.compile else predictor.cells
     started = time.perf_counter() - seconds
     batch = min(args.batch or (8 if side <= 512 else 4), examples.count)
     steps = max(1, args.epochs * examples.count // batch) if preset == "paper" and not minutes else 0
@@ -251,8 +261,8 @@ def train(args: argparse.Namespace) -> None:
                 group["lr"] = args.lr if preset == "paper" else learning_rate(progress(), step, args.lr, warmup=100)
             image, embedding, target, valid = next(batches)
             with torch.autocast(sam.device.type, torch.bfloat16, enabled=quick_at_bf16(sam.device)):
-                logits = forward(image, embedding)[:, 0].float()
-            loss = loss_of(preset, logits, target, valid, args.peak_weight)
+                cells = forward(image, embedding)
+            loss = loss_of(preset, tuple(x.float() for x in cells), target, valid, args.peak_weight)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
