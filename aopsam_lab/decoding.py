@@ -99,8 +99,9 @@ def encode(sam: Sam, image: np.ndarray) -> Encoded:
 class Found:
     """Masks that passed both thresholds, before duplicates are removed.
 
-    low_res: (n, 4h, 4w) logits, model frame; beyond the picture's edge, on padding, they may be 0. iou, stability: (n,). boxes: (n, 4) long, image frame, inclusive. prompt: (n,)
-    long, index into the prompts. passed_iou: (m,) bool, prompts of which at least one mask passed the IoU threshold.
+    low_res: (n, 4h, 4w) logits, model frame; beyond the picture's edge, on padding, they may be 0. iou, stability: (n,).
+    boxes: (n, 4) long, image frame, inclusive. prompt: (n,) long, index into the prompts. passed_iou: (m,) bool, prompts of
+    which at least one mask passed the IoU threshold.
     masks: n COCO RLE where they are encoded already; low_res is then empty. See :func:`encode_early`.
     """
 

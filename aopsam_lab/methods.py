@@ -101,7 +101,8 @@ class Proposal:
 class FilteredProposal(Proposal):
     """Adaptive filtering: rounds of ``ROUND`` waiting points, strongest first; masks found eliminate waiting ones.
 
-    cells: (m, 2) long, each prompt's (row, column) on the h x w grid. features: (2C, h, w), see :func:`asf.elimination_features`. valid: (h, w) bool.
+    cells: (m, 2) long, each prompt's (row, column) on the h x w grid. valid: (h, w) bool.
+    features: (2C, h, w), see :func:`asf.elimination_features`.
     """
 
     cells: Tensor = None

@@ -20,7 +20,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from aopsam_lab.sam.zoo import resolve_device
 
 CELL = 4  # PCM cells to a side of an embedding's cell
-SIGMA = 1.0  # of the bumps, in PCM cells: those in neighbouring cells of the embedding, four PCM cells apart, stay two when smoothed
+SIGMA = 1.0  # of the bumps, in PCM cells: neighbours, about four apart, stay two when smoothed
 WEIGHTS = Path(__file__).parent / "weights"
 BUNDLED = {"tiny": WEIGHTS / "predictor_tiny.safetensors"}
 
