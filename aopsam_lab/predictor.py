@@ -75,12 +75,14 @@ class PromptPredictor(nn.Module):
         return self(image, embedding)[0, 0] * valid
 
 
-def draw_pcm(worth: Tensor, place: Tensor) -> Tensor:
+def draw_pcm(worth: Tensor, place: Tensor, soft: bool = False) -> Tensor:
     """One bump a cell of the embedding, as high as the cell is worth, where its place is -> (B, 1, 4h, 4w) in [0, 1].
 
-    worth: (B, h, w) logits. place: (B, 16, h, w) logits, row by row; an uncertain place gives a lower and broader bump.
+    worth: (B, h, w) logits. place: (B, 16, h, w) logits, row by row; the likeliest counts. soft: all count, each by its
+    probability, so that a loss on the PCM has a gradient; a cell in doubt then has a lower and broader bump than it is worth.
     """
-    tops = F.pixel_shuffle(worth.sigmoid()[:, None] * place.softmax(1), CELL)
+    places = place.softmax(1) if soft else F.one_hot(place.argmax(1), CELL**2).movedim(-1, 1)
+    tops = F.pixel_shuffle(worth.sigmoid()[:, None] * places, CELL)
     reach = math.ceil(3 * SIGMA)
     bump = torch.exp(-0.5 * (torch.arange(-reach, reach + 1, device=tops.device, dtype=tops.dtype) / SIGMA) ** 2)
     along = F.conv2d(tops, bump.view(1, 1, 1, -1), padding=(0, reach))

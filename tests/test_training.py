@@ -197,6 +197,9 @@ def test_a_pcm_shows_one_bump_a_cell_where_its_place_is():
     pcm = draw_pcm(worth, place)[0, 0]
     assert pcm.shape == (8, 12) and pcm[5, 11] == pytest.approx(0.5) and pcm.argmax() == 5 * 12 + 11
     assert pcm[4, 11] == pytest.approx(0.5 * np.exp(-0.5 / SIGMA**2)) and pcm[0, 0] < 1e-6
+    place[0, 7, 1, 2] = 0.1  # hardly likelier than the others: as high a bump, lower and broader only where a loss is to learn
+    assert torch.equal(draw_pcm(worth, place)[0, 0], pcm)
+    assert 0.1 < draw_pcm(worth, place, soft=True).max() < 0.3
     worth[:], place[0, 7] = 100.0, 100.0  # neighbours stay apart, and can be told apart when smoothed
     cells, confidence = sample_prompts(draw_pcm(worth, place)[0, 0], smoothing=256 / 12 * SIGMA, spacing=256 / 12 * 3)
     assert pcm.max() <= 1 and len(cells) == 6 and confidence.min() > 0.2

@@ -189,7 +189,7 @@ def loss_of(preset: str, cells: tuple[Tensor, Tensor], target: Tensor, valid: Te
     """Mean over the cells on the picture. cells: (B, h, w) and (B, 16, h, w) logits. target, valid: (B, 4h, 4w)."""
     worth, place = cells
     if preset == "paper":
-        return ((draw_pcm(worth, place)[:, 0] - target) ** 2 * valid).sum() / valid.sum()
+        return ((draw_pcm(worth, place, soft=True)[:, 0] - target) ** 2 * valid).sum() / valid.sum()
     inside = F.pixel_unshuffle(target[:, None], CELL)  # (B, 16, h, w)
     true, at = inside.max(1)
     on = F.max_pool2d(valid, CELL)
