@@ -189,7 +189,8 @@ def elimination_maps(features: Tensor, references: Tensor) -> Tensor:
 
     features: (C, h, w), cells of unit length (or zero, where the PEM is one half). references: (n, C), of unit length.
     """
-    return ((1 + references @ features.flatten(1)) / 2).clamp(0, 1).unflatten(1, features.shape[1:])
+    cosines = torch.addmm(references.new_full((1,), 0.5), references, features.flatten(1), alpha=0.5)  # their half, and a half
+    return cosines.clamp_(0, 1).unflatten(1, features.shape[1:])
 
 
 def elimination_thresholds(pems: Tensor, coverage: Tensor, valid: Tensor, elimination: float) -> Tensor:

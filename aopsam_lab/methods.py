@@ -26,13 +26,14 @@ from torch import Tensor
 from aopsam_lab import asf
 from aopsam_lab.asf import AsfParams
 from aopsam_lab.batching import one_thread
+from aopsam_lab.predictor import CELL
 
 if TYPE_CHECKING:
     from aopsam_lab.detector import Detector
     from aopsam_lab.predictor import PromptPredictor
     from aopsam_lab.decoding import Encoded, Found
 
-ROUND = 48  # points a round of adaptive filtering (ours), chosen by `python -m aopsam_lab.training.elimination`
+ROUND = 64  # points a round of adaptive filtering (ours), chosen by `python -m aopsam_lab.training.elimination`
 MAX_BOXES = 100
 
 
@@ -210,7 +211,7 @@ class Aop:
 
     def start(self, encoded: Encoded, models: Models, params: AsfParams) -> Proposal:
         h, w = encoded.embedding.shape[-2:]
-        valid = asf.valid_cells(encoded.input_size, encoded.model_image.shape[-1], (4 * h, 4 * w), encoded.embedding.device)
+        valid = asf.valid_cells(encoded.input_size, encoded.model_image.shape[-1], (CELL * h, CELL * w), encoded.embedding.device)
         pcm = models.predictor.pcm(encoded.model_image, encoded.embedding, valid)
         with one_thread(pcm.device):
             return self._sample(encoded, pcm, valid, params)
@@ -230,7 +231,7 @@ class Aop:
         valid = asf.valid_cells(encoded.input_size, size, grid, pcm.device)
         features = asf.elimination_features(encoded.embedding[0], encoded.image_pe[0], valid)
         return FilteredProposal(
-            prompts, pcm, cells=cells // 4, features=features, valid=valid, elimination=params.elimination, gated=self.gated
+            prompts, pcm, cells=cells // CELL, features=features, valid=valid, elimination=params.elimination, gated=self.gated
         )
 
 

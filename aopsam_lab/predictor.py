@@ -81,8 +81,16 @@ def draw_pcm(worth: Tensor, place: Tensor, soft: bool = False) -> Tensor:
     worth: (B, h, w) logits. place: (B, 16, h, w) logits, row by row; the likeliest counts. soft: all count, each by its
     probability, so that a loss on the PCM has a gradient; a cell in doubt then has a lower and broader bump than it is worth.
     """
-    places = place.softmax(1) if soft else F.one_hot(place.argmax(1), CELL**2).movedim(-1, 1)
-    tops = F.pixel_shuffle(worth.sigmoid()[:, None] * places, CELL)
+    if soft:
+        tops = F.pixel_shuffle(worth.sigmoid()[:, None] * place.softmax(1), CELL)
+    else:
+        b, h, w = worth.shape
+        at = place.argmax(1)
+        rows = torch.arange(0, h * CELL, CELL, device=at.device)[:, None] + at // CELL
+        columns = torch.arange(0, w * CELL, CELL, device=at.device) + at % CELL
+        tops = worth.new_zeros(b, h * w * CELL**2)
+        tops.scatter_(1, (rows * (w * CELL) + columns).flatten(1), worth.sigmoid().flatten(1))
+        tops = tops.view(b, 1, h * CELL, w * CELL)
     reach = math.ceil(3 * SIGMA)
     bump = torch.exp(-0.5 * (torch.arange(-reach, reach + 1, device=tops.device, dtype=tops.dtype) / SIGMA) ** 2)
     along = F.conv2d(tops, bump.view(1, 1, 1, -1), padding=(0, reach))

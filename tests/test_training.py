@@ -123,7 +123,7 @@ def test_tiny_training_learns_something_and_resumes(pool, tmp_path):
 
 def test_predictor_target_by_hand():
     masks = np.zeros((2, 20, 20), bool)
-    masks[0, 2:11, 2:11] = True  # pole at (6, 6), the middle of an embedding's cell; its disc leaves only corners
+    masks[0, 4:9, 4:9] = True  # pole at (6, 6), the middle of an embedding's cell; its disc leaves only corners' edges
     masks[1, 15, 15] = True  # its cell's middle, (14, 14), is off the mask: the point stays where it is
     target = predictor_training.confidence_target(masks, None, (24, 20))
     assert target.shape == (24, 20) and target[6, 6] == 1 and target[15, 15] == 1

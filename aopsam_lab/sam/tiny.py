@@ -2,8 +2,9 @@
 
 It is a plain ``segment_anything.modeling.Sam``, so everything written for SAM runs on it.
 
-Where the multiply-adds go, for one 256 x 256 picture (2.1 G in all): convolutions where pixels are many and channels few
-(stride 4 and 8), attention where tokens are few (stride 16), and a neck that brings both together at stride 8.
+Where the multiply-adds go, for one 256 x 256 picture (2.6 G in all): convolutions where pixels are many and channels few
+(stride 4 and 8), attention where tokens are few (stride 16), and a neck that brings both together at stride 8. Beside them, what
+a network trained on ImageNet sees (0.4 G) joins both scales: the photographs here are too few to learn that from.
 """
 
 from __future__ import annotations
@@ -14,9 +15,12 @@ from segment_anything.modeling import MaskDecoder, PromptEncoder, Sam, TwoWayTra
 from segment_anything.modeling.common import LayerNorm2d
 from torch import Tensor, nn
 
+from aopsam_lab.sam.efficientnet import CHANNELS_8, CHANNELS_16, EfficientNetLite0
+
 IMG_SIZE = 256
 STRIDE = 8
 WIDTH = 128  # channels of the image embedding and of the mask decoder
+PIXEL_MEAN, PIXEL_STD = [123.675, 116.28, 103.53], [58.395, 57.12, 57.375]  # as every SAM's
 
 
 class ConvBN(nn.Sequential):
@@ -61,6 +65,14 @@ class AttentionBlock(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
+def _joining(c_in: int, c_out: int) -> nn.Sequential:
+    """From the backbone's channels to ours. Starts at zero: what is already trained is not disturbed."""
+    conv = nn.Conv2d(c_in, c_out, 1)
+    nn.init.zeros_(conv.weight)
+    nn.init.zeros_(conv.bias)
+    return nn.Sequential(LayerNorm2d(c_in), conv)
+
+
 class TinyEncoder(nn.Module):
     """Image encoder: ``B x 3 x S x S`` (model frame, normalised) -> ``B x 128 x S/8 x S/8``."""
 
@@ -73,13 +85,17 @@ class TinyEncoder(nn.Module):
         self.down16 = ConvBN(128, dim, stride=2)
         self.pos_embed = nn.Parameter(torch.randn(1, side * side, dim) * 0.02)
         self.blocks = nn.Sequential(*[AttentionBlock(dim, heads) for _ in range(depth)])
+        self.backbone = EfficientNetLite0(torch.tensor(PIXEL_MEAN), torch.tensor(PIXEL_STD))
+        self.more8, self.more16 = _joining(CHANNELS_8, 128), _joining(CHANNELS_16, dim)
         self.norm = nn.LayerNorm(dim)
         self.lateral = nn.Conv2d(dim, out, 1)
         self.fuse = nn.Sequential(ConvBN(128 + out, out), nn.Conv2d(out, out, 3, padding=1, bias=False), LayerNorm2d(out))
 
     def forward(self, x: Tensor) -> Tensor:
+        seen8, seen16 = self.backbone(x)
         x8 = self.stage8(self.stem(x))  # (B, 128, S/8, S/8)
-        x16 = self.down16(x8)  # (B, D, S/16, S/16)
+        x16 = self.down16(x8) + self.more16(seen16)  # (B, D, S/16, S/16)
+        x8 = x8 + self.more8(seen8)
         b, d, h, w = x16.shape
         tokens = self.norm(self.blocks(x16.flatten(2).transpose(1, 2) + self.pos_embed))  # (B, h*w, D)
         coarse = self.lateral(tokens.transpose(1, 2).reshape(b, d, h, w))
@@ -102,4 +118,6 @@ def build_tiny_sam() -> Sam:
             iou_head_depth=3,
             iou_head_hidden_dim=128,
         ),
+        pixel_mean=PIXEL_MEAN,
+        pixel_std=PIXEL_STD,
     )

@@ -6,7 +6,7 @@
 Presets. ``paper`` (with ``--data``, if not said otherwise): one Gaussian bump of height 1 a mask, at the data set's own prompt
 point where it has one, else at the pole of inaccessibility, the maximum where bumps meet; mean squared error of the PCM, Adam,
 1000 epochs (the paper's recipe). ``bundled`` (ours, with ``--pools``): the pole is worth 1 and further points inside the mask
-less, each the pole of what discs about the earlier ones leave, since one click seldom gives a large object's best mask; binary
+less, each the pole of what discs about the earlier ones leave, since one click seldom gives an object's best mask; binary
 cross-entropy of each cell's worth, in which one that is worth 1 weighs ``1 + PEAK_WEIGHT`` times an empty one, and cross-entropy
 of the place in it; Adam with a cosine schedule. As in SA-1B, whose ``point_coords`` are points of SAM's own grid, a point moves
 to the middle of the embedding's cell that it lies in where the mask still covers that. SAM is frozen.
@@ -50,8 +50,9 @@ from aopsam_lab.training.tiny_sam import learning_rate, quick_at_bf16, save_atom
 
 PEAK_WEIGHT = 8.0
 POINTS = 8  # bumps a mask
-HEIGHT_DECAY = 0.85  # of each bump to the one before: the pole comes first
-LEAST_RADIUS = 2.0  # in PCM cells: where less is left, one point more is one too many
+HEIGHT_DECAY = 0.6  # of each bump to the one before: the pole comes first
+LEAST_RADIUS = 1.0  # in PCM cells: where less is left, one point more is one too many
+DISC, LEAST_DISC = 0.6, 3.0  # a point's disc, in which no further one lies: of its inradius, and at least, in PCM cells
 PLACE_WEIGHT = 0.1  # of the places' loss to the worths'
 CANDIDATES = 205  # a picture, of which elimination leaves less than a fifth of AMG-D's 1,024 to decode, on photographs too
 PATIENCE = 20  # evaluations
@@ -59,7 +60,7 @@ PATIENCE = 20  # evaluations
 
 def prompt_points(mask: np.ndarray, most: int = POINTS) -> list[tuple[int, int, float]]:
     """(row, column, inradius) of the cell deepest inside a mask, then of those deepest inside what is left of it when a disc
-    of that radius is cut out, while its inradius is at least LEAST_RADIUS; the outside of the grid counts as outside."""
+    about each point is cut out, while its inradius is at least LEAST_RADIUS; the outside of the grid counts as outside."""
     left, points = mask.astype(np.uint8), []
     while len(points) < most:
         distance = cv2.distanceTransform(np.pad(left, 1), cv2.DIST_L2, 5)[1:-1, 1:-1]
@@ -68,7 +69,7 @@ def prompt_points(mask: np.ndarray, most: int = POINTS) -> list[tuple[int, int, 
         if inradius < (LEAST_RADIUS if points else 1e-6):
             break
         points.append((row, column, inradius))
-        cv2.circle(left, (column, row), int(max(inradius, 2 * LEAST_RADIUS)), 0, -1)
+        cv2.circle(left, (column, row), int(max(DISC * inradius, LEAST_DISC)), 0, -1)
     return points
 
 

@@ -32,6 +32,7 @@ from aopsam_lab.clicks import next_click
 from aopsam_lab.files import write_atomically
 from aopsam_lab.sam.decoder import decode_tokens, draw_masks
 from aopsam_lab.sam.tiny import IMG_SIZE, build_tiny_sam
+from aopsam_lab.training.backbone import installed_file, load_backbone
 from aopsam_lab.training.card import licence, pool_counts
 from aopsam_lab.training.muon import Muon
 from aopsam_lab.training.pool import parse_pools, read_entry
@@ -40,6 +41,7 @@ LOW_RES = IMG_SIZE // 2  # side of the low-resolution masks that the decoder dra
 BOX_SHARE = 0.3
 CORRECTED_SHARE = 0.25  # of a picture's clicks: these are corrected
 FURTHER_CLICKS = 2
+JOIN_RATE = 10.0  # times the learning rate, for what joins the backbone's features: it starts at zero
 COLUMNS = ("loss", "box", "click", "clicks", "iou_mse")  # of the learning curve
 
 
@@ -265,11 +267,15 @@ def learning_rate(progress: float, step: int, peak: float, warmup: int = 300) ->
 
 def make_optimizer(name: str, sam: nn.Module, lr: float, weight_decay: float) -> torch.optim.Optimizer:
     """``adamw``, or ``muon``: Muon for the matrices inside, AdamW for embeddings, vectors and the first convolution."""
-    muon, decay, rest = [], [], []
+    joins, muon, decay, rest = [], [], [], []
     for key, p in sam.named_parameters():
+        if not p.requires_grad:
+            continue
         inside = p.ndim > 1 and min(p.shape[0], p[0].numel()) >= 16 and "embed" not in key and "token.weight" not in key and "tokens" not in key
-        (muon if name == "muon" and inside and p.shape[1] > 3 else decay if p.ndim > 1 else rest).append(p)
+        inside = name == "muon" and inside and p.shape[1] > 3
+        (joins if inside and ".more" in key else muon if inside else decay if p.ndim > 1 else rest).append(p)
     groups = [dict(params=muon, weight_decay=weight_decay, muon=True)] if muon else []
+    groups += [dict(params=joins, weight_decay=weight_decay, muon=True, rate=JOIN_RATE)] if joins else []
     groups += [dict(params=decay, weight_decay=weight_decay), dict(params=rest, weight_decay=0.0)]
     return (Muon if muon else torch.optim.AdamW)(groups, lr=lr, betas=(0.9, 0.98))
 
@@ -285,6 +291,9 @@ def train(args: argparse.Namespace) -> None:
     work = Path(args.workdir)
     work.mkdir(parents=True, exist_ok=True)
     sam = build_tiny_sam().to(device).train()
+    if not args.init:
+        load_backbone(sam.image_encoder.backbone, installed_file())
+    sam.image_encoder.backbone.requires_grad_(args.train_backbone)
     ema = torch.optim.swa_utils.AveragedModel(sam, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(args.ema), use_buffers=True)
     optimizer = make_optimizer(args.optimizer, sam, args.lr, args.weight_decay)
     step, seconds = 0, 0.0
@@ -307,7 +316,8 @@ def train(args: argparse.Namespace) -> None:
         about["Start"] = f"weights after {about['earlier_steps']} steps"
     if not (work / "about.json").exists():
         write_atomically(work / "about.json", json.dumps(about))
-    data = PromptedPictures(pools, args.prompts, seed=args.seed + step)
+    # a resumed run, and one that goes on from earlier weights, draw what was not drawn before
+    data = PromptedPictures(pools, args.prompts, seed=args.seed + step + about.get("earlier_steps", 0))
     loader = iter(DataLoader(data, args.batch, num_workers=args.workers, prefetch_factor=4 if args.workers else None,
                              pin_memory=device.type == "cuda", persistent_workers=args.workers > 0))
     forward = TrainingStep(sam, quick_at_bf16(device))
@@ -329,7 +339,7 @@ def train(args: argparse.Namespace) -> None:
     while progress() < 1:
         lr = learning_rate(progress(), step, args.lr, args.warmup)
         for group in optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("rate", 1.0)
         batch = {k: v.to(device, non_blocking=True) for k, v in next(loader).items()}
         out = forward(**batch)
         optimizer.zero_grad(set_to_none=True)
@@ -366,6 +376,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--warmup", type=int, default=300, help="steps")
     parser.add_argument("--weight-decay", type=float, default=0.03)
     parser.add_argument("--ema", type=float, default=0.998)
+    parser.add_argument("--train-backbone", action="store_true", help="ImageNet's features as well, which else stay as they are")
     parser.add_argument("--init", help="start from these safetensors weights (a fresh optimiser)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--workers", type=int, default=1)
