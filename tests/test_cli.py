@@ -20,7 +20,9 @@ def untrained(tmp_path_factory):
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("sam") / "tiny.safetensors"
     thresholds = {"pred_iou_thresh": "0.0", "stability_score_thresh": "0.0"}
-    save_file(build_tiny_sam().state_dict(), path, metadata=thresholds)
+    sam = build_tiny_sam()
+    torch.nn.init.ones_(sam.mask_decoder.iou_prediction_head.layers[-1].bias)  # so some masks pass, whatever the draw
+    save_file(sam.state_dict(), path, metadata=thresholds)
     return ["--method", "amg_s", "--checkpoint", str(path), "--device", "cpu"]
 
 
