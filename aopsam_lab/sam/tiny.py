@@ -4,7 +4,7 @@ It is a plain ``segment_anything.modeling.Sam``, so everything written for SAM r
 
 Where the multiply-adds go, for one 256 x 256 picture (2.6 G in all): convolutions where pixels are many and channels few
 (stride 4 and 8), attention where tokens are few (stride 16), and a neck that brings both together at stride 8. Beside them, what
-a network trained on ImageNet sees (0.4 G) joins both scales: the photographs here are too few to learn that from.
+a network trained on ImageNet sees (0.3 G) joins both scales: the photographs here are too few to learn that from.
 """
 
 from __future__ import annotations
