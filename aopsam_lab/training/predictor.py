@@ -51,7 +51,6 @@ from aopsam_lab.training.tiny_sam import learning_rate, quick_at_bf16, save_atom
 PEAK_WEIGHT = 8.0
 POINTS = 8  # bumps a mask
 HEIGHT_DECAY = 0.6  # of each bump to the one before: the pole comes first
-LEAST_RADIUS = 1.0  # in PCM cells: where less is left, one point more is one too many
 DISC, LEAST_DISC = 0.6, 3.0  # a point's disc, in which no further one lies: of its inradius, and at least, in PCM cells
 PLACE_WEIGHT = 0.1  # of the places' loss to the worths'
 CANDIDATES = 205  # a picture, of which elimination leaves less than a fifth of AMG-D's 1,024 to decode, on photographs too
@@ -60,14 +59,12 @@ PATIENCE = 20  # evaluations
 
 def prompt_points(mask: np.ndarray, most: int = POINTS) -> list[tuple[int, int, float]]:
     """(row, column, inradius) of the cell deepest inside a mask, then of those deepest inside what is left of it when a disc
-    about each point is cut out, while its inradius is at least LEAST_RADIUS; the outside of the grid counts as outside."""
+    about each point is cut out, until nothing is left or there are ``most``; the outside of the grid counts as outside."""
     left, points = mask.astype(np.uint8), []
-    while len(points) < most:
+    while len(points) < most and left.any():
         distance = cv2.distanceTransform(np.pad(left, 1), cv2.DIST_L2, 5)[1:-1, 1:-1]
         row, column = divmod(int(distance.argmax()), mask.shape[1])
         inradius = float(distance[row, column])
-        if inradius < (LEAST_RADIUS if points else 1e-6):
-            break
         points.append((row, column, inradius))
         cv2.circle(left, (column, row), int(max(DISC * inradius, LEAST_DISC)), 0, -1)
     return points

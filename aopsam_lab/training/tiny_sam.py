@@ -32,7 +32,7 @@ from aopsam_lab.clicks import next_click
 from aopsam_lab.files import write_atomically
 from aopsam_lab.sam.decoder import decode_tokens, draw_masks
 from aopsam_lab.sam.tiny import IMG_SIZE, build_tiny_sam
-from aopsam_lab.training.backbone import installed_file, load_backbone
+from aopsam_lab.training.backbone import BACKBONE, installed_file, load_backbone
 from aopsam_lab.training.card import licence, pool_counts
 from aopsam_lab.training.muon import Muon
 from aopsam_lab.training.pool import parse_pools, read_entry
@@ -310,6 +310,7 @@ def train(args: argparse.Namespace) -> None:
         ema.module.load_state_dict(weights)
     pools = parse_pools(args.pools)
     about = {"Data": pool_counts(pools) + "; scenes with training seeds only", "Licence": licence(pools)}
+    about["Backbone"] = f"{BACKBONE}; {'trained further' if args.train_backbone else 'not trained'} in this run"
     if args.init:
         with safe_open(args.init, "pt") as file:
             about["earlier_steps"] = int((file.metadata() or {}).get("steps", 0))
