@@ -88,15 +88,14 @@ class SharedDecoded:
 
     iou:     (P, M) predicted IoU of the M masks (4 in stock SAM: the single mask first).
     tokens:  (P, M, C) output tokens of the masks.
-    scale1, scale2: (P, 1, N), what the image's and both layers' parts of the pixels are multiplied with in the end.
-    attention1, attention2: (P, T * H, N). values1, values2: (P, T * H, C): the pixels are, but for a constant,
-             ``scale1 (g + attention1 values1) + scale2 attention2 values2``.
+    scale:   (P, 1, N), what the image's part of the pixels is multiplied with in the end.
+    attention1, attention2: (P, T * H, N), of each layer, scaled as well. values1, values2: (P, T * H, C): the pixels are,
+             but for a constant, ``scale * image + attention1 values1 + attention2 values2``.
     """
 
     iou: Tensor
     tokens: Tensor
-    scale1: Tensor
-    scale2: Tensor
+    scale: Tensor
     attention1: Tensor
     attention2: Tensor
     values1: Tensor
@@ -238,24 +237,23 @@ class SharedDecoder:
         r2 = torch.rsqrt(square / c + layer1.norm4.eps)
         u1, u2 = u1 * self.scale2, u2 * self.scale2
         r12 = r1 * r2
+        a1, a2 = a1.mul_(r12), a2.mul_(r2)
 
-        # the last attention
+        # the last attention: what it makes of the prompt's own tokens, nothing reads
         attn = decoder.transformer.final_attn_token_to_image
+        tokens, token_pe = (x[:, : outputs.shape[0]] for x in (tokens, token_pe))
+        scores, work = (x.view(-1)[: p * outputs.shape[0] * heads * n].view(p, -1, n) for x in (scores, work))
         q = queries(attn.q_proj, tokens + token_pe)
         folded = _to_channels(q, attn.k_proj.weight, heads, p)
-        _over_pixels(q, self.key2, heads, scores).baddbmm_(folded @ u1.mT, a1).mul_(r1)
-        scores.baddbmm_(folded @ u2.mT, a2).mul_(r2)
+        _over_pixels(q, self.key2, heads, scores).mul_(r12).baddbmm_(folded @ u1.mT, a1).baddbmm_(folded @ u2.mT, a2)
         _over_pixels(q, self.key_pos2, heads, scores, add=True)
-        weights = torch.softmax(scores, -1, out=work).mul_(r2)
-        by_channel = torch.bmm(weights, a2.mT) @ u2
-        weights.mul_(r1)
-        seen = _from_pixels(weights, self.value2, heads)
-        seen += _from_channels(by_channel.baddbmm_(torch.bmm(weights, a1.mT), u1), attn.v_proj.weight, heads)
+        weights = torch.softmax(scores, -1, out=work)
+        by_channel = (torch.bmm(weights, a1.mT) @ u1).baddbmm_(torch.bmm(weights, a2.mT), u2)
+        seen = _from_pixels(weights.mul_(r12), self.value2, heads)
+        seen += _from_channels(by_channel, attn.v_proj.weight, heads)
         seen += attn.v_proj.weight @ self.bias2 + attn.v_proj.bias
-        tokens = decoder.transformer.norm_final_attn(tokens + attn.out_proj(seen).view(p, t, -1))
-        masks = decoder.num_mask_tokens
-        iou = decoder.iou_prediction_head(tokens[:, 0])
-        return SharedDecoded(iou, tokens[:, 1 : 1 + masks], r12, r2, a1, a2, u1, u2)
+        tokens = decoder.transformer.norm_final_attn(tokens + attn.out_proj(seen).view_as(tokens))
+        return SharedDecoded(decoder.iou_prediction_head(tokens[:, 0]), tokens[:, 1:], r12, a1, a2, u1, u2)
 
     @torch.no_grad()
     def draw(self, decoded: SharedDecoded, wanted: Tensor) -> Tensor:
@@ -270,17 +268,13 @@ class SharedDecoder:
         logits = hyper.new_empty(int(wanted.sum()), 4 * height, 4 * width)
         logits[:, 4 * h :], logits[:, : 4 * h, 4 * w :] = 0, 0
         places = logits[:, : 4 * h, : 4 * w].unflatten(2, (w, 4)).unflatten(1, (h, 4))  # (k, y, dy, x, dx)
+        halves = (decoded.values1, decoded.attention1), (decoded.values2, decoded.attention2)
         rows, done = wanted.any(1).nonzero()[:, 0], 0
         for some in rows.split(DRAWN_AT_A_TIME.get(rows.device.type, len(rows))) if len(rows) else ():
-            values = torch.cat([decoded.values1[some], decoded.values2[some]], 1)  # (p, 2 T H, C)
-            attention = values.new_empty(*values.shape[:2], h, w)
-            for part, i in zip(attention, some.tolist()):
-                halves = (decoded.attention1[i], decoded.scale1[i]), (decoded.attention2[i], decoded.scale2[i])
-                for half, pair in zip(part.chunk(2), halves):
-                    torch.mul(*map(self._on_used, pair), out=half)
-            scale = self._on_used(decoded.scale1[some]).flatten(2)
-            x = torch.addcmul(self.up_bias, self.up, scale)
-            x = x.baddbmm_(self.up_weight @ values.mT, attention.flatten(2))  # (p, C, n)
+            x = torch.addcmul(self.up_bias, self.up, self._on_used(decoded.scale[some]).flatten(2))  # (p, C, n)
+            for values, attention in halves:
+                for part, value, i in zip(x, self.up_weight @ values[some].mT, some.tolist()):  # no copies of the attention
+                    part.addmm_(value, self._on_used(attention[i]).flatten(1))
             x = act1(_channel_norm(norm, x.view(len(some) * 4, -1, n)))  # (p 4, C/4, n)
             x = act2(torch.matmul(weight2, x).add_(bias2))  # (p 4, 4 C/8, n)
             x = torch.matmul(hyper[some].unsqueeze(1), x.view(len(some), 16, channels, n))  # (p, 16, M, n)

@@ -42,6 +42,7 @@ BOX_SHARE = 0.3
 CORRECTED_SHARE = 0.25  # of a picture's clicks: these are corrected
 FURTHER_CLICKS = 2
 JOIN_RATE = 10.0  # times the learning rate, for what joins the backbone's features: it starts at zero
+BACKBONE_RATE = 0.2  # and for the backbone itself, which has long been trained
 COLUMNS = ("loss", "box", "click", "clicks", "iou_mse")  # of the learning curve
 
 
@@ -267,15 +268,19 @@ def learning_rate(progress: float, step: int, peak: float, warmup: int = 300) ->
 
 def make_optimizer(name: str, sam: nn.Module, lr: float, weight_decay: float) -> torch.optim.Optimizer:
     """``adamw``, or ``muon``: Muon for the matrices inside, AdamW for embeddings, vectors and the first convolution."""
-    joins, muon, decay, rest = [], [], [], []
+    joins, seen, muon, decay, rest = [], [], [], [], []
     for key, p in sam.named_parameters():
         if not p.requires_grad:
+            continue
+        if ".backbone." in key:
+            seen.append(p)
             continue
         inside = p.ndim > 1 and min(p.shape[0], p[0].numel()) >= 16 and "embed" not in key and "token.weight" not in key and "tokens" not in key
         inside = name == "muon" and inside and p.shape[1] > 3
         (joins if inside and ".more" in key else muon if inside else decay if p.ndim > 1 else rest).append(p)
     groups = [dict(params=muon, weight_decay=weight_decay, muon=True)] if muon else []
     groups += [dict(params=joins, weight_decay=weight_decay, muon=True, rate=JOIN_RATE)] if joins else []
+    groups += [dict(params=seen, weight_decay=0.0, rate=BACKBONE_RATE)] if seen else []
     groups += [dict(params=decay, weight_decay=weight_decay), dict(params=rest, weight_decay=0.0)]
     return (Muon if muon else torch.optim.AdamW)(groups, lr=lr, betas=(0.9, 0.98))
 
