@@ -70,3 +70,12 @@ def test_what_joins_the_backbone_starts_at_nothing_and_learns_faster():
     assert len(trained) == sum(p.requires_grad for p in sam.parameters())
     [joins] = [group for group in groups if group.get("rate", 1) > 1]
     assert sorted(tuple(p.shape[:2]) for p in joins["params"]) == [(128, 40), (256, 112)]
+
+
+def test_a_backbone_that_is_trained_learns_slower_than_the_rest():
+    sam = build_tiny_sam()
+    groups = training.make_optimizer("muon", sam, 1e-3, 0.03).param_groups
+    assert len([p for group in groups for p in group["params"]]) == len(list(sam.parameters()))
+    [seen] = [group for group in groups if group.get("rate", 1) < 1]
+    assert {id(p) for p in seen["params"]} == {id(p) for p in sam.image_encoder.backbone.parameters()}
+    assert not seen.get("muon") and seen["weight_decay"] == 0
