@@ -1,17 +1,19 @@
-"""Choose the floor of the elimination threshold (``asf.OWN_QUANTILE``) and the prompts a round (``methods.ROUND``) on training
-pictures (ours).
+"""Choose the floor of the elimination threshold (``asf.OWN_QUANTILE``), which masks explain (``methods.REFERENCE_IOU``) and the
+prompts a round (``methods.ROUND``) on training pictures (ours).
 
     python -m aopsam_lab.training.elimination --pools POOLS/scenes POOLS/bsds --pictures 12
 
-For every picture, each floor and each size of a round: the mIoU of ``aop``, how many of its candidates elimination removes, and
-how many prompts are decoded; beside them ``aop_no_af``, the same candidates without elimination. Each point is decoded once. The
-higher the floor, the less is removed and the less is lost; what is wanted is the lowest floor whose loss is small in every pool.
-The larger a round, the fewer PEMs are computed, and the more prompts are decoded before a mask can explain them.
+For every picture and each of these settings: the mIoU of ``aop``, how many of its candidates elimination removes, and how many
+prompts are decoded. Beside them ``aop_no_af``, the same candidates without elimination (``round`` 0), also at higher confidences:
+these, too, remove candidates, so elimination should not lose more for as many. Each point is decoded once.
+The higher the floor or the IoU, the less is removed and the less is lost. The larger a round, the fewer PEMs are computed, and
+the more prompts are decoded before a mask can explain them.
 """
 
 from __future__ import annotations
 
 import argparse
+from itertools import product
 from pathlib import Path
 from unittest import mock
 
@@ -21,6 +23,7 @@ import torch.nn.functional as F
 from tqdm.auto import tqdm
 
 from aopsam_lab import asf, methods
+from aopsam_lab.asf import AsfParams
 from aopsam_lab.decode_cache import DecodeCache
 from aopsam_lab.decoding import encode
 from aopsam_lab.evaluator import evaluate
@@ -29,24 +32,42 @@ from aopsam_lab.rle import encode_rle
 from aopsam_lab.training.examples import HELD_OUT
 from aopsam_lab.training.pool import parse_pools, read_entry
 
-QUANTILES = (0.5, 0.7, 0.8, 0.85, 0.9)
-ROUNDS = (32, 48, 64)
+QUANTILES = (0.5, 0.7, 0.85)
+IOUS = (0.0, 0.3, 0.45)
+ROUNDS = (48, 64)
+CONFIDENCES = (0.25, 0.3, 0.35)
 
 
-def try_settings(path: Path, quantiles: tuple[float, ...] = QUANTILES, rounds: tuple[int, ...] = ROUNDS) -> list[dict]:
-    """One pool entry: a row for ``aop_no_af`` (floor NaN, round 0) and one for ``aop`` with each floor and size of a round."""
+def try_settings(
+    path: Path,
+    quantiles: tuple[float, ...] = QUANTILES,
+    ious: tuple[float, ...] = IOUS,
+    rounds: tuple[int, ...] = ROUNDS,
+    confidences: tuple[float, ...] = CONFIDENCES,
+) -> list[dict]:
+    """One pool entry: rows for ``aop_no_af`` at the default and other confidences (floor and iou NaN, round 0), and rows for ``aop``."""
     sam = loaded_sam("tiny")
     predictor = loaded_model("predictor", sam)
     image, masks = read_entry(path)
     whole = F.interpolate(torch.from_numpy(masks)[None].float(), image.shape[:2])[0] > 0.5  # pools keep masks at half size
     truths, encoded = encode_rle(whole.numpy()), encode(sam, image)
-    cache, rows = DecodeCache(sam, encoded), []
-    for quantile, size in ((float("nan"), 0), *((q, r) for q in quantiles for r in rounds)):
-        with mock.patch.object(asf, "OWN_QUANTILE", quantile), mock.patch.object(methods, "ROUND", size):
-            found = run_method(sam, encoded, "aop" if size else "aop_no_af", predictor, decode=cache)
-        removed = found.n_eliminated / max(1, found.n_sampled)
-        scores = {"miou": evaluate(truths, found.masks).miou, "removed": removed, "decoded": found.n_decoded}
-        rows.append({"floor": quantile, "round": size, **scores})
+    cache, rows, none = DecodeCache(sam, encoded), [], float("nan")
+
+    def row(method: str, size: int, iou: float, quantile: float, params: AsfParams) -> None:
+        found = run_method(sam, encoded, method, predictor, params=params, decode=cache)
+        settings = {"round": size, "iou": iou, "floor": quantile, "confidence": params.confidence}
+        removed = 1 - found.n_decoded / max(1, rows[0]["decoded"] if rows else found.n_decoded)
+        rows.append({**settings, "miou": evaluate(truths, found.masks).miou, "removed": removed, "decoded": found.n_decoded})
+
+    for confidence in (AsfParams().confidence, *confidences):
+        row("aop_no_af", 0, none, none, AsfParams(confidence=confidence))
+    for size, iou, quantile in product(rounds, ious, quantiles):
+        with (
+            mock.patch.object(asf, "OWN_QUANTILE", quantile),
+            mock.patch.object(methods, "REFERENCE_IOU", iou),
+            mock.patch.object(methods, "ROUND", size),
+        ):
+            row("aop", size, iou, quantile, AsfParams())
     return rows
 
 
@@ -59,7 +80,7 @@ def main(argv: list[str] | None = None) -> None:
         [(_, paths)] = parse_pools([f"{folder}:1"])
         chosen = paths[::HELD_OUT][: args.pictures]  # the pictures that the predictor's training holds out
         rows = [row for path in tqdm(chosen, desc=Path(folder).name) for row in try_settings(path)]
-        table = pd.DataFrame(rows).groupby(["round", "floor"], dropna=False).mean()
+        table = pd.DataFrame(rows).groupby(["round", "iou", "floor", "confidence"], dropna=False).mean()
         table["lost"] = table["miou"].iloc[0] - table["miou"]  # round 0 comes first: nothing eliminated
         print(f"\n{folder}, {len(chosen)} pictures\n{table.round(4).to_string()}")
 
