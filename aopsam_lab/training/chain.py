@@ -39,7 +39,7 @@ class Budget:
     evaluation: int
 
 
-FULL = Budget(scenes=800, tiny=180, threshold_pictures=16, crops=2400, predictor=40, detector=24, evaluation=200)
+FULL = Budget(scenes=800, tiny=480, threshold_pictures=16, crops=4000, predictor=20, detector=24, evaluation=200)
 QUICK = Budget(scenes=48, tiny=2.5, threshold_pictures=2, crops=48, predictor=1, detector=1, evaluation=2)
 
 
@@ -61,7 +61,8 @@ def commands(workdir: Path, photos: list[Path], budget: Budget, weights: Path, e
     pool = [f"{package}.pool", "--out", str(pools), "--scenes", str(budget.scenes)]
     return [
         pool + (["--photos", *map(str, photos)] if photos else []),
-        [f"{package}.tiny_sam", "--pools", *specs, "--workdir", str(workdir / "tiny"), "--minutes", str(budget.tiny)],
+        [f"{package}.tiny_sam", "--pools", *specs, "--workdir", str(workdir / "tiny"), "--minutes", str(budget.tiny)]
+        + ["--train-backbone"],
         [f"{package}.export_tiny", "--pools", *specs, "--workdir", str(workdir / "tiny"), "--out", str(tiny)]
         + ["--pictures", str(budget.threshold_pictures)],
         [f"{package}.predictor", "--sam", "tiny", "--checkpoint", str(tiny), "--pools", *specs, "--workdir"]

@@ -126,7 +126,7 @@ def main(argv: list[str] | None = None) -> None:
         "weights averaged (EMA); exported by `python -m aopsam_lab.training.export_tiny`",
         "Thresholds": thresholds,
     }
-    summary = "The bundled tiny SAM: a plain `segment_anything.modeling.Sam`, trained here beside an ImageNet backbone."
+    summary = "The bundled tiny SAM: a plain `segment_anything.modeling.Sam`, trained here, an ImageNet backbone in its encoder."
     about = "`box` and `click` are mean training IoUs of box prompts and of the best of three masks of one click"
     write_card(args.out, summary, facts, args.workdir / "curve.csv", about)
     print(f"{args.out}: {thresholds}")
