@@ -1,8 +1,8 @@
 """``explore``: a picture, its PCM and PEM, and the fate of every prompt, to look at and to change by hand.
 
-``Canvas`` is the picture in the page (front end: canvas.js); ``Explorer`` puts controls around it and keeps the state. What a
-change needs of the kernel is answered in two steps: where a new setting would prompt at once (the preview), the masks when the
-hand rests (DEBOUNCE), computed in a worker thread that gives up as soon as a newer setting is there.
+``Explorer`` puts controls around the picture in the page (canvas.py) and keeps the state. What a change needs of the kernel is
+answered in two steps: where a new setting would prompt at once (the preview), the masks when the hand rests (DEBOUNCE),
+computed in a worker thread that gives up as soon as a newer setting is there.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import anywidget
 import ipywidgets as ui
 import traitlets
 from PIL import Image
@@ -33,6 +32,7 @@ from aopsam_lab.pipeline import loaded_model, loaded_sam
 from aopsam_lab.sam.zoo import spec_of
 from aopsam_lab.segmentation import FATES, Segmentation
 from aopsam_lab.widgets import packing
+from aopsam_lab.widgets.canvas import LAYERS, Canvas
 from aopsam_lab.widgets.controls import NOTHING, PINNED, Controls, numbered
 from aopsam_lab.widgets.figure import state_figure
 from aopsam_lab.widgets.session import Answer, Cancelled, Clicks, Session, same_prompt, with_manual
@@ -41,30 +41,7 @@ from aopsam_lab.widgets.sources import Picture, Source, sources_of, uploaded_pic
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-HERE = Path(__file__).parent
 DEBOUNCE = 0.12  # seconds a slider must rest before decoding begins
-LAYERS = {"image": 1.0, "pcm": 0.0, "smoothed": 0.0, "pem": 0.0, "masks": 0.8, "truth": 0.0, "prompts": 1.0}
-
-
-class Canvas(anywidget.AnyWidget):
-    """The picture in the page. Python sets what is shown; the page sets `selected` and `round`, and sends
-    {"kind": "ask", x, y, label}, {"kind": "undo"} and {"kind": "export", "what": "coco" or "labels"}."""
-
-    _esm = "\n".join((HERE / name).read_text("utf-8") for name in ("pane.js", "canvas.js"))
-    _css = (HERE / "canvas.css").read_text("utf-8")
-    look = traitlets.Dict().tag(sync=True)  # colour tables and how each fate is drawn
-    picture = traitlets.Dict().tag(sync=True)
-    left = traitlets.Dict().tag(sync=True)
-    right = traitlets.Dict().tag(sync=True)
-    preview = traitlets.Dict().tag(sync=True)
-    detail = traitlets.Dict().tag(sync=True)
-    manual = traitlets.List().tag(sync=True)
-    layers = traitlets.Dict().tag(sync=True)
-    round = traitlets.Int(0).tag(sync=True)
-    selected = traitlets.Int(-1).tag(sync=True)
-    message = traitlets.Unicode().tag(sync=True)
-    busy = traitlets.Unicode().tag(sync=True)
-    call = traitlets.Unicode().tag(sync=True)
 
 
 class Explorer(ui.VBox):

@@ -1,4 +1,4 @@
-// One result of the explorer, unpacked and drawn; canvas.js, which follows this file in the same module, shows it.
+// One result of the explorer, unpacked and drawn; stage.js, which follows this file in the same module, shows it.
 
 const LAYERS = { image: "Image", pcm: "PCM", smoothed: "Smoothed PCM", pem: "PEM", masks: "Masks", truth: "Ground truth", prompts: "Prompts" };
 const TABLE_OF = { pcm: "magma", smoothed: "magma", pem: "viridis" };
