@@ -53,7 +53,7 @@ POINTS = 8  # bumps a mask
 HEIGHT_DECAY = 0.6  # of each bump to the one before: the pole comes first
 DISC, LEAST_DISC = 0.6, 3.0  # a point's disc, in which no further one lies: of its inradius, and at least, in PCM cells
 PLACE_WEIGHT = 0.1  # of the places' loss to the worths'
-CANDIDATES = 230  # a picture at the default settings: of scenes, fewer, elimination leaves less than a fifth of AMG-D's 1,024 to decode
+CANDIDATES = 270  # a picture at the default settings: of scenes, fewer, elimination leaves less than a fifth of AMG-D's 1,024 to decode
 PATIENCE = 20  # evaluations
 
 
