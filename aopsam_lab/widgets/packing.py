@@ -1,6 +1,6 @@
 """What the page gets, as compact binary: plain dictionaries of numbers, strings and bytes, little-endian.
 
-canvas.js is the other end. Maps are uint16, 65535 for 1.0; masks are COCO's compressed run lengths one after the other;
+pane.js is the other end. Maps are uint16, 65535 for 1.0; masks are COCO's compressed run lengths one after the other;
 prompts are rows of float32. All points are in the image frame.
 """
 
