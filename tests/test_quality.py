@@ -4,8 +4,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.ndimage import distance_transform_edt, uniform_filter
 
-from aopsam_lab.clicks import next_click
+from aopsam_lab.clicks import next_click, next_clicks, squared_depths
 from aopsam_lab.data import open_dataset
 from aopsam_lab.decoding import encode
 from aopsam_lab.study import models, quality
@@ -24,6 +27,23 @@ def test_next_click_goes_to_the_deeper_error():
     assert label == 0 and found[int(y), int(x)] and not truth[int(y), int(x)]
     x, y, label = next_click(truth, truth)
     assert label == 1 and truth[int(y), int(x)]
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(1, 40), st.integers(1, 40))
+def test_clicks_on_many_masks_at_once_are_as_deep_as_one_by_one(seed, high, wide):
+    rng = np.random.default_rng(seed)
+    blobs = np.stack([uniform_filter(rng.random((high, wide)), 5) > level for level in (0.45, 0.5, 0.55, 2)])
+    found, truth = blobs[[0, 1, 3, 2]], np.array([mask if mask.any() else ~mask for mask in blobs[[1, 2, 0, 2]]])
+    depths = squared_depths(torch.from_numpy(truth)).sqrt()
+    for mask, depth in zip(truth, depths.numpy()):
+        assert np.allclose(depth, distance_transform_edt(np.pad(mask, 1))[1:-1, 1:-1], atol=1e-3)
+    points, labels = next_clicks(torch.from_numpy(found), torch.from_numpy(truth))
+    for mask, true, (x, y), label in zip(found, truth, points.tolist(), labels.tolist()):
+        at_x, at_y, as_one = next_click(mask, true)
+        wrong = (true & ~mask, mask & ~true)[label == 0] if (mask != true).any() else true
+        depth = distance_transform_edt(np.pad(wrong, 1))[1:-1, 1:-1]
+        assert depth[int(y), int(x)] == pytest.approx(depth[int(at_y), int(at_x)] if label == as_one else depth.max(), abs=1e-3)
+        assert label == as_one
 
 
 def test_hits_and_recall_by_size():

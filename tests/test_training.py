@@ -1,5 +1,6 @@
 import csv
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -40,7 +41,7 @@ def test_pool_entries_hold_the_picture_and_its_masks(tmp_path):
 
 def test_pools_are_resumed_and_their_specs_checked(pool):
     before = {p: p.stat().st_mtime_ns for p in pool.iterdir()}
-    fill_scenes(pool, 4)
+    fill_scenes(pool, 4, processes=2)
     assert {p: p.stat().st_mtime_ns for p in pool.iterdir()} == before
     assert [(share, len(paths)) for share, paths in parse_pools([f"{pool}:0.4"])] == [(0.4, 4)]
     with pytest.raises(ValueError, match="FOLDER:SHARE"):
@@ -62,6 +63,35 @@ def test_prompts_lie_where_they_should(pool):
             assert abs(box[0] - 2 * xs.min()) <= near and abs(box[3] - 2 * (ys.max() + 1)) <= near
 
 
+def test_pasted_pieces_cover_what_lies_under_them():
+    image, other = np.full((40, 60, 3), 10, np.uint8), np.full((60, 40, 3), 200, np.uint8)
+    masks, pieces = np.zeros((1, 20, 30), bool), np.zeros((3, 30, 20), bool)
+    masks[0, 2:18, 2:28] = True
+    pieces[0, 4:10, 4:10] = True
+    pieces[1, 25, 3] = True  # below the picture
+    pieces[2] = True  # all of it: no piece
+    made, found = training.paste(np.random.default_rng(0), image, masks, other, pieces)
+    assert len(found) == 2 and np.array_equal(found[1][:, :20], pieces[0][:20]) and not found[1][:, 20:].any()
+    assert np.array_equal(found[0], masks[0] & ~found[1])
+    assert (made[11:17, 11:17] == 200).all() and (made[:6] == 10).all() and (made[22:] == 10).all()
+    assert (image == 10).all() and masks.sum() == 16 * 26, "what it was given stays"
+    assert np.array_equal(training.paste(np.random.default_rng(0), image, masks, other, pieces[:0])[1], masks)
+
+
+def test_pools_may_grow_while_they_are_drawn_from(pool, tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "LOOK_AGAIN", 2)
+    first, second = sorted(pool.iterdir())[:2]
+    shutil.copy(first, tmp_path)
+    read, real = [], training.read_entry
+    monkeypatch.setattr(training, "read_entry", lambda path: read.append(path.name) or real(path))
+    drawn = iter(training.PromptedPictures(parse_pools([f"{tmp_path}:1"]), prompts=1, seed=0))
+    next(drawn)
+    shutil.copy(second, tmp_path)
+    for _ in range(30):
+        next(drawn)
+    assert set(read) == {first.name, second.name}
+
+
 def test_prompt_tokens_equal_the_prompt_encoder():
     torch.manual_seed(0)
     encoder = build_tiny_sam().prompt_encoder
@@ -78,19 +108,6 @@ def test_prompt_tokens_equal_the_prompt_encoder():
         ours = training.click_tokens(encoder, several, labels)
         for i in range(2):
             assert torch.equal(ours[i], encoder(points=(several[i], labels[i]), boxes=None, masks=None)[0])
-
-
-def test_the_next_click_falls_where_the_mask_is_most_wrong():
-    truth = torch.zeros(1, 3, 128, 128)
-    truth[:, :, 20:50, 20:50] = 1
-    logits = 2 * truth - 1
-    logits[0, 0, 20:50, 20:38] = -1  # 18 columns are missing
-    logits[0, 1, 80:100, 90:110] = 1  # 20 x 20 are too much
-    points, labels = training.next_clicks(logits, truth)
-    assert labels.tolist() == [[1, 0, 1]]
-    x, y = (points[0] / 2).long().T
-    assert 20 <= x[0] < 38 and 90 <= x[1] < 110 and 80 <= y[1] < 100
-    assert truth[0, 2, y[2], x[2]]  # nothing is wrong: in the middle again
 
 
 def test_mask_loss_and_iou_by_hand():

@@ -7,6 +7,8 @@ takes no convolutions and works in bfloat16, which processors without AVX-512 on
 
 from __future__ import annotations
 
+from collections import defaultdict
+
 import torch
 from torch import Tensor
 
@@ -14,15 +16,16 @@ NS_COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # Newton-Schulz, quintic
 NS_STEPS = 5
 
 
-def orthogonalise(matrix: Tensor) -> Tensor:
-    """(R, C) float32 -> (R, C) with the same singular vectors and all singular values about one (0.7 to 1.2)."""
+def orthogonalise(matrices: Tensor) -> Tensor:
+    """(..., R, C) float32 -> (..., R, C) with the same singular vectors and all singular values about one (0.7 to 1.2)."""
     a, b, c = NS_COEFFICIENTS
-    x = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
-    x = x / (x.norm() + 1e-7)
+    tall = matrices.shape[-2] > matrices.shape[-1]
+    x = matrices.mT if tall else matrices
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(NS_STEPS):
-        gram = x @ x.T
+        gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
-    return x.T if matrix.shape[0] > matrix.shape[1] else x
+    return x.mT if tall else x
 
 
 class Muon(torch.optim.AdamW):
@@ -32,21 +35,29 @@ class Muon(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure=None):
-        ours = [group for group in self.param_groups if group.get("muon")]
-        for group in ours:
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                state = self.state[p]
-                if not state:
-                    state.update(step=torch.zeros(()), momentum=torch.zeros_like(p))  # AdamW looks for a step in every state
-                average = state["momentum"]
-                average.lerp_(p.grad, 1 - self.momentum)
-                update = orthogonalise(p.grad.lerp(average, self.momentum).flatten(1).float())
-                p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.add_(update.view_as(p), alpha=-0.2 * group["lr"] * max(update.shape) ** 0.5)
+        for group in self.param_groups:
+            if group.get("muon"):
+                self._muon_step(group)
         everything, self.param_groups = self.param_groups, [group for group in self.param_groups if not group.get("muon")]
         try:
             return super().step(closure)
         finally:
             self.param_groups = everything
+
+    def _muon_step(self, group: dict) -> None:
+        alike = defaultdict(list)  # matrices of one shape go together: a GPU waits for each small product, hardly longer for many
+        for p in group["params"]:
+            if p.grad is not None:
+                alike[p.flatten(1).shape].append(p)
+        for shape, parameters in alike.items():
+            updates = []
+            for p in parameters:
+                state = self.state[p]
+                if not state:
+                    state.update(step=torch.zeros(()), momentum=torch.zeros_like(p))  # AdamW looks for a step in every state
+                average = state["momentum"]
+                average.lerp_(p.grad, 1 - self.momentum)
+                updates.append(p.grad.lerp(average, self.momentum).flatten(1).float())
+            for p, update in zip(parameters, orthogonalise(torch.stack(updates))):
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.add_(update.view_as(p), alpha=-0.2 * group["lr"] * max(shape) ** 0.5)

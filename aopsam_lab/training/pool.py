@@ -12,6 +12,9 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 
 import cv2
@@ -56,6 +59,11 @@ def read_entry(path: Path) -> tuple[np.ndarray, np.ndarray]:
         return entry["image"], masks
 
 
+def entries(folder: Path) -> list[Path]:
+    """The whole entries that a pool holds by now, in order."""
+    return sorted(folder.glob("*.npz"))
+
+
 def parse_pools(specs: list[str]) -> list[tuple[float, list[Path]]]:
     """``FOLDER:SHARE`` of each pool -> (share, its entries)."""
     pools = []
@@ -65,7 +73,7 @@ def parse_pools(specs: list[str]) -> list[tuple[float, list[Path]]]:
             weight = float(share)
         except ValueError:
             raise ValueError(f"{spec!r} is not of the form FOLDER:SHARE, as in runs/pools/scenes:0.4") from None
-        paths = sorted(Path(folder).glob("*.npz"))
+        paths = entries(Path(folder))
         if not paths:
             raise FileNotFoundError(f"no pool entries in {folder!r}: make them with `python -m aopsam_lab.training.pool`")
         pools.append((weight, paths))
@@ -81,18 +89,29 @@ def fill_pool(folder: str | Path, ids: Iterable[str], get: Callable[[str], Sampl
         write_entry(folder, name, get(name))
 
 
-def fill_scenes(folder: str | Path, count: int, device: str = "cpu", batch: int = 16) -> None:
-    """The first ``count`` training scenes, rendered at the pool's side."""
+def fill_scenes(folder: str | Path, count: int, device: str = "cpu", batch: int = 16, processes: int = 1) -> None:
+    """The first ``count`` training scenes, rendered at the pool's side, on a CPU by as many processes as wanted."""
     seeds = range(FIRST_TRAINING_SEED, FIRST_TRAINING_SEED + count)
-    for first in range(0, count, batch):
-        names = {f"scene-{seed}": seed for seed in seeds[first : first + batch]}
-        todo = [seed for name, seed in names.items() if not (Path(folder) / f"{name}.npz").exists()]
-        if not todo:
-            continue
-        scenes = render(todo, POOL_SIDE, device)
-        images = scenes.images.permute(0, 2, 3, 1).cpu().numpy()
-        samples = {f"scene-{s}": Sample("", images[b], scenes.masks(b).cpu().numpy()) for b, s in enumerate(todo)}
-        fill_pool(folder, samples, samples.__getitem__, f"scenes {first}/{count}")
+    work = partial(_fill_some, Path(folder), device)
+    batches = [seeds[first : first + batch] for first in range(0, count, batch)]
+    if processes == 1:
+        for some in tqdm(batches, desc="scenes", unit="batch"):
+            work(some)
+        return
+    with ProcessPoolExecutor(processes, get_context("spawn")) as workers:
+        for _ in tqdm(workers.map(work, batches), desc="scenes", unit="batch", total=len(batches)):
+            pass
+
+
+def _fill_some(folder: Path, device: str, seeds: range) -> None:
+    todo = [seed for seed in seeds if not (folder / f"scene-{seed}.npz").exists()]
+    if not todo:
+        return
+    scenes = render(todo, POOL_SIDE, device)
+    images = scenes.images.permute(0, 2, 3, 1).cpu().numpy()
+    folder.mkdir(parents=True, exist_ok=True)
+    for b, seed in enumerate(todo):
+        write_entry(folder, f"scene-{seed}", Sample("", images[b], scenes.masks(b).cpu().numpy()))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -101,12 +120,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--scenes", type=int, default=0, help="how many scenes to render")
     parser.add_argument("--photos", nargs="*", default=[], help="COCO-style folders (images/ and annotations.json)")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--processes", type=int, default=1, help="that render scenes; one a core at most")
     args = parser.parse_args(argv)
     for folder in args.photos:
         data = open_dataset(folder, n_images=None)
         position = {name: i for i, name in enumerate(data.ids)}
         fill_pool(Path(args.out) / Path(folder).name, data.ids, lambda name: data[position[name]], Path(folder).name)
-    fill_scenes(Path(args.out) / "scenes", args.scenes, args.device)
+    fill_scenes(Path(args.out) / "scenes", args.scenes, args.device, processes=args.processes)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import itertools
 import json
 import math
 import os
@@ -28,28 +29,31 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from aopsam_lab.clicks import next_click
+from aopsam_lab.clicks import next_clicks
 from aopsam_lab.files import write_atomically
 from aopsam_lab.sam.decoder import decode_tokens, draw_masks
 from aopsam_lab.sam.tiny import IMG_SIZE, build_tiny_sam
 from aopsam_lab.training.backbone import BACKBONE, installed_file, load_backbone
 from aopsam_lab.training.card import licence, pool_counts
 from aopsam_lab.training.muon import Muon
-from aopsam_lab.training.pool import parse_pools, read_entry
+from aopsam_lab.training.pool import entries, parse_pools, read_entry
 
 LOW_RES = IMG_SIZE // 2  # side of the low-resolution masks that the decoder draws
 BOX_SHARE = 0.3
 CORRECTED_SHARE = 0.25  # of a picture's clicks: these are corrected
 FURTHER_CLICKS = 2
 JOIN_RATE = 10.0  # times the learning rate, for what joins the backbone's features: it starts at zero
+PASTE_SHARE = 0.35  # of the crops: pieces of another picture are laid over these
+PASTED, PASTED_AREA = 4, (0.004, 0.3)  # at most so many pieces, each of such a share of the picture
+LOOK_AGAIN = 2000  # pictures that a worker draws between two looks at what the pools hold
 BACKBONE_RATE = 0.2  # and for the backbone itself, which has long been trained
 COLUMNS = ("loss", "box", "click", "clicks", "iou_mse")  # of the learning curve
 
 
 class PromptedPictures(IterableDataset):
-    """Endless random crops with prompts.
+    """Endless random crops with prompts, on some of them pieces of another picture (copy-paste).
 
-    Yields ``image`` (3, S, S) uint8 in the model frame, ``size`` (h, w) of its unpadded part, ``masks`` (P, S/2, S/2)
+    Pools may grow meanwhile: what they hold is looked up again now and then. Yields ``image`` (3, S, S) uint8 in the model frame, ``size`` (h, w) of its unpadded part, ``masks`` (P, S/2, S/2)
     bool, ``points`` (P, 2) and ``boxes`` (P, 4) in the model frame. The last ``round(P * BOX_SHARE)`` prompts are meant
     to be boxes, the others clicks.
     """
@@ -62,14 +66,21 @@ class PromptedPictures(IterableDataset):
         cv2.setNumThreads(1)
         worker = get_worker_info()
         rng = np.random.default_rng([self.seed, worker.id if worker else 0])
-        while True:
-            paths = self.pools[rng.choice(len(self.pools), p=self.shares)][1]
-            sample = self._draw(rng, *read_entry(paths[rng.integers(len(paths))]))
+        pools = [paths for _, paths in self.pools]
+        for drawn in itertools.count(1):
+            sample = self._draw(rng, pools)
             if sample is not None:
                 yield sample
+            if drawn % LOOK_AGAIN == 0:
+                pools = [entries(paths[0].parent) for paths in pools]
 
-    def _draw(self, rng: np.random.Generator, image: np.ndarray, masks: np.ndarray) -> dict[str, np.ndarray] | None:
-        image, masks = random_crop(rng, image, masks)
+    def _draw(self, rng: np.random.Generator, pools: list[list[Path]]) -> dict[str, np.ndarray] | None:
+        def crop_of(pool: int) -> tuple[np.ndarray, np.ndarray]:
+            return random_crop(rng, *read_entry(pools[pool][rng.integers(len(pools[pool]))]))
+
+        image, masks = crop_of(rng.choice(len(pools), p=self.shares))
+        if rng.random() < PASTE_SHARE:
+            image, masks = paste(rng, image, masks, *crop_of(rng.integers(len(pools))))  # photographs are few: from each pool as often
         masks = masks[masks.sum((1, 2)) >= 8]
         if not len(masks):
             return None
@@ -117,6 +128,31 @@ def random_crop(rng: np.random.Generator, image: np.ndarray, masks: np.ndarray) 
     for i, mask in enumerate(masks):
         small[i] = cv2.resize(mask.astype(np.uint8) * 255, half, interpolation=cv2.INTER_LINEAR) > 127
     return recolour(rng, image), small
+
+
+def paste(
+    rng: np.random.Generator, image: np.ndarray, masks: np.ndarray, other: np.ndarray, pieces: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Lay up to ``PASTED`` of another picture's masked regions over this one, where they lie in theirs, seams softened.
+
+    Pictures (2h, 2w, 3) uint8 and masks (N, h, w) bool, the other's of a size of their own. What the pieces cover is no longer
+    visible: masks give way, and the pieces have masks of their own.
+    """
+    h, w = (min(a, b) for a, b in zip(masks.shape[1:], pieces.shape[1:]))
+    pieces = pieces[:, :h, :w]
+    share = pieces.mean((1, 2))
+    fitting = np.flatnonzero((share > PASTED_AREA[0]) & (share < PASTED_AREA[1]))
+    image, masks = image.copy(), list(masks.copy())
+    for k in rng.permutation(fitting)[: rng.integers(1, PASTED + 1)]:
+        soft = cv2.GaussianBlur(cv2.resize(pieces[k].astype(np.float32), (2 * w, 2 * h), interpolation=cv2.INTER_LINEAR), (0, 0), 0.7)
+        under = image[: 2 * h, : 2 * w].astype(np.float32)
+        image[: 2 * h, : 2 * w] = np.rint(under + (other[: 2 * h, : 2 * w] - under) * soft[..., None])
+        for mask in masks:
+            mask[:h, :w] &= ~pieces[k]
+        new = np.zeros(image.shape[:2], bool)[::2, ::2].copy()
+        new[:h, :w] = pieces[k]
+        masks.append(new)
+    return image, np.stack(masks) if masks else np.zeros((0, image.shape[0] // 2, image.shape[1] // 2), bool)
 
 
 def recolour(rng: np.random.Generator, image: np.ndarray) -> np.ndarray:
@@ -169,16 +205,6 @@ def mask_iou(logits: Tensor, target: Tensor) -> Tensor:
     return (on & true).sum((-1, -2)) / (on | true).sum((-1, -2)).clamp(min=1)
 
 
-@torch.compiler.disable
-def next_clicks(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """``next_click`` of each mask: logits and truths (B, K, S/2, S/2) -> points (B, K, 2), model frame, and labels (B, K) 1 or 0."""
-    found, truth = (logits > 0).flatten(0, 1).cpu().numpy(), (target > 0.5).flatten(0, 1).cpu().numpy()
-    clicks = np.array([next_click(mask, true) for mask, true in zip(found, truth)], np.float32)
-    points, labels = 2 * clicks[:, :2], clicks[:, 2]  # a cell is two model-frame pixels wide
-    shape = logits.shape[:2]
-    return tuple(torch.from_numpy(x.copy()).to(logits.device).unflatten(0, shape) for x in (points, labels))
-
-
 def click_tokens(encoder: nn.Module, points: Tensor, labels: Tensor) -> Tensor:
     """``PromptEncoder``'s tokens for prompts of K clicks (B, P, K, 2), labels (B, P, K) 1 or 0 -> (B, P, K + 1, C).
 
@@ -216,11 +242,13 @@ class TrainingStep(nn.Module):
         ys, xs = torch.arange(IMG_SIZE, device=x.device)[:, None], torch.arange(IMG_SIZE, device=x.device)[None]
         inside = (ys < size[:, 0, None, None]) & (xs < size[:, 1, None, None])
         x = x * inside[:, None]  # padding is zero after normalisation, as in Sam.preprocess
+        # in float32: bfloat16 coordinates would be half a pixel off
+        image_pe = sam.prompt_encoder.get_dense_pe()
+        sparse = prompt_tokens(sam.prompt_encoder, points[:, :clicks], boxes[:, clicks:])
+        dense = sam.prompt_encoder.no_mask_embed.weight[0]
         with torch.autocast(device_type, torch.bfloat16, enabled=self.bf16):
             embedding = sam.image_encoder(x).float()
-            sparse = prompt_tokens(sam.prompt_encoder, points[:, :clicks], boxes[:, clicks:])
-            dense = sam.prompt_encoder.no_mask_embed.weight[0]
-            decoded = decode_tokens(sam.mask_decoder, embedding, sam.prompt_encoder.get_dense_pe(), sparse, dense)
+            decoded = decode_tokens(sam.mask_decoder, embedding, image_pe, sparse, dense)
             logits = draw_masks(sam.mask_decoder, decoded, slice(None)).float().unflatten(0, (b, p))  # (B, P, 4, 2h, 2w)
         predicted = decoded.iou.float().unflatten(0, (b, p))
         target = masks[:, :, None].float()
@@ -238,11 +266,12 @@ class TrainingStep(nn.Module):
         wanted = target[:, :corrected, 0]
         shown = three[:, :corrected].gather(2, best[:, :corrected, :, None, None].expand(-1, -1, -1, *three.shape[-2:]))[:, :, 0]
         for _ in range(FURTHER_CLICKS):
-            point, label = next_clicks(shown.detach(), wanted)
-            at, labels = torch.cat([at, point[:, :, None]], 2), torch.cat([labels, label[:, :, None]], 2)
+            cell, label = next_clicks(shown > 0, wanted > 0.5)
+            at = torch.cat([at, 2 * cell[:, :, None]], 2)  # a cell is two model-frame pixels wide
+            labels = torch.cat([labels, label[:, :, None]], 2)
+            sparse = click_tokens(sam.prompt_encoder, at, labels)
             with torch.autocast(device_type, torch.bfloat16, enabled=self.bf16):
-                sparse = click_tokens(sam.prompt_encoder, at, labels)
-                decoded = decode_tokens(sam.mask_decoder, embedding, sam.prompt_encoder.get_dense_pe(), sparse, dense)
+                decoded = decode_tokens(sam.mask_decoder, embedding, image_pe, sparse, dense)
                 shown = draw_masks(sam.mask_decoder, decoded, slice(0, 1)).float().unflatten(0, (b, corrected))[:, :, 0]
             iou_corrected = mask_iou(shown, wanted)
             loss = loss + mask_loss(shown, wanted).sum()
@@ -320,8 +349,9 @@ def train(args: argparse.Namespace) -> None:
         with safe_open(args.init, "pt") as file:
             about["earlier_steps"] = int((file.metadata() or {}).get("steps", 0))
         about["Start"] = f"weights after {about['earlier_steps']} steps"
-    if not (work / "about.json").exists():
-        write_atomically(work / "about.json", json.dumps(about))
+    if (work / "about.json").exists():  # what was said of the start holds for the whole run
+        about = json.loads((work / "about.json").read_text()) | {key: about[key] for key in ("Data", "Licence")}
+    write_atomically(work / "about.json", json.dumps(about))
     # a resumed run, and one that goes on from earlier weights, draw what was not drawn before
     data = PromptedPictures(pools, args.prompts, seed=args.seed + step + about.get("earlier_steps", 0))
     loader = iter(DataLoader(data, args.batch, num_workers=args.workers, prefetch_factor=4 if args.workers else None,
