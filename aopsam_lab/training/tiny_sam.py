@@ -345,12 +345,14 @@ def train(args: argparse.Namespace) -> None:
     pools = parse_pools(args.pools)
     about = {"Data": pool_counts(pools) + "; scenes with training seeds only", "Licence": licence(pools)}
     about["Backbone"] = f"{BACKBONE}; {'trained further' if args.train_backbone else 'not trained'} in this run"
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} cores"
+    about["Batches"] = f"{args.batch} pictures with {args.prompts} prompts each a step, on {where}"
     if args.init:
         with safe_open(args.init, "pt") as file:
             about["earlier_steps"] = int((file.metadata() or {}).get("steps", 0))
         about["Start"] = f"weights after {about['earlier_steps']} steps"
     if (work / "about.json").exists():  # what was said of the start holds for the whole run
-        about = json.loads((work / "about.json").read_text()) | {key: about[key] for key in ("Data", "Licence")}
+        about = json.loads((work / "about.json").read_text()) | {key: about[key] for key in ("Data", "Licence", "Batches")}
     write_atomically(work / "about.json", json.dumps(about))
     # a resumed run, and one that goes on from earlier weights, draw what was not drawn before
     data = PromptedPictures(pools, args.prompts, seed=args.seed + step + about.get("earlier_steps", 0))
