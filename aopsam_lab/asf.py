@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-OWN_QUANTILE = 0.7  # chosen on training pictures by `python -m aopsam_lab.training.elimination`
+OWN_QUANTILE = 0.8  # chosen on training pictures by `python -m aopsam_lab.training.elimination`
 RIDGE = 0.05  # added to the covariance's diagonal, in units of its mean, before it is inverted
 REFERENCE_WIDTH = 256  # smoothing and spacing are given in cells of a PCM this wide (ours: others scale by width / 256)
 
@@ -176,6 +176,15 @@ def cell_coverage(masks: Tensor) -> Tensor:
     return ((counts * 0x01010101) >> 24).float() / 16  # so multiplied, the top byte is the sum of the four
 
 
+def filled_cells(coverage: Tensor, valid: Tensor) -> Tensor:
+    """A mask's own cells: those that it covers by half at least -> (n, h, w) bool.
+
+    A mask without any should explain nothing (ours): what lies in its cells is mostly its surroundings, and so it would drop
+    the prompts of other small things upon them.
+    """
+    return (coverage >= 0.5) & valid
+
+
 def reference_features(features: Tensor, coverage: Tensor) -> Tensor:
     """One unit vector a mask: the mean of ``features`` (C, h, w) under ``coverage`` (n, h, w), normalised -> (n, C).
 
@@ -197,14 +206,14 @@ def elimination_thresholds(pems: Tensor, coverage: Tensor, valid: Tensor, elimin
     """What a PEM must exceed for its reference to eliminate a prompt -> (n,).
 
     ``elimination`` times the mean of the PEM (n, h, w) over the valid cells (the paper's adaptive threshold; the mean is
-    ours), but not less than the OWN_QUANTILE of the PEM over the reference's own cells, those that its mask covers by half
-    (ours): a prompt must look as much like the mask as the mask's own most typical cells do. Without that floor a part is lost to
-    its object, and a small object to what surrounds it.
+    ours), but not less than the OWN_QUANTILE of the PEM over the reference's own cells (ours, see :func:`filled_cells`): a
+    prompt must look as much like the mask as the mask's own most typical cells do. Without that floor a part is lost to its object,
+    and a small object to what surrounds it.
     """
     weights = valid.to(pems.dtype).flatten()
     adaptive = elimination * (pems.flatten(1) @ (weights / weights.sum()))
-    own = torch.where((coverage >= 0.5) & valid, pems, float("nan")).flatten(1)
-    floor = torch.nanquantile(own, OWN_QUANTILE, dim=1).nan_to_num(nan=0.0)  # a mask that fills no cell has no floor
+    own = torch.where(filled_cells(coverage, valid), pems, float("nan")).flatten(1)
+    floor = torch.nanquantile(own, OWN_QUANTILE, dim=1).nan_to_num(nan=0.0)  # a mask that fills no cell has none
     return torch.maximum(adaptive, floor)
 
 

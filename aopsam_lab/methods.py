@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from aopsam_lab.decoding import Encoded, Found
 
 # both of adaptive filtering, ours, chosen by `python -m aopsam_lab.training.elimination`
-ROUND = 48  # points a round
+ROUND = 64  # points a round
 REFERENCE_IOU = 0.45  # predicted IoU of a mask that may explain waiting points: a doubtful one explains what is not its own
 MAX_BOXES = 100
 
@@ -132,9 +132,11 @@ class FilteredProposal(Proposal):
     def _filter(self, found: Found, mask_threshold: float, waiting: Tensor) -> None:
         best = best_of_each(found.iou, found.prompt)
         best = best[found.iou[best] >= REFERENCE_IOU]
+        coverage = asf.cell_coverage(found.low_res.index_select(0, best) > mask_threshold) * self.valid
+        large = asf.filled_cells(coverage, self.valid).flatten(1).any(1)
+        best, coverage = best[large], coverage[large]
         if not len(best):
             return
-        coverage = asf.cell_coverage(found.low_res.index_select(0, best) > mask_threshold) * self.valid
         pems = asf.elimination_maps(self.features, asf.reference_features(self.features, coverage))
         thresholds = asf.elimination_thresholds(pems, coverage, self.valid, self.elimination)
         by, value = asf.eliminate(pems, thresholds, self.cells[waiting], asf.dilate(coverage) if self.gated else None)

@@ -8,6 +8,8 @@ from skimage.feature import peak_local_max
 
 from aopsam_lab import asf
 from aopsam_lab.asf import AsfParams
+from aopsam_lab.decoding import Found
+from aopsam_lab.methods import FilteredProposal, Prompts
 
 
 def random_map(seed: int, side: int = 48) -> torch.Tensor:
@@ -136,8 +138,25 @@ def test_threshold_is_the_larger_of_mean_and_own_quantile():
     mean = (0.9 + 0.8 + 0.7 + 0.6 + 3 * 0.2) / 7
     coverage = torch.tensor([[[1.0, 0.5, 1.0, 1.0], [0.4, 0, 0, 1.0]]])  # own cells: the first row
     assert asf.elimination_thresholds(pem, coverage, valid, 1.7).item() == pytest.approx(1.7 * mean)
-    assert asf.elimination_thresholds(pem, coverage, valid, 1.0).item() == pytest.approx(0.81)  # 0.7 of the way from 0.6 to 0.9
+    assert asf.elimination_thresholds(pem, coverage, valid, 1.0).item() == pytest.approx(0.84)  # 0.8 of the way from 0.6 to 0.9
     assert asf.elimination_thresholds(pem, coverage * 0.3, valid, 1.0).item() == pytest.approx(mean)
+
+
+def test_a_mask_that_fills_no_cell_explains_nothing():
+    """Cells at 20, -20, 0 and 90 degrees; a mask on the first two looks most like the third."""
+    angles = torch.tensor([[20.0, -20.0, 0.0, 90.0]]).deg2rad()
+    prompts = Prompts(torch.zeros(2, 2), torch.tensor([0.9, 0.8]))
+    waiting = dict(cells=torch.tensor([[0, 0], [0, 2]]), valid=torch.ones(1, 4, dtype=torch.bool), elimination=1.0)
+    for rows, gone in ((4, True), (2, True), (1, False)):  # of four in a cell
+        proposal = FilteredProposal(prompts, features=torch.stack([angles.cos(), angles.sin()]), **waiting)
+        proposal.waiting[0] = False  # the first prompt has been decoded
+        logits = torch.full((1, 4, 16), -1.0)
+        logits[0, :rows, :8] = 1
+        one = torch.ones(1)
+        found = Found(logits, one, one, torch.zeros(1, 4), torch.zeros(1, dtype=torch.long), torch.ones(1, dtype=torch.bool))
+        proposal.observe(found, 0.0)
+        assert proposal.waiting.tolist() == [False, not gone] and (proposal.eliminated_by[1] == 0) == gone
+        assert len(proposal.pems) == gone
 
 
 def test_whitening_decorrelates():

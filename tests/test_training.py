@@ -15,7 +15,7 @@ from aopsam_lab.training import export_tiny
 from aopsam_lab.training import predictor as predictor_training
 from aopsam_lab.training import tiny_sam as training
 from aopsam_lab.training.elimination import try_settings
-from aopsam_lab.training.examples import whole_picture
+from aopsam_lab.training.examples import PoolExamples, whole_picture
 from aopsam_lab.training.muon import orthogonalise
 from aopsam_lab.training.pool import fill_pool, fill_scenes, parse_pools, read_entry
 
@@ -215,6 +215,16 @@ def test_predictor_trains_from_its_cache_and_loads(pool, tmp_path):
     assert pcm.shape == (1, 1, 128, 128) and 0 <= pcm.min() and pcm.max() <= 1
     with open(tmp_path / "curve.csv") as file:
         assert {"loss", "recall_64", "candidates"} <= set(next(csv.DictReader(file)))
+
+
+def test_held_out_pictures_come_from_each_pool_by_its_share(pool, tmp_path):
+    for i in range(60):
+        shutil.copy(sorted(pool.iterdir())[i % 4], tmp_path / f"{i:02}.npz")
+    pools = parse_pools([f"{tmp_path}:0.75", f"{pool}:0.25"])
+    crops = PoolExamples(pools, build_tiny_sam(), 4, 4, seed=0)
+    assert [path.parent for path in crops._held] == [tmp_path] * 3 + [pool]
+    assert not set(crops._held) & {path for _, paths in crops._pools for path in paths}
+    assert not PoolExamples(pools, build_tiny_sam(), 4, 0, seed=0).held_out()
 
 
 def test_the_two_presets_lose_differently():

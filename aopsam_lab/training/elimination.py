@@ -33,8 +33,8 @@ from aopsam_lab.training.examples import HELD_OUT
 from aopsam_lab.training.pool import parse_pools, read_entry
 
 QUANTILES = (0.7, 0.8, 0.9)
-IOUS = (0.0, 0.3, 0.45)
-ROUNDS = (32, 48, 64)
+IOUS = (0.3, 0.45, 0.6)
+ROUNDS = (48, 64, 96)
 CONFIDENCES = (0.25, 0.3, 0.35)
 
 

@@ -25,14 +25,19 @@ Draw = Callable[[np.ndarray, "np.ndarray | None"], np.ndarray]  # masks, prompt 
 class PoolExamples:
     """`count` random crops of pools (see `training.pool`), each the same whenever it is asked for.
 
-    held_out: whole pictures that no crop is of. Raises ValueError for a SAM of another size than the crops'.
+    held_out: whole pictures that no crop is of, of each pool by its share, but one at least. Raises ValueError for a SAM of
+    another size than the crops'.
     """
 
     def __init__(self, pools: list[tuple[float, list[Path]]], sam: Sam, count: int, held_out: int, seed: int) -> None:
         self.count, self._seed, self._side = count, seed, sam.image_encoder.img_size
         if self._side != IMG_SIZE:
             raise ValueError(f"Pools are for SAMs of {IMG_SIZE} pixels, this one has {self._side}: train it on --data.")
-        self._held = [path for _, paths in pools for path in paths[::HELD_OUT]][:held_out]
+        total = sum(share for share, _ in pools)
+        least = min(1, held_out)
+        self._held = [
+            path for share, paths in pools for path in paths[::HELD_OUT][: max(least, round(held_out * share / total))]
+        ]
         self._pools = [(share, [path for i, path in enumerate(paths) if i % HELD_OUT]) for share, paths in pools]
         shares = np.array([share for share, _ in pools])
         self._shares = shares / shares.sum()

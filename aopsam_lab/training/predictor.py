@@ -50,7 +50,7 @@ from aopsam_lab.training.tiny_sam import learning_rate, quick_at_bf16, save_atom
 
 PEAK_WEIGHT = 5.0
 POINTS = 8  # bumps a mask
-HEIGHT_DECAY = 0.6  # of each bump to the one before: the pole comes first
+HEIGHT_DECAY = 0.2  # of each bump to the one before: a likely small object comes before a second try on a large one
 DISC, LEAST_DISC = 0.6, 3.0  # a point's disc, in which no further one lies: of its inradius, and at least, in PCM cells
 PLACE_WEIGHT = 0.1  # of the places' loss to the worths'
 CANDIDATES = 270  # a picture at the default settings: of scenes, fewer, elimination leaves less than a fifth of AMG-D's 1,024 to decode
