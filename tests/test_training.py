@@ -281,7 +281,11 @@ def test_calibration_gives_the_candidates_asked_for(pool):
     held = predictor_training.hold_out(sam, [whole_picture(*read_entry(path)) for path in paths], draw)
     torch.manual_seed(1)
     predictor = PromptPredictor().eval()
-    predictor_training.calibrate(sam, predictor, held, wanted=20)
+    before = [part.clone() for part in predictor.cells(*held[0].inputs(sam))]
+    shift = predictor_training.calibrate(sam, predictor, held, wanted=20)
+    worth, place = predictor.cells(*held[0].inputs(sam))
+    assert torch.allclose(worth, predictor_training.SLOPE * before[0] + shift, atol=1e-4), "the cells' order stays"
+    assert torch.equal(place, before[1])
     found = predictor_training.recall(sam, predictor, held)["candidates"]
     assert abs(found - 20) <= 5
 

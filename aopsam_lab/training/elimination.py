@@ -32,9 +32,9 @@ from aopsam_lab.rle import encode_rle
 from aopsam_lab.training.examples import HELD_OUT
 from aopsam_lab.training.pool import parse_pools, read_entry
 
-QUANTILES = (0.7, 0.8, 0.9)
+QUANTILES = (0.6, 0.7, 0.8)
 IOUS = (0.3, 0.45, 0.6)
-ROUNDS = (48, 64, 96)
+ROUNDS = (64, 96, 128)
 CONFIDENCES = (0.25, 0.3, 0.35)
 
 

@@ -53,7 +53,8 @@ POINTS = 8  # bumps a mask
 HEIGHT_DECAY = 0.2  # of each bump to the one before: a likely small object comes before a second try on a large one
 DISC, LEAST_DISC = 0.6, 3.0  # a point's disc, in which no further one lies: of its inradius, and at least, in PCM cells
 PLACE_WEIGHT = 0.1  # of the places' loss to the worths'
-CANDIDATES = 270  # a picture at the default settings: of scenes, fewer, elimination leaves less than a fifth of AMG-D's 1,024 to decode
+CANDIDATES = 320  # a picture at the default settings: of scenes, which give fewer, elimination leaves less than a fifth of AMG-D's 1,024
+SLOPE = 0.5  # calibration's, of the worths' logits
 PATIENCE = 20  # evaluations
 
 
@@ -168,10 +169,14 @@ def held_loss(sam: Sam, predictor: PromptPredictor, held: list[Held], preset: st
 
 @torch.inference_mode()
 def calibrate(sam: Sam, predictor: PromptPredictor, held: list[Held], wanted: float) -> float:
-    """Shift the worths' last bias so that the pictures give ``wanted`` candidates on average at the default settings; the shift.
+    """Bring the worths' logits to ``SLOPE`` times their size and shift them so that the pictures give ``wanted`` candidates on
+    average at the default settings; the shift.
 
     What a network trained on sparse bumps calls 0.2 depends on the loss's weights. This gives the default confidence a meaning.
+    Shifted alone, the surest would all be near 1 where the bumps of neighbours meet, and their order lost.
     """
+    for parameter in (predictor.fuse[-1].weight, predictor.fuse[-1].bias):
+        parameter[0] *= SLOPE
     cells = [(*predictor.cells(*one.inputs(sam)), one.valid) for one in held]
     low, high = -8.0, 8.0
     for _ in range(24):
@@ -299,7 +304,7 @@ def train(args: argparse.Namespace) -> None:
         "Data": data["Data"],
         "Training": f"preset {preset}, {step} steps of {batch}, {(time.perf_counter() - started) / 60:.0f} minutes, peak "
         f"weight {args.peak_weight:g}, by `python -m aopsam_lab train-predictor`{stopped}",
-        "Calibration": f"bias moved by {shift:+.2f}, so that {len(held)} held-out training pictures give {args.candidates:g} candidates "
+        "Calibration": f"logits times {SLOPE:g} and moved by {shift:+.2f}, so that {len(held)} held-out training pictures give {args.candidates:g} candidates "
         "each at the default settings" if shift else "none",
         "Licence": data["Licence"],
     }
