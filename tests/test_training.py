@@ -41,13 +41,21 @@ def test_pool_entries_hold_the_picture_and_its_masks(tmp_path):
 
 def test_pools_are_resumed_and_their_specs_checked(pool):
     before = {p: p.stat().st_mtime_ns for p in pool.iterdir()}
-    fill_scenes(pool, 4, processes=2)
+    fill_scenes(pool, 4)
     assert {p: p.stat().st_mtime_ns for p in pool.iterdir()} == before
     assert [(share, len(paths)) for share, paths in parse_pools([f"{pool}:0.4"])] == [(0.4, 4)]
     with pytest.raises(ValueError, match="FOLDER:SHARE"):
         parse_pools([str(pool)])
     with pytest.raises(FileNotFoundError, match="training.pool"):
         parse_pools([f"{pool.parent / 'none'}:1"])
+
+
+def test_several_processes_render_the_same_scenes(pool, tmp_path):
+    fill_scenes(tmp_path, 4, batch=2, processes=2)
+    assert [path.name for path in sorted(tmp_path.iterdir())] == [path.name for path in sorted(pool.iterdir())]
+    for ours, theirs in zip(sorted(tmp_path.iterdir()), sorted(pool.iterdir())):
+        (image, masks), (image_2, masks_2) = read_entry(ours), read_entry(theirs)
+        assert np.abs(image.astype(int) - image_2).max() <= 1 and np.array_equal(masks, masks_2)
 
 
 def test_prompts_lie_where_they_should(pool):
@@ -197,10 +205,17 @@ def test_a_run_from_earlier_weights_draws_new_crops(pool, tmp_path, monkeypatch)
     command = ["--pools", f"{pool}:1", "--workdir", str(tmp_path / "run"), "--batch", "1", "--prompts", "4", "--workers", "0"]
     training.main([*command, "--device", "cpu", "--steps", "1", "--init", str(tmp_path / "w.safetensors")])
     assert seeds == [7]
-    assert "not trained in this run" in json.loads((tmp_path / "run" / "about.json").read_text())["Backbone"]
+    about = json.loads((tmp_path / "run" / "about.json").read_text())
+    assert "not trained in this run" in about["Backbone"] and about["Data"].startswith("4 of ")
+    grown = tmp_path / "grown"
+    shutil.copytree(pool, grown)
+    (grown / "scene-1.npz").write_bytes(next(pool.iterdir()).read_bytes())
+    command[1] = f"{grown}:1"  # a pool that holds one more by the end of the run
+    training.main([*command, "--device", "cpu", "--steps", "1", "--init", str(tmp_path / "w.safetensors")])
+    assert json.loads((tmp_path / "run" / "about.json").read_text())["Data"].startswith("5 of ")
 
 
-def test_predictor_trains_from_its_cache_and_loads(pool, tmp_path):
+def test_predictor_trains_from_its_cache_and_loads(pool, tmp_path, monkeypatch):
     from aopsam_lab.predictor import load_predictor
 
     command = ["--pools", f"{pool}:1", "--workdir", str(tmp_path), "--crops", "4", "--batch", "2", "--log-every", "1"]
@@ -210,6 +225,9 @@ def test_predictor_trains_from_its_cache_and_loads(pool, tmp_path):
     assert len(caches) == 1
     predictor_training.main(command)
     assert {p: p.stat().st_mtime_ns for p in caches} == caches, "embeddings are computed once"
+    monkeypatch.setattr(predictor_training, "HEIGHT_DECAY", 0.9)
+    predictor_training.main(command)
+    assert {p: p.stat().st_mtime_ns for p in caches} != caches, "but not kept where the targets would be others"
     predictor = load_predictor(path=tmp_path / "predictor.safetensors", device="cpu")
     pcm = predictor(torch.zeros(1, 3, 256, 256), torch.zeros(1, 128, 32, 32))
     assert pcm.shape == (1, 1, 128, 128) and 0 <= pcm.min() and pcm.max() <= 1

@@ -223,7 +223,8 @@ def train(args: argparse.Namespace) -> None:
     else:
         held_out = 20 if args.held_out is None else args.held_out
         examples = DatasetExamples(open_dataset(args.data, args.limit, args.seed), sam, held_out)
-    cache = EmbeddingCache(work / "cache", sam, examples.count, {"target": preset, **examples.key})
+    made_from = {"target": preset, **({"worths": [POINTS, HEIGHT_DECAY]} if preset == "bundled" else {})}
+    cache = EmbeddingCache(work / "cache", sam, examples.count, {**made_from, **examples.key})
     cache.fill(sam, lambda row: examples.entry(row, draw), args.max_gb)
     held = hold_out(sam, examples.held_out(), draw)
     side, (h, _) = sam.image_encoder.img_size, sam.prompt_encoder.image_embedding_size

@@ -327,6 +327,11 @@ def save_atomically(state: dict, path: Path) -> None:
     os.replace(path.with_suffix(".tmp"), path)
 
 
+def described(pools: list[tuple[float, list[Path]]]) -> str:
+    """What a model card says of the data."""
+    return pool_counts(pools) + "; scenes with training seeds only"
+
+
 def train(args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)
     device = torch.device(args.device)
@@ -351,7 +356,7 @@ def train(args: argparse.Namespace) -> None:
         sam.load_state_dict(weights)
         ema.module.load_state_dict(weights)
     pools = parse_pools(args.pools)
-    about = {"Data": pool_counts(pools) + "; scenes with training seeds only", "Licence": licence(pools)}
+    about = {"Data": described(pools), "Licence": licence(pools)}
     about["Backbone"] = f"{BACKBONE}; {'trained further' if args.train_backbone else 'not trained'} in this run"
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} cores"
     about["Batches"] = f"{args.batch} pictures with {args.prompts} prompts each a step, on {where}"
@@ -407,6 +412,8 @@ def train(args: argparse.Namespace) -> None:
             save()
             saved = time.perf_counter()
     save()
+    about["Data"] = described(parse_pools(args.pools))  # pools may have grown
+    write_atomically(work / "about.json", json.dumps(about))
 
 
 def main(argv: list[str] | None = None) -> None:
