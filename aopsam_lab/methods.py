@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from aopsam_lab.predictor import PromptPredictor
     from aopsam_lab.decoding import Encoded, Found
 
-# both of adaptive filtering, ours, chosen by `python -m aopsam_lab.training.elimination`
+# both of adaptive filtering, ours, from training scenes; `python -m aopsam_lab.training.elimination` shows what others give
 ROUND = 96  # points a round
 REFERENCE_IOU = 0.45  # predicted IoU of a mask that may explain waiting points: a doubtful one explains what is not its own
 MAX_BOXES = 100
