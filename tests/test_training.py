@@ -17,7 +17,7 @@ from aopsam_lab.training import tiny_sam as training
 from aopsam_lab.training.elimination import try_settings
 from aopsam_lab.training.examples import PoolExamples, whole_picture
 from aopsam_lab.training.muon import orthogonalise
-from aopsam_lab.training.pool import fill_pool, fill_scenes, parse_pools, read_entry
+from aopsam_lab.training.pool import fill_pool, fill_scenes, half_size, parse_pools, read_entry
 
 
 @pytest.fixture(scope="module")
@@ -31,12 +31,32 @@ def test_pool_entries_hold_the_picture_and_its_masks(tmp_path):
     image = np.arange(96 * 192 * 3, dtype=np.uint32).reshape(96, 192, 3).astype(np.uint8)
     masks = np.zeros((2, 96, 192), bool)
     masks[0, 16:48, 32:64] = True
-    masks[1, 0, 0] = True  # a quarter of a cell at half of 384: nothing to learn from
+    masks[1, 0, 0] = True  # four pixels in the pool: nothing to learn from
     fill_pool(tmp_path, ["a"], lambda name: Sample(name, image, masks))
     read, found = read_entry(tmp_path / "a.npz")
-    assert read.shape == (192, 384, 3) and found.shape == (1, 96, 192)
-    assert np.array_equal(found[0], masks[0])
+    assert read.shape == (192, 384, 3) and found.shape == (1, 192, 384)
+    assert np.array_equal(found[0], masks[0].repeat(2, 0).repeat(2, 1))
+    assert np.array_equal(half_size(found)[0], masks[0])
     assert [p.name for p in tmp_path.iterdir()] == ["a.npz"], "no half-written file stays"
+
+
+def test_half_a_cell_is_enough_at_half_the_size():
+    masks = np.zeros((1, 2, 6), bool)
+    masks[0, 0, 0] = masks[0, :, 2] = masks[0, :, 4:] = True  # one, two and four of the cells' pixels
+    assert half_size(masks).tolist() == [[[False, True, True]]]
+
+
+def test_pool_entries_of_another_layout_say_what_to_do(tmp_path):
+    np.savez(tmp_path / "a.npz", image=np.zeros((8, 16, 3), np.uint8), masks=np.zeros((1, 4, 1), np.uint8), width=8)
+    with pytest.raises(ValueError, match="make the pool again"):
+        read_entry(tmp_path / "a.npz")
+
+
+def test_training_scenes_are_never_those_of_evaluation(tmp_path):
+    with pytest.raises(ValueError, match="9999 is for evaluation"):
+        fill_scenes(tmp_path, 1, first=9999)
+    fill_scenes(tmp_path, 1, first=10007)
+    assert [path.name for path in tmp_path.iterdir()] == ["scene-10007.npz"]
 
 
 def test_pools_are_resumed_and_their_specs_checked(pool):
@@ -62,27 +82,28 @@ def test_prompts_lie_where_they_should(pool):
     data = training.PromptedPictures(parse_pools([f"{pool}:1"]), prompts=7, seed=0)
     for _, sample in zip(range(12), data):
         h, w = sample["size"]
-        assert max(h, w) == training.IMG_SIZE and sample["masks"].shape == (7, 128, 128)
+        assert max(h, w) == training.IMG_SIZE and sample["masks"].shape == (7, 256, 256)
         assert not sample["image"][:, h:].any() and not sample["image"][:, :, w:].any()
         for mask, (x, y), box in zip(sample["masks"], sample["points"], sample["boxes"]):
-            assert mask[int(y // 2), int(x // 2)], "a click lies on its mask"
+            assert mask[int(y), int(x)], "a click lies on its mask"
+            assert half_size(mask[None]).any()
             ys, xs = np.nonzero(mask)
             near = 20 + 1e-3
-            assert abs(box[0] - 2 * xs.min()) <= near and abs(box[3] - 2 * (ys.max() + 1)) <= near
+            assert abs(box[0] - xs.min()) <= near and abs(box[3] - (ys.max() + 1)) <= near
 
 
 def test_pasted_pieces_cover_what_lies_under_them():
     image, other = np.full((40, 60, 3), 10, np.uint8), np.full((60, 40, 3), 200, np.uint8)
-    masks, pieces = np.zeros((1, 20, 30), bool), np.zeros((3, 30, 20), bool)
-    masks[0, 2:18, 2:28] = True
-    pieces[0, 4:10, 4:10] = True
-    pieces[1, 25, 3] = True  # below the picture
+    masks, pieces = np.zeros((1, 40, 60), bool), np.zeros((3, 60, 40), bool)
+    masks[0, 4:36, 4:56] = True
+    pieces[0, 8:20, 8:20] = True
+    pieces[1, 50, 6] = True  # below the picture
     pieces[2] = True  # all of it: no piece
     made, found = training.paste(np.random.default_rng(0), image, masks, other, pieces)
-    assert len(found) == 2 and np.array_equal(found[1][:, :20], pieces[0][:20]) and not found[1][:, 20:].any()
+    assert len(found) == 2 and np.array_equal(found[1][:, :40], pieces[0][:40]) and not found[1][:, 40:].any()
     assert np.array_equal(found[0], masks[0] & ~found[1])
     assert (made[11:17, 11:17] == 200).all() and (made[:6] == 10).all() and (made[22:] == 10).all()
-    assert (image == 10).all() and masks.sum() == 16 * 26, "what it was given stays"
+    assert (image == 10).all() and masks.sum() == 32 * 52, "what it was given stays"
     assert np.array_equal(training.paste(np.random.default_rng(0), image, masks, other, pieces[:0])[1], masks)
 
 
@@ -125,6 +146,12 @@ def test_mask_loss_and_iou_by_hand():
     # BCE is 50 on two of four cells; Dice: overlap 1, sums 2 and 2, each smoothed by 1
     assert training.mask_loss(logits, target).item() == pytest.approx(3 * 25 + 2 * (1 - 3 / 5), rel=1e-4)
     assert training.mask_loss(50 * (2 * target - 1), target).item() == pytest.approx(0, abs=1e-4)
+
+
+def test_masks_are_enlarged_as_sam_does_it():
+    logits = torch.randn(2, 3, 2, 128, 128)
+    theirs = build_tiny_sam().postprocess_masks(logits.flatten(0, 1), (256, 256), (256, 256))
+    assert torch.allclose(training.enlarged(logits).flatten(0, 1), theirs, atol=1e-6)
 
 
 def test_learning_rate_warms_up_and_comes_down():

@@ -18,8 +18,6 @@ from pathlib import Path
 from unittest import mock
 
 import pandas as pd
-import torch
-import torch.nn.functional as F
 from tqdm.auto import tqdm
 
 from aopsam_lab import asf, methods
@@ -49,8 +47,7 @@ def try_settings(
     sam = loaded_sam("tiny")
     predictor = loaded_model("predictor", sam)
     image, masks = read_entry(path)
-    whole = F.interpolate(torch.from_numpy(masks)[None].float(), image.shape[:2])[0] > 0.5  # pools keep masks at half size
-    truths, encoded = encode_rle(whole.numpy()), encode(sam, image)
+    truths, encoded = encode_rle(masks), encode(sam, image)
     cache, rows, none = DecodeCache(sam, encoded), [], float("nan")
 
     def row(method: str, size: int, iou: float, quantile: float, params: AsfParams) -> None:

@@ -15,8 +15,8 @@ from aopsam_lab.data import Dataset
 from aopsam_lab.data.sample import Sample
 from aopsam_lab.sam.tiny import IMG_SIZE
 from aopsam_lab.training.card import licence, pool_counts
-from aopsam_lab.training.pool import read_entry
-from aopsam_lab.training.tiny_sam import random_crop
+from aopsam_lab.training.pool import half_size, read_entry
+from aopsam_lab.training.tiny_sam import random_crop, teaching
 
 HELD_OUT = 20  # every 20th picture of a pool is for choosing, not for training
 Draw = Callable[[np.ndarray, "np.ndarray | None"], np.ndarray]  # masks, prompt points -> target, all on the PCM's grid
@@ -50,8 +50,8 @@ class PoolExamples:
         masks = np.zeros((0, 1, 1), bool)
         while not len(masks):
             image, masks = random_crop(rng, *read_entry(paths[rng.integers(len(paths))]))
-            masks = masks[masks.sum((1, 2)) >= 8]
-        return image, draw(masks, None)
+            masks = teaching(masks)
+        return image, draw(half_size(masks), None)
 
     def held_out(self) -> list[tuple[np.ndarray, np.ndarray]]:
         """Whole pictures (h', w', 3) uint8 in the model frame, with masks (N, h'/2, w'/2) bool."""
@@ -124,5 +124,5 @@ def whole_picture(image: np.ndarray, masks: np.ndarray, side: int = 256) -> tupl
     image = cv2.resize(image, (2 * half[0], 2 * half[1]), interpolation=interpolation)
     small = np.zeros((len(masks), half[1], half[0]), bool)
     for i, mask in enumerate(masks):
-        small[i] = cv2.resize(mask.astype(np.uint8) * 255, half, interpolation=cv2.INTER_LINEAR) > 127
+        small[i] = cv2.resize(mask.astype(np.uint8) * 255, half, interpolation=cv2.INTER_AREA) > 127
     return image, small[small.any((1, 2))]

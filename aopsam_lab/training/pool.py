@@ -2,8 +2,8 @@
 
     python -m aopsam_lab.training.pool --out runs/pools --scenes 800 --photos PHOTOS/train/bsds PHOTOS/train/coco
 
-An entry ``<id>.npz`` holds ``image`` (H x W x 3 uint8, longest side ``POOL_SIDE``) and ``masks`` (N x h x w bool, packed
-along the last axis, at half the picture's size; ``width`` undoes the packing). Writing is resumable: an entry is renamed
+An entry ``<id>.npz`` holds ``image`` (H x W x 3 uint8, longest side ``POOL_SIDE``) and ``masks`` (N x H x W bool, packed
+along the last axis; ``width`` undoes the packing). Writing is resumable: an entry is renamed
 into place when whole, and one that is there is not made again.
 """
 
@@ -27,11 +27,11 @@ from aopsam_lab.data.scenes import EVALUATION_SEEDS, render
 
 POOL_SIDE = 384
 FIRST_TRAINING_SEED = EVALUATION_SEEDS.stop
-MIN_CELLS = 6  # a mask of fewer half-size pixels than this teaches nothing
+MIN_PIXELS = 24  # a mask of fewer than this teaches nothing
 
 
 def _resize_masks(masks: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """N x H x W bool -> N x h x w bool, a cell being on where more than half of it is covered. size is (w, h)."""
+    """N x H x W bool -> N x h x w bool, a pixel being on where more than half of it is covered. size is (w, h)."""
     out = np.zeros((len(masks), size[1], size[0]), bool)
     for i, mask in enumerate(masks):
         out[i] = cv2.resize(mask.astype(np.uint8) * 255, size, interpolation=cv2.INTER_AREA) > 127
@@ -44,8 +44,8 @@ def write_entry(folder: Path, name: str, sample: Sample) -> None:
     scale = POOL_SIDE / max(h, w)
     wide, high = max(2, round(w * scale)), max(2, round(h * scale))
     image = cv2.resize(sample.image, (wide, high), interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR)
-    masks = _resize_masks(sample.masks, (max(1, wide // 2), max(1, high // 2)))
-    masks = masks[masks.reshape(len(masks), -1).sum(1) >= MIN_CELLS]
+    masks = _resize_masks(sample.masks, (wide, high))
+    masks = masks[masks.reshape(len(masks), -1).sum(1) >= MIN_PIXELS]
     partial = folder / f".{name}.tmp"
     with open(partial, "wb") as file:
         np.savez(file, image=image, masks=np.packbits(masks, axis=-1), width=masks.shape[-1])
@@ -53,10 +53,19 @@ def write_entry(folder: Path, name: str, sample: Sample) -> None:
 
 
 def read_entry(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """-> image (H x W x 3 uint8), masks (N x H/2 x W/2 bool)."""
+    """-> image (H x W x 3 uint8), masks (N x H x W bool). Raises ValueError for an entry of another layout."""
     with np.load(path) as entry:
-        masks = np.unpackbits(entry["masks"], axis=-1, count=int(entry["width"])).astype(bool)
-        return entry["image"], masks
+        image, masks = entry["image"], np.unpackbits(entry["masks"], axis=-1, count=int(entry["width"])).view(bool)
+    if masks.shape[1:] != image.shape[:2]:
+        raise ValueError(f"{path} was made by an earlier version: remove {path.parent} and make the pool again.")
+    return image, masks
+
+
+def half_size(masks: np.ndarray) -> np.ndarray:
+    """N x H x W bool, H and W even -> N x H/2 x W/2 bool: on where two or more of the four pixels are."""
+    pixels = masks.view(np.uint8)
+    rows = pixels[:, ::2] + pixels[:, 1::2]
+    return rows[..., ::2] + rows[..., 1::2] >= 2
 
 
 def entries(folder: Path) -> list[Path]:
@@ -89,11 +98,18 @@ def fill_pool(folder: str | Path, ids: Iterable[str], get: Callable[[str], Sampl
         write_entry(folder, name, get(name))
 
 
-def fill_scenes(folder: str | Path, count: int, device: str = "cpu", batch: int = 16, processes: int = 1) -> None:
-    """The first ``count`` training scenes, rendered at the pool's side, on a CPU by as many processes as wanted."""
-    seeds = range(FIRST_TRAINING_SEED, FIRST_TRAINING_SEED + count)
+def fill_scenes(
+    folder: str | Path, count: int, device: str = "cpu", batch: int = 16, processes: int = 1, first: int = FIRST_TRAINING_SEED
+) -> None:
+    """``count`` training scenes from seed ``first`` on, rendered at the pool's side, on a CPU by as many processes as wanted.
+
+    Raises ValueError for a seed that is for evaluation.
+    """
+    if first < FIRST_TRAINING_SEED:
+        raise ValueError(f"training scenes begin at seed {FIRST_TRAINING_SEED}; {first} is for evaluation")
+    seeds = range(first, first + count)
     work = partial(_fill_some, Path(folder), device)
-    batches = [seeds[first : first + batch] for first in range(0, count, batch)]
+    batches = [seeds[at : at + batch] for at in range(0, count, batch)]
     if processes == 1:
         for some in tqdm(batches, desc="scenes", unit="batch"):
             work(some)
@@ -118,6 +134,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", required=True, help="folder of the pools: OUT/scenes and one for each folder of photographs")
     parser.add_argument("--scenes", type=int, default=0, help="how many scenes to render")
+    parser.add_argument("--first-scene", type=int, default=FIRST_TRAINING_SEED, help="seed of the first one")
     parser.add_argument("--photos", nargs="*", default=[], help="COCO-style folders (images/ and annotations.json)")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--processes", type=int, default=1, help="that render scenes; one a core at most")
@@ -126,7 +143,7 @@ def main(argv: list[str] | None = None) -> None:
         data = open_dataset(folder, n_images=None)
         position = {name: i for i, name in enumerate(data.ids)}
         fill_pool(Path(args.out) / Path(folder).name, data.ids, lambda name: data[position[name]], Path(folder).name)
-    fill_scenes(Path(args.out) / "scenes", args.scenes, args.device, processes=args.processes)
+    fill_scenes(Path(args.out) / "scenes", args.scenes, args.device, processes=args.processes, first=args.first_scene)
 
 
 if __name__ == "__main__":

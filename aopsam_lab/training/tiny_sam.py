@@ -5,17 +5,21 @@
 A step takes some pictures and, for each, some masks with one prompt each: a click (three masks out, the best one learns,
 as in SAM) or a box (one mask out). A share of the clicks goes on: the next click falls where the best mask is most wrong, and
 the two together ask for one mask; then a third. Binary cross-entropy with Dice, because SAM's focal weights give empty masks for a long
-time when nothing is pretrained; the IoU head learns the IoU that its masks really have. Cosine schedule over the steps or
+time when nothing is pretrained; the IoU head learns the IoU that its masks really have. Masks are compared with the truth at the
+picture's size, as they will be used: enlarged from the decoder's, of which a cell is two pixels wide, so that its logits learn where
+in a cell an edge runs. Cosine schedule over the steps or
 the minutes asked for, weights averaged (EMA), bf16 where the device is quick at it. ``workdir/last.pt`` holds all that a resumed run needs,
 ``workdir/curve.csv`` the learning curve.
 
 On a GPU the pictures are what runs short: render scenes beside the training, which takes up what a pool holds by then. The
 bundled weights' last ten minutes, on an H200 with 16 processor cores, were
 
-    python -m aopsam_lab.training.pool --out POOLS --scenes 60000 --processes 8 &
-    python -m aopsam_lab.training.tiny_sam --pools POOLS/scenes:0.6 POOLS/bsds:0.17 POOLS/coco:0.18 POOLS/facade:0.05 \\
+    python -m aopsam_lab.training.pool --out POOLS --scenes 60000 --first-scene 40000 --processes 8 &
+    python -m aopsam_lab.training.tiny_sam --pools POOLS/scenes:0.66 POOLS/bsds:0.15 POOLS/coco:0.15 POOLS/facade:0.04 \\
       --workdir runs/tiny --init WEIGHTS --train-backbone --minutes 10.4 --batch 96 --prompts 16 --lr 1.2e-3 --warmup 100 \\
       --ema 0.997 --workers 9
+
+240 pictures a second, half of what the GPU had taken: with as many cores, four processes should render and eleven workers draw.
 """
 
 from __future__ import annotations
@@ -44,9 +48,9 @@ from aopsam_lab.sam.tiny import IMG_SIZE, build_tiny_sam
 from aopsam_lab.training.backbone import BACKBONE, installed_file, load_backbone
 from aopsam_lab.training.card import licence, pool_counts
 from aopsam_lab.training.muon import Muon
-from aopsam_lab.training.pool import entries, parse_pools, read_entry
+from aopsam_lab.training.pool import entries, half_size, parse_pools, read_entry
 
-LOW_RES = IMG_SIZE // 2  # side of the low-resolution masks that the decoder draws
+LEAST_PIXELS = 12  # of the model frame: a crop's smaller masks are left out
 BOX_SHARE = 0.3
 CORRECTED_SHARE = 0.25  # of a picture's clicks: these are corrected
 FURTHER_CLICKS = 2
@@ -61,7 +65,7 @@ COLUMNS = ("loss", "box", "click", "clicks", "iou_mse")  # of the learning curve
 class PromptedPictures(IterableDataset):
     """Endless random crops with prompts, on some of them pieces of another picture (copy-paste).
 
-    Pools may grow meanwhile: what they hold is looked up again now and then. Yields ``image`` (3, S, S) uint8 in the model frame, ``size`` (h, w) of its unpadded part, ``masks`` (P, S/2, S/2)
+    Pools may grow meanwhile: what they hold is looked up again now and then. Yields ``image`` (3, S, S) uint8 in the model frame, ``size`` (h, w) of its unpadded part, ``masks`` (P, S, S)
     bool, ``points`` (P, 2) and ``boxes`` (P, 4) in the model frame. The last ``round(P * BOX_SHARE)`` prompts are meant
     to be boxes, the others clicks.
     """
@@ -89,14 +93,14 @@ class PromptedPictures(IterableDataset):
         image, masks = crop_of(rng.choice(len(pools), p=self.shares))
         if rng.random() < PASTE_SHARE:
             image, masks = paste(rng, image, masks, *crop_of(rng.integers(len(pools))))  # photographs are few: from each pool as often
-        masks = masks[masks.sum((1, 2)) >= 8]
+        masks = teaching(masks)
         if not len(masks):
             return None
         chosen = masks[choose(rng, len(masks), self.prompts)]
         points = np.stack([click(rng, mask) for mask in chosen])
         boxes = np.stack([jittered_box(rng, mask) for mask in chosen])
         canvas = np.zeros((3, IMG_SIZE, IMG_SIZE), np.uint8)
-        targets = np.zeros((self.prompts, LOW_RES, LOW_RES), bool)
+        targets = np.zeros((self.prompts, IMG_SIZE, IMG_SIZE), bool)
         canvas[:, : image.shape[0], : image.shape[1]] = image.transpose(2, 0, 1)
         targets[:, : chosen.shape[1], : chosen.shape[2]] = chosen
         size = np.array(image.shape[:2])
@@ -109,17 +113,23 @@ def choose(rng: np.random.Generator, available: int, wanted: int) -> np.ndarray:
     return np.concatenate([rng.permutation(available) for _ in range(rounds)])[:wanted]
 
 
+def teaching(masks: np.ndarray) -> np.ndarray:
+    """Those of a crop's masks (N, h, w) that a network can learn from: ``LEAST_PIXELS``, and something left at half the size."""
+    large = [np.count_nonzero(mask) >= LEAST_PIXELS for mask in masks]
+    return masks[half_size(masks).any((1, 2)) & np.array(large, bool)]
+
+
 def random_crop(rng: np.random.Generator, image: np.ndarray, masks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Crop, flip and colour; longest side becomes S (pictures) and S/2 (masks)."""
+    """Crop, flip and colour a picture (H, W, 3) and its masks (N, H, W); longest side becomes S, both sides even."""
     h, w = masks.shape[1:]
     y, x, high, wide = 0, 0, h, w
     if rng.random() < 0.65:
         scale = rng.uniform(0.4, 1.0)
         aspect = math.exp(rng.normal(0, 0.15))
-        high = int(np.clip(h * scale * aspect, 24, h))
-        wide = int(np.clip(w * scale / aspect, 24, w))
+        high = int(np.clip(h * scale * aspect, 48, h))
+        wide = int(np.clip(w * scale / aspect, 48, w))
         y, x = rng.integers(h - high + 1), rng.integers(w - wide + 1)
-    image = image[2 * y : 2 * (y + high), 2 * x : 2 * (x + wide)]
+    image = image[y : y + high, x : x + wide]
     masks = masks[:, y : y + high, x : x + wide]
     masks = masks[masks.any((1, 2))]
     if rng.random() < 0.5:
@@ -131,10 +141,10 @@ def random_crop(rng: np.random.Generator, image: np.ndarray, masks: np.ndarray) 
     scale = IMG_SIZE / max(image.shape[:2])
     size = tuple(max(2, 2 * round(side * scale / 2)) for side in image.shape[1::-1])
     image = cv2.resize(np.ascontiguousarray(image), size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR)
-    half = (size[0] // 2, size[1] // 2)
-    small = np.zeros((len(masks), half[1], half[0]), bool)
+    small = np.zeros((len(masks), size[1], size[0]), bool)
     for i, mask in enumerate(masks):
-        small[i] = cv2.resize(mask.astype(np.uint8) * 255, half, interpolation=cv2.INTER_LINEAR) > 127
+        covered = cv2.resize(mask.view(np.uint8) * 255, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR)
+        small[i] = covered > 127
     return recolour(rng, image), small
 
 
@@ -143,7 +153,7 @@ def paste(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Lay up to ``PASTED`` of another picture's masked regions over this one, where they lie in theirs, seams softened.
 
-    Pictures (2h, 2w, 3) uint8 and masks (N, h, w) bool, the other's of a size of their own. What the pieces cover is no longer
+    Pictures (h, w, 3) uint8 and masks (N, h, w) bool, the other's of a size of their own. What the pieces cover is no longer
     visible: masks give way, and the pieces have masks of their own.
     """
     h, w = (min(a, b) for a, b in zip(masks.shape[1:], pieces.shape[1:]))
@@ -152,15 +162,15 @@ def paste(
     fitting = np.flatnonzero((share > PASTED_AREA[0]) & (share < PASTED_AREA[1]))
     image, masks = image.copy(), list(masks.copy())
     for k in rng.permutation(fitting)[: rng.integers(1, PASTED + 1)]:
-        soft = cv2.GaussianBlur(cv2.resize(pieces[k].astype(np.float32), (2 * w, 2 * h), interpolation=cv2.INTER_LINEAR), (0, 0), 0.7)
-        under = image[: 2 * h, : 2 * w].astype(np.float32)
-        image[: 2 * h, : 2 * w] = np.rint(under + (other[: 2 * h, : 2 * w] - under) * soft[..., None])
+        soft = cv2.GaussianBlur(pieces[k].astype(np.float32), (0, 0), 0.7)
+        under = image[:h, :w].astype(np.float32)
+        image[:h, :w] = np.rint(under + (other[:h, :w] - under) * soft[..., None])
         for mask in masks:
             mask[:h, :w] &= ~pieces[k]
-        new = np.zeros(image.shape[:2], bool)[::2, ::2].copy()
+        new = np.zeros(image.shape[:2], bool)
         new[:h, :w] = pieces[k]
         masks.append(new)
-    return image, np.stack(masks) if masks else np.zeros((0, image.shape[0] // 2, image.shape[1] // 2), bool)
+    return image, np.stack(masks) if masks else np.zeros((0, *image.shape[:2]), bool)
 
 
 def recolour(rng: np.random.Generator, image: np.ndarray) -> np.ndarray:
@@ -179,22 +189,24 @@ def recolour(rng: np.random.Generator, image: np.ndarray) -> np.ndarray:
 
 def click(rng: np.random.Generator, mask: np.ndarray) -> tuple[float, float]:
     """A point (x, y), model frame, inside the mask: its pole half of the time, else anywhere but less at the edge."""
-    distance = cv2.distanceTransform(np.pad(mask.astype(np.uint8), 1), cv2.DIST_L2, 3)[1:-1, 1:-1]
-    ys, xs = np.nonzero(mask)
+    x, y, wide, high = cv2.boundingRect(mask.view(np.uint8))  # most masks are small
+    part = mask[y : y + high, x : x + wide]
+    distance = cv2.distanceTransform(np.pad(part.view(np.uint8), 1), cv2.DIST_L2, 3)[1:-1, 1:-1]
+    ys, xs = np.nonzero(part)
     weights = distance[ys, xs]
     if rng.random() < 0.5:
         i = int(np.argmax(weights + rng.random(len(weights)) * 0.5))
     else:
         weights = np.sqrt(weights)
         i = rng.choice(len(weights), p=weights / weights.sum())
-    return 2 * (xs[i] + rng.random()), 2 * (ys[i] + rng.random())
+    return x + xs[i] + rng.random(), y + ys[i] + rng.random()
 
 
 def jittered_box(rng: np.random.Generator, mask: np.ndarray) -> np.ndarray:
     """The mask's box (x0, y0, x1, y1), model frame, each side moved by 5% of the box's, at most 20 pixels (as SAM)."""
-    ys, xs = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    box = 2.0 * np.array([xs[0], ys[0], xs[-1] + 1, ys[-1] + 1])
-    noise = rng.normal(0, 0.05, 4) * np.tile(box[2:] - box[:2], 2)
+    x, y, wide, high = cv2.boundingRect(mask.view(np.uint8))
+    box = np.array([x, y, x + wide, y + high])
+    noise = rng.normal(0, 0.05, 4) * [wide, high, wide, high]
     return np.clip(box + np.clip(noise, -20, 20), 0, IMG_SIZE)
 
 
@@ -205,6 +217,11 @@ def mask_loss(logits: Tensor, target: Tensor) -> Tensor:
     overlap = (p * target).sum((-1, -2))
     dice = 1 - (2 * overlap + 1) / (p.sum((-1, -2)) + target.sum((-1, -2)) + 1)
     return 3 * bce + 2 * dice
+
+
+def enlarged(logits: Tensor) -> Tensor:
+    """(B, P, M, S/2, S/2) -> (B, P, M, S, S), as ``Sam.postprocess_masks`` does."""
+    return F.interpolate(logits.flatten(0, 1), (IMG_SIZE, IMG_SIZE), mode="bilinear", align_corners=False).unflatten(0, logits.shape[:2])
 
 
 def mask_iou(logits: Tensor, target: Tensor) -> Tensor:
@@ -260,30 +277,33 @@ class TrainingStep(nn.Module):
             logits = draw_masks(sam.mask_decoder, decoded, slice(None)).float().unflatten(0, (b, p))  # (B, P, 4, 2h, 2w)
         predicted = decoded.iou.float().unflatten(0, (b, p))
         target = masks[:, :, None].float()
-        single, three = logits[:, clicks:, :1], logits[:, :clicks, 1:]
-        loss_box = mask_loss(single, target[:, clicks:])
-        loss_three = mask_loss(three, target[:, :clicks])
+        covered = F.avg_pool2d(target[:, :clicks, 0], 2)  # of each of the decoder's cells
+        single, three = enlarged(logits[:, clicks:, :1]), logits[:, :clicks, 1:]
+        loss_three = mask_loss(three, covered[:, :, None])
         best = loss_three.argmin(2, keepdim=True)
+        shown = three.gather(2, best[..., None, None].expand(-1, -1, -1, *three.shape[-2:]))
         iou_box = mask_iou(single, target[:, clicks:])
-        iou_three = mask_iou(three, target[:, :clicks])
+        iou_three = mask_iou(enlarged(three.detach()), target[:, :clicks])
         # 0.05 of the others keeps a mask token alive that never wins
-        loss = loss_box.sum() + loss_three.gather(2, best).sum() + 0.05 * loss_three.mean(2).sum()
+        loss = mask_loss(single, target[:, clicks:]).sum() + mask_loss(enlarged(shown), target[:, :clicks]).sum()
+        loss = loss + 0.05 * loss_three.mean(2).sum()
         loss_iou = ((predicted[:, clicks:, :1] - iou_box) ** 2).sum() + ((predicted[:, :clicks, 1:] - iou_three) ** 2).mean(2).sum()
         corrected = max(1, round(clicks * CORRECTED_SHARE))
         at, labels = points[:, :corrected, None], torch.ones_like(points[:, :corrected, :1])
-        wanted = target[:, :corrected, 0]
-        shown = three[:, :corrected].gather(2, best[:, :corrected, :, None, None].expand(-1, -1, -1, *three.shape[-2:]))[:, :, 0]
+        wanted = target[:, :corrected]
+        shown = shown[:, :corrected]
         for _ in range(FURTHER_CLICKS):
-            cell, label = next_clicks(shown > 0, wanted > 0.5)
+            cell, label = next_clicks(shown[:, :, 0] > 0, covered[:, :corrected] >= 0.5)
             at = torch.cat([at, 2 * cell[:, :, None]], 2)  # a cell is two model-frame pixels wide
             labels = torch.cat([labels, label[:, :, None]], 2)
             sparse = click_tokens(sam.prompt_encoder, at, labels)
             with torch.autocast(device_type, torch.bfloat16, enabled=self.bf16):
                 decoded = decode_tokens(sam.mask_decoder, embedding, image_pe, sparse, dense)
-                shown = draw_masks(sam.mask_decoder, decoded, slice(0, 1)).float().unflatten(0, (b, corrected))[:, :, 0]
-            iou_corrected = mask_iou(shown, wanted)
-            loss = loss + mask_loss(shown, wanted).sum()
-            loss_iou = loss_iou + ((decoded.iou[:, 0].float().view(b, corrected) - iou_corrected) ** 2).sum()
+                shown = draw_masks(sam.mask_decoder, decoded, slice(0, 1)).float().unflatten(0, (b, corrected))
+            large = enlarged(shown)
+            iou_corrected = mask_iou(large, wanted)
+            loss = loss + mask_loss(large, wanted).sum()
+            loss_iou = loss_iou + ((decoded.iou[:, :1].float().view(b, corrected, 1) - iou_corrected) ** 2).sum()
         return dict(
             loss=(loss + 2 * loss_iou) / (b * p),
             box=iou_box.mean().detach(),
