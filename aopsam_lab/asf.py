@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-OWN_QUANTILE = 0.6  # from training scenes; 0.7 removes less and loses less, on photographs above all: `aopsam_lab.training.elimination`
+OWN_QUANTILE = 0.3  # from training scenes, with the constants of `methods`: see `aopsam_lab.training.elimination`
 RIDGE = 0.05  # added to the covariance's diagonal, in units of its mean, before it is inverted
 REFERENCE_WIDTH = 256  # smoothing and spacing are given in cells of a PCM this wide (ours: others scale by width / 256)
 
@@ -207,7 +207,7 @@ def elimination_thresholds(pems: Tensor, coverage: Tensor, valid: Tensor, elimin
 
     ``elimination`` times the mean of the PEM (n, h, w) over the valid cells (the paper's adaptive threshold; the mean is
     ours), but not less than the OWN_QUANTILE of the PEM over the reference's own cells (ours, see :func:`filled_cells`): a
-    prompt must look as much like the mask as the mask's own most typical cells do. Without that floor a part is lost to its object,
+    prompt must look as much like the mask as most of the mask's own cells do. Without that floor a part is lost to its object,
     and a small object to what surrounds it.
     """
     weights = valid.to(pems.dtype).flatten()

@@ -16,6 +16,7 @@ prompts, decodes and filters each the same way for every method, and shows it th
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
@@ -33,9 +34,9 @@ if TYPE_CHECKING:
     from aopsam_lab.predictor import PromptPredictor
     from aopsam_lab.decoding import Encoded, Found
 
-# both of adaptive filtering, ours, from training scenes; `python -m aopsam_lab.training.elimination` shows what others give
-ROUND = 96  # points a round
-REFERENCE_IOU = 0.45  # predicted IoU of a mask that may explain waiting points: a doubtful one explains what is not its own
+# all of adaptive filtering, ours, from training scenes; `python -m aopsam_lab.training.elimination` shows what others give
+FIRST = 0.6  # of the points are decoded first: the strongest, which bring more than they cost even where a mask explains them
+REFERENCE_IOU = 0.7  # predicted IoU of a mask that may explain waiting points: a doubtful one explains what is not its own
 MAX_BOXES = 100
 
 
@@ -102,7 +103,7 @@ class Proposal:
 
 @dataclass
 class FilteredProposal(Proposal):
-    """Adaptive filtering: rounds of ``ROUND`` waiting points, strongest first; masks found eliminate waiting ones.
+    """Adaptive filtering in two rounds: the strongest ``FIRST`` of the points, then those that no mask of theirs eliminates.
 
     cells: (m, 2) long, each prompt's (row, column) on the h x w grid. valid: (h, w) bool.
     features: (2C, h, w), see :func:`asf.elimination_features`.
@@ -117,35 +118,43 @@ class FilteredProposal(Proposal):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.waiting = torch.ones(len(self.prompts), dtype=torch.bool, device=self.prompts.points.device)
+        self._seen: list[tuple[Tensor, Tensor]] = []  # prompts and coverage of masks that may explain what waits
 
     def next_round(self) -> Tensor | None:
-        chosen = self.waiting.nonzero()[:ROUND, 0]
+        first = bool(self.waiting.all())
+        if self._seen:
+            with one_thread(self.waiting.device):
+                self._eliminate(*(torch.cat(parts) for parts in zip(*self._seen)))
+            self._seen.clear()
+        chosen = self.waiting.nonzero()[:, 0]
+        if first:
+            chosen = chosen[: math.ceil(FIRST * len(chosen))]
         self.waiting[chosen] = False
         return chosen if len(chosen) else None
 
     def observe(self, found: Found, mask_threshold: float) -> None:
-        waiting = self.waiting.nonzero()[:, 0]
-        if len(found.iou) and len(waiting):
-            with one_thread(waiting.device):
-                self._filter(found, mask_threshold, waiting)
-
-    def _filter(self, found: Found, mask_threshold: float, waiting: Tensor) -> None:
-        best = best_of_each(found.iou, found.prompt)
-        best = best[found.iou[best] >= REFERENCE_IOU]
-        coverage = asf.cell_coverage(found.low_res.index_select(0, best) > mask_threshold) * self.valid
-        large = asf.filled_cells(coverage, self.valid).flatten(1).any(1)
-        best, coverage = best[large], coverage[large]
-        if not len(best):
+        if not len(found.iou) or not self.waiting.any():
             return
+        with one_thread(self.waiting.device):
+            best = best_of_each(found.iou, found.prompt)
+            best = best[found.iou[best] >= REFERENCE_IOU]
+            coverage = asf.cell_coverage(found.low_res.index_select(0, best) > mask_threshold) * self.valid
+            large = asf.filled_cells(coverage, self.valid).flatten(1).any(1)
+            self._seen.append((found.prompt[best[large]], coverage[large]))
+
+    def _eliminate(self, owners: Tensor, coverage: Tensor) -> None:
+        if not len(owners):
+            return
+        waiting = self.waiting.nonzero()[:, 0]
         pems = asf.elimination_maps(self.features, asf.reference_features(self.features, coverage))
         thresholds = asf.elimination_thresholds(pems, coverage, self.valid, self.elimination)
         by, value = asf.eliminate(pems, thresholds, self.cells[waiting], asf.dilate(coverage) if self.gated else None)
         gone = by >= 0
-        self.eliminated_by[waiting[gone]] = by[gone] + len(self.pems)
+        self.eliminated_by[waiting[gone]] = by[gone]
         self.pem_value[waiting[gone]] = value[gone]
         self.waiting[waiting[gone]] = False
         self.pems.extend(pems)
-        self.references.extend(zip(found.prompt[best].tolist(), thresholds.tolist()))
+        self.references.extend(zip(owners.tolist(), thresholds.tolist()))
 
 
 def best_of_each(iou: Tensor, prompt: Tensor) -> Tensor:

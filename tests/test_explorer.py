@@ -156,7 +156,7 @@ def test_packed_pictures_are_exact_when_small_and_bounded_when_large(sample):
 
 
 def test_the_film_of_rounds_is_what_happened(sample):
-    """Step by step through the method itself: after each round the same prompts wait as the page will show."""
+    """Step by step through the method itself: before each round the same prompts wait as the page will show."""
     sam = loaded_sam("tiny")
     predictor = loaded_model("predictor", sam)
     encoded = aop.encode(sam, sample.image)
@@ -167,11 +167,13 @@ def test_the_film_of_rounds_is_what_happened(sample):
         proposal = METHODS["aop"].start(encoded, Models(predictor), EAGER)
         rounds = 0
         while (index := proposal.next_round()) is not None:
+            waiting = proposal.waiting.clone()
+            waiting[index] = True  # until they are decoded
+            decided = np.where(rows[:, 4] == STATUSES.index("eliminated"), rows[:, 7], rows[:, 3])
+            assert np.array_equal(decided >= rounds, waiting.numpy())
             found = decode_and_filter(sam, encoded, proposal.prompts, index, sam.spec)
             proposal.observe(found, sam.mask_threshold)
             rounds += 1
-            decided = np.where(rows[:, 4] == STATUSES.index("eliminated"), rows[:, 7], rows[:, 3])
-            assert np.array_equal(decided >= rounds, proposal.waiting.numpy())
     assert pack["rounds"] == rounds > 1 and (rows[:, 7] >= 0).any()
 
 

@@ -337,15 +337,16 @@ def test_calibration_gives_the_candidates_asked_for(pool):
 
 def test_what_elimination_loses_is_tried_on_a_training_picture(pool):
     entry = parse_pools([f"{pool}:1"])[0][1][0]
-    rows = try_settings(entry, quantiles=(0.1, 0.95), ious=(0.0, 1.1), rounds=(8, 1000), confidences=(0.5,))
+    rows = try_settings(entry, quantiles=(0.1, 0.95), ious=(0.0, 1.1), firsts=(0.2, 0.5, 1.0), confidences=(0.5,))
     plain, fewer, *tried = rows
-    assert plain["round"] == fewer["round"] == 0 and plain["removed"] == 0 and 0 < plain["miou"] <= 1
+    assert plain["first"] == fewer["first"] == 1 and plain["removed"] == 0 and 0 < plain["miou"] <= 1
     assert 0 < fewer["removed"] <= 1, "a higher confidence removes candidates"
-    removed = {(row["round"], row["iou"], row["floor"]): row["removed"] for row in tried}
-    assert len(removed) == 8 and all(row["decoded"] <= plain["decoded"] for row in rows)
-    assert removed[8, 0.0, 0.1] > removed[8, 0.0, 0.95], "a low floor removes more"
-    assert removed[1000, 0.0, 0.1] == 0, "nothing waits where one round takes all"
-    assert removed[8, 1.1, 0.1] == 0, "no mask is that sure, so none explains"
+    removed = {(row["first"], row["iou"], row["floor"]): row["removed"] for row in tried}
+    assert len(removed) == 12 and all(row["decoded"] <= plain["decoded"] for row in rows)
+    assert removed[0.2, 0.0, 0.1] > removed[0.2, 0.0, 0.95], "a low floor removes more"
+    assert removed[0.2, 0.0, 0.1] > removed[0.5, 0.0, 0.1], "what is decoded at first cannot be eliminated"
+    assert removed[1.0, 0.0, 0.1] == 0
+    assert removed[0.2, 1.1, 0.1] == 0, "no mask is that sure, so none explains"
 
 
 def test_the_chain_names_its_steps_and_goes_without_photographs(tmp_path):

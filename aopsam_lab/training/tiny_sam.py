@@ -58,6 +58,7 @@ JOIN_RATE = 10.0  # times the learning rate, for what joins the backbone's featu
 PASTE_SHARE = 0.35  # of the crops: pieces of another picture are laid over these
 PASTED, PASTED_AREA = 4, (0.004, 0.3)  # at most so many pieces, each of such a share of the picture
 LOOK_AGAIN = 2000  # pictures that a worker draws between two looks at what the pools hold
+ZOOMED = 0.65  # of the crops show a part of their picture, the others all of it
 BACKBONE_RATE = 0.2  # and for the backbone itself, which has long been trained
 COLUMNS = ("loss", "box", "click", "clicks", "iou_mse")  # of the learning curve
 
@@ -119,11 +120,16 @@ def teaching(masks: np.ndarray) -> np.ndarray:
     return masks[half_size(masks).any((1, 2)) & np.array(large, bool)]
 
 
-def random_crop(rng: np.random.Generator, image: np.ndarray, masks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Crop, flip and colour a picture (H, W, 3) and its masks (N, H, W); longest side becomes S, both sides even."""
+def random_crop(
+    rng: np.random.Generator, image: np.ndarray, masks: np.ndarray, zoomed: float = ZOOMED
+) -> tuple[np.ndarray, np.ndarray]:
+    """Crop, flip and colour a picture (H, W, 3) and its masks (N, H, W); longest side becomes S, both sides even.
+
+    zoomed: how often a part of the picture is taken, not all of it.
+    """
     h, w = masks.shape[1:]
     y, x, high, wide = 0, 0, h, w
-    if rng.random() < 0.65:
+    if rng.random() < zoomed:
         scale = rng.uniform(0.4, 1.0)
         aspect = math.exp(rng.normal(0, 0.15))
         high = int(np.clip(h * scale * aspect, 48, h))
