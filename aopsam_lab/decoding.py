@@ -21,12 +21,11 @@ from torchvision.ops import nms
 
 from aopsam_lab.batching import fitting_batch, in_batches
 from aopsam_lab.fullsize import FullSize
-from aopsam_lab.methods import Prompts
+from aopsam_lab.methods import BOX_NMS_THRESH, Prompts
 from aopsam_lab.sam.image_decoder import ImageDecoder
 from aopsam_lab.sam.zoo import SamSpec
 
 STABILITY_OFFSET = 1.0
-BOX_NMS_THRESH = 0.7
 # Pixels of the embedding, times prompts decoded at a time: what stays in a CPU's cache, what fills a GPU.
 DECODE_PIXELS = {"cpu": 1 << 14, "cuda": 1 << 20}
 KEPT_LOGITS = 32 << 20  # bytes of masks that wait for duplicates to be removed; beyond it they are encoded first

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from segment_anything.utils.amg import build_point_grid
 from torch import Tensor
+from torchvision.ops import nms
 
 from aopsam_lab import asf
 from aopsam_lab.asf import AsfParams
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 FIRST = 0.6  # of the points are decoded first: the strongest, which bring more than they cost even where a mask explains them
 REFERENCE_IOU = 0.7  # predicted IoU of a mask that may explain waiting points: a doubtful one explains what is not its own
 MAX_BOXES = 100
+BOX_NMS_THRESH = 0.7  # of two masks whose boxes have a higher IoU the surer one stays, as in segment_anything
 
 
 @dataclass
@@ -105,6 +107,8 @@ class Proposal:
 class FilteredProposal(Proposal):
     """Adaptive filtering in two rounds: the strongest ``FIRST`` of the points, then those that no mask of theirs eliminates.
 
+    Of masks that are duplicates of each other, as the pipeline has it at the end, the surest one is compared with what waits.
+
     cells: (m, 2) long, each prompt's (row, column) on the h x w grid. valid: (h, w) bool.
     features: (2C, h, w), see :func:`asf.elimination_features`.
     """
@@ -118,7 +122,7 @@ class FilteredProposal(Proposal):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.waiting = torch.ones(len(self.prompts), dtype=torch.bool, device=self.prompts.points.device)
-        self._seen: list[tuple[Tensor, Tensor]] = []  # prompts and coverage of masks that may explain what waits
+        self._seen: list[tuple[Tensor, ...]] = []  # of masks that may explain what waits: coverage, prompt, IoU, box
 
     def next_round(self) -> Tensor | None:
         first = bool(self.waiting.all())
@@ -136,15 +140,20 @@ class FilteredProposal(Proposal):
         if not len(found.iou) or not self.waiting.any():
             return
         with one_thread(self.waiting.device):
-            best = best_of_each(found.iou, found.prompt)
-            best = best[found.iou[best] >= REFERENCE_IOU]
-            coverage = asf.cell_coverage(found.low_res.index_select(0, best) > mask_threshold) * self.valid
+            sure = best_of_each(found.iou, found.prompt, len(self.prompts))
+            sure = sure[found.iou[sure] >= REFERENCE_IOU]
+            if not len(sure):
+                return
+            coverage = asf.cell_coverage(asf.on_mask(found.low_res.index_select(0, sure), mask_threshold)) * self.valid
             large = asf.filled_cells(coverage, self.valid).flatten(1).any(1)
-            self._seen.append((found.prompt[best[large]], coverage[large]))
+            sure = sure[large]
+            self._seen.append((coverage[large], found.prompt[sure], found.iou[sure], found.boxes[sure]))
 
-    def _eliminate(self, owners: Tensor, coverage: Tensor) -> None:
+    def _eliminate(self, coverage: Tensor, owners: Tensor, iou: Tensor, boxes: Tensor) -> None:
         if not len(owners):
             return
+        distinct = nms(boxes.float(), iou, BOX_NMS_THRESH)
+        coverage, owners = coverage[distinct], owners[distinct]
         waiting = self.waiting.nonzero()[:, 0]
         pems = asf.elimination_maps(self.features, asf.reference_features(self.features, coverage))
         thresholds = asf.elimination_thresholds(pems, coverage, self.valid, self.elimination)
@@ -157,13 +166,10 @@ class FilteredProposal(Proposal):
         self.references.extend(zip(owners.tolist(), thresholds.tolist()))
 
 
-def best_of_each(iou: Tensor, prompt: Tensor) -> Tensor:
-    """Indices of the mask with the highest predicted IoU (r,) of each prompt (r,): one reference a prompt (ours)."""
-    order = iou.argsort(descending=True, stable=True)
-    order = order[prompt[order].argsort(stable=True)]  # by prompt, best first
-    first = torch.ones_like(order, dtype=torch.bool)
-    first[1:] = prompt[order][1:] != prompt[order][:-1]
-    return order[first]
+def best_of_each(iou: Tensor, prompt: Tensor, m: int) -> Tensor:
+    """Indices of the mask with the highest predicted IoU (r,) of each of m prompts (r,): one reference a prompt (ours)."""
+    highest = iou.new_zeros(m).scatter_reduce(0, prompt, iou, "amax")
+    return (iou == highest[prompt]).nonzero()[:, 0]
 
 
 class Method(Protocol):

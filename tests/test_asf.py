@@ -9,7 +9,7 @@ from skimage.feature import peak_local_max
 from aopsam_lab import asf
 from aopsam_lab.asf import AsfParams
 from aopsam_lab.decoding import Found
-from aopsam_lab.methods import FilteredProposal, Prompts
+from aopsam_lab.methods import FilteredProposal, Prompts, best_of_each
 
 
 def random_map(seed: int, side: int = 48) -> torch.Tensor:
@@ -138,7 +138,7 @@ def test_threshold_is_the_larger_of_mean_and_own_quantile():
     mean = (0.9 + 0.8 + 0.7 + 0.6 + 3 * 0.2) / 7
     coverage = torch.tensor([[[1.0, 0.5, 1.0, 1.0], [0.4, 0, 0, 1.0]]])  # own cells: the first row
     assert asf.elimination_thresholds(pem, coverage, valid, 1.7).item() == pytest.approx(1.7 * mean)
-    assert asf.elimination_thresholds(pem, coverage, valid, 1.0).item() == pytest.approx(0.69)  # 0.3 of the way from 0.6 to 0.9
+    assert asf.elimination_thresholds(pem, coverage, valid, 1.0).item() == pytest.approx(0.66)  # 0.2 of the way from 0.6 to 0.9
     assert asf.elimination_thresholds(pem, coverage * 0.3, valid, 1.0).item() == pytest.approx(mean)
 
 
@@ -158,6 +158,24 @@ def test_a_mask_that_fills_no_cell_explains_nothing():
         second = proposal.next_round()
         assert (second is None) == gone and (proposal.eliminated_by[1] == 0) == gone and not proposal.waiting.any()
         assert len(proposal.pems) == gone
+
+
+def test_each_prompt_has_one_reference_and_a_logit_at_the_threshold_is_off_the_mask():
+    iou, prompt = torch.tensor([0.5, 0.9, 0.7, 0.8]), torch.tensor([4, 4, 1, 1])
+    assert best_of_each(iou, prompt, 6).tolist() == [1, 3]
+    assert asf.on_mask(torch.tensor([-1.0, 0.0, 0.5]), 0.0).tolist() == [False, False, True]
+
+
+def test_of_two_masks_in_one_place_the_surer_explains():
+    prompts = Prompts(torch.zeros(4, 2), torch.linspace(0.9, 0.6, 4))
+    cells = torch.zeros(4, 2, dtype=torch.long)
+    whole = torch.ones(1, 4, dtype=torch.bool)
+    proposal = FilteredProposal(prompts, cells=cells, valid=whole, features=torch.ones(1, 1, 4), elimination=0.5)
+    assert proposal.next_round().tolist() == [0, 1, 2]
+    iou, boxes = torch.tensor([0.8, 0.9, 0.85]), torch.tensor([[0, 0, 9, 9], [0, 0, 9, 9], [20, 20, 29, 29]])
+    proposal.observe(Found(torch.ones(3, 4, 16), iou, iou, boxes, torch.arange(3), torch.ones(3, dtype=torch.bool)), 0.0)
+    proposal.next_round()
+    assert [prompt for prompt, _ in proposal.references] == [1, 2]
 
 
 def test_whitening_decorrelates():
