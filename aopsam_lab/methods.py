@@ -17,6 +17,7 @@ prompts, decodes and filters each the same way for every method, and shows it th
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 FIRST = 0.6  # of the points are decoded first: the strongest, which bring more than they cost even where a mask explains them
 REFERENCE_IOU = 0.7  # predicted IoU of a mask that may explain waiting points: a doubtful one explains what is not its own
 MAX_BOXES = 100
+SMALL = 512  # side of a model frame up to which one thread does the predictor's work: waking another can take ten times as long
 BOX_NMS_THRESH = 0.7  # of two masks whose boxes have a higher IoU the surer one stays, as in segment_anything
 
 
@@ -234,8 +236,10 @@ class Aop:
     def start(self, encoded: Encoded, models: Models, params: AsfParams) -> Proposal:
         h, w = encoded.embedding.shape[-2:]
         valid = asf.valid_cells(encoded.input_size, encoded.model_image.shape[-1], (CELL * h, CELL * w), encoded.embedding.device)
-        pcm = models.predictor.pcm(encoded.model_image, encoded.embedding, valid)
-        with one_thread(pcm.device):
+        small = encoded.model_image.shape[-1] <= SMALL
+        with one_thread(valid.device) if small else nullcontext():
+            pcm = models.predictor.pcm(encoded.model_image, encoded.embedding, valid)
+        with one_thread(valid.device):
             return self._sample(encoded, pcm, valid, params)
 
     def _sample(self, encoded: Encoded, pcm: Tensor, pcm_valid: Tensor, params: AsfParams) -> Proposal:
