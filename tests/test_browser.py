@@ -178,7 +178,7 @@ def numbers(badge: str) -> tuple[int, int]:
 def test_each_slider_changes_the_picture_and_the_badge(lab):
     right, left = ["ArrowRight"], ["ArrowLeft"]
     there = [("elimination", ["End"]), ("smoothing", 8 * right), ("confidence", 20 * right), ("spacing", 8 * right)]
-    # with few prompts, one round takes all and none is left to eliminate; up to 1.2 or so the floor decides, and nothing changes
+    # up to 1.2 or so the floor decides, and nothing changes
     back = [("spacing", 8 * left), ("confidence", 20 * left), ("smoothing", 8 * left)]
     back += [("elimination", ["Home"]), ("elimination", 100 * right)]
     for i, (name, keys) in enumerate(there + back):

@@ -15,7 +15,7 @@ from aopsam_lab.data import Dataset
 from aopsam_lab.data.sample import Sample
 from aopsam_lab.sam.tiny import IMG_SIZE
 from aopsam_lab.training.card import licence, pool_counts
-from aopsam_lab.training.pool import half_size, read_entry
+from aopsam_lab.training.pool import half_size, read_entry, resize_masks
 from aopsam_lab.training.tiny_sam import random_crop, teaching
 
 ZOOMED = 0.25  # of the crops show a part of their picture: a predictor sees whole pictures later, and in those most things are small
@@ -123,7 +123,5 @@ def whole_picture(image: np.ndarray, masks: np.ndarray, side: int = 256) -> tupl
     half = tuple(max(1, round(x * scale / 2)) for x in image.shape[1::-1])
     interpolation = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
     image = cv2.resize(image, (2 * half[0], 2 * half[1]), interpolation=interpolation)
-    small = np.zeros((len(masks), half[1], half[0]), bool)
-    for i, mask in enumerate(masks):
-        small[i] = cv2.resize(mask.astype(np.uint8) * 255, half, interpolation=cv2.INTER_AREA) > 127
+    small = resize_masks(masks, half)
     return image, small[small.any((1, 2))]

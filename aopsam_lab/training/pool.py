@@ -30,11 +30,12 @@ FIRST_TRAINING_SEED = EVALUATION_SEEDS.stop
 MIN_PIXELS = 24  # a mask of fewer than this teaches nothing
 
 
-def _resize_masks(masks: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """N x H x W bool -> N x h x w bool, a pixel being on where more than half of it is covered. size is (w, h)."""
+def resize_masks(masks: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """N x H x W bool -> N x h x w bool, a pixel being on where about half of it is covered. size is (w, h)."""
     out = np.zeros((len(masks), size[1], size[0]), bool)
+    interpolation = cv2.INTER_AREA if size[0] < masks.shape[2] else cv2.INTER_LINEAR
     for i, mask in enumerate(masks):
-        out[i] = cv2.resize(mask.astype(np.uint8) * 255, size, interpolation=cv2.INTER_AREA) > 127
+        out[i] = cv2.resize(mask.view(np.uint8) * 255, size, interpolation=interpolation) > 127
     return out
 
 
@@ -44,7 +45,7 @@ def write_entry(folder: Path, name: str, sample: Sample) -> None:
     scale = POOL_SIDE / max(h, w)
     wide, high = max(2, round(w * scale)), max(2, round(h * scale))
     image = cv2.resize(sample.image, (wide, high), interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR)
-    masks = _resize_masks(sample.masks, (wide, high))
+    masks = resize_masks(sample.masks, (wide, high))
     masks = masks[masks.reshape(len(masks), -1).sum(1) >= MIN_PIXELS]
     partial = folder / f".{name}.tmp"
     with open(partial, "wb") as file:

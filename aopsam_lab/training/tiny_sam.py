@@ -19,7 +19,7 @@ bundled weights' last ten minutes, on an H200 with 16 processor cores, were
       --workdir runs/tiny --init WEIGHTS --train-backbone --minutes 10.4 --batch 96 --prompts 16 --lr 1.2e-3 --warmup 100 \\
       --ema 0.997 --workers 9
 
-240 pictures a second, half of what the GPU had taken: with as many cores, four processes should render and eleven workers draw.
+It drew 240 pictures a second, half of what the GPU takes; fewer renderers and more workers may do better, which is not tried yet.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ from aopsam_lab.sam.tiny import IMG_SIZE, build_tiny_sam
 from aopsam_lab.training.backbone import BACKBONE, installed_file, load_backbone
 from aopsam_lab.training.card import licence, pool_counts
 from aopsam_lab.training.muon import Muon
-from aopsam_lab.training.pool import entries, half_size, parse_pools, read_entry
+from aopsam_lab.training.pool import entries, half_size, parse_pools, read_entry, resize_masks
 
 LEAST_PIXELS = 12  # of the model frame: a crop's smaller masks are left out
 BOX_SHARE = 0.3
@@ -147,11 +147,7 @@ def random_crop(
     scale = IMG_SIZE / max(image.shape[:2])
     size = tuple(max(2, 2 * round(side * scale / 2)) for side in image.shape[1::-1])
     image = cv2.resize(np.ascontiguousarray(image), size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR)
-    small = np.zeros((len(masks), size[1], size[0]), bool)
-    for i, mask in enumerate(masks):
-        covered = cv2.resize(mask.view(np.uint8) * 255, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR)
-        small[i] = covered > 127
-    return recolour(rng, image), small
+    return recolour(rng, image), resize_masks(masks, size)
 
 
 def paste(
