@@ -13,6 +13,7 @@ from aopsam_lab.predictor import SIGMA, PromptPredictor, draw_pcm
 from aopsam_lab.sam.tiny import build_tiny_sam
 from aopsam_lab.training import export_tiny
 from aopsam_lab.training import predictor as predictor_training
+from aopsam_lab.training import prompted
 from aopsam_lab.training import tiny_sam as training
 from aopsam_lab.training.elimination import try_settings
 from aopsam_lab.training.examples import PoolExamples, whole_picture
@@ -79,10 +80,10 @@ def test_several_processes_render_the_same_scenes(pool, tmp_path):
 
 
 def test_prompts_lie_where_they_should(pool):
-    data = training.PromptedPictures(parse_pools([f"{pool}:1"]), prompts=7, seed=0)
+    data = prompted.PromptedPictures(parse_pools([f"{pool}:1"]), prompts=7, seed=0)
     for _, sample in zip(range(12), data):
         h, w = sample["size"]
-        assert max(h, w) == training.IMG_SIZE and sample["masks"].shape == (7, 256, 256)
+        assert max(h, w) == prompted.IMG_SIZE and sample["masks"].shape == (7, 256, 256)
         assert not sample["image"][:, h:].any() and not sample["image"][:, :, w:].any()
         for mask, (x, y), box in zip(sample["masks"], sample["points"], sample["boxes"]):
             assert mask[int(y), int(x)], "a click lies on its mask"
@@ -99,21 +100,21 @@ def test_pasted_pieces_cover_what_lies_under_them():
     pieces[0, 8:20, 8:20] = True
     pieces[1, 50, 6] = True  # below the picture
     pieces[2] = True  # all of it: no piece
-    made, found = training.paste(np.random.default_rng(0), image, masks, other, pieces)
+    made, found = prompted.paste(np.random.default_rng(0), image, masks, other, pieces)
     assert len(found) == 2 and np.array_equal(found[1][:, :40], pieces[0][:40]) and not found[1][:, 40:].any()
     assert np.array_equal(found[0], masks[0] & ~found[1])
     assert (made[11:17, 11:17] == 200).all() and (made[:6] == 10).all() and (made[22:] == 10).all()
     assert (image == 10).all() and masks.sum() == 32 * 52, "what it was given stays"
-    assert np.array_equal(training.paste(np.random.default_rng(0), image, masks, other, pieces[:0])[1], masks)
+    assert np.array_equal(prompted.paste(np.random.default_rng(0), image, masks, other, pieces[:0])[1], masks)
 
 
 def test_pools_may_grow_while_they_are_drawn_from(pool, tmp_path, monkeypatch):
-    monkeypatch.setattr(training, "LOOK_AGAIN", 2)
+    monkeypatch.setattr(prompted, "LOOK_AGAIN", 2)
     first, second = sorted(pool.iterdir())[:2]
     shutil.copy(first, tmp_path)
-    read, real = [], training.read_entry
-    monkeypatch.setattr(training, "read_entry", lambda path: read.append(path.name) or real(path))
-    drawn = iter(training.PromptedPictures(parse_pools([f"{tmp_path}:1"]), prompts=1, seed=0))
+    read, real = [], prompted.read_entry
+    monkeypatch.setattr(prompted, "read_entry", lambda path: read.append(path.name) or real(path))
+    drawn = iter(prompted.PromptedPictures(parse_pools([f"{tmp_path}:1"]), prompts=1, seed=0))
     next(drawn)
     shutil.copy(second, tmp_path)
     for _ in range(30):

@@ -16,7 +16,7 @@ from aopsam_lab.data.sample import Sample
 from aopsam_lab.sam.tiny import IMG_SIZE
 from aopsam_lab.training.card import licence, pool_counts
 from aopsam_lab.training.pool import half_size, read_entry, resize_masks
-from aopsam_lab.training.tiny_sam import random_crop, teaching
+from aopsam_lab.training.prompted import random_crop, teaching
 
 ZOOMED = 0.25  # of the crops show a part of their picture: a predictor sees whole pictures later, and in those most things are small
 HELD_OUT = 20  # every 20th picture of a pool is for choosing, not for training
