@@ -122,6 +122,43 @@ def test_pools_may_grow_while_they_are_drawn_from(pool, tmp_path, monkeypatch):
     assert set(read) == {first.name, second.name}
 
 
+def test_what_is_held_out_is_never_trained_on(pool, tmp_path, monkeypatch):
+    monkeypatch.setattr(prompted, "HELD_OUT", 3)
+    monkeypatch.setattr(training, "HELD_OUT_PICTURES", 3)
+    monkeypatch.setattr(prompted, "LOOK_AGAIN", 2)
+    held = {path.name for path in pool.iterdir() if prompted.is_held_out(path)}
+    assert 0 < len(held) < 4, "the names of these four scenes fall on either side"
+    reads, real = [], prompted.read_entry
+    monkeypatch.setattr(prompted, "read_entry", lambda path: reads.append(path.name) or real(path))
+    drawn = iter(prompted.PromptedPictures(parse_pools([f"{pool}:1"]), 2, seed=0, keep=prompted.is_for_training))
+    for _ in range(12):
+        next(drawn)
+    assert reads and not held & set(reads)
+    command = ["--pools", f"{pool}:1", "--workdir", str(tmp_path), "--batch", "2", "--prompts", "4", "--workers", "0", "--device", "cpu"]
+    training.main([*command, "--steps", "2", "--hold-out"])
+    with open(tmp_path / "held_out.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert rows[-1]["step"] == "2" and {row["pool"] for row in rows} == {pool.name} and 0 <= float(rows[-1]["box"]) <= 1
+    assert json.loads((tmp_path / "about.json").read_text())["Data"].startswith(f"{4 - len(held)} of ")
+    monkeypatch.setattr(prompted, "HELD_OUT", 10**9)
+    with pytest.raises(ValueError, match="too few pictures"):
+        training.main([*command, "--steps", "3", "--hold-out"])
+
+
+def test_held_out_crops_are_the_same_every_time_and_weigh_alike(pool, monkeypatch):
+    monkeypatch.setattr(prompted, "HELD_OUT", 3)
+    monkeypatch.setattr(training, "HELD_OUT_PICTURES", 3)
+    batches = training.held_out_batches(parse_pools([f"{pool}:1"]), 2, batch=2)[pool.name]
+    again = training.held_out_batches(parse_pools([f"{pool}:1"]), 2, batch=3)[pool.name]
+    assert [len(batch["image"]) for batch in batches] == [2, 1] and torch.equal(torch.cat([b["masks"] for b in batches]), again[0]["masks"])
+
+    def forward(image, masks, **_):  # a mean over pictures, as the step gives
+        return dict.fromkeys(training.COLUMNS, masks.float().mean())
+
+    one, all_at_once = (training.held_out_quality(forward, {"": b}, torch.device("cpu"))[""] for b in (batches, again))
+    assert one == pytest.approx(all_at_once)
+
+
 def test_prompt_tokens_equal_the_prompt_encoder():
     torch.manual_seed(0)
     encoder = build_tiny_sam().prompt_encoder
@@ -228,7 +265,7 @@ def test_a_small_mask_gets_one_point_a_larger_one_until_it_is_full():
 
 def test_a_run_from_earlier_weights_draws_new_crops(pool, tmp_path, monkeypatch):
     seeds, real = [], training.PromptedPictures
-    monkeypatch.setattr(training, "PromptedPictures", lambda *args, seed: seeds.append(seed) or real(*args, seed=seed))
+    monkeypatch.setattr(training, "PromptedPictures", lambda *args, seed, keep: seeds.append(seed) or real(*args, seed=seed, keep=keep))
     save_file({k: v.contiguous() for k, v in build_tiny_sam().state_dict().items()}, tmp_path / "w.safetensors", {"steps": "7"})
     command = ["--pools", f"{pool}:1", "--workdir", str(tmp_path / "run"), "--batch", "1", "--prompts", "4", "--workers", "0"]
     training.main([*command, "--device", "cpu", "--steps", "1", "--init", str(tmp_path / "w.safetensors")])

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import itertools
 import math
+import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import cv2
@@ -23,19 +25,38 @@ PASTE_SHARE = 0.35  # of the crops: pieces of another picture are laid over thes
 PASTED, PASTED_AREA = 4, (0.004, 0.3)  # at most so many pieces, each of such a share of the picture
 LOOK_AGAIN = 2000  # pictures that a worker draws between two looks at what the pools hold
 ZOOMED = 0.5  # of the crops show a part of their picture, the others all of it
+HELD_OUT = 10  # one picture of so many is held out, where a training holds some out
+
+Keep = Callable[[Path], bool]
+
+
+def is_held_out(path: Path) -> bool:
+    """Whether a pool's entry is one to hold out: by its name, so that it stays so while the pool grows."""
+    return zlib.crc32(path.stem.encode()) % HELD_OUT == 0
+
+
+def is_for_training(path: Path) -> bool:
+    """Whether a pool's entry is trained on where some are held out."""
+    return not is_held_out(path)
 
 
 class PromptedPictures(IterableDataset):
     """Endless random crops with prompts, on some of them pieces of another picture (copy-paste).
 
-    Pools may grow meanwhile: what they hold is looked up again now and then. Yields ``image`` (3, S, S) uint8 in the model frame, ``size`` (h, w) of its unpadded part, ``masks`` (P, S, S)
-    bool, ``points`` (P, 2) and ``boxes`` (P, 4) in the model frame. The last ``round(P * BOX_SHARE)`` prompts are meant
-    to be boxes, the others clicks.
+    Pools may grow meanwhile: what they hold is looked up again now and then. Yields ``image`` (3, S, S) uint8 in the model
+    frame, ``size`` (h, w) of its unpadded part, ``masks`` (P, S, S) bool, ``points`` (P, 2) and ``boxes`` (P, 4) in the model
+    frame. The last ``round(P * BOX_SHARE)`` prompts are meant to be boxes, the others clicks.
+
+    keep: which of the pools' entries to draw from; None: all. Raises ValueError for a pool of which it leaves nothing.
     """
 
-    def __init__(self, pools: list[tuple[float, list[Path]]], prompts: int, seed: int):
-        self.pools, self.prompts, self.seed = pools, prompts, seed
+    def __init__(self, pools: list[tuple[float, list[Path]]], prompts: int, seed: int, keep: Keep | None = None):
+        self.prompts, self.seed, self.keep = prompts, seed, keep
+        self.pools = [(share, list(filter(keep, paths))) for share, paths in pools]
         self.shares = np.array([share for share, _ in pools]) / sum(share for share, _ in pools)
+        for (_, kept), (_, paths) in zip(self.pools, pools):
+            if not kept:
+                raise ValueError(f"{paths[0].parent} holds too few pictures ({len(paths)}) to hold some out: make more, or hold out none.")
 
     def __iter__(self):
         cv2.setNumThreads(1)
@@ -47,7 +68,7 @@ class PromptedPictures(IterableDataset):
             if sample is not None:
                 yield sample
             if drawn % LOOK_AGAIN == 0:
-                pools = [entries(paths[0].parent) for paths in pools]
+                pools = [list(filter(self.keep, entries(paths[0].parent))) for paths in pools]
 
     def _draw(self, rng: np.random.Generator, pools: list[list[Path]]) -> dict[str, np.ndarray] | None:
         def crop_of(pool: int) -> tuple[np.ndarray, np.ndarray]:
