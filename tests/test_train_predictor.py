@@ -188,7 +188,7 @@ def test_the_command_trains_stops_early_and_its_predictor_loads(photos, tmp_path
     assert "7 pictures in" in out and "GB free" in out
     with open(run / "curve.csv") as file:
         rows = list(csv.DictReader(file))
-    assert [row["step"] for row in rows] == ["2", "4", "6"] and {"held_loss", "recall_64"} <= set(rows[0])
+    assert [row["step"] for row in rows] == ["2", "4", "6", "7"] and {"held_loss", "recall_64"} <= set(rows[0])
     with Image.open(run / "curve.png") as drawn:
         assert drawn.size[0] > 600
     predictor = load_predictor("tiny", tmp_path / "mine.safetensors", "cpu")

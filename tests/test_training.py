@@ -283,9 +283,11 @@ def test_a_run_from_earlier_weights_draws_new_crops(pool, tmp_path, monkeypatch)
 def test_predictor_trains_from_its_cache_and_loads(pool, tmp_path, monkeypatch):
     from aopsam_lab.predictor import load_predictor
 
-    command = ["--pools", f"{pool}:1", "--workdir", str(tmp_path), "--crops", "4", "--batch", "2", "--log-every", "1"]
+    command = ["--pools", f"{pool}:1", "--workdir", str(tmp_path), "--crops", "4", "--batch", "2"]
     command += ["--minutes", "0.02", "--device", "cpu", "--held-out", "1"]
     predictor_training.main(command)
+    with open(tmp_path / "curve.csv") as file:
+        assert len(list(csv.DictReader(file))) == 1, "the end of a run is in its curve, however short it was"
     caches = {p: p.stat().st_mtime_ns for p in (tmp_path / "cache").glob("shard-*")}
     assert len(caches) == 1
     predictor_training.main(command)

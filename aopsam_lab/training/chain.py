@@ -39,7 +39,7 @@ class Budget:
     evaluation: int
 
 
-FULL = Budget(scenes=6000, tiny=570, threshold_pictures=16, crops=12000, predictor=8, detector=24, evaluation=200)
+FULL = Budget(scenes=6000, tiny=570, threshold_pictures=16, crops=16000, predictor=9, detector=70, evaluation=200)
 QUICK = Budget(scenes=48, tiny=2.5, threshold_pictures=2, crops=48, predictor=1, detector=1, evaluation=2)
 
 

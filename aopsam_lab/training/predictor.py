@@ -284,7 +284,7 @@ def train(args: argparse.Namespace) -> None:
             recent.append(loss.item())
             bar.update()
             bar.set_postfix(loss=f"{recent[-1]:.4f}", refresh=False)
-            if step % args.log_every == 0:
+            if step % args.log_every == 0 or progress() >= 1:  # a curve says where its training ended
                 found = {"held_loss": held_loss(sam, predictor.eval(), held, preset, args.peak_weight)}
                 found.update(recall(sam, predictor, held))
                 if found["held_loss"] < best:
