@@ -10,7 +10,9 @@ from scipy.ndimage import distance_transform_edt, uniform_filter
 
 from aopsam_lab.clicks import next_click, next_clicks, squared_depths
 from aopsam_lab.data import open_dataset
+from aopsam_lab.data.sample import Sample
 from aopsam_lab.decoding import encode
+from aopsam_lab.predictor import load_predictor
 from aopsam_lab.study import models, quality
 from aopsam_lab.study.figures import png
 
@@ -86,6 +88,21 @@ def test_every_truth_of_a_scene_is_prompted(sam):
     assert len(table) == len(sample.masks) and pairs.shape == (len(table), 3, 2)
     assert table[["box", "click_1", "click_2"]].stack().between(0, 1).all()
     assert np.allclose(table["click_1"], pairs[..., 1].max(1))
+
+
+def test_a_fifth_of_the_prompts_against_the_grid(sam):
+    scene = open_dataset("scenes", 1)[0]
+    images = [Sample("no truths", scene.image, scene.masks[:0]), scene, None]  # the last is never looked at: one was asked for
+    table = quality.against_grid(sam, load_predictor("tiny", device="cpu"), images, 1)
+    assert len(table) == 1 and 0 < table["n_decoded"][0] <= quality.BUDGET == 204
+    assert table[["aop", "amg_d"]].iloc[0].between(0.3, 1).all()
+
+
+def test_the_grids_lead_by_hand():
+    table = pd.DataFrame({"image": list("abc"), "aop": [0.5, 0.6, 0.7], "amg_d": [0.6, 0.7, 0.8], "n_decoded": [200, 201, 202]})
+    row = quality.budget_row("x", table)
+    assert (row["dataset"], row["n_images"], row["n_decoded"]) == ("x", 3, 201)
+    assert [row[k] for k in ("aop", "amg_d", "lead", "lead_lo", "lead_hi")] == pytest.approx([0.6, 0.7, 0.1, 0.1, 0.1])
 
 
 def test_learning_curves_are_read_from_the_cards():

@@ -61,6 +61,7 @@ def parser() -> argparse.ArgumentParser:
     models.add_argument("--weights", default=WEIGHTS, help="the folder of tiny_sam, predictor_tiny and detector .safetensors")
     models.add_argument("--n-images", type=int, default=200, help="evaluation scenes")
     models.add_argument("--photos", nargs="*", default=[], help="COCO-style folders to measure on as well")
+    models.add_argument("--n-compared", type=int, default=30, help="pictures of each on which AoP-SAM meets the 32 x 32 grid")
     for command in (report, index, readme, models):
         command.add_argument("--reports", default="reports", help="the folder of all reports (default: reports)")
     return top

@@ -127,10 +127,16 @@ def example_strip(sam, predictor, image: np.ndarray) -> tuple[bytes, dict[str, i
 
 
 def write_models_report(
-    reports: str | Path, weights: str | Path = WEIGHTS, n_images: int = 200, photos: Sequence[str | Path] = (), progress=iter
+    reports: str | Path,
+    weights: str | Path = WEIGHTS,
+    n_images: int = 200,
+    photos: Sequence[str | Path] = (),
+    n_compared: int = 30,
+    progress=iter,
 ) -> Path:
     """Measure the models in the folder ``weights`` on the first evaluation scenes and on all of each folder of photographs.
 
+    n_compared: first pictures of each on which AoP-SAM with a fifth of the prompts is compared with the 32 x 32 grid; 0: none.
     Writes ``models.html`` and ``models/*`` into ``reports``; returns the page's path.
     """
     weights = Path(weights)
@@ -139,16 +145,20 @@ def write_models_report(
     sam = load_sam("tiny", weights / "tiny_sam.safetensors", "cpu")
     predictor = load_predictor("tiny", weights / "predictor_tiny.safetensors", "cpu")
     detector = load_detector(weights / "detector.safetensors", "cpu")
-    rows, pairs, prompts = [], {}, {}
+    rows, budgets, pairs, prompts = [], [], {}, {}
     for name, images in datasets:
         prompted, pairs[name], prompts[name] = quality.measure(sam, predictor, detector, images, progress)
         rows.append(quality.summary_row(name, prompted, pairs[name], prompts[name]))
+        if n_compared:
+            budgets.append(quality.budget_row(name, quality.against_grid(sam, predictor, images, n_compared, progress)))
     summary = pd.DataFrame(rows)
     by_size = pd.concat([quality.recall_by_size(t).reset_index(names="size").assign(dataset=k) for k, t in prompts.items()])
     folder = Path(reports) / "models"
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / "models.csv", to_csv(summary))
     write_atomically(folder / "recall_by_size.csv", to_csv(by_size))
+    if budgets:
+        write_atomically(folder / "budget.csv", to_csv(pd.DataFrame(budgets)))
     write_atomically(folder / "learning_curves.png", figures.png(learning_curves(weights)))
     write_atomically(folder / "models.png", figures.png(quality_figure(summary, pairs, prompts)))
     strips = []
@@ -163,6 +173,7 @@ def write_models_report(
     shown = summary[list(COLUMNS)].rename(columns=COLUMNS)
     for column in shown.columns[3:]:
         shown[column] = [f"{v:.3f}" for v in shown[column]]
+    budget = _budget_section(pd.DataFrame(budgets)) if budgets else ""
     page = f"""<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -186,7 +197,7 @@ prompts, and how many of the true objects do their prompts reach?</p>
 masks, of which the best counts; further clicks, each where the mask is most wrong, give one. Spearman: rank correlation of
 predicted and true IoU over the three masks of every first click. Then the share of truths with at least one prompt on them.</p>
 <figure><img src="models/models.png" alt="Clicks to IoU, calibration of the predicted IoU, recall by object size"></figure>
-<h2>Learning curves</h2>
+{budget}<h2>Learning curves</h2>
 <figure><img src="models/learning_curves.png" alt="Learning curves of the three models"></figure>
 <h2>Examples</h2>
 <p>Picture; Prompt Confidence Map with the prompts whose masks were kept; masks. AoP-SAM with its default settings.</p>
@@ -198,6 +209,20 @@ predicted and true IoU over the three masks of every first click. Then the share
 </html>
 """
     return write_atomically(Path(reports) / "models.html", page)
+
+
+def _budget_section(table: pd.DataFrame) -> str:
+    shown = table[["dataset", "n_images"]].rename(columns={"dataset": "Pictures", "n_images": "n"})
+    for column, title in {"aop": "AoP-SAM mIoU %", "amg_d": "AMG-D mIoU %"}.items():
+        shown[title] = [f"{100 * v:.1f}" for v in table[column]]
+    shown["Prompts decoded"] = [f"{v:.0f}" for v in table["n_decoded"]]
+    interval = table[["lead", "lead_lo", "lead_hi"]].itertuples(index=False)
+    shown["AMG-D's lead"] = [f"{100 * lead:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]" for lead, low, high in interval]
+    return f"""<h2>Everything, with a fifth of the grid's prompts</h2>
+<div class="results">{html_table(shown)}</div>
+<p class="muted">AoP-SAM with its default settings and at most {quality.BUDGET} prompts decoded, against the 32 x 32 grid's 1,024, on the first
+pictures of each set; the lead with its paired 95% bootstrap interval.</p>
+"""
 
 
 def _jpeg(png: bytes) -> bytes:

@@ -19,12 +19,15 @@ from aopsam_lab.data import Dataset
 from aopsam_lab.data.points import pole
 from aopsam_lab.data.sample import Sample
 from aopsam_lab.decoding import Encoded, decode_batch, encode, full_resolution, image_decoder
+from aopsam_lab.evaluator import evaluate, mean_interval
 from aopsam_lab.methods import METHODS, Models
+from aopsam_lab.pipeline import run_method
 
 CLICKS = 5
 SIZES = (0, 0.002, 0.01, 0.05, 1)  # of a truth's area in its picture's: edges of the classes that recall is given for
 SIZE_NAMES = ("below 0.2%", "0.2% to 1%", "1% to 5%", "above 5%")
 TOP = 64  # candidates of the Prompt Predictor that recall counts
+BUDGET = 1024 // 5  # prompts that AoP-SAM may decode where it is compared with the 32 x 32 grid: a fifth of the grid's
 
 
 @torch.inference_mode()
@@ -140,6 +143,32 @@ def measure(sam: Sam, predictor, detector, images: Dataset, progress=iter) -> tu
         pairs.append(pair.reshape(-1, 2))
         prompts.append(prompts_on_truths(sam, predictor, detector, sample).assign(image=sample.id))
     return pd.concat(prompted, ignore_index=True), np.concatenate(pairs), pd.concat(prompts, ignore_index=True)
+
+
+def against_grid(sam: Sam, predictor, images: Dataset, count: int, progress=iter) -> pd.DataFrame:
+    """AoP-SAM with at most ``BUDGET`` prompts and the whole 32 x 32 grid on the first ``count`` pictures that have truths.
+
+    A row a picture: image, aop and amg_d (mIoU, greedy one-to-one), n_decoded (by AoP-SAM).
+    """
+    rows = []
+    for i in progress(range(len(images))):
+        if len(rows) == count:
+            break
+        sample = images[i]
+        if len(sample.masks):
+            encoded = encode(sam, sample.image)
+            found = run_method(sam, encoded, "aop", predictor, max_prompts=BUDGET)
+            grid = run_method(sam, encoded, "amg_d")
+            scores = (evaluate(sample.rles, result.masks).miou for result in (found, grid))
+            rows.append((sample.id, *scores, found.n_decoded))
+    return pd.DataFrame(rows, columns=["image", "aop", "amg_d", "n_decoded"])
+
+
+def budget_row(name: str, table: pd.DataFrame) -> dict[str, float | str | int]:
+    """One row a data set of ``against_grid``: means, and that of the grid's lead with its 95% interval over pictures."""
+    means = table.drop(columns="image").mean()
+    lead, low, high = mean_interval(table["amg_d"] - table["aop"])
+    return {"dataset": name, "n_images": len(table), **means.to_dict(), "lead": lead, "lead_lo": low, "lead_hi": high}
 
 
 def summary_row(name: str, prompted: pd.DataFrame, pairs: np.ndarray, prompts: pd.DataFrame) -> dict[str, float | str | int]:

@@ -71,7 +71,7 @@ def commands(workdir: Path, photos: list[Path], budget: Budget, weights: Path, e
         [f"{package}.detector", "--pools", f"{pools / 'scenes'}:1", *every, "--workdir", str(workdir / "detector")]
         + ["--minutes", str(budget.detector), "--out", str(weights / "detector.safetensors")],
         ["aopsam_lab.study", "models", "--weights", str(weights), "--reports", str(workdir / "reports")]
-        + ["--n-images", str(budget.evaluation), "--photos", *map(str, evaluate_on)],
+        + ["--n-images", str(budget.evaluation), "--n-compared", str(min(30, budget.evaluation)), "--photos", *map(str, evaluate_on)],
     ]
 
 
