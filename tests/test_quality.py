@@ -92,8 +92,8 @@ def test_every_truth_of_a_scene_is_prompted(sam):
 
 def test_a_fifth_of_the_prompts_against_the_grid(sam):
     scene = open_dataset("scenes", 1)[0]
-    images = [Sample("no truths", scene.image, scene.masks[:0]), scene, None]  # the last is never looked at: one was asked for
-    table = quality.against_grid(sam, load_predictor("tiny", device="cpu"), images, 1)
+    images = [Sample("no truths", scene.image, scene.masks[:0]), scene, None]  # the last is never looked at: two were asked for
+    table = quality.against_grid(sam, load_predictor("tiny", device="cpu"), images, 2)
     assert len(table) == 1 and 0 < table["n_decoded"][0] <= quality.BUDGET == 204
     assert table[["aop", "amg_d"]].iloc[0].between(0.3, 1).all()
 

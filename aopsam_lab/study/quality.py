@@ -146,14 +146,12 @@ def measure(sam: Sam, predictor, detector, images: Dataset, progress=iter) -> tu
 
 
 def against_grid(sam: Sam, predictor, images: Dataset, count: int, progress=iter) -> pd.DataFrame:
-    """AoP-SAM with at most ``BUDGET`` prompts and the whole 32 x 32 grid on the first ``count`` pictures that have truths.
+    """AoP-SAM with at most ``BUDGET`` prompts and the whole 32 x 32 grid on those of the first ``count`` pictures that have truths.
 
     A row a picture: image, aop and amg_d (mIoU, greedy one-to-one), n_decoded (by AoP-SAM).
     """
     rows = []
-    for i in progress(range(len(images))):
-        if len(rows) == count:
-            break
+    for i in progress(range(min(count, len(images)))):
         sample = images[i]
         if len(sample.masks):
             encoded = encode(sam, sample.image)
