@@ -138,6 +138,9 @@ def test_what_is_held_out_is_never_trained_on(pool, tmp_path, monkeypatch):
     training.main([*command, "--steps", "2", "--hold-out"])
     with open(tmp_path / "held_out.csv") as file:
         rows = list(csv.DictReader(file))
+    training.main([*command, "--steps", "2", "--hold-out"])
+    with open(tmp_path / "held_out.csv") as file:
+        assert list(csv.DictReader(file)) == rows, "a finished training adds nothing"
     assert rows[-1]["step"] == "2" and {row["pool"] for row in rows} == {pool.name} and 0 <= float(rows[-1]["box"]) <= 1
     assert json.loads((tmp_path / "about.json").read_text())["Data"].startswith(f"{4 - len(held)} of ")
     monkeypatch.setattr(prompted, "HELD_OUT", 10**9)
