@@ -37,8 +37,8 @@ if TYPE_CHECKING:
     from aopsam_lab.decoding import Encoded, Found
 
 # all of adaptive filtering, ours, from training scenes; `python -m aopsam_lab.training.elimination` shows what others give
-FIRST = 0.6  # of the points are decoded first: the strongest, which bring more than they cost even where a mask explains them
-REFERENCE_IOU = 0.7  # predicted IoU of a mask that may explain waiting points: a doubtful one explains what is not its own
+FIRST = 0.5  # of the points are decoded first: the strongest, which bring more than they cost even where a mask explains them
+REFERENCE_IOU = 0.5  # predicted IoU of a mask that may explain waiting points: a doubtful one explains what is not its own
 MAX_BOXES = 100
 SMALL = 512  # side of a model frame up to which one thread does the predictor's work: waking another can take ten times as long
 BOX_NMS_THRESH = 0.7  # of two masks whose boxes have a higher IoU the surer one stays, as in segment_anything
@@ -146,15 +146,15 @@ class FilteredProposal(Proposal):
             sure = sure[found.iou[sure] >= REFERENCE_IOU]
             if not len(sure):
                 return
-            coverage = asf.cell_coverage(asf.on_mask(found.low_res.index_select(0, sure), mask_threshold)) * self.valid
-            large = asf.filled_cells(coverage, self.valid).flatten(1).any(1)
-            sure = sure[large]
-            self._seen.append((coverage[large], found.prompt[sure], found.iou[sure], found.boxes[sure]))
+            coverage = asf.cell_coverage(asf.on_mask(found.low_res, sure, mask_threshold))
+            self._seen.append((coverage, found.prompt[sure], found.iou[sure], found.boxes[sure]))
 
     def _eliminate(self, coverage: Tensor, owners: Tensor, iou: Tensor, boxes: Tensor) -> None:
-        if not len(owners):
+        coverage = coverage * self.valid
+        large = asf.filled_cells(coverage, self.valid).flatten(1).any(1).nonzero()[:, 0]
+        if not len(large):
             return
-        distinct = nms(boxes.float(), iou, BOX_NMS_THRESH)
+        distinct = large[nms(boxes[large].float(), iou[large], BOX_NMS_THRESH)]
         coverage, owners = coverage[distinct], owners[distinct]
         waiting = self.waiting.nonzero()[:, 0]
         pems = asf.elimination_maps(self.features, asf.reference_features(self.features, coverage))

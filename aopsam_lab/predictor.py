@@ -48,14 +48,14 @@ class PromptPredictor(nn.Module):
             raise ValueError(f"a Prompt Predictor is made for embeddings at stride 8 or 16, not {stride}")
         self.embed_dim, self.stride = embed_dim, stride
         first = [_conv(3, 16, stride=2)] if stride == 8 else [_conv(3, 16, stride=2), _conv(16, 16, stride=2)]
-        self.image = nn.Sequential(*first, _conv(16, 32, stride=2), _conv(32, 32), _conv(32, 48, stride=2))  # (B, 48, h, w)
-        self.embed = _conv(embed_dim, 64, 1)
-        self.fuse = nn.Sequential(_conv(48 + 64, 64), _conv(64, 64), _conv(64, 64), nn.Conv2d(64, 1 + CELL**2, 1))
+        self.image = nn.Sequential(*first, _conv(16, 24, stride=2), _conv(24, 64, stride=2))  # (B, 64, h, w)
+        self.embed = _conv(embed_dim, 64, 1)  # as many, so that they are added: stacked, the next convolution would take twice as long
+        self.fuse = nn.Sequential(_conv(64, 64), _conv(64, 64), nn.Conv2d(64, 1 + CELL**2, 1))
         nn.init.constant_(self.fuse[-1].bias[0], -3.0)
 
     def cells(self, image: Tensor, embedding: Tensor) -> tuple[Tensor, Tensor]:
         """Of each cell of the embedding the logit of its worth (B, h, w), and those of the 16 places in it (B, 16, h, w)."""
-        out = self.fuse(torch.cat([self.image(image), self.embed(embedding)], 1))
+        out = self.fuse(self.image(image) + self.embed(embedding))
         return out[:, 0], out[:, 1:]
 
     def fold(self) -> PromptPredictor:

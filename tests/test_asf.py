@@ -1,3 +1,5 @@
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,7 @@ from skimage.feature import peak_local_max
 from aopsam_lab import asf
 from aopsam_lab.asf import AsfParams
 from aopsam_lab.decoding import Found
-from aopsam_lab.methods import FilteredProposal, Prompts, best_of_each
+from aopsam_lab.methods import FIRST, REFERENCE_IOU, FilteredProposal, Prompts, best_of_each
 
 
 def random_map(seed: int, side: int = 48) -> torch.Tensor:
@@ -94,6 +96,13 @@ def test_valid_cells_stop_at_the_padding():
     assert not asf.valid_cells((32, 256), 256, (4, 4)).any()
 
 
+@given(st.integers(1, 96), st.integers(1, 96), st.integers(1, 24), st.integers(1, 24))
+def test_valid_cells_are_those_whose_centres_lie_on_the_picture(high, wide, rows, columns):
+    ys, xs = ((np.arange(n) + 0.5) * 96 / n for n in (rows, columns))
+    wanted = (ys < high)[:, None] & (xs < wide)
+    assert np.array_equal(asf.valid_cells((high, wide), 96, (rows, columns)).numpy(), wanted)
+
+
 def two_tone() -> tuple[torch.Tensor, torch.Tensor]:
     """2 x 2 grid: left cells point one way, right cells the other, plus a large shared direction."""
     features = torch.zeros(2, 2, 2)
@@ -163,12 +172,14 @@ def test_a_mask_that_fills_no_cell_explains_nothing():
 def test_each_prompt_has_one_reference_and_a_logit_at_the_threshold_is_off_the_mask():
     iou, prompt = torch.tensor([0.5, 0.9, 0.7, 0.8]), torch.tensor([4, 4, 1, 1])
     assert best_of_each(iou, prompt, 6).tolist() == [1, 3]
-    assert asf.on_mask(torch.tensor([-1.0, 0.0, 0.5]), 0.0).tolist() == [False, False, True]
+    logits = torch.tensor([[-1.0, 0.0, 0.5], [9.0, 9.0, 9.0], [2.0, -0.1, 0.1]])
+    assert asf.on_mask(logits, torch.tensor([2, 0]), 0.0).tolist() == [[True, False, True], [False, False, True]]
 
 
 def test_of_two_masks_in_one_place_the_surer_explains():
-    prompts = Prompts(torch.zeros(4, 2), torch.linspace(0.9, 0.6, 4))
-    cells = torch.zeros(4, 2, dtype=torch.long)
+    count = math.floor(3 / FIRST)
+    prompts = Prompts(torch.zeros(count, 2), torch.linspace(0.9, 0.5, count))
+    cells = torch.zeros(count, 2, dtype=torch.long)
     whole = torch.ones(1, 4, dtype=torch.bool)
     proposal = FilteredProposal(prompts, cells=cells, valid=whole, features=torch.ones(1, 1, 4), elimination=0.5)
     assert proposal.next_round().tolist() == [0, 1, 2]
@@ -176,6 +187,15 @@ def test_of_two_masks_in_one_place_the_surer_explains():
     proposal.observe(Found(torch.ones(3, 4, 16), iou, iou, boxes, torch.arange(3), torch.ones(3, dtype=torch.bool)), 0.0)
     proposal.next_round()
     assert [prompt for prompt, _ in proposal.references] == [1, 2]
+
+
+def test_doubtful_masks_explain_nothing():
+    prompts, cells = Prompts(torch.zeros(2, 2), torch.tensor([0.9, 0.8])), torch.zeros(2, 2, dtype=torch.long)
+    whole = torch.ones(1, 4, dtype=torch.bool)
+    proposal = FilteredProposal(prompts, cells=cells, valid=whole, features=torch.ones(1, 1, 4), elimination=0.5)
+    first, iou = proposal.next_round(), torch.tensor([REFERENCE_IOU - 0.01])
+    proposal.observe(Found(torch.ones(1, 4, 16), iou, iou, torch.zeros(1, 4), first, torch.ones(1, dtype=torch.bool)), 0.0)
+    assert proposal.next_round().tolist() == [1] and not proposal.references
 
 
 def test_whitening_decorrelates():
