@@ -22,6 +22,7 @@ from torch import Tensor
 
 OWN_QUANTILE = 0.2  # from training scenes, with the constants of `methods`: see `aopsam_lab.training.elimination`
 RIDGE = 0.05  # added to the covariance's diagonal, in units of its mean, before it is inverted
+NO_COSINE = 0.5  # a PEM's value where a cell has no features, as on padding
 REFERENCE_WIDTH = 256  # smoothing and spacing are given in cells of a PCM this wide (ours: others scale by width / 256)
 
 
@@ -127,10 +128,18 @@ def component_prompts(pcm: Tensor, confidence: float = 0.2) -> tuple[Tensor, Ten
 # --- fine: adaptive filtering --------------------------------------------------------------------------------------------
 
 
-def valid_cells(input_size: tuple[int, int], img_size: int, grid: tuple[int, int], device: torch.device | str = "cpu") -> Tensor:
-    """(h, w) bool: cells of a grid over the model frame whose centres lie on the picture, not on its padding."""
+def cells_on_picture(input_size: tuple[int, int], img_size: int, grid: tuple[int, int]) -> tuple[int, int]:
+    """(rows, columns) of a grid over the model frame whose cells' centres lie on the picture, not on its padding.
+
+    input_size: (height, width) of the picture in the model frame, of which img_size is the side.
+    """
     # the centre of cell i lies at (i + 1/2) * img_size / cells; in whole numbers, as it may lie right on the edge
-    rows, columns = (max(0, -((img_size - 2 * side * cells) // (2 * img_size))) for side, cells in zip(input_size, grid))
+    return tuple(min(cells, max(0, -((img_size - 2 * side * cells) // (2 * img_size)))) for side, cells in zip(input_size, grid))
+
+
+def valid_cells(input_size: tuple[int, int], img_size: int, grid: tuple[int, int], device: torch.device | str = "cpu") -> Tensor:
+    """(h, w) bool: which cells are those of :func:`cells_on_picture`."""
+    rows, columns = cells_on_picture(input_size, img_size, grid)
     valid = torch.zeros(grid, dtype=torch.bool, device=device)
     valid[:rows, :columns] = True
     return valid
@@ -211,7 +220,7 @@ def elimination_maps(features: Tensor, references: Tensor) -> Tensor:
 
     features: (C, h, w), cells of unit length (or zero, where the PEM is one half). references: (n, C), of unit length.
     """
-    cosines = torch.addmm(references.new_full((1,), 0.5), references, features.flatten(1), alpha=0.5)  # their half, and a half
+    cosines = torch.addmm(references.new_full((1,), NO_COSINE), references, features.flatten(1), alpha=0.5)  # their half, and a half
     return cosines.clamp_(0, 1).unflatten(1, features.shape[1:])
 
 

@@ -111,13 +111,15 @@ class FilteredProposal(Proposal):
 
     Of masks that are duplicates of each other, as the pipeline has it at the end, the surest one is compared with what waits.
 
-    cells: (m, 2) long, each prompt's (row, column) on the h x w grid. valid: (h, w) bool.
-    features: (2C, h, w), see :func:`asf.elimination_features`.
+    cells: (m, 2) long, each prompt's (row, column) on the h x w grid. grid: (h, w).
+    features: (2C, h', w'), see :func:`asf.elimination_features`, and valid: (h', w') bool, of the part of the grid, top left,
+    that the prompts lie in: nothing is computed of padding.
     """
 
     cells: Tensor = None
     features: Tensor = None
     valid: Tensor = None
+    grid: tuple[int, int] = None
     elimination: float = 1.3
     gated: bool = False
 
@@ -146,7 +148,8 @@ class FilteredProposal(Proposal):
             sure = sure[found.iou[sure] >= REFERENCE_IOU]
             if not len(sure):
                 return
-            coverage = asf.cell_coverage(asf.on_mask(found.low_res, sure, mask_threshold))
+            rows, columns = (CELL * side for side in self.valid.shape)  # masks have as many cells as the PCM
+            coverage = asf.cell_coverage(asf.on_mask(found.low_res[:, :rows, :columns], sure, mask_threshold))
             self._seen.append((coverage, found.prompt[sure], found.iou[sure], found.boxes[sure]))
 
     def _eliminate(self, coverage: Tensor, owners: Tensor, iou: Tensor, boxes: Tensor) -> None:
@@ -164,7 +167,9 @@ class FilteredProposal(Proposal):
         self.eliminated_by[waiting[gone]] = by[gone]
         self.pem_value[waiting[gone]] = value[gone]
         self.waiting[waiting[gone]] = False
-        self.pems.extend(pems)
+        whole = pems.new_full((len(pems), *self.grid), asf.NO_COSINE)
+        whole[:, : pems.shape[1], : pems.shape[2]] = pems
+        self.pems.extend(whole)
         self.references.extend(zip(owners.tolist(), thresholds.tolist()))
 
 
@@ -254,10 +259,18 @@ class Aop:
         prompts = Prompts(encoded.to_image((cells.flip(1) + 0.5) * (size / pcm.shape[-1])), confidence)
         if not self.filtering:
             return Proposal(prompts, pcm)
-        valid = asf.valid_cells(encoded.input_size, size, grid, pcm.device)
-        features = asf.elimination_features(encoded.embedding[0], encoded.image_pe[0], valid)
+        rows, columns = (-(-part // CELL) for part in asf.cells_on_picture(encoded.input_size, size, pcm.shape))
+        valid = asf.valid_cells(encoded.input_size, size, grid, pcm.device)[:rows, :columns]
+        look, place = (x[0, :, :rows, :columns] for x in (encoded.embedding, encoded.image_pe))
         return FilteredProposal(
-            prompts, pcm, cells=cells // CELL, features=features, valid=valid, elimination=params.elimination, gated=self.gated
+            prompts,
+            pcm,
+            cells=cells // CELL,
+            features=asf.elimination_features(look, place, valid),
+            valid=valid,
+            grid=tuple(grid),
+            elimination=params.elimination,
+            gated=self.gated,
         )
 
 

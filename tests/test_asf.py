@@ -181,7 +181,7 @@ def test_of_two_masks_in_one_place_the_surer_explains():
     prompts = Prompts(torch.zeros(count, 2), torch.linspace(0.9, 0.5, count))
     cells = torch.zeros(count, 2, dtype=torch.long)
     whole = torch.ones(1, 4, dtype=torch.bool)
-    proposal = FilteredProposal(prompts, cells=cells, valid=whole, features=torch.ones(1, 1, 4), elimination=0.5)
+    proposal = FilteredProposal(prompts, cells=cells, valid=whole, features=torch.ones(1, 1, 4), grid=(1, 4), elimination=0.5)
     assert proposal.next_round().tolist() == [0, 1, 2]
     iou, boxes = torch.tensor([0.8, 0.9, 0.85]), torch.tensor([[0, 0, 9, 9], [0, 0, 9, 9], [20, 20, 29, 29]])
     proposal.observe(Found(torch.ones(3, 4, 16), iou, iou, boxes, torch.arange(3), torch.ones(3, dtype=torch.bool)), 0.0)
@@ -192,7 +192,7 @@ def test_of_two_masks_in_one_place_the_surer_explains():
 def test_doubtful_masks_explain_nothing():
     prompts, cells = Prompts(torch.zeros(2, 2), torch.tensor([0.9, 0.8])), torch.zeros(2, 2, dtype=torch.long)
     whole = torch.ones(1, 4, dtype=torch.bool)
-    proposal = FilteredProposal(prompts, cells=cells, valid=whole, features=torch.ones(1, 1, 4), elimination=0.5)
+    proposal = FilteredProposal(prompts, cells=cells, valid=whole, features=torch.ones(1, 1, 4), grid=(1, 4), elimination=0.5)
     first, iou = proposal.next_round(), torch.tensor([REFERENCE_IOU - 0.01])
     proposal.observe(Found(torch.ones(1, 4, 16), iou, iou, torch.zeros(1, 4), first, torch.ones(1, dtype=torch.bool)), 0.0)
     assert proposal.next_round().tolist() == [1] and not proposal.references
@@ -223,6 +223,15 @@ def test_elimination_features_are_half_look_half_place():
     assert torch.allclose(features[:8, valid].norm(dim=0), torch.full((30,), 0.5**0.5), atol=1e-5)
     assert torch.allclose(features[8:, valid].norm(dim=0), torch.full((30,), 0.5**0.5), atol=1e-5)
     assert features[:, ~valid].abs().max() == 0
+
+
+def test_padding_that_is_left_away_changes_no_features():
+    torch.manual_seed(1)
+    look, place, valid = torch.randn(8, 9, 9), torch.randn(8, 9, 9), torch.zeros(9, 9, dtype=torch.bool)
+    valid[:6, :7] = True
+    whole = asf.elimination_features(look, place, valid)
+    part = asf.elimination_features(look[:, :7, :7], place[:, :7, :7], valid[:7, :7])
+    assert torch.allclose(part, whole[:, :7, :7], atol=1e-5)
 
 
 def test_gate_spares_the_like_object_elsewhere():

@@ -7,7 +7,7 @@ from pycocotools import mask as coco_mask
 from segment_anything import SamAutomaticMaskGenerator, SamPredictor
 
 from aopsam_lab import decoding, pipeline
-from aopsam_lab.asf import AsfParams
+from aopsam_lab.asf import NO_COSINE, AsfParams
 from aopsam_lab.data.scenes import render, scene
 from aopsam_lab.methods import FIRST, METHODS, Models, method_named
 from aopsam_lab.decoding import encode
@@ -114,6 +114,14 @@ def test_elimination_values_are_on_the_maps(sam, predictor, pictures):
         x, y = encoded.to_model(torch.tensor([row["x"], row["y"]])).tolist()
         cell = int(y / result.model_size * side), int(x / result.model_size * side)
         assert result.pem(int(row["by"]))[cell] == pytest.approx(row["pem"], abs=1e-6)
+
+
+def test_elimination_maps_cover_the_padding_too(sam, predictor, pictures):
+    result = run_method(sam, encode(sam, pictures[0][:100]), "aop", predictor, params=AsfParams(confidence=0.05))
+    h, w = sam.prompt_encoder.image_embedding_size
+    rows = math.ceil(result.input_size[0] * h / result.model_size)
+    assert result.pems.shape[1:] == (h, w) and rows < h
+    assert (result.pems[:, rows:] == NO_COSINE).all() and (result.pems[:, : rows - 1] != NO_COSINE).any((1, 2)).all()
 
 
 def test_prompts_never_lie_on_the_padding(sam, predictor):
