@@ -155,7 +155,7 @@ def test_a_mask_that_fills_no_cell_explains_nothing():
     """Cells at 20, -20, 0 and 90 degrees; a mask on the first two looks most like the third."""
     angles = torch.tensor([[20.0, -20.0, 0.0, 90.0]]).deg2rad()
     prompts = Prompts(torch.zeros(2, 2), torch.tensor([0.9, 0.8]))
-    waiting = dict(cells=torch.tensor([[0, 0], [0, 2]]), valid=torch.ones(1, 4, dtype=torch.bool), elimination=1.0)
+    waiting = dict(cells=torch.tensor([[0, 0], [0, 2]]), valid=torch.ones(1, 4, dtype=torch.bool), grid=(1, 4), elimination=1.0)
     for rows, gone in ((4, True), (2, True), (1, False)):  # of four in a cell
         proposal = FilteredProposal(prompts, features=torch.stack([angles.cos(), angles.sin()]), **waiting)
         proposal.waiting[0] = False  # the first prompt has been decoded
