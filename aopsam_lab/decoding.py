@@ -28,7 +28,9 @@ from aopsam_lab.sam.zoo import SamSpec
 STABILITY_OFFSET = 1.0
 # Pixels of the embedding, times prompts decoded at a time: what stays in a CPU's cache, what fills a GPU.
 DECODE_PIXELS = {"cpu": 1 << 14, "cuda": 1 << 20}
-KEPT_LOGITS = 32 << 20  # bytes of masks that wait for duplicates to be removed; beyond it they are encoded first
+# Bytes of masks that wait for duplicates to be removed, at least, and as masks of the picture's own size, of which the stock
+# generator holds 192. Beyond it they are encoded first: the larger the picture, the longer that takes
+KEPT_LOGITS, KEPT_MASKS = 32 << 20, 16
 MIN_DECODE_BATCH = 4  # fewer would read the decoder's weights too often
 
 
@@ -195,12 +197,14 @@ def decode_and_filter(
 
 
 def encode_early(sam: Sam, encoded: Encoded, found: list[Found]) -> None:
-    """Where the logits of all masks found so far take more than KEPT_LOGITS, encode the masks and let the logits go.
+    """Where the logits of all masks found so far take more than KEPT_LOGITS and what KEPT_MASKS masks take at the picture's
+    size, encode the masks and let the logits go.
 
     Most of them will be duplicates, encoded for nothing; so that memory does not grow with the prompts tried.
     """
     waiting = [part for part in found if part.masks is None]
-    if sum(part.low_res.nbytes for part in waiting) > KEPT_LOGITS:
+    height, width = encoded.image.shape[:2]
+    if sum(part.low_res.nbytes for part in waiting) > max(KEPT_LOGITS, KEPT_MASKS * height * width * 4):
         for part in waiting:
             part.masks = _encoded_masks(sam, encoded, part.low_res, torch.arange(len(part.iou), device=part.iou.device))
             part.low_res = part.low_res.new_zeros(0, *part.low_res.shape[1:])

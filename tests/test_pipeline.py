@@ -1,5 +1,6 @@
 import math
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -87,6 +88,10 @@ def test_masks_encoded_early_are_the_same_and_their_logits_are_gone(sam, predict
         return remove(sam, encoded, found)
 
     monkeypatch.setattr(pipeline, "remove_duplicates", watched)
+    monkeypatch.setattr(decoding, "KEPT_LOGITS", 0)
+    run_method(sam, encode(sam, cv2.resize(pictures[0], (960, 960))), method, predictor)
+    assert waiting.pop(), "of a larger picture more logits wait"
+    monkeypatch.setattr(decoding, "KEPT_MASKS", 0)
     for kept in (0, 200 << 10):  # none, and what a few masks take
         monkeypatch.setattr(decoding, "KEPT_LOGITS", kept)
         early = run_method(sam, encode(sam, pictures[0]), method, predictor)
