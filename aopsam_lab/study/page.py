@@ -216,7 +216,7 @@ COLUMN_NOTES = (
     "in points. Best match: truths may share a prediction. Inf_Lat: embedding and picture in, prompts out. Mask_Lat: "
     "prompts in, filtered masks out. Total: both and the image encoder. Times and counts are means per image. Peak: "
     "memory beyond the loaded models, in a process of its own (on CUDA the whole peak allocation). AMG-D, stock: the same "
-    "grid run by segment_anything's own generator, on the first three images only, as it is slow."
+    "grid run by segment_anything's own generator, on the first images only, as it is slow."
 )
 
 
