@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from aopsam_lab.predictor import PromptPredictor
     from aopsam_lab.decoding import Encoded, Found
 
-# all of adaptive filtering, ours, from training scenes; `python -m aopsam_lab.training.elimination` shows what others give
+# all of adaptive filtering, ours, from training pictures; `python -m aopsam_lab.training.elimination` shows what others give
 FIRST = 0.5  # of the points are decoded first: the strongest, which bring more than they cost even where a mask explains them
 REFERENCE_IOU = 0.5  # predicted IoU of a mask that may explain waiting points: a doubtful one explains what is not its own
 MAX_BOXES = 100
