@@ -181,8 +181,10 @@ def elimination_features(embedding: Tensor, image_pe: Tensor, valid: Tensor) -> 
 
 
 def on_mask(logits: Tensor, index: Tensor, threshold: float) -> Tensor:
-    """``logits[index] > threshold``, index (n,) long; on a CPU mask by mask, so that no logits are copied, and by NumPy, which
-    takes a sixth of torch's time for it."""
+    """``logits[index] > threshold``: logits (N, H, W), index (n,) long -> (n, H, W) bool.
+
+    On a CPU mask by mask, so that no logits are copied, and by NumPy, which takes a sixth of torch's time for it.
+    """
     if logits.device.type != "cpu":
         return logits[index] > threshold
     all_of_them, on = logits.numpy(), np.empty((len(index), *logits.shape[1:]), bool)

@@ -197,10 +197,10 @@ def decode_and_filter(
 
 
 def encode_early(sam: Sam, encoded: Encoded, found: list[Found]) -> None:
-    """Where the logits of all masks found so far take more than KEPT_LOGITS and what KEPT_MASKS masks take at the picture's
-    size, encode the masks and let the logits go.
+    """Where the logits of all masks found so far take more than KEPT_LOGITS, and more than KEPT_MASKS float masks at the
+    picture's size, encode the masks and let the logits go.
 
-    Most of them will be duplicates, encoded for nothing; so that memory does not grow with the prompts tried.
+    Most of them will be duplicates, encoded for nothing; so that memory does not grow with the prompts tried beyond that.
     """
     waiting = [part for part in found if part.masks is None]
     height, width = encoded.image.shape[:2]
