@@ -88,18 +88,18 @@ def examples_figure(examples: Sequence[Example], methods: Sequence[str]) -> Figu
     columns = 1 + len(methods)
     heights = [example.image.shape[0] / example.image.shape[1] for example in examples]
     width = 3.5
-    figure = Figure(figsize=(width * columns, width * sum(heights) + 0.3 * len(examples)), dpi=110, facecolor="white")
+    figure = Figure(figsize=(width * columns, width * sum(heights) + 0.5 * len(examples)), dpi=110, facecolor="white")
     figure.set_layout_engine("constrained", w_pad=0.04, h_pad=0.05)
     grid = figure.subplots(len(examples), columns, squeeze=False, gridspec_kw={"height_ratios": heights})
     for row, example in zip(grid, examples):
-        _picture(row[0], example.image, example.truths, f"truth: {len(example.truths)} masks")
+        _picture(row[0], example.image, example.truths, f"truth\n{len(example.truths)} masks")
         for axes, method in zip(row[1:], methods):
             found = example.detail.get(method)
             if found is None:
-                _picture(axes, example.image, [], f"{tables.title(method)}: not run on this image")
+                _picture(axes, example.image, [], f"{tables.title(method)}\nnot run on this image")
                 continue
             decoded = sum(status not in ("eliminated", "not_reached") for _, _, status in found["prompts"])
-            text = f"{tables.title(method)}: {len(found['masks'])} masks, {decoded} prompts decoded"
+            text = f"{tables.title(method)}\n{len(found['masks'])} masks, {decoded} prompts decoded"  # on one line they met the next
             _picture(axes, example.image, found["masks"], text)
             for status, colour in _PROMPT_COLOURS.items():
                 points = np.array([p[:2] for p in found["prompts"] if p[2] == status], dtype=float).reshape(-1, 2)
