@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-OWN_QUANTILE = 0.2  # from training pictures, with the constants of `methods`: see `aopsam_lab.training.elimination`
+OWN_QUANTILE = 0.1  # from training pictures, with the constants of `methods`: see `aopsam_lab.training.elimination`
 RIDGE = 0.05  # added to the covariance's diagonal, in units of its mean, before it is inverted
 NO_COSINE = 0.5  # a PEM's value where a cell has no features, as on padding
 REFERENCE_WIDTH = 256  # smoothing and spacing are given in cells of a PCM this wide (ours: others scale by width / 256)
@@ -102,11 +102,12 @@ def local_maxima(score: Tensor, threshold: float, spacing: int) -> tuple[Tensor,
 def sample_prompts(pcm: Tensor, smoothing: float = 2.0, confidence: float = 0.2, spacing: float = 6.0) -> tuple[Tensor, Tensor]:
     """Adaptive sampling: peaks of the smoothed PCM (H, W) in [0, 1].
 
-    ``smoothing`` and ``spacing`` are in cells of a 256-wide PCM. Returns (n, 2) long cells (row, column) of the PCM and (n,)
-    confidences (values of the smoothed map), strongest first.
+    ``smoothing`` and ``spacing`` are in cells of a 256-wide PCM. A window has the whole cells that lie within the spacing: on a map
+    160 wide 6 means 3.75, and so 3 to each side. Returns (n, 2) long cells (row, column) of the PCM and (n,) confidences (values
+    of the smoothed map), strongest first.
     """
     scale = pcm.shape[-1] / REFERENCE_WIDTH
-    return local_maxima(smooth(pcm, smoothing * scale), confidence, max(1, round(spacing * scale)))
+    return local_maxima(smooth(pcm, smoothing * scale), confidence, max(1, int(spacing * scale + 1e-6)))
 
 
 def component_prompts(pcm: Tensor, confidence: float = 0.2) -> tuple[Tensor, Tensor]:

@@ -66,6 +66,14 @@ def test_parameters_scale_with_the_map():
     assert asf.sample_prompts(small, 0, 0.2, 4)[0].tolist() == [[20, 20], [20, 22], [50, 9]]
 
 
+def test_a_window_has_the_whole_cells_within_the_spacing():
+    x = torch.zeros(160, 160)
+    x[80, 80], x[80, 83], x[80, 87], x[40, 40], x[44, 40] = 1.0, 0.9, 0.8, 0.7, 0.6
+    # at a width of 160 a spacing of 6 (of 256) is 3.75 cells: three away is within it, four is not
+    assert asf.sample_prompts(x, 0, 0.2, 6)[0].tolist() == [[80, 80], [80, 87], [40, 40], [44, 40]]
+    assert len(asf.sample_prompts(x, 0, 0.2, 6.4)[0]) == 2, "6.4 is four cells, exactly"
+
+
 def test_nothing_above_confidence_is_no_prompt():
     cells, values = asf.sample_prompts(torch.full((32, 32), 0.1))
     assert cells.shape == (0, 2) and values.shape == (0,)
@@ -147,7 +155,7 @@ def test_threshold_is_the_larger_of_mean_and_own_quantile():
     mean = (0.9 + 0.8 + 0.7 + 0.6 + 3 * 0.2) / 7
     coverage = torch.tensor([[[1.0, 0.5, 1.0, 1.0], [0.4, 0, 0, 1.0]]])  # own cells: the first row
     assert asf.elimination_thresholds(pem, coverage, valid, 1.7).item() == pytest.approx(1.7 * mean)
-    assert asf.elimination_thresholds(pem, coverage, valid, 1.0).item() == pytest.approx(0.66)  # 0.2 of the way from 0.6 to 0.9
+    assert asf.elimination_thresholds(pem, coverage, valid, 1.0).item() == pytest.approx(0.63)  # 0.1 of the way from 0.6 to 0.9
     assert asf.elimination_thresholds(pem, coverage * 0.3, valid, 1.0).item() == pytest.approx(mean)
 
 

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from aopsam_lab.sam.efficientnet import BLOCKS, MEAN, STD, EfficientNetLite0
-from aopsam_lab.sam.tiny import PIXEL_MEAN, PIXEL_STD, build_tiny_sam
+from aopsam_lab.sam.tiny import IMG_SIZE, PIXEL_MEAN, PIXEL_STD, build_tiny_sam
 from aopsam_lab.training import tiny_sam as training
 from aopsam_lab.training.backbone import installed_file, load_backbone
 
@@ -57,7 +57,7 @@ def test_another_networks_file_is_refused(tmp_path):
 
 def test_what_joins_the_backbone_starts_at_nothing_and_learns_faster():
     sam = build_tiny_sam().eval()
-    encoder, picture = sam.image_encoder, torch.randn(1, 3, 256, 256)
+    encoder, picture = sam.image_encoder, torch.randn(1, 3, IMG_SIZE, IMG_SIZE)
     with torch.no_grad():
         before = encoder(picture)
         for p in encoder.backbone.parameters():

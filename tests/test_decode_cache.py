@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import fields
 
 import numpy as np
@@ -179,7 +180,7 @@ def test_nothing_of_another_picture_model_or_threshold(sam, predictor, pictures,
 @torch.inference_mode()
 def test_memory_is_bounded_and_what_is_forgotten_is_decoded_again(sam, predictor, encoded):
     prompts = proposal(encoded, predictor, confidence=0.0).prompts
-    one_mask = 4 * 128 * 128
+    one_mask = 4 * math.prod(sam.prompt_encoder.mask_input_size)
     cache = DecodeCache(sam, encoded, max_bytes=8 * one_mask)
     index = torch.arange(min(40, len(prompts)))
     for part in (*index.split(10), *index.split(10)):

@@ -19,7 +19,7 @@ from aopsam_lab.data import open_dataset
 from aopsam_lab.decoding import encode
 from aopsam_lab.predictor import load_predictor
 from aopsam_lab.sam.mobile import build_mobile_sam
-from aopsam_lab.sam.tiny import build_tiny_sam
+from aopsam_lab.sam.tiny import IMG_SIZE, build_tiny_sam
 from aopsam_lab.training import embedding_cache
 from aopsam_lab.training.embedding_cache import EmbeddingCache
 from aopsam_lab.training.examples import DatasetExamples, PoolExamples
@@ -55,7 +55,7 @@ def tiny():
     return build_tiny_sam().eval().requires_grad_(False)
 
 
-draw = target_of("paper", (128, 128))
+draw = target_of("paper", (IMG_SIZE // 2, IMG_SIZE // 2))
 
 
 def filled(sam, photos, folder, limit=None, **key):
@@ -68,9 +68,9 @@ def filled(sam, photos, folder, limit=None, **key):
 def test_a_target_has_its_bumps_at_the_data_sets_own_points(tiny, photos):
     dataset = open_dataset(f"sa1b:{photos}")
     image, target = DatasetExamples(dataset, tiny, 2).entry(0, draw)
-    assert image.shape == (round(HEIGHT * 256 / WIDTH), 256, 3)
+    assert image.shape == (round(HEIGHT * IMG_SIZE / WIDTH), IMG_SIZE, 3)
     peaks = {(int(y), int(x)) for y, x in np.argwhere(target == 1)}
-    scale = 256 / WIDTH / 2  # PCM cells a pixel
+    scale = IMG_SIZE / WIDTH / 2  # PCM cells a pixel
     assert peaks == {(int(y * scale), int(x * scale)) for x, y in dataset[0].points}
 
 
@@ -84,7 +84,7 @@ def test_without_points_the_bumps_are_at_the_poles(tiny, photos, monkeypatch):
     peaks = np.argwhere(target == 1)
     assert len(peaks) == len(points) and not np.array_equal(target, with_points)
     for x, y in points * (
-        256 / WIDTH / 2
+        IMG_SIZE / WIDTH / 2
     ):  # of a disc the pole is the centre, moved to a cell of the embedding at most
         assert np.abs(peaks - (y, x)).max(1).min() <= 3
 
@@ -167,10 +167,10 @@ def test_a_cache_that_was_stopped_goes_on_and_grows(tiny, photos, tmp_path, monk
 
 def test_the_room_is_told_before_anything_is_made(tiny, tmp_path, capsys):
     cache = EmbeddingCache(tmp_path, tiny, 100_000, {})
-    with pytest.raises(OSError, match=r"needs 31.1 GB and may take 3.0 GB.*--limit 96.. would fit"):
+    with pytest.raises(OSError, match=r"needs 48.6 GB and may take 3.0 GB.*--limit 61.. would fit"):
         cache.fill(tiny, lambda row: pytest.fail("nothing is read"), most_gb=3)
     assert "100,000 pictures" in capsys.readouterr().out
-    assert cache.megabytes()["embeddings"] == 100_000 * 128 * 32 * 32 * 2 / 1e6
+    assert cache.megabytes()["embeddings"] == 100_000 * 128 * 40 * 40 * 2 / 1e6
 
 
 def test_ten_thousand_embeddings_of_vit_h_are_21_gb(tmp_path):
@@ -242,7 +242,7 @@ def test_what_cannot_be_is_said_in_one_line(photos, tmp_path, capsys):
     assert "two at least" in capsys.readouterr().err
     assert cli.main([*command, f"sa1b:{photos}", "--max-gb", "0.0001"]) == 2
     assert "Take fewer pictures" in capsys.readouterr().err
-    with pytest.raises(ValueError, match="256 pixels, this one has 1024: train it on --data"):
+    with pytest.raises(ValueError, match="320 pixels, this one has 1024: train it on --data"):
         PoolExamples([(1.0, [])], build_mobile_sam(), 1, 1, 0)
 
 

@@ -83,7 +83,7 @@ def test_prompts_lie_where_they_should(pool):
     data = prompted.PromptedPictures(parse_pools([f"{pool}:1"]), prompts=7, seed=0)
     for _, sample in zip(range(12), data):
         h, w = sample["size"]
-        assert max(h, w) == prompted.IMG_SIZE and sample["masks"].shape == (7, 256, 256)
+        assert max(h, w) == prompted.IMG_SIZE and sample["masks"].shape == (7, prompted.IMG_SIZE, prompted.IMG_SIZE)
         assert not sample["image"][:, h:].any() and not sample["image"][:, :, w:].any()
         for mask, (x, y), box in zip(sample["masks"], sample["points"], sample["boxes"]):
             assert mask[int(y), int(x)], "a click lies on its mask"
@@ -165,7 +165,7 @@ def test_held_out_crops_are_the_same_every_time_and_weigh_alike(pool, monkeypatc
 def test_prompt_tokens_equal_the_prompt_encoder():
     torch.manual_seed(0)
     encoder = build_tiny_sam().prompt_encoder
-    points, boxes = torch.rand(2, 5, 2) * 256, torch.rand(2, 3, 4) * 256
+    points, boxes = torch.rand(2, 5, 2) * prompted.IMG_SIZE, torch.rand(2, 3, 4) * prompted.IMG_SIZE
     with torch.no_grad():
         ours = training.prompt_tokens(encoder, points, boxes)
         for i in range(2):
@@ -174,10 +174,29 @@ def test_prompt_tokens_equal_the_prompt_encoder():
             assert torch.equal(ours[i], torch.cat([clicks, corners]))
 
 
-        several, labels = torch.rand(2, 4, 3, 2) * 256, torch.randint(0, 2, (2, 4, 3))
+        several, labels = torch.rand(2, 4, 3, 2) * prompted.IMG_SIZE, torch.randint(0, 2, (2, 4, 3))
         ours = training.click_tokens(encoder, several, labels)
         for i in range(2):
             assert torch.equal(ours[i], encoder(points=(several[i], labels[i]), boxes=None, masks=None)[0])
+
+
+def test_weights_of_another_size_begin_with_their_positions_stretched(tmp_path):
+    sam = build_tiny_sam()
+    weights = {key: value.half().contiguous() if value.is_floating_point() else value for key, value in sam.state_dict().items()}
+    save_file(weights, tmp_path / "same.safetensors", metadata={"steps": "7"})
+    same, steps = training.read_start(str(tmp_path / "same.safetensors"), sam)
+    assert steps == 7 and all(torch.equal(same[key], value.float()) for key, value in weights.items())
+    key, side = "image_encoder.pos_embed", prompted.IMG_SIZE // 16
+    small = torch.zeros(1, 8, 8, weights[key].shape[2])
+    small[..., 0], small[..., 1] = torch.arange(8)[:, None], torch.arange(8)  # a cell's row and column
+    save_file({**weights, key: small.flatten(1, 2)}, tmp_path / "small.safetensors")
+    start, steps = training.read_start(str(tmp_path / "small.safetensors"), sam)
+    found = start[key].unflatten(1, (side, side))[0]
+    sam.load_state_dict(start)
+    at = (torch.arange(side) + 0.5) * 8 / side - 0.5  # the same place, in cells of the small grid
+    inside = (at > 1) & (at < 6)
+    assert steps == 0 and torch.allclose(found[inside][:, :, 0], at[inside][:, None].expand(-1, side), atol=0.05)
+    assert torch.allclose(found[:, inside, 1], at[inside].expand(side, -1), atol=0.05) and not found[..., 2:].any()
 
 
 def test_mask_loss_and_iou_by_hand():
@@ -190,8 +209,9 @@ def test_mask_loss_and_iou_by_hand():
 
 
 def test_masks_are_enlarged_as_sam_does_it():
-    logits = torch.randn(2, 3, 2, 128, 128)
-    theirs = build_tiny_sam().postprocess_masks(logits.flatten(0, 1), (256, 256), (256, 256))
+    side = (prompted.IMG_SIZE, prompted.IMG_SIZE)
+    logits = torch.randn(2, 3, 2, side[0] // 2, side[1] // 2)
+    theirs = build_tiny_sam().postprocess_masks(logits.flatten(0, 1), side, side)
     assert torch.allclose(training.enlarged(logits).flatten(0, 1), theirs, atol=1e-6)
 
 
@@ -299,8 +319,8 @@ def test_predictor_trains_from_its_cache_and_loads(pool, tmp_path, monkeypatch):
     predictor_training.main(command)
     assert {p: p.stat().st_mtime_ns for p in caches} != caches, "but not kept where the targets would be others"
     predictor = load_predictor(path=tmp_path / "predictor.safetensors", device="cpu")
-    pcm = predictor(torch.zeros(1, 3, 256, 256), torch.zeros(1, 128, 32, 32))
-    assert pcm.shape == (1, 1, 128, 128) and 0 <= pcm.min() and pcm.max() <= 1
+    pcm = predictor(torch.zeros(1, 3, 320, 320), torch.zeros(1, 128, 40, 40))
+    assert pcm.shape == (1, 1, 160, 160) and 0 <= pcm.min() and pcm.max() <= 1
     with open(tmp_path / "curve.csv") as file:
         assert {"loss", "recall_64", "candidates"} <= set(next(csv.DictReader(file)))
 

@@ -12,7 +12,7 @@ from segment_anything import SamAutomaticMaskGenerator, SamPredictor, sam_model_
 from segment_anything.modeling import Sam
 
 from aopsam_lab.sam.mobile import build_mobile_sam
-from aopsam_lab.sam.tiny import build_tiny_sam
+from aopsam_lab.sam.tiny import IMG_SIZE, build_tiny_sam
 from aopsam_lab.sam.zoo import MODELS, identify, load_sam, resolve_device, spec_of
 
 
@@ -74,7 +74,7 @@ def test_half_precision_stays_inside_the_image_encoder():
     assert half.spec.half and not whole.spec.half
     kinds = {name.split(".")[0]: value.dtype for name, value in half.named_parameters()}
     assert kinds == {"image_encoder": torch.float16, "prompt_encoder": torch.float32, "mask_decoder": torch.float32}
-    picture = torch.randn(1, 3, 256, 256, generator=torch.Generator().manual_seed(0))
+    picture = torch.randn(1, 3, IMG_SIZE, IMG_SIZE, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         expected, found = whole.image_encoder(picture), half.image_encoder(picture)
     assert found.dtype == torch.float32

@@ -2,9 +2,9 @@
 
 It is a plain ``segment_anything.modeling.Sam``, so everything written for SAM runs on it.
 
-Where the multiply-adds go, for one 256 x 256 picture (2.6 G in all): convolutions where pixels are many and channels few
+Where the multiply-adds go, for one 320 x 320 picture (4.1 G in all): convolutions where pixels are many and channels few
 (stride 4 and 8), attention where tokens are few (stride 16), and a neck that brings both together at stride 8. Beside them, what
-a network trained on ImageNet sees (0.3 G) joins both scales: the photographs here are too few to learn that from.
+a network trained on ImageNet sees (0.5 G) joins both scales: the photographs here are too few to learn that from.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from aopsam_lab.sam.efficientnet import CHANNELS_8, CHANNELS_16, EfficientNetLite0
 
-IMG_SIZE = 256
+IMG_SIZE = 320
 STRIDE = 8
 WIDTH = 128  # channels of the image embedding and of the mask decoder
 PIXEL_MEAN, PIXEL_STD = [123.675, 116.28, 103.53], [58.395, 57.12, 57.375]  # as every SAM's
@@ -104,7 +104,7 @@ class TinyEncoder(nn.Module):
 
 
 def build_tiny_sam() -> Sam:
-    """An untrained tiny SAM: 256 x 256 input, embedding 128 x 32 x 32, low-resolution masks 128 x 128."""
+    """An untrained tiny SAM: 320 x 320 input, embedding 128 x 40 x 40, low-resolution masks 160 x 160."""
     side = IMG_SIZE // STRIDE
     return Sam(
         image_encoder=TinyEncoder(),

@@ -117,7 +117,7 @@ class DatasetExamples:
         return masks
 
 
-def whole_picture(image: np.ndarray, masks: np.ndarray, side: int = 256) -> tuple[np.ndarray, np.ndarray]:
+def whole_picture(image: np.ndarray, masks: np.ndarray, side: int = IMG_SIZE) -> tuple[np.ndarray, np.ndarray]:
     """Longest side to ``side`` (picture) and ``side / 2`` (masks), nothing cropped or changed."""
     scale = side / max(image.shape[:2])
     half = tuple(max(1, round(x * scale / 2)) for x in image.shape[1::-1])

@@ -26,7 +26,7 @@ from aopsam_lab.evaluator import score_matrix
 from aopsam_lab.files import write_atomically
 from aopsam_lab.decoding import BOX_NMS_THRESH, STABILITY_OFFSET
 from aopsam_lab.sam.decoder import decode_tokens, draw_masks
-from aopsam_lab.sam.tiny import build_tiny_sam
+from aopsam_lab.sam.tiny import IMG_SIZE, STRIDE, WIDTH, build_tiny_sam
 from aopsam_lab.sam.zoo import TINY_WEIGHTS
 from aopsam_lab.training.card import write_card
 from aopsam_lab.training.examples import whole_picture
@@ -119,8 +119,9 @@ def main(argv: list[str] | None = None) -> None:
         f"{kept:.0f} masks a picture"
     )
     facts = {
-        "Model": "image encoder of 6.0 M parameters (256 x 256 pixels in, 128 x 32 x 32 out), 0.7 M of them EfficientNet-Lite0's up to "
-        "stride 16; segment_anything's prompt encoder and mask decoder at width 128",
+        "Model": f"image encoder of 6.0 M parameters ({IMG_SIZE} x {IMG_SIZE} pixels in, {WIDTH} x {IMG_SIZE // STRIDE} x "
+        f"{IMG_SIZE // STRIDE} out), 0.7 M of them EfficientNet-Lite0's up to stride 16; segment_anything's prompt encoder and mask "
+        f"decoder at width {WIDTH}",
         **trained,
         "Training": f"{state['step']} steps, {state['seconds'] / 60:.0f} minutes, by `python -m aopsam_lab.training.tiny_sam`; "
         "weights averaged (EMA); exported by `python -m aopsam_lab.training.export_tiny`",
