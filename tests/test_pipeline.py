@@ -89,7 +89,7 @@ def test_masks_encoded_early_are_the_same_and_their_logits_are_gone(sam, predict
 
     monkeypatch.setattr(pipeline, "remove_duplicates", watched)
     monkeypatch.setattr(decoding, "KEPT_LOGITS", 0)
-    run_method(sam, encode(sam, cv2.resize(pictures[0], (960, 960))), method, predictor)
+    run_method(sam, encode(sam, cv2.resize(pictures[0], (1280, 1280))), method, predictor)
     assert waiting.pop(), "of a larger picture more logits wait"
     monkeypatch.setattr(decoding, "KEPT_MASKS", 0)
     for kept in (0, 200 << 10):  # none, and what a few masks take
@@ -97,7 +97,7 @@ def test_masks_encoded_early_are_the_same_and_their_logits_are_gone(sam, predict
         early = run_method(sam, encode(sam, pictures[0]), method, predictor)
         assert early.masks == whole.masks and early.scores.tolist() == whole.scores.tolist()
         assert early.prompts.equals(whole.prompts)
-        assert waiting.pop() * (64 << 10) <= kept and len(whole.masks) > 4
+        assert waiting.pop() * 4 * math.prod(sam.prompt_encoder.mask_input_size) <= kept and len(whole.masks) > 4
 
 
 def test_the_strongest_are_decoded_first_and_only_others_eliminated(sam, predictor, pictures):

@@ -385,7 +385,7 @@ def test_thresholds_keep_the_fewest_masks_within_a_standard_error():
 
 def test_calibration_gives_the_candidates_asked_for(pool):
     sam, paths = build_tiny_sam().eval(), parse_pools([f"{pool}:1"])[0][1][:2]
-    draw = predictor_training.target_of("bundled", (128, 128))
+    draw = predictor_training.target_of("bundled", (prompted.IMG_SIZE // 2, prompted.IMG_SIZE // 2))
     held = predictor_training.hold_out(sam, [whole_picture(*read_entry(path)) for path in paths], draw)
     torch.manual_seed(1)
     predictor = PromptPredictor().eval()
