@@ -30,7 +30,7 @@ STABILITY_OFFSET = 1.0
 DECODE_PIXELS = {"cpu": 1 << 14, "cuda": 1 << 20}
 # Bytes of masks that wait for duplicates to be removed, at least, and as masks of the picture's own size, of which the stock
 # generator holds 192. Beyond it they are encoded first: the larger the picture, the longer that takes
-KEPT_LOGITS, KEPT_MASKS = 32 << 20, 16
+KEPT_LOGITS, KEPT_MASKS = 32 << 20, 24
 MIN_DECODE_BATCH = 4  # fewer would read the decoder's weights too often
 
 

@@ -108,6 +108,36 @@ def test_pasted_pieces_cover_what_lies_under_them():
     assert np.array_equal(prompted.paste(np.random.default_rng(0), image, masks, other, pieces[:0])[1], masks)
 
 
+def test_a_distorted_picture_keeps_its_masks_on_what_they_show():
+    image, masks = np.full((160, 200, 3), 20, np.uint8), np.zeros((2, 160, 200), bool)
+    masks[0, 70:90, 85:115] = True
+    masks[1, 0, 0] = True  # a corner, one pixel: most turns lose it
+    image[masks[0]] = 220
+    rng, lost = np.random.default_rng(0), 0
+    for _ in range(20):
+        made, found = prompted.distort(rng, image, masks)
+        assert made.shape == image.shape and made.dtype == np.uint8 and found.shape[1:] == (160, 200)
+        bright = made.min(2) > (int(made.max()) + int(made.min())) // 2
+        assert (bright & found[0]).sum() >= 0.8 * (bright | found[0]).sum(), "blurred or enlarged, but its mask lies on it"
+        assert found.any((1, 2)).all()
+        lost += len(found) == 1
+    assert lost
+    assert (image[masks[0]] == 220).all() and masks.sum() == 601, "what it was given stays"
+    assert prompted.distort(rng, image, masks[:0])[1].shape == (0, 160, 200)
+
+
+def test_only_photographs_are_distorted(pool, tmp_path, monkeypatch):
+    shutil.copytree(pool, tmp_path / "photos")
+    distorted, real = [], prompted.distort
+    monkeypatch.setattr(prompted, "distort", lambda *args: distorted.append(1) or real(*args))
+    for folder, share in ((pool, 1.0), (tmp_path / "photos", 0.0), (tmp_path / "photos", 1.0)):
+        assert not distorted
+        drawn = iter(prompted.PromptedPictures(parse_pools([f"{folder}:1"]), 2, seed=0, distorted=share))
+        for _ in range(4):
+            next(drawn)
+    assert len(distorted) >= 4
+
+
 def test_pools_may_grow_while_they_are_drawn_from(pool, tmp_path, monkeypatch):
     monkeypatch.setattr(prompted, "LOOK_AGAIN", 2)
     first, second = sorted(pool.iterdir())[:2]

@@ -6,11 +6,12 @@ import csv
 from pathlib import Path
 
 from aopsam_lab.files import write_atomically
+from aopsam_lab.training.pool import are_scenes
 
 
 def licence(pools: list[tuple[float, list[Path]]]) -> str:
     """Terms of weights trained on these pools: what is not a rendered scene is a photograph with terms of its own."""
-    photos = [paths[0].parent.name for _, paths in pools if paths[0].parent.name != "scenes"]
+    photos = [paths[0].parent.name for _, paths in pools if not are_scenes(paths)]
     if not photos:
         return "Apache-2.0; trained on rendered scenes alone"
     return f"for research and education: photographs ({', '.join(photos)}) were among the training data, under their own terms"

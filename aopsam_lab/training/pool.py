@@ -74,6 +74,11 @@ def entries(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.npz"))
 
 
+def are_scenes(paths: list[Path]) -> bool:
+    """Whether a pool's entries are rendered scenes, not photographs."""
+    return paths[0].parent.name == "scenes"
+
+
 def parse_pools(specs: list[str]) -> list[tuple[float, list[Path]]]:
     """``FOLDER:SHARE`` of each pool -> (share, its entries)."""
     pools = []

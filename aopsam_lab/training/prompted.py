@@ -1,7 +1,8 @@
 """Pictures with prompts, drawn from training pools: what the tiny SAM learns from (ours).
 
 Random crops in the model frame, flipped and coloured, on some of them pieces of another picture (copy-paste), each with some
-masks and a click and a box for every mask.
+masks and a click and a box for every mask. Photographs are few and soon known by heart, and a network that knows its pictures
+errs too seldom on them to learn how good its masks are: so a share of theirs is distorted before.
 """
 
 from __future__ import annotations
@@ -17,13 +18,14 @@ import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
 from aopsam_lab.sam.tiny import IMG_SIZE
-from aopsam_lab.training.pool import entries, half_size, read_entry, resize_masks
+from aopsam_lab.training.pool import are_scenes, entries, half_size, read_entry, resize_masks
 
 BOX_SHARE = 0.3
 LEAST_PIXELS = 12  # of the model frame: a crop's smaller masks are left out
 PASTE_SHARE = 0.35  # of the crops: pieces of another picture are laid over these
 PASTED, PASTED_AREA = 4, (0.004, 0.3)  # at most so many pieces, each of such a share of the picture
 LOOK_AGAIN = 2000  # pictures that a worker draws between two looks at what the pools hold
+SCALED = (0.8, 1.6)  # by how much a distorted picture is enlarged
 ZOOMED = 0.5  # of the crops show a part of their picture, the others all of it
 HELD_OUT = 10  # one picture of so many is held out, where a training holds some out
 
@@ -47,11 +49,11 @@ class PromptedPictures(IterableDataset):
     frame, ``size`` (h, w) of its unpadded part, ``masks`` (P, S, S) bool, ``points`` (P, 2) and ``boxes`` (P, 4) in the model
     frame. The last ``round(P * BOX_SHARE)`` prompts are meant to be boxes, the others clicks.
 
-    keep: which of the pools' entries to draw from; None: all. Raises ValueError for a pool of which it leaves nothing.
+    keep: which of the pools' entries to draw from; None: all. distorted: share of the photographs to distort. Raises ValueError for a pool of which it leaves nothing.
     """
 
-    def __init__(self, pools: list[tuple[float, list[Path]]], prompts: int, seed: int, keep: Keep | None = None):
-        self.prompts, self.seed, self.keep = prompts, seed, keep
+    def __init__(self, pools: list[tuple[float, list[Path]]], prompts: int, seed: int, keep: Keep | None = None, distorted: float = 0.0):
+        self.prompts, self.seed, self.keep, self.distorted = prompts, seed, keep, distorted
         self.pools = [(share, list(filter(keep, paths))) for share, paths in pools]
         self.shares = np.array([share for share, _ in pools]) / sum(share for share, _ in pools)
         for (_, kept), (_, paths) in zip(self.pools, pools):
@@ -72,7 +74,7 @@ class PromptedPictures(IterableDataset):
 
     def _draw(self, rng: np.random.Generator, pools: list[list[Path]]) -> dict[str, np.ndarray] | None:
         def crop_of(pool: int) -> tuple[np.ndarray, np.ndarray]:
-            return random_crop(rng, *read_entry(pools[pool][rng.integers(len(pools[pool]))]))
+            return random_crop(rng, *random_picture(rng, pools[pool], self.distorted))
 
         image, masks = crop_of(rng.choice(len(pools), p=self.shares))
         if rng.random() < PASTE_SHARE:
@@ -103,6 +105,14 @@ def teaching(masks: np.ndarray) -> np.ndarray:
     return masks[half_size(masks).any((1, 2)) & np.array(large, bool)]
 
 
+def random_picture(rng: np.random.Generator, paths: list[Path], distorted: float) -> tuple[np.ndarray, np.ndarray]:
+    """One of a pool's entries, whole; of photographs a share of ``distorted`` is distorted."""
+    image, masks = read_entry(paths[rng.integers(len(paths))])
+    if distorted and not are_scenes(paths) and rng.random() < distorted:
+        return distort(rng, image, masks)
+    return image, masks
+
+
 def random_crop(
     rng: np.random.Generator, image: np.ndarray, masks: np.ndarray, zoomed: float = ZOOMED
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -131,6 +141,23 @@ def random_crop(
     size = tuple(max(2, 2 * round(side * scale / 2)) for side in image.shape[1::-1])
     image = cv2.resize(np.ascontiguousarray(image), size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR)
     return recolour(rng, image), resize_masks(masks, size)
+
+
+def distort(rng: np.random.Generator, image: np.ndarray, masks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Make a picture (H, W, 3) uint8 and its masks (N, H, W) bool strange: turned by any angle, scaled, channels swapped, blurred, gamma.
+
+    What comes in from outside is the picture mirrored, without masks; masks that leave are gone.
+    """
+    h, w = masks.shape[1:]
+    turn = cv2.getRotationMatrix2D((w / 2, h / 2), rng.uniform(-180, 180), math.exp(rng.uniform(*np.log(SCALED))))
+    image = cv2.warpAffine(image, turn, (w, h), borderMode=cv2.BORDER_REFLECT_101)
+    warped = [cv2.warpAffine(mask.view(np.uint8) * 255, turn, (w, h)) > 127 for mask in masks]
+    masks = np.array(warped, bool).reshape(-1, h, w)
+    image = image[..., rng.permutation(3)]
+    if rng.random() < 0.5:
+        image = cv2.GaussianBlur(image, (0, 0), rng.uniform(0.3, 1.5))
+    gamma = (np.arange(256) / 255) ** math.exp(rng.uniform(-0.5, 0.5))
+    return np.rint(255 * gamma).astype(np.uint8)[image], masks[masks.any((1, 2))]
 
 
 def paste(

@@ -277,7 +277,7 @@ def train(args: argparse.Namespace) -> None:
     about = {"Data": described(pools, keep), "Licence": licence(pools)}
     about["Backbone"] = f"{BACKBONE}; {'trained further' if args.train_backbone else 'not trained'} in this run"
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} cores"
-    about["Batches"] = f"{args.batch} pictures with {args.prompts} prompts each a step, on {where}"
+    about["Batches"] = f"{args.batch} pictures with {args.prompts} prompts each a step, on {where}; {args.distorted:.0%} of the photographs distorted"
     if start:
         about["earlier_steps"] = earlier_steps
         about["Start"] = f"weights after {earlier_steps} steps"
@@ -285,7 +285,7 @@ def train(args: argparse.Namespace) -> None:
         about = json.loads((work / "about.json").read_text()) | {key: about[key] for key in ("Data", "Licence", "Batches")}
     write_atomically(work / "about.json", json.dumps(about))
     # a resumed run, and one that goes on from earlier weights, draw what was not drawn before
-    data = PromptedPictures(pools, args.prompts, seed=args.seed + step + about.get("earlier_steps", 0), keep=keep)
+    data = PromptedPictures(pools, args.prompts, seed=args.seed + step + about.get("earlier_steps", 0), keep=keep, distorted=args.distorted)
     held_out = held_out_batches(pools, args.prompts, args.batch) if args.hold_out else {}
     loader = iter(DataLoader(data, args.batch, num_workers=args.workers, prefetch_factor=4 if args.workers else None,
                              pin_memory=device.type == "cuda", persistent_workers=args.workers > 0))
@@ -369,6 +369,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--distorted", type=float, default=0.6, help="share of the photographs to distort")
     parser.add_argument("--hold-out", action="store_true", help="a tenth of each pool, and say what is reached there")
     parser.add_argument("--log-every", type=int, default=50)
     parser.add_argument("--save-every", type=float, default=120, help="seconds")
