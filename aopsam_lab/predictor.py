@@ -48,9 +48,9 @@ class PromptPredictor(nn.Module):
             raise ValueError(f"a Prompt Predictor is made for embeddings at stride 8 or 16, not {stride}")
         self.embed_dim, self.stride = embed_dim, stride
         first = [_conv(3, 16, stride=2)] if stride == 8 else [_conv(3, 16, stride=2), _conv(16, 16, stride=2)]
-        self.image = nn.Sequential(*first, _conv(16, 24, stride=2), _conv(24, 48, stride=2))  # (B, 48, h, w)
-        self.embed = _conv(embed_dim, 48, 1)  # as many, so that they are added: stacked, the next convolution would take twice as long
-        self.fuse = nn.Sequential(_conv(48, 48), _conv(48, 48), nn.Conv2d(48, 1 + CELL**2, 1))
+        self.image = nn.Sequential(*first, _conv(16, 24, stride=2), _conv(24, 64, stride=2))  # (B, 64, h, w)
+        self.embed = _conv(embed_dim, 64, 1)  # as many, so that they are added: stacked, the next convolution would take twice as long
+        self.fuse = nn.Sequential(_conv(64, 64), _conv(64, 64), nn.Conv2d(64, 1 + CELL**2, 1))
         nn.init.constant_(self.fuse[-1].bias[0], -3.0)
 
     def cells(self, image: Tensor, embedding: Tensor) -> tuple[Tensor, Tensor]:

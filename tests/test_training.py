@@ -318,7 +318,7 @@ def test_a_small_mask_gets_one_point_a_larger_one_until_it_is_full():
 
 def test_a_run_from_earlier_weights_draws_new_crops(pool, tmp_path, monkeypatch):
     seeds, real = [], training.PromptedPictures
-    monkeypatch.setattr(training, "PromptedPictures", lambda *args, seed, keep: seeds.append(seed) or real(*args, seed=seed, keep=keep))
+    monkeypatch.setattr(training, "PromptedPictures", lambda *args, seed, **more: seeds.append(seed) or real(*args, seed=seed, **more))
     save_file({k: v.contiguous() for k, v in build_tiny_sam().state_dict().items()}, tmp_path / "w.safetensors", {"steps": "7"})
     command = ["--pools", f"{pool}:1", "--workdir", str(tmp_path / "run"), "--batch", "1", "--prompts", "4", "--workers", "0"]
     training.main([*command, "--device", "cpu", "--steps", "1", "--init", str(tmp_path / "w.safetensors")])

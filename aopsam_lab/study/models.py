@@ -220,8 +220,8 @@ def _budget_section(table: pd.DataFrame) -> str:
     shown["AMG-D's lead"] = [f"{100 * lead:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]" for lead, low, high in interval]
     return f"""<h2>Everything, with a fifth of the grid's prompts</h2>
 <div class="results">{html_table(shown)}</div>
-<p class="muted">AoP-SAM with its default settings and at most {quality.BUDGET} prompts decoded, against the 32 x 32 grid's 1,024, on the first
-pictures of each set; the lead with its paired 95% bootstrap interval.</p>
+<p class="muted">AoP-SAM with at most {quality.BUDGET} prompts decoded, weak candidates too (confidence {quality.WEAK.confidence:g}, else its default
+settings), against the 32 x 32 grid's 1,024, on the first pictures of each set; the lead with its paired 95% bootstrap interval.</p>
 """
 
 

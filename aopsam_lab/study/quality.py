@@ -27,6 +27,7 @@ CLICKS = 5
 SIZES = (0, 0.002, 0.01, 0.05, 1)  # of a truth's area in its picture's: edges of the classes that recall is given for
 SIZE_NAMES = ("below 0.2%", "0.2% to 1%", "1% to 5%", "above 5%")
 TOP = 64  # candidates of the Prompt Predictor that recall counts
+WEAK = AsfParams(confidence=0.02)  # the default settings, but weak candidates too: for where a number of prompts is to be spent
 BUDGET = 1024 // 5  # prompts that AoP-SAM may decode where it is compared with the 32 x 32 grid: a fifth of the grid's
 
 
@@ -123,7 +124,7 @@ def prompts_on_truths(sam: Sam, predictor, detector, sample: Sample) -> pd.DataF
     h, w = sample.image.shape[:2]
     table = pd.DataFrame({"area": sample.masks.mean((1, 2))})
     with torch.inference_mode():
-        table["predictor"] = hit(sample.masks, points_of("aop_no_af", AsfParams(confidence=0.02))[:TOP])
+        table["predictor"] = hit(sample.masks, points_of("aop_no_af", WEAK)[:TOP])
         table["predictor_all"] = hit(sample.masks, points_of("aop_no_af"))
         for side in (8, 16, 32):
             table[f"grid_{side}"] = hit(sample.masks, build_point_grid(side) * [w, h])
@@ -155,7 +156,7 @@ def against_grid(sam: Sam, predictor, images: Dataset, count: int, progress=iter
         sample = images[i]
         if len(sample.masks):
             encoded = encode(sam, sample.image)
-            found = run_method(sam, encoded, "aop", predictor, max_prompts=BUDGET)
+            found = run_method(sam, encoded, "aop", predictor, params=WEAK, max_prompts=BUDGET)
             grid = run_method(sam, encoded, "amg_d")
             scores = (evaluate(sample.rles, result.masks).miou for result in (found, grid))
             rows.append((sample.id, *scores, found.n_decoded))

@@ -16,10 +16,9 @@ from aopsam_lab.data.sample import Sample
 from aopsam_lab.sam.tiny import IMG_SIZE
 from aopsam_lab.training.card import licence, pool_counts
 from aopsam_lab.training.pool import half_size, read_entry, resize_masks
-from aopsam_lab.training.prompted import random_crop, random_picture, teaching
+from aopsam_lab.training.prompted import random_crop, teaching
 
 ZOOMED = 0.25  # of the crops show a part of their picture: a predictor sees whole pictures later, and in those most things are small
-DISTORTED = 0.5  # of the photographs: those that the SAM knows have embeddings unlike new ones'
 HELD_OUT = 20  # every 20th picture of a pool is for choosing, not for training
 Draw = Callable[[np.ndarray, "np.ndarray | None"], np.ndarray]  # masks, prompt points -> target, all on the PCM's grid
 
@@ -43,7 +42,7 @@ class PoolExamples:
         self._pools = [(share, [path for i, path in enumerate(paths) if i % HELD_OUT]) for share, paths in pools]
         shares = np.array([share for share, _ in pools])
         self._shares = shares / shares.sum()
-        self.key = {"seed": seed, "zoomed": ZOOMED, "distorted": DISTORTED, "pools": [[share, len(paths)] for share, paths in self._pools]}
+        self.key = {"seed": seed, "zoomed": ZOOMED, "pools": [[share, len(paths)] for share, paths in self._pools]}
 
     def entry(self, row: int, draw: Draw) -> tuple[np.ndarray, np.ndarray]:
         """Crop `row` (h', w', 3) uint8 in the model frame, and its target."""
@@ -51,7 +50,7 @@ class PoolExamples:
         paths = self._pools[rng.choice(len(self._pools), p=self._shares)][1]
         masks = np.zeros((0, 1, 1), bool)
         while not len(masks):
-            image, masks = random_crop(rng, *random_picture(rng, paths, DISTORTED), ZOOMED)
+            image, masks = random_crop(rng, *read_entry(paths[rng.integers(len(paths))]), ZOOMED)
             masks = teaching(masks)
         return image, draw(half_size(masks), None)
 

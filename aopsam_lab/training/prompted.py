@@ -74,7 +74,10 @@ class PromptedPictures(IterableDataset):
 
     def _draw(self, rng: np.random.Generator, pools: list[list[Path]]) -> dict[str, np.ndarray] | None:
         def crop_of(pool: int) -> tuple[np.ndarray, np.ndarray]:
-            return random_crop(rng, *random_picture(rng, pools[pool], self.distorted))
+            image, masks = read_entry(pools[pool][rng.integers(len(pools[pool]))])
+            if self.distorted and not are_scenes(pools[pool]) and rng.random() < self.distorted:
+                image, masks = distort(rng, image, masks)
+            return random_crop(rng, image, masks)
 
         image, masks = crop_of(rng.choice(len(pools), p=self.shares))
         if rng.random() < PASTE_SHARE:
@@ -103,14 +106,6 @@ def teaching(masks: np.ndarray) -> np.ndarray:
     """Those of a crop's masks (N, h, w) that a network can learn from: ``LEAST_PIXELS``, and something left at half the size."""
     large = [np.count_nonzero(mask) >= LEAST_PIXELS for mask in masks]
     return masks[half_size(masks).any((1, 2)) & np.array(large, bool)]
-
-
-def random_picture(rng: np.random.Generator, paths: list[Path], distorted: float) -> tuple[np.ndarray, np.ndarray]:
-    """One of a pool's entries, whole; of photographs a share of ``distorted`` is distorted."""
-    image, masks = read_entry(paths[rng.integers(len(paths))])
-    if distorted and not are_scenes(paths) and rng.random() < distorted:
-        return distort(rng, image, masks)
-    return image, masks
 
 
 def random_crop(

@@ -32,7 +32,15 @@ the pixels. 320 was taken, and half an hour on two cores, at a twentieth of the 
 256, 0.851 at 320, 0.855 then):
 
     python -m aopsam_lab.training.tiny_sam --pools POOLS/scenes:0.8 POOLS/bsds:0.08 POOLS/coco:0.08 POOLS/facade:0.04 \\
-      --workdir runs/tiny --init WEIGHTS --optimizer adamw --lr 6e-5 --warmup 30 --minutes 31 --batch 8 --prompts 8 --ema 0.98
+      --workdir runs/tiny --init WEIGHTS --optimizer adamw --lr 6e-5 --warmup 30 --minutes 31 --batch 8 --prompts 8 --ema 0.98 --distorted 0
+
+Then the photographs, known by heart, were made strange (``--distorted``), on the GPU again, 2,620 steps at 0.26 s:
+
+    python -m aopsam_lab.training.tiny_sam --pools POOLS/scenes:0.58 POOLS/bsds:0.18 POOLS/coco:0.2 POOLS/facade:0.04 \\
+      --workdir runs/tiny --init WEIGHTS --train-backbone --minutes 11.5 --batch 64 --prompts 16 --lr 9e-4 --warmup 80 \\
+      --ema 0.997 --workers 12 --distorted 0.65 --hold-out
+
+which gave one click 0.005 to 0.01 more IoU on the photographs drawn least, and 0.004 on scenes.
 """
 
 from __future__ import annotations
