@@ -3,6 +3,7 @@
 import copy
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from segment_anything.modeling import MaskDecoder, TwoWayTransformer
@@ -40,24 +41,29 @@ def test_same_logits_as_the_stock_decoder(width, side, kind):
 
 @torch.no_grad()
 def test_the_trained_decoder_on_scenes():
-    """Trained weights have logits of some ten to 130, where two float32 decoders differ by 1e-4: float64 says what is right."""
-    torch.manual_seed(0)  # of other points one in ten has a saturated attention somewhere, whose rounding decides the largest error
+    """Trained weights have logits of some ten to 130, where two float32 decoders differ by 1e-4: float64 says what is right.
+
+    Of points drawn at random one set in ten meets a saturated attention, whose rounding decides the largest error, in stock's
+    decoder as in ours. So each set is held to stock's error, and the median set to a bound of its own.
+    """
+    torch.manual_seed(0)
     sam = load_sam("tiny", device="cpu")
-    exact = copy.deepcopy(sam.mask_decoder).double()
+    exact, largest = copy.deepcopy(sam.mask_decoder).double(), []
     for image in render([10_020, 10_021], IMG_SIZE).images.permute(0, 2, 3, 1).numpy():
         encoded = encode(sam, image)
-        points = (torch.rand(12, 1, 2) * IMG_SIZE, torch.ones(12, 1))
-        sparse, dense = sam.prompt_encoder(points=points, boxes=None, masks=None)
-        inputs = (encoded.embedding, encoded.image_pe, sparse, dense)
-        logits, iou = exact.predict_masks(*(x.double() for x in inputs))
-        decoded = image_decoder(sam.prompt_encoder, sam.mask_decoder, encoded.embedding).decode(sparse)
-        ours = decoded.draw(torch.ones_like(iou, dtype=torch.bool)).view_as(logits)
-        stock = sam.mask_decoder.predict_masks(*inputs)[0]
-        error, stocks = ours - logits, stock - logits
-        most = error.abs().max()
-        assert most <= 2 * stocks.abs().max() and most <= 4e-6 * 130, "as near as stock, and that is near"
-        assert error.square().mean() <= stocks.square().mean(), "and on the whole nearer"
-        assert (decoded.iou - iou).abs().max() <= 1e-4
+        for _ in range(5):
+            points = (torch.rand(12, 1, 2) * IMG_SIZE, torch.ones(12, 1))
+            sparse, dense = sam.prompt_encoder(points=points, boxes=None, masks=None)
+            inputs = (encoded.embedding, encoded.image_pe, sparse, dense)
+            logits, iou = exact.predict_masks(*(x.double() for x in inputs))
+            decoded = image_decoder(sam.prompt_encoder, sam.mask_decoder, encoded.embedding).decode(sparse)
+            ours = decoded.draw(torch.ones_like(iou, dtype=torch.bool)).view_as(logits)
+            error, stocks = ours - logits, sam.mask_decoder.predict_masks(*inputs)[0] - logits
+            assert error.abs().max() <= 2 * stocks.abs().max(), "as near as stock"
+            assert error.square().mean() <= stocks.square().mean(), "and on the whole nearer"
+            assert (decoded.iou - iou).abs().max() <= 1e-4
+            largest.append(float(error.abs().max() / logits.abs().max()))
+    assert np.median(largest) <= 4e-6, "and that is near"
 
 
 @torch.no_grad()

@@ -49,7 +49,8 @@ class PromptedPictures(IterableDataset):
     frame, ``size`` (h, w) of its unpadded part, ``masks`` (P, S, S) bool, ``points`` (P, 2) and ``boxes`` (P, 4) in the model
     frame. The last ``round(P * BOX_SHARE)`` prompts are meant to be boxes, the others clicks.
 
-    keep: which of the pools' entries to draw from; None: all. distorted: share of the photographs to distort. Raises ValueError for a pool of which it leaves nothing.
+    keep: which of the pools' entries to draw from; None: all. Raises ValueError for a pool of which it leaves nothing.
+    distorted: share of the photographs to distort.
     """
 
     def __init__(self, pools: list[tuple[float, list[Path]]], prompts: int, seed: int, keep: Keep | None = None, distorted: float = 0.0):
