@@ -5,16 +5,18 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from torch.utils.data import default_collate
 
 from aopsam_lab.asf import sample_prompts
 from aopsam_lab.data.sample import Sample
 from aopsam_lab.predictor import SIGMA, PromptPredictor, draw_pcm
 from aopsam_lab.sam.tiny import build_tiny_sam
-from aopsam_lab.training import export_tiny
+from aopsam_lab.training import export_tiny, iou_head
 from aopsam_lab.training import predictor as predictor_training
 from aopsam_lab.training import prompted
 from aopsam_lab.training import tiny_sam as training
+from aopsam_lab.training.distortions import deform, distort
 from aopsam_lab.training.elimination import try_settings
 from aopsam_lab.training.examples import PoolExamples, whole_picture
 from aopsam_lab.training.muon import orthogonalise
@@ -115,7 +117,7 @@ def test_a_distorted_picture_keeps_its_masks_on_what_they_show():
     image[masks[0]] = 220
     rng, lost = np.random.default_rng(0), 0
     for _ in range(20):
-        made, found = prompted.distort(rng, image, masks)
+        made, found = distort(rng, image, masks)
         assert made.shape == image.shape and made.dtype == np.uint8 and found.shape[1:] == (160, 200)
         bright = made.min(2) > (int(made.max()) + int(made.min())) // 2
         assert (bright & found[0]).sum() >= 0.8 * (bright | found[0]).sum(), "blurred or enlarged, but its mask lies on it"
@@ -123,16 +125,39 @@ def test_a_distorted_picture_keeps_its_masks_on_what_they_show():
         lost += len(found) == 1
     assert lost
     assert (image[masks[0]] == 220).all() and masks.sum() == 601, "what it was given stays"
-    assert prompted.distort(rng, image, masks[:0])[1].shape == (0, 160, 200)
+    assert distort(rng, image, masks[:0])[1].shape == (0, 160, 200)
 
 
-def test_only_photographs_are_distorted(pool, tmp_path, monkeypatch):
+def test_a_deformed_picture_keeps_its_masks_on_what_they_show():
+    image, masks = np.full((160, 200, 3), 60, np.uint8), np.zeros((2, 160, 200), bool)
+    masks[0, 65:95, 80:120] = True
+    masks[1, 0, 0] = True
+    image[masks[0]] = 200
+    rng, lost, dark, areas = np.random.default_rng(0), 0, 0, set()
+    for _ in range(20):
+        made, found = deform(rng, image, masks)
+        assert made.shape == image.shape and made.dtype == np.uint8 and found.shape[1:] == (160, 200)
+        assert abs(np.corrcoef(made[..., 0].ravel(), found[0].ravel())[0, 1]) > 0.7, "negative or coarse, but its mask lies on it"
+        assert found.any((1, 2)).all()
+        lost += len(found) == 1
+        dark += made[found[0]].mean() < made[~found[0]].mean()
+        areas.add(int(found[0].sum()))
+    assert lost and 0 < dark < 20 and len(areas) > 10
+    assert (image[masks[0]] == 200).all() and masks.sum() == 1201, "what it was given stays"
+    assert deform(rng, image, masks[:0])[1].shape == (0, 160, 200)
+
+
+def test_only_photographs_are_distorted(pool, tmp_path):
     shutil.copytree(pool, tmp_path / "photos")
-    distorted, real = [], prompted.distort
-    monkeypatch.setattr(prompted, "distort", lambda *args: distorted.append(1) or real(*args))
+    distorted = []
+
+    def noted(rng, image, masks):
+        distorted.append(1)
+        return distort(rng, image, masks)
+
     for folder, share in ((pool, 1.0), (tmp_path / "photos", 0.0), (tmp_path / "photos", 1.0)):
         assert not distorted
-        drawn = iter(prompted.PromptedPictures(parse_pools([f"{folder}:1"]), 2, seed=0, distorted=share))
+        drawn = iter(prompted.PromptedPictures(parse_pools([f"{folder}:1"]), 2, seed=0, distorted=share, distortion=noted))
         for _ in range(4):
             next(drawn)
     assert len(distorted) >= 4
@@ -406,6 +431,74 @@ def test_orthogonalised_matrices_keep_their_directions():
         assert (inner - inner.diagonal().diag()).abs().max() < 1e-3
 
 
+def test_the_iou_heads_examples_are_what_sam_predicts_and_what_its_masks_are(pool):
+    torch.manual_seed(0)
+    sam = build_tiny_sam().eval().requires_grad_(False)
+    one = next(iter(prompted.PromptedPictures(parse_pools([f"{pool}:1"]), 5, seed=3)))
+    tokens, ious = iou_head.tokens_and_ious(sam, default_collate([one]))
+    assert tokens.shape == (5, sam.mask_decoder.transformer_dim) and ious.shape == (5, 4)
+    assert ious.isnan().tolist() == [[True, False, False, False]] * 3 + [[False, True, True, True]] * 2, "three clicks, two boxes"
+    high, wide = one["size"]
+    image = sam.preprocess(torch.from_numpy(one["image"][:, :high, :wide])[None])
+    for i, asked in ((0, True), (2, True), (4, False)):
+        click = (torch.from_numpy(one["points"][i]).view(1, 1, 2), torch.ones(1, 1))
+        prompt = dict(points=click, boxes=None) if asked else dict(points=None, boxes=torch.from_numpy(one["boxes"][i])[None])
+        sparse, dense = sam.prompt_encoder(**prompt, masks=None)
+        low, predicted = sam.mask_decoder(sam.image_encoder(image), sam.prompt_encoder.get_dense_pe(), sparse, dense, asked)
+        columns = slice(1, None) if asked else slice(0, 1)
+        assert torch.allclose(sam.mask_decoder.iou_prediction_head(tokens[i])[columns], predicted[0], atol=1e-4)
+        found = (sam.postprocess_masks(low, (high, wide), (high, wide)) > 0)[0].numpy()
+        truth = one["masks"][i, :high, :wide]
+        true = (found & truth).sum((1, 2)) / (found | truth).sum((1, 2))
+        assert np.allclose(ious[i, columns], true, atol=0.01), "padding, where masks may lie too, counts little"
+
+
+def test_an_iou_head_learns_what_is_measured_and_keeps_the_rest():
+    torch.manual_seed(0)
+    head = torch.nn.Sequential(torch.nn.Linear(8, 32), torch.nn.ReLU(), torch.nn.Linear(32, 4)).requires_grad_(False)
+    tokens = torch.randn(4000, 8)
+    before = head(tokens)
+    ious = torch.full((4000, 4), float("nan"))
+    ious[:, 1:] = before[:, 1:] + 0.5
+    after = iou_head.fit(head, tokens, ious, steps=400)(tokens)
+    assert (after - before)[:, 1:].mean() > 0.1 and (after - before)[:, 0].mean().abs() < 0.02
+    assert torch.equal(head(tokens), before), "the head it was given stays"
+    assert iou_head.error(head, tokens, ious) == pytest.approx(0.5, abs=1e-4)
+
+
+def test_the_iou_head_goes_on_where_it_was_stopped_and_is_exported(pool, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(iou_head, "SHARD", 2)
+    fit = iou_head.fit
+    monkeypatch.setattr(iou_head, "fit", lambda *given: fit(*given, steps=3))
+    torch.manual_seed(0)
+    ema = {f"module.{key}": value for key, value in build_tiny_sam().state_dict().items()}
+    torch.save(dict(ema=ema, step=5, seconds=60.0), tmp_path / "last.pt")
+    (tmp_path / "about.json").write_text("{}")
+    (tmp_path / "curve.csv").write_text("step,loss\n5,1.0\n")
+    command = ["--workdir", str(tmp_path), "--pools", f"{pool}:1", "--crops", "3"]
+    iou_head.main(command)
+    shards = sorted((tmp_path / "iou_head").glob("*/*.pt"))
+    first = torch.load(tmp_path / "iou_head.pt", weights_only=True)
+    assert [len(torch.load(path, weights_only=True)["tokens"]) for path in shards] == [24, 12]
+    kept = shards[0].stat().st_mtime_ns
+    shards[1].unlink()
+    iou_head.main(command)
+    again = torch.load(tmp_path / "iou_head.pt", weights_only=True)
+    assert shards[0].stat().st_mtime_ns == kept and shards[1].exists()
+    assert all(torch.equal(first["head"][key], again["head"][key]) for key in first["head"])
+    export = ["--workdir", str(tmp_path), "--pools", f"{pool}:1", "--pictures", "1", "--out", str(tmp_path / "tiny.safetensors")]
+    export_tiny.main(export)
+    weights = load_file(tmp_path / "tiny.safetensors")
+    name = "mask_decoder.iou_prediction_head."
+    assert all(torch.equal(weights[name + key], value.half()) for key, value in first["head"].items())
+    assert any(not torch.equal(weights[name + key], ema[f"module.{name}{key}"].half()) for key in first["head"])
+    assert "- **IoU head**: fitted anew on 36 prompts of 3 crops" in (tmp_path / "tiny.md").read_text()
+    torch.save(dict(ema=ema, step=6, seconds=60.0), tmp_path / "last.pt")
+    with pytest.raises(SystemExit):
+        export_tiny.main(export)
+    assert "fitted after 5 steps, there are 6 now" in capsys.readouterr().err
+
+
 def test_thresholds_keep_the_fewest_masks_within_a_standard_error():
     kept = np.array([[100.0, 50.0, 10.0]])
     miou = np.array([[[0.50, 0.49, 0.30]], [[0.60, 0.61, 0.40]], [[0.55, 0.53, 0.35]]])
@@ -448,5 +541,5 @@ def test_the_chain_names_its_steps_and_goes_without_photographs(tmp_path):
     assert shares(tmp_path, []) == [f"{tmp_path / 'scenes'}:1"]
     assert [spec.rsplit(":")[-1] for spec in shares(tmp_path, ["bsds", "coco", "mine"])] == ["0.1", "0.33", "0.27", "0.3"]
     steps = commands(tmp_path, [], QUICK, tmp_path / "weights", [])
-    assert [step[0].rsplit(".")[-1] for step in steps] == ["pool", "tiny_sam", "export_tiny", "predictor", "detector", "study"]
+    assert [step[0].rsplit(".")[-1] for step in steps] == ["pool", "tiny_sam", "iou_head", "export_tiny", "predictor", "detector", "study"]
     assert "--photos" not in steps[0]

@@ -3,7 +3,7 @@
     python -m aopsam_lab.training.chain --workdir runs --photos PHOTOS/train
     python -m aopsam_lab.training.chain --workdir runs/quick --quick
 
-Pools of training pictures, the tiny SAM, its thresholds and weights, its Prompt Predictor, the detector, and the page that
+Pools of training pictures, the tiny SAM, its IoU head, its thresholds and weights, its Prompt Predictor, the detector, and the page that
 measures them. Every step is a command of its own, printed before it runs, and takes up where it was stopped; one that is done
 passes at once. ``--photos`` is a folder of COCO-style folders; without it all is trained on rendered scenes alone.
 
@@ -32,6 +32,7 @@ class Budget:
 
     scenes: int
     tiny: float
+    head_crops: int
     threshold_pictures: int
     crops: int
     predictor: float
@@ -39,8 +40,8 @@ class Budget:
     evaluation: int
 
 
-FULL = Budget(scenes=6000, tiny=570, threshold_pictures=16, crops=16000, predictor=9, detector=70, evaluation=200)
-QUICK = Budget(scenes=48, tiny=2.5, threshold_pictures=2, crops=48, predictor=1, detector=1, evaluation=2)
+FULL = Budget(scenes=6000, tiny=570, head_crops=4000, threshold_pictures=16, crops=16000, predictor=9, detector=70, evaluation=200)
+QUICK = Budget(scenes=48, tiny=2.5, head_crops=40, threshold_pictures=2, crops=48, predictor=1, detector=1, evaluation=2)
 
 
 def shares(pools: Path, photos: list[str]) -> list[str]:
@@ -63,6 +64,7 @@ def commands(workdir: Path, photos: list[Path], budget: Budget, weights: Path, e
         pool + (["--photos", *map(str, photos)] if photos else []),
         [f"{package}.tiny_sam", "--pools", *specs, "--workdir", str(workdir / "tiny"), "--minutes", str(budget.tiny)]
         + ["--train-backbone"],
+        [f"{package}.iou_head", "--pools", *specs, "--workdir", str(workdir / "tiny"), "--crops", str(budget.head_crops)],
         [f"{package}.export_tiny", "--pools", *specs, "--workdir", str(workdir / "tiny"), "--out", str(tiny)]
         + ["--pictures", str(budget.threshold_pictures)],
         [f"{package}.predictor", "--sam", "tiny", "--checkpoint", str(tiny), "--pools", *specs, "--workdir"]

@@ -31,6 +31,7 @@ from aopsam_lab.sam.zoo import TINY_WEIGHTS
 from aopsam_lab.training.card import write_card
 from aopsam_lab.training.examples import whole_picture
 from aopsam_lab.training.pool import parse_pools, read_entry
+from aopsam_lab.training.tiny_sam import averaged_weights
 
 IOU_GRID = np.arange(0.20, 0.86, 0.05)
 STABILITY_GRID = np.arange(0.50, 0.96, 0.10)
@@ -92,14 +93,21 @@ def choose_pair(miou: np.ndarray, kept: np.ndarray) -> tuple[int, int]:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workdir", type=Path, required=True, help="of the training: its last.pt and curve.csv")
+    parser.add_argument("--workdir", type=Path, required=True, help="of the training: its last.pt and curve.csv, and its iou_head.pt if there is one")
     parser.add_argument("--pools", nargs="+", required=True, help="FOLDER:SHARE of each pool")
     parser.add_argument("--pictures", type=int, default=40)
     parser.add_argument("--out", type=Path, default=TINY_WEIGHTS)
     args = parser.parse_args(argv)
     state = torch.load(args.workdir / "last.pt", map_location="cpu", weights_only=True)
-    prefix = "module."
-    weights = {k[len(prefix) :]: v.half() if v.is_floating_point() else v for k, v in state["ema"].items() if k.startswith(prefix)}
+    weights = averaged_weights(state)
+    trained = json.loads((args.workdir / "about.json").read_text())
+    if (args.workdir / "iou_head.pt").exists():
+        fitted = torch.load(args.workdir / "iou_head.pt", map_location="cpu", weights_only=True)
+        if fitted["step"] != state["step"]:
+            parser.error(f"{args.workdir / 'iou_head.pt'} was fitted after {fitted['step']} steps, there are {state['step']} now: fit it again or remove it")
+        weights |= {f"mask_decoder.iou_prediction_head.{k}": v for k, v in fitted["head"].items()}
+        trained["IoU head"] = fitted["about"]
+    weights = {k: v.half() if v.is_floating_point() else v for k, v in weights.items()}
     sam = build_tiny_sam()
     sam.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in weights.items()})
     sam.eval().requires_grad_(False)
@@ -110,7 +118,6 @@ def main(argv: list[str] | None = None) -> None:
         step = max(1, len(entries) // max(1, round(args.pictures * share / total)))
         paths += entries[::step][: round(args.pictures * share / total)]
     iou, stability, miou, kept = choose_thresholds(sam, paths)
-    trained = json.loads((args.workdir / "about.json").read_text())
     steps = trained.pop("earlier_steps", 0) + state["step"]  # those of the weights it began from as well
     about = dict(pred_iou_thresh=str(iou), stability_score_thresh=str(stability), steps=str(steps))
     write_atomically(args.out, to_safetensors({k: v.contiguous() for k, v in weights.items()}, metadata=about))

@@ -18,6 +18,7 @@ import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
 from aopsam_lab.sam.tiny import IMG_SIZE
+from aopsam_lab.training.distortions import distort
 from aopsam_lab.training.pool import are_scenes, entries, half_size, read_entry, resize_masks
 
 BOX_SHARE = 0.3
@@ -25,11 +26,11 @@ LEAST_PIXELS = 12  # of the model frame: a crop's smaller masks are left out
 PASTE_SHARE = 0.35  # of the crops: pieces of another picture are laid over these
 PASTED, PASTED_AREA = 4, (0.004, 0.3)  # at most so many pieces, each of such a share of the picture
 LOOK_AGAIN = 2000  # pictures that a worker draws between two looks at what the pools hold
-SCALED = (0.8, 1.6)  # by how much a distorted picture is enlarged
 ZOOMED = 0.5  # of the crops show a part of their picture, the others all of it
 HELD_OUT = 10  # one picture of so many is held out, where a training holds some out
 
 Keep = Callable[[Path], bool]
+Distortion = Callable[[np.random.Generator, np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
 
 
 def is_held_out(path: Path) -> bool:
@@ -50,11 +51,19 @@ class PromptedPictures(IterableDataset):
     frame. The last ``round(P * BOX_SHARE)`` prompts are meant to be boxes, the others clicks.
 
     keep: which of the pools' entries to draw from; None: all. Raises ValueError for a pool of which it leaves nothing.
-    distorted: share of the photographs to distort.
+    distorted: share of the photographs to distort, by ``distortion`` (see `training.distortions`).
     """
 
-    def __init__(self, pools: list[tuple[float, list[Path]]], prompts: int, seed: int, keep: Keep | None = None, distorted: float = 0.0):
-        self.prompts, self.seed, self.keep, self.distorted = prompts, seed, keep, distorted
+    def __init__(
+        self,
+        pools: list[tuple[float, list[Path]]],
+        prompts: int,
+        seed: int | list[int],
+        keep: Keep | None = None,
+        distorted: float = 0.0,
+        distortion: Distortion = distort,
+    ):
+        self.prompts, self.seed, self.keep, self.distorted, self.distortion = prompts, seed, keep, distorted, distortion
         self.pools = [(share, list(filter(keep, paths))) for share, paths in pools]
         self.shares = np.array([share for share, _ in pools]) / sum(share for share, _ in pools)
         for (_, kept), (_, paths) in zip(self.pools, pools):
@@ -64,7 +73,7 @@ class PromptedPictures(IterableDataset):
     def __iter__(self):
         cv2.setNumThreads(1)
         worker = get_worker_info()
-        rng = np.random.default_rng([self.seed, worker.id if worker else 0])
+        rng = np.random.default_rng([*np.atleast_1d(self.seed), worker.id if worker else 0])
         pools = [paths for _, paths in self.pools]
         for drawn in itertools.count(1):
             sample = self._draw(rng, pools)
@@ -77,7 +86,7 @@ class PromptedPictures(IterableDataset):
         def crop_of(pool: int) -> tuple[np.ndarray, np.ndarray]:
             image, masks = read_entry(pools[pool][rng.integers(len(pools[pool]))])
             if self.distorted and not are_scenes(pools[pool]) and rng.random() < self.distorted:
-                image, masks = distort(rng, image, masks)
+                image, masks = self.distortion(rng, image, masks)
             return random_crop(rng, image, masks)
 
         image, masks = crop_of(rng.choice(len(pools), p=self.shares))
@@ -137,23 +146,6 @@ def random_crop(
     size = tuple(max(2, 2 * round(side * scale / 2)) for side in image.shape[1::-1])
     image = cv2.resize(np.ascontiguousarray(image), size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR)
     return recolour(rng, image), resize_masks(masks, size)
-
-
-def distort(rng: np.random.Generator, image: np.ndarray, masks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Make a picture (H, W, 3) uint8 and its masks (N, H, W) bool strange: turned by any angle, scaled, channels swapped, blurred, gamma.
-
-    What comes in from outside is the picture mirrored, without masks; masks that leave are gone.
-    """
-    h, w = masks.shape[1:]
-    turn = cv2.getRotationMatrix2D((w / 2, h / 2), rng.uniform(-180, 180), math.exp(rng.uniform(*np.log(SCALED))))
-    image = cv2.warpAffine(image, turn, (w, h), borderMode=cv2.BORDER_REFLECT_101)
-    warped = [cv2.warpAffine(mask.view(np.uint8) * 255, turn, (w, h)) > 127 for mask in masks]
-    masks = np.array(warped, bool).reshape(-1, h, w)
-    image = image[..., rng.permutation(3)]
-    if rng.random() < 0.5:
-        image = cv2.GaussianBlur(image, (0, 0), rng.uniform(0.3, 1.5))
-    gamma = (np.arange(256) / 255) ** math.exp(rng.uniform(-0.5, 0.5))
-    return np.rint(255 * gamma).astype(np.uint8)[image], masks[masks.any((1, 2))]
 
 
 def paste(
