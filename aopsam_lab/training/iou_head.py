@@ -117,7 +117,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     sam, step = averaged_sam(args.workdir)
     pools = parse_pools(args.pools)
-    made_from = repr((step, args.seed, args.pools, PROMPTS, SHARD, [len(paths) for _, paths in pools])).encode()
+    made_from = repr((step, args.seed, args.crops, args.pools, PROMPTS, SHARD, [len(paths) for _, paths in pools])).encode()
     folder = args.workdir / "iou_head" / hashlib.sha256(made_from).hexdigest()[:12]
     folder.mkdir(parents=True, exist_ok=True)
     tokens, ious = gather(sam, pools, args.crops, folder, args.seed)
