@@ -3,9 +3,9 @@
     python -m aopsam_lab.training.chain --workdir runs --photos PHOTOS/train
     python -m aopsam_lab.training.chain --workdir runs/quick --quick
 
-Pools of training pictures, the tiny SAM, its IoU head, its thresholds and weights, its Prompt Predictor, the detector, and the page that
-measures them. Every step is a command of its own, printed before it runs, and takes up where it was stopped; one that is done
-passes at once. ``--photos`` is a folder of COCO-style folders; without it all is trained on rendered scenes alone.
+Pools of training pictures, the tiny SAM, its IoU head, its thresholds and weights, its Prompt Predictor, the detector, and the
+page that measures them. Every step is a command of its own, printed before it runs, and takes up where it was stopped; one that
+is done passes at once. ``--photos`` is a folder of COCO-style folders; without it all is trained on rendered scenes alone.
 
 ``--quick`` shows in about ten minutes that the chain holds: a few scenes, a minute of training each, and everything, weights
 too, stays in the working folder. Without it the weights go where the package looks for them.

@@ -1,6 +1,6 @@
 """Photographs made strange, with their masks: those that a network knows by heart become new to it (ours).
 
-Two families without a kind in common, so that what was trained on the one can be fitted or tried on the other.
+Two families that share little, so that what was trained on the one can be fitted or tried on the other.
 Pictures are (H, W, 3) uint8 with masks (N, H, W) bool; what comes in from outside is the picture mirrored, without masks, and
 masks that leave are gone.
 """

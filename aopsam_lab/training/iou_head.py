@@ -30,6 +30,7 @@ from tqdm.auto import tqdm
 
 from aopsam_lab.sam.decoder import decode_tokens, draw_masks
 from aopsam_lab.sam.tiny import build_tiny_sam
+from aopsam_lab.training.card import pool_counts
 from aopsam_lab.training.distortions import deform
 from aopsam_lab.training.pool import parse_pools
 from aopsam_lab.training.prompted import BOX_SHARE, PromptedPictures
@@ -124,8 +125,8 @@ def main(argv: list[str] | None = None) -> None:
     old = sam.mask_decoder.iou_prediction_head
     new = fit(old, tokens, ious)
     about = (
-        f"fitted anew on {len(tokens)} prompts of {args.crops} crops, photographs deformed, by `python -m aopsam_lab.training.iou_head`: "
-        f"root mean square error there {error(old, tokens, ious):.3f} before, {error(new, tokens, ious):.3f} after"
+        f"fitted anew on {len(tokens)} prompts of {args.crops} crops, photographs deformed ({pool_counts(pools)}), by "
+        f"`python -m aopsam_lab.training.iou_head`: root mean square error there {error(old, tokens, ious):.3f} before, {error(new, tokens, ious):.3f} after"
     )
     save_atomically(dict(head=new.state_dict(), step=step, about=about), args.workdir / "iou_head.pt")
     print(f"IoU head: {about}")
