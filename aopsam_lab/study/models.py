@@ -246,8 +246,8 @@ def _budget_section(table: pd.DataFrame) -> str:
 <div class="results">{html_table(shown)}</div>
 <p class="muted">AoP-SAM with at most {quality.BUDGET} prompts decoded, weak candidates too (confidence {quality.WEAK.confidence:g}, else its default
 settings), against the 32 x 32 grid's 1,024, on the first pictures of each set; the lead with its paired 95% bootstrap interval, and
-what truths on which AoP-SAM decoded no prompt contribute to it. The rest is tries: where a click's mask is in doubt, more clicks on
-the same object find a better one.</p>
+what truths on which AoP-SAM decoded no prompt contribute to it. The rest lies in truths that have prompts: where a click's mask is in
+doubt, more clicks on the same object find a better one.</p>
 <figure><img src="models/miou_by_prompts.png" alt="mIoU by the number of prompts decoded, AoP-SAM and the grids"></figure>
 """
 
