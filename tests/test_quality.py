@@ -98,7 +98,7 @@ def test_a_fifth_of_the_prompts_against_the_grid(sam):
     runs = table.set_index(["method", "limit"])["n_decoded"]
     assert (runs["amg_d", 0], runs["amg_s", 0], quality.BUDGET) == (1024, 256, 204)
     assert all(0 < runs["aop", limit] <= limit for limit in quality.LIMITS) and runs["aop", 32] == 32
-    # with few prompts some truths have none; what those lose is at most all that is lost
+    # the fewer prompts, the more is lost on truths that have none
     missed = table.set_index(["method", "limit"])["missed"]
     assert missed["amg_d", 0] == 0 and missed["aop", 32] > missed["aop", quality.BUDGET]
 

@@ -54,7 +54,9 @@ HEIGHT_DECAY = 0.2  # of each bump to the one before: a likely small object come
 DISC, LEAST_DISC = 0.6, 3.0  # a point's disc, in which no further one lies: of its inradius, and at least, in PCM cells
 PLACE_WEIGHT = 0.1  # of the places' loss to the worths'
 CANDIDATES = 280  # a picture at the default settings: of scenes, which give fewer, elimination leaves less than a fifth of AMG-D's 1,024
-SLOPE = 0.35  # calibration's, of the worths' logits: steeper, bumps are near 1 where the surest lie side by side, and smoothing prefers those to one by itself
+# Calibration's, of the worths' logits. Steeper, bumps are near 1 where the surest lie side by side, and smoothing prefers those to
+# one by itself
+SLOPE = 0.35
 MIDDLE = 4.0  # calibration's, added to the logit of a cell's middle, where the points are that the bundled preset learns
 PATIENCE = 20  # evaluations
 
