@@ -14,6 +14,7 @@ from aopsam_lab.sam import zoo
 from aopsam_lab.sam.mobile import build_mobile_sam
 from aopsam_lab.sam.mobile_reference import encoder_shapes, reference_embedding
 from aopsam_lab.sam.zoo import MODELS, load_sam
+from aopsam_lab.study import official
 from aopsam_lab.study.exactness import differences, mobile_sam_state, well_used
 
 PARAMETERS = {"mobile_sam": 10_130_092, "vit_b": 93_735_472, "vit_l": 312_342_832, "vit_h": 641_090_608}
@@ -55,6 +56,14 @@ def test_mobile_sam_gives_the_masks_of_segment_anything(mobile):
     original.load_state_dict(state)
     found = differences(original.eval(), load_sam("mobile_sam", path, "cpu"), picture(90, 120))
     assert found["embedding"] < 1e-5 and found["masks"] < 1e-4 and found["size"] > 1
+
+
+def test_a_file_at_hand_is_compared_with_its_original(mobile, capsys):
+    assert official.main(["exactness", "mobile_sam", "--checkpoint", str(mobile[1])]) == 0
+    assert "within" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        official.main(["exactness", "mobile_sam", "vit_b", "--checkpoint", str(mobile[1])])
+    assert "name that one" in capsys.readouterr().err
 
 
 def test_mobile_sam_in_half_precision(mobile):

@@ -83,6 +83,18 @@ def test_only_official_models_have_originals(capsys):
     assert "choose of mobile_sam, vit_b, vit_l, vit_h" in capsys.readouterr().err
 
 
+def test_masks_of_an_official_sam_beside_tinys(tmp_path, sam, monkeypatch, capsys):
+    asked = ["masks", "mobile_sam", "--checkpoint", str(tmp_path / "mobile_sam.pt"), "--photos", str(tmp_path)]
+    assert official.main(asked) == 1 and "There is no checkpoint" in capsys.readouterr().err
+    monkeypatch.setattr(official, "load_sam", lambda *args, **options: sam)  # a file of MobileSAM's size would take minutes
+    picture(tmp_path / "images" / "a.jpg", 0)
+    coco_json(tmp_path / "annotations.json", [{"file_name": "a.jpg"}], [{"image_id": 0, "segmentation": TRIANGLE}])
+    assert official.main(asked) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 4 and lines[2].startswith(f"| {tmp_path.name} | 1 | 1 | `mobile_sam` | 0.")
+    assert lines[2].split("|")[5:] == lines[3].split("|")[5:]
+
+
 def test_the_papers_figures_stand_beside_ours(tmp_path, monkeypatch):
     head = paper.PAPER_FILE.read_text().splitlines()[0]
     lines = ["Table 1,AMG-D,vit_h,lvis,,mIoU,50.5,%,paper,here", "Table 1,AMG-D,vit_h,lvis,,Inf_Lat,0.25,s,paper,here"]

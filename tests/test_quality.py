@@ -13,6 +13,7 @@ from aopsam_lab.data import open_dataset
 from aopsam_lab.data.sample import Sample
 from aopsam_lab.decoding import encode
 from aopsam_lab.predictor import load_predictor
+from aopsam_lab.sam.tiny import build_tiny_sam
 from aopsam_lab.study import models, quality
 from aopsam_lab.study.figures import png
 
@@ -88,6 +89,20 @@ def test_every_truth_of_a_scene_is_prompted(sam):
     assert len(table) == len(sample.masks) and pairs.shape == (len(table), 3, 2)
     assert table[["box", "click_1", "click_2"]].stack().between(0, 1).all()
     assert np.allclose(table["click_1"], pairs[..., 1].max(1))
+
+
+def test_two_sams_are_compared_on_the_same_prompts(sam):
+    scene = open_dataset("scenes", 1)[0]
+    torch.manual_seed(0)
+    blind = build_tiny_sam().eval()
+    images = [Sample("no truths", scene.image, scene.masks[:0]), Sample("few", scene.image, scene.masks[:4])]
+    table = quality.compare_masks({"ours": sam, "theirs": blind}, "two", images).set_index("sam")
+    assert table[["dataset", "n_images", "n_truth"]].values.tolist() == [["two", 1, 4]] * 2
+    alone, pairs = quality.prompted_truths(sam, images[1], clicks=1)
+    assert table.loc["ours", ["box", "click_1"]].tolist() == pytest.approx(alone[["box", "click_1"]].mean().tolist())
+    ranks = pd.DataFrame(pairs.reshape(-1, 2)).rank()
+    assert table.loc["ours", "spearman"] == pytest.approx(ranks[0].corr(ranks[1]))
+    assert table.loc["theirs", "click_1"] < 0.5 < table.loc["ours", "click_1"]
 
 
 def test_a_fifth_of_the_prompts_against_the_grid(sam):

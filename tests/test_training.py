@@ -14,7 +14,7 @@ from aopsam_lab.predictor import SIGMA, PromptPredictor, draw_pcm
 from aopsam_lab.sam.tiny import build_tiny_sam
 from aopsam_lab.training import export_tiny, iou_head
 from aopsam_lab.training import predictor as predictor_training
-from aopsam_lab.training import prompted
+from aopsam_lab.training import prompted, teacher
 from aopsam_lab.training import tiny_sam as training
 from aopsam_lab.training.distortions import deform, distort
 from aopsam_lab.training.elimination import try_settings
@@ -543,3 +543,29 @@ def test_the_chain_names_its_steps_and_goes_without_photographs(tmp_path):
     steps = commands(tmp_path, [], QUICK, tmp_path / "weights", [])
     assert [step[0].rsplit(".")[-1] for step in steps] == ["pool", "tiny_sam", "iou_head", "export_tiny", "predictor", "detector", "study"]
     assert "--photos" not in steps[0]
+
+
+def test_a_teacher_adds_what_nobody_labelled(pool, tmp_path, monkeypatch, capsys):
+    """Tiny teaches itself here: of a scene of which one object is labelled it finds others, and not that one again."""
+    image, masks = read_entry(sorted(pool.iterdir())[0])
+    largest = masks[[masks.sum((1, 2)).argmax()]]
+    fill_pool(tmp_path / "photos", ["a", "b"], lambda name: Sample(name, image, largest if name == "a" else masks[:0]))
+    command = ["--pool", str(tmp_path / "photos"), "--out", str(tmp_path / "found"), "--sam", "tiny", "--device", "cpu"]
+    assert teacher.main(command) == 0
+    (seen, of_a), (_, of_b) = (read_entry(tmp_path / "found" / f"{name}.npz") for name in "ab")
+    assert np.array_equal(seen, image) and np.array_equal(of_a[0], largest[0])
+
+    def ious(masks):
+        flat = masks.reshape(len(masks), -1).astype(float)
+        both = flat @ flat.T
+        return both / (flat.sum(1)[:, None] + flat.sum(1) - both)
+
+    assert len(of_b) >= len(of_a) > 5 and ious(of_a)[0, 1:].max() < 0.5
+    others = ious(np.concatenate([masks, of_b]))[: len(masks), len(masks) :]
+    assert (others.max(1) > 0.7).mean() > 0.5, "most of what was labelled is found where nothing is"
+    monkeypatch.setattr(teacher, "found_objects", None)  # nothing is left to find
+    assert teacher.main(command) == 0
+    assert teacher.main(["--pool", str(tmp_path), "--out", str(tmp_path / "none")]) == 1
+    assert "training.pool" in capsys.readouterr().err
+    assert teacher.main([*command[:4], "--checkpoint", str(tmp_path / "none.pt")]) == 1
+    assert "There is no checkpoint" in capsys.readouterr().err

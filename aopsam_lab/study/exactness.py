@@ -1,6 +1,6 @@
-"""Whether the official models give their originals' numbers, on files of random weights at full size.
+"""Whether the official models give their originals' numbers, on files of random weights at full size or on a file at hand.
 
-A file is written as the official one would be, loaded by `load_sam`, and its embedding and masks are compared: with
+Where none is given, a file is written as the official one would be; it is loaded by `load_sam`, and its embedding and masks are compared: with
 `segment_anything`'s own code for ViT-B, L and H, and for MobileSAM's encoder with its definition written out
 (`sam.mobile_reference`). It takes a few times the weights' size of memory: 8 GB for ViT-H.
 """
@@ -92,21 +92,27 @@ def differences(original: Sam, ours: Sam, image: np.ndarray) -> dict[str, float]
     }
 
 
-def compare(name: str, image: np.ndarray, folder: Path) -> dict[str, float]:
-    """`differences` of one model, loaded from a file of random weights in `folder`, to its original.
+def compare(name: str, image: np.ndarray, folder: Path, checkpoint: Path | None = None) -> dict[str, float]:
+    """`differences` of one model, loaded from `checkpoint` or from a file of random weights in `folder`, to its original.
 
     MobileSAM's embedding is compared with that of its definition, and SamPredictor runs on the encoder in use.
+    Raises what `load_sam` raises.
     """
     torch.manual_seed(0)
-    file = folder / f"{name}.pth"
     original = MODELS[name]()
-    if name == "mobile_sam":
-        original.load_state_dict(mobile_sam_state())
-        original.eval()  # caches what it makes of the weights, and so comes after them
+    if checkpoint is not None:
+        ours = load_sam(name, checkpoint, "cpu")
+        original.load_state_dict(torch.load(checkpoint, map_location="cpu", weights_only=True))
+        original.eval()
     else:
-        well_used(original)
-    torch.save(original.state_dict(), file)
-    ours = load_sam(name, file, "cpu")
+        file = folder / f"{name}.pth"
+        if name == "mobile_sam":
+            original.load_state_dict(mobile_sam_state())
+            original.eval()  # caches what it makes of the weights, and so comes after them
+        else:
+            well_used(original)
+        torch.save(original.state_dict(), file)
+        ours = load_sam(name, file, "cpu")
     with torch.inference_mode():
         found = differences(original, ours, image)
         if name == "mobile_sam":
@@ -116,13 +122,13 @@ def compare(name: str, image: np.ndarray, folder: Path) -> dict[str, float]:
     return found
 
 
-def report(names: list[str]) -> bool:
-    """Print the differences of each model; whether all are within BARS."""
+def report(names: list[str], checkpoint: Path | None = None) -> bool:
+    """Print the differences of each model; whether all are within BARS. checkpoint: its weights, where one is named."""
     image = np.random.default_rng(0).integers(0, 256, (90, 120, 3), dtype=np.uint8)
     passed = True
     for name in names:
         with tempfile.TemporaryDirectory(prefix="aopsam_exact_") as folder:
-            found = compare(name, image, Path(folder))
+            found = compare(name, image, Path(folder), checkpoint)
         gc.collect()
         within = all(found[key] < bar for key, bar in BARS.items())
         passed &= within

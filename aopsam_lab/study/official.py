@@ -1,10 +1,11 @@
-"""The official models and data sets: `python -m aopsam_lab.study.official budget | bench | exactness | loading`.
+"""The official models and data sets: `python -m aopsam_lab.study.official budget | bench | exactness | loading | masks`.
 
 *budget* counts products (torch's own counter, on tensors without content) and bytes and prints the table of
 `reports/official.md`. *bench* measures here, with random weights: MobileSAM's encoder against its definition written
 out, and a training step of its Prompt Predictor against the time that the machine's own matrix products take for as
 much arithmetic. Ways of doing a thing take turns, and medians are compared. *exactness* compares the models' numbers
-with their originals' (see `exactness`), *loading* COCO's loader with pycocotools (see `loading`).
+with their originals' (see `exactness`), *loading* COCO's loader with pycocotools (see `loading`). *masks* needs an official file: its masks and
+tiny's from the same boxes and clicks, on the same pictures.
 """
 
 from __future__ import annotations
@@ -19,14 +20,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
 
+from aopsam_lab.data import open_dataset
 from aopsam_lab.download import OFFICIAL
 from aopsam_lab.predictor import PromptPredictor
 from aopsam_lab.sam.mobile_reference import reference_embedding
-from aopsam_lab.sam.zoo import MODELS
-from aopsam_lab.study import exactness, loading
+from aopsam_lab.sam.zoo import MODELS, load_sam
+from aopsam_lab.study import exactness, loading, quality
 from aopsam_lab.training.embedding_cache import EmbeddingCache
 from aopsam_lab.training.predictor import loss_of
 
@@ -131,6 +135,22 @@ def training_seconds(folder: Path, pictures: int, batch: int, steps: int) -> dic
     return {**found, "peak_gb": peak / 1e9, "epoch_s": found["step"] * pictures / batch, "gflop": operations / 1e9}
 
 
+def masks_table(name: str, checkpoint: str | None, folders: list[str], n_images: int | None, progress=iter) -> str:
+    """Mean IoU of boxes and of one click, and Spearman's correlation of predicted and true IoU, of an official SAM and of
+    tiny on the pictures of COCO-style folders, as Markdown (see `quality.prompted_truths`).
+
+    Raises what `load_sam` and `open_dataset` raise.
+    """
+    sams = {name: load_sam(name, checkpoint, "auto"), "tiny": load_sam("tiny", device="auto")}
+    parts = [quality.compare_masks(sams, Path(folder).resolve().name, open_dataset(folder, n_images), progress) for folder in folders]
+    table = pd.concat(parts)
+    lines = ["| pictures | n | truths | SAM | box | one click, best of 3 | Spearman |", "|:--|--:|--:|:--|--:|--:|--:|"]
+    for row in table.to_dict("records"):
+        measured = " | ".join(f"{row[key]:.3f}" for key in ("box", "click_1", "spearman"))
+        lines.append(f"| {row['dataset']} | {row['n_images']} | {row['n_truth']} | `{row['sam']}` | {measured} |")
+    return "\n".join(lines)
+
+
 def _medians(ways: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
     """Median seconds of each way, after one run unmeasured; each round begins with another one."""
     for run in ways.values():
@@ -160,9 +180,15 @@ def main(argv: list[str] | None = None) -> int:
     measure.add_argument("--steps", type=int, default=7)
     exact = commands.add_parser("exactness", help="compare with the originals, at full size on random weights")
     exact.add_argument("names", nargs="*", metavar="SAM", help="mobile_sam, vit_b, vit_l, vit_h (all if none is named)")
+    exact.add_argument("--checkpoint", type=Path, help="the file of the one SAM named, in place of random weights")
     load = commands.add_parser("loading", help="compare COCO's loader with pycocotools, and measure it at COCO's size")
     load.add_argument("folders", nargs="*", type=Path, metavar="FOLDER", help="COCO-style folders to compare on as well")
     load.add_argument("--pictures", type=int, default=5000, help="of the made-up COCO, 0.17 MB each in the temporary folder")
+    masks = commands.add_parser("masks", help="masks of the same boxes and clicks, an official SAM's and tiny's")
+    masks.add_argument("name", metavar="SAM", help="mobile_sam, vit_b, vit_l or vit_h; its official file, or --checkpoint")
+    masks.add_argument("--checkpoint", help="its weights, where they are not in the cache folder")
+    masks.add_argument("--photos", nargs="+", required=True, metavar="FOLDER", help="COCO-style folders")
+    masks.add_argument("--n-images", type=int, help="of each (default: all)")
     args = parser.parse_args(argv)
     official = [name for name in MODELS if name in OFFICIAL]
     if args.command == "budget":
@@ -171,7 +197,16 @@ def main(argv: list[str] | None = None) -> int:
     if args.command == "exactness":
         if unknown := set(args.names) - set(official):
             parser.error(f"no official SAM is called {', '.join(sorted(unknown))}: choose of {', '.join(official)}")
-        return 0 if exactness.report(args.names or official) else 1
+        if args.checkpoint is not None and len(args.names) != 1:
+            parser.error("--checkpoint is the file of one SAM: name that one")
+        return 0 if exactness.report(args.names or official, args.checkpoint) else 1
+    if args.command == "masks":
+        try:
+            print(masks_table(args.name, args.checkpoint, args.photos, args.n_images, tqdm))
+        except (ValueError, FileNotFoundError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
+        return 0
     if args.command == "loading":
         with tempfile.TemporaryDirectory(prefix="aopsam_loading_") as folder:
             return 0 if loading.report(args.folders, args.pictures, Path(folder)) else 1

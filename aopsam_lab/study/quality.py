@@ -148,6 +148,23 @@ def measure(sam: Sam, predictor, detector, images: Dataset, progress=iter) -> tu
     return pd.concat(prompted, ignore_index=True), np.concatenate(pairs), pd.concat(prompts, ignore_index=True)
 
 
+def compare_masks(sams: dict[str, Sam], name: str, images: Dataset, progress=iter) -> pd.DataFrame:
+    """A row a SAM: its ``masks_row`` on all pictures of a data set that have truths, boxes and first clicks only."""
+    found: dict[str, list[tuple[pd.DataFrame, np.ndarray]]] = {of: [] for of in sams}
+    for i in progress(range(len(images))):
+        sample = images[i]
+        if not len(sample.masks):
+            continue
+        for of, sam in sams.items():
+            table, pairs = prompted_truths(sam, sample, clicks=1)
+            found[of].append((table.assign(image=sample.id), pairs.reshape(-1, 2)))
+    rows = []
+    for of, parts in found.items():
+        tables, pairs = zip(*parts)
+        rows.append({"sam": of, **masks_row(name, pd.concat(tables, ignore_index=True), np.concatenate(pairs))})
+    return pd.DataFrame(rows)
+
+
 def against_grid(sam: Sam, predictor, images: Dataset, count: int, progress=iter) -> pd.DataFrame:
     """AoP-SAM with at most each of ``LIMITS`` prompts, and both grids, on those of the first ``count`` pictures that have truths.
 
@@ -189,18 +206,21 @@ def miou_by_prompts(table: pd.DataFrame) -> pd.DataFrame:
     return means.sort_values("n_decoded", ignore_index=True)
 
 
-def summary_row(name: str, prompted: pd.DataFrame, pairs: np.ndarray, prompts: pd.DataFrame) -> dict[str, float | str | int]:
-    """One row a data set: means over all truths, Spearman's rank correlation of predicted and true IoU, recalls."""
-    means = prompted.drop(columns=["area", "image"]).mean()
-    recalls = prompts.drop(columns=["area", "image"]).mean()
+def masks_row(name: str, prompted: pd.DataFrame, pairs: np.ndarray) -> dict[str, float | str | int]:
+    """One row a data set: means over all truths, Spearman's rank correlation of predicted and true IoU."""
     return {
         "dataset": name,
         "n_images": prompted["image"].nunique(),
         "n_truth": len(prompted),
-        **means.to_dict(),
+        **prompted.drop(columns=["area", "image"]).mean().to_dict(),
         "spearman": float(spearmanr(pairs[:, 0], pairs[:, 1]).statistic),
-        **{f"recall_{k}": v for k, v in recalls.items()},
     }
+
+
+def summary_row(name: str, prompted: pd.DataFrame, pairs: np.ndarray, prompts: pd.DataFrame) -> dict[str, float | str | int]:
+    """``masks_row``, and the share of truths with a prompt on them by source."""
+    recalls = prompts.drop(columns=["area", "image"]).mean()
+    return {**masks_row(name, prompted, pairs), **{f"recall_{k}": v for k, v in recalls.items()}}
 
 
 def recall_by_size(prompts: pd.DataFrame) -> pd.DataFrame:

@@ -46,7 +46,7 @@ def write_entry(folder: Path, name: str, sample: Sample) -> None:
     wide, high = max(2, round(w * scale)), max(2, round(h * scale))
     image = cv2.resize(sample.image, (wide, high), interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR)
     masks = resize_masks(sample.masks, (wide, high))
-    masks = masks[masks.reshape(len(masks), -1).sum(1) >= MIN_PIXELS]
+    masks = masks[masks.sum((1, 2)) >= MIN_PIXELS]
     partial = folder / f".{name}.tmp"
     with open(partial, "wb") as file:
         np.savez(file, image=image, masks=np.packbits(masks, axis=-1), width=masks.shape[-1])
