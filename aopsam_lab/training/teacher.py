@@ -7,7 +7,7 @@ what an object is. An official SAM, prompted where tiny's Prompt Predictor is su
 photographs with their labelled masks and these, and any of the trainings here takes it in the place of the old one. Nothing in
 `make train` needs it. An entry is there whole or not at all: killed and started again, it goes on at the first missing one.
 
-On two cores MobileSAM takes about five seconds a photograph, half of them for its embedding.
+On one core (without AVX-512) MobileSAM takes about ten seconds a photograph, half of them for its embedding.
 """
 
 from __future__ import annotations
