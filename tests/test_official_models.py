@@ -64,6 +64,8 @@ def test_a_file_at_hand_is_compared_with_its_original(mobile, capsys):
     with pytest.raises(SystemExit):
         official.main(["exactness", "mobile_sam", "vit_b", "--checkpoint", str(mobile[1])])
     assert "name that one" in capsys.readouterr().err
+    assert official.main(["exactness", "mobile_sam", "--checkpoint", "not/there.pt"]) == 1
+    assert "There is no checkpoint" in capsys.readouterr().err
 
 
 def test_mobile_sam_in_half_precision(mobile):

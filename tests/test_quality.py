@@ -103,6 +103,8 @@ def test_two_sams_are_compared_on_the_same_prompts(sam):
     ranks = pd.DataFrame(pairs.reshape(-1, 2)).rank()
     assert table.loc["ours", "spearman"] == pytest.approx(ranks[0].corr(ranks[1]))
     assert table.loc["theirs", "click_1"] < 0.5 < table.loc["ours", "click_1"]
+    with pytest.raises(ValueError, match="no picture of none has masks"):
+        quality.compare_masks({"ours": sam}, "none", images[:1])
 
 
 def test_a_fifth_of_the_prompts_against_the_grid(sam):

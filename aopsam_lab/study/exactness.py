@@ -1,8 +1,8 @@
 """Whether the official models give their originals' numbers, on files of random weights at full size or on a file at hand.
 
-Where none is given, a file is written as the official one would be; it is loaded by `load_sam`, and its embedding and masks are compared: with
-`segment_anything`'s own code for ViT-B, L and H, and for MobileSAM's encoder with its definition written out
-(`sam.mobile_reference`). It takes a few times the weights' size of memory: 8 GB for ViT-H.
+Where none is given, a file is written as the official one would be. It is loaded by `load_sam`, and its embedding and masks
+are compared: with `segment_anything`'s own code for ViT-B, L and H, and for MobileSAM's encoder with its definition written
+out (`sam.mobile_reference`). It takes a few times the weights' size of memory: 8 GB for ViT-H.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def compare(name: str, image: np.ndarray, folder: Path, checkpoint: Path | None 
     """`differences` of one model, loaded from `checkpoint` or from a file of random weights in `folder`, to its original.
 
     MobileSAM's embedding is compared with that of its definition, and SamPredictor runs on the encoder in use.
-    Raises what `load_sam` raises.
+    checkpoint: as `torch.save` writes it, which all official ones are. Raises what `load_sam` raises.
     """
     torch.manual_seed(0)
     original = MODELS[name]()

@@ -4,8 +4,8 @@
 `reports/official.md`. *bench* measures here, with random weights: MobileSAM's encoder against its definition written
 out, and a training step of its Prompt Predictor against the time that the machine's own matrix products take for as
 much arithmetic. Ways of doing a thing take turns, and medians are compared. *exactness* compares the models' numbers
-with their originals' (see `exactness`), *loading* COCO's loader with pycocotools (see `loading`). *masks* needs an official file: its masks and
-tiny's from the same boxes and clicks, on the same pictures.
+with their originals' (see `exactness`), *loading* COCO's loader with pycocotools (see `loading`). *masks* needs an
+official file: its masks and tiny's from the same boxes and clicks, on the same pictures.
 """
 
 from __future__ import annotations
@@ -168,6 +168,7 @@ def _medians(ways: dict[str, Callable[[], object]], rounds: int) -> dict[str, fl
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
+    official = [name for name in MODELS if name in OFFICIAL]
     plan = commands.add_parser("budget", help="disk and GPU hours, by arithmetic")
     plan.add_argument("--pictures", type=int, default=10_000, help="trained on")
     plan.add_argument("--epochs", type=int, default=1000)
@@ -180,17 +181,16 @@ def main(argv: list[str] | None = None) -> int:
     measure.add_argument("--steps", type=int, default=7)
     exact = commands.add_parser("exactness", help="compare with the originals, at full size on random weights")
     exact.add_argument("names", nargs="*", metavar="SAM", help="mobile_sam, vit_b, vit_l, vit_h (all if none is named)")
-    exact.add_argument("--checkpoint", type=Path, help="the file of the one SAM named, in place of random weights")
+    exact.add_argument("--checkpoint", type=Path, help="the .pt or .pth file of the one SAM named, in place of random weights")
     load = commands.add_parser("loading", help="compare COCO's loader with pycocotools, and measure it at COCO's size")
     load.add_argument("folders", nargs="*", type=Path, metavar="FOLDER", help="COCO-style folders to compare on as well")
     load.add_argument("--pictures", type=int, default=5000, help="of the made-up COCO, 0.17 MB each in the temporary folder")
     masks = commands.add_parser("masks", help="masks of the same boxes and clicks, an official SAM's and tiny's")
-    masks.add_argument("name", metavar="SAM", help="mobile_sam, vit_b, vit_l or vit_h; its official file, or --checkpoint")
+    masks.add_argument("name", metavar="SAM", choices=official, help="mobile_sam, vit_b, vit_l or vit_h")
     masks.add_argument("--checkpoint", help="its weights, where they are not in the cache folder")
     masks.add_argument("--photos", nargs="+", required=True, metavar="FOLDER", help="COCO-style folders")
     masks.add_argument("--n-images", type=int, help="of each (default: all)")
     args = parser.parse_args(argv)
-    official = [name for name in MODELS if name in OFFICIAL]
     if args.command == "budget":
         print(budget(args.pictures, args.epochs, args.images, args.tflops))
         return 0
@@ -199,14 +199,15 @@ def main(argv: list[str] | None = None) -> int:
             parser.error(f"no official SAM is called {', '.join(sorted(unknown))}: choose of {', '.join(official)}")
         if args.checkpoint is not None and len(args.names) != 1:
             parser.error("--checkpoint is the file of one SAM: name that one")
-        return 0 if exactness.report(args.names or official, args.checkpoint) else 1
-    if args.command == "masks":
-        try:
+    try:
+        if args.command == "exactness":
+            return 0 if exactness.report(args.names or official, args.checkpoint) else 1
+        if args.command == "masks":
             print(masks_table(args.name, args.checkpoint, args.photos, args.n_images, tqdm))
-        except (ValueError, FileNotFoundError) as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 1
-        return 0
+            return 0
+    except (ValueError, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     if args.command == "loading":
         with tempfile.TemporaryDirectory(prefix="aopsam_loading_") as folder:
             return 0 if loading.report(args.folders, args.pictures, Path(folder)) else 1

@@ -149,7 +149,10 @@ def measure(sam: Sam, predictor, detector, images: Dataset, progress=iter) -> tu
 
 
 def compare_masks(sams: dict[str, Sam], name: str, images: Dataset, progress=iter) -> pd.DataFrame:
-    """A row a SAM: its ``masks_row`` on all pictures of a data set that have truths, boxes and first clicks only."""
+    """A row a SAM: its ``masks_row`` on all pictures of a data set that have truths, boxes and first clicks only.
+
+    Raises ValueError where no picture has any.
+    """
     found: dict[str, list[tuple[pd.DataFrame, np.ndarray]]] = {of: [] for of in sams}
     for i in progress(range(len(images))):
         sample = images[i]
@@ -158,6 +161,8 @@ def compare_masks(sams: dict[str, Sam], name: str, images: Dataset, progress=ite
         for of, sam in sams.items():
             table, pairs = prompted_truths(sam, sample, clicks=1)
             found[of].append((table.assign(image=sample.id), pairs.reshape(-1, 2)))
+    if not all(found.values()):
+        raise ValueError(f"no picture of {name} has masks: there is nothing to compare with.")
     rows = []
     for of, parts in found.items():
         tables, pairs = zip(*parts)
