@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 
 import cv2
 import numpy as np
@@ -192,14 +193,24 @@ def test_the_command_trains_stops_early_and_its_predictor_loads(photos, tmp_path
     with Image.open(run / "curve.png") as drawn:
         assert drawn.size[0] > 600
     predictor = load_predictor("tiny", tmp_path / "mine.safetensors", "cpu")
-    assert "7 pictures of sa1b" in (tmp_path / "mine.md").read_text() and predictor.embed_dim == 128
+    card = (tmp_path / "mine.md").read_text()
+    assert "7 pictures of sa1b" in card and predictor.embed_dim == 128
+    assert "stopped after" not in card and "lowest held-out loss kept" in card, "its epochs ended before its patience did"
     shards = {path: path.stat().st_mtime_ns for path in (run / "cache").glob("shard-*")}
     # every later held-out loss is worse than none at all: the training stops after two of them
     state = torch.load(run / "last.pt", weights_only=True)
     torch.save({**state, "best": -1.0, "stale": 0}, run / "last.pt")
     assert cli.main([*command, "--epochs", "100", "--patience", "2"]) == 0
     assert torch.load(run / "last.pt", weights_only=True)["step"] == 7 + 4 - 1
+    assert "stopped after 2 evaluations without a lower held-out loss" in (tmp_path / "mine.md").read_text()
     assert {path: path.stat().st_mtime_ns for path in shards} == shards, "embeddings are computed once"
+
+
+def test_a_predictor_with_too_few_peaks_for_its_calibration_says_so(photos, tmp_path, capsys):
+    command = ["train-predictor", "--data", f"sa1b:{photos}", "--workdir", str(tmp_path), "--limit", "3", "--held-out", "1"]
+    assert cli.main([*command, "--epochs", "1", "--device", "cpu", "--candidates", "100000"]) == 0
+    said = re.search(r"gives (\d+) candidates a picture \(100000 were asked for", capsys.readouterr().out)
+    assert said and f"give {said[1]} candidates each at the default settings (100000 were asked for" in (tmp_path / "predictor.md").read_text()
 
 
 def test_the_chain_holds_for_mobile_sam(photos, tmp_path):

@@ -513,12 +513,12 @@ def test_calibration_gives_the_candidates_asked_for(pool):
     torch.manual_seed(1)
     predictor = PromptPredictor().eval()
     before = [part.clone() for part in predictor.cells(*held[0].inputs(sam))]
-    shift = predictor_training.calibrate(sam, predictor, held, wanted=20)
+    shift, given = predictor_training.calibrate(sam, predictor, held, wanted=20)
     worth, place = predictor.cells(*held[0].inputs(sam))
     assert torch.allclose(worth, predictor_training.SLOPE * before[0] + shift, atol=1e-4), "the cells' order stays"
     assert torch.equal(place, before[1])
     found = predictor_training.recall(sam, predictor, held)["candidates"]
-    assert abs(found - 20) <= 5
+    assert abs(found - 20) <= 5 and given == pytest.approx(found, abs=2)
 
 
 def test_what_elimination_loses_is_tried_on_a_training_picture(pool):

@@ -171,9 +171,10 @@ def held_loss(sam: Sam, predictor: PromptPredictor, held: list[Held], preset: st
 
 
 @torch.inference_mode()
-def calibrate(sam: Sam, predictor: PromptPredictor, held: list[Held], wanted: float) -> float:
+def calibrate(sam: Sam, predictor: PromptPredictor, held: list[Held], wanted: float) -> tuple[float, float]:
     """Bring the worths' logits to ``SLOPE`` times their size and shift them so that the pictures give ``wanted`` candidates on
-    average at the default settings; the shift.
+    average at the default settings. The shift, and the candidates that it gives: fewer where peaks are too few, as early in a
+    training.
 
     What a network trained on sparse bumps calls 0.2 depends on the loss's weights. This gives the default confidence a meaning.
     Shifted alone, the surest would all be near 1 where the bumps of neighbours meet, and their order lost.
@@ -181,14 +182,18 @@ def calibrate(sam: Sam, predictor: PromptPredictor, held: list[Held], wanted: fl
     for parameter in (predictor.fuse[-1].weight, predictor.fuse[-1].bias):
         parameter[0] *= SLOPE
     cells = [(*predictor.cells(*one.inputs(sam)), one.valid) for one in held]
+
+    def candidates(shift: float) -> float:
+        pcms = (draw_pcm(worth + shift, place)[0, 0] * valid for worth, place, valid in cells)
+        return float(np.mean([len(sample_prompts(pcm)[0]) for pcm in pcms]))
+
     low, high = -8.0, 8.0
+    wanted = min(wanted, candidates(high))  # where that is all there are, no further than they need: near 1 their order is lost
     for _ in range(24):
         shift = (low + high) / 2
-        pcms = (draw_pcm(worth + shift, place)[0, 0] * valid for worth, place, valid in cells)
-        found = np.mean([len(sample_prompts(pcm)[0]) for pcm in pcms])
-        low, high = (shift, high) if found < wanted else (low, shift)
-    predictor.fuse[-1].bias[0] += shift
-    return shift
+        low, high = (shift, high) if candidates(shift) < wanted else (low, shift)
+    predictor.fuse[-1].bias[0] += high
+    return high, candidates(high)
 
 
 def prefer_middles(predictor: PromptPredictor) -> None:
@@ -309,24 +314,28 @@ def train(args: argparse.Namespace) -> None:
     predictor.eval().requires_grad_(False)
     if preset == "bundled":
         prefer_middles(predictor)
-    shift = calibrate(sam, predictor, held, args.candidates) if args.candidates and held else 0.0
+    shift, found = calibrate(sam, predictor, held, args.candidates) if args.candidates and held else (0.0, 0.0)
     about = dict(sam=spec_of(sam).name, sam_sha256=spec_of(sam).sha256, preset=preset, steps=str(step))
-    stopped = f"; stopped after {patience} evaluations without a lower held-out loss, best weights kept" if patience else ""
+    stopped = f"; stopped after {patience} evaluations without a lower held-out loss" if patience and stale >= patience else ""
+    kept = "; the weights of the lowest held-out loss kept" if patience else ""
+    few = f" ({args.candidates:g} were asked for: its peaks are too few, a longer training finds more)" if found < 0.9 * args.candidates else ""
     data = examples.facts()
     facts = {
         "Model": f"{sum(p.numel() for p in predictor.parameters()) / 1e6:.2f} M parameters, for embeddings of {about['sam']} "
         f"(sha256 {about['sam_sha256'][:12]})",
         "Data": data["Data"],
         "Training": f"preset {preset}, {step} steps of {batch}, {(time.perf_counter() - started) / 60:.0f} minutes, peak "
-        f"weight {args.peak_weight:g}, by `python -m aopsam_lab train-predictor`{stopped}",
-        "Calibration": f"logits of worths times {SLOPE:g} and moved by {shift:+.2f}, so that {len(held)} held-out training pictures give {args.candidates:g} candidates "
-        f"each at the default settings{f'; a middle that is {MIDDLE:g} likelier' if preset == 'bundled' else ''}" if shift else "none",
+        f"weight {args.peak_weight:g}, by `python -m aopsam_lab train-predictor`{stopped}{kept}",
+        "Calibration": f"logits of worths times {SLOPE:g} and moved by {shift:+.2f}, so that {len(held)} held-out training pictures give {found:.0f} candidates "
+        f"each at the default settings{few}{f'; a middle that is {MIDDLE:g} likelier' if preset == 'bundled' else ''}" if shift else "none",
         "Licence": data["Licence"],
     }
     about_curve = f"recall_k: share of truths with one of the k strongest candidates on them, {len(held)} held-out training pictures"
     for path in [work / "predictor.safetensors"] + ([args.out] if args.out else []):
         export(predictor, path, about)
         write_card(path, f"Prompt Predictor of the {about['sam']} SAM.", facts, work / "curve.csv", about_curve)
+    if shift and few:
+        print(f"The predictor gives {found:.0f} candidates a picture{few}.")
     print(f"Prompt Predictor: {work / 'predictor.safetensors'}")
 
 
