@@ -54,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("images", nargs="+", metavar="IMAGE", help="image files, folders of images, or glob patterns")
     command.add_argument("--out", required=True, type=Path, metavar="DIR", help="where the results go; made if missing")
     command.add_argument("--method", default="aop", choices=list(METHODS), help="how prompts are found")
-    command.add_argument("--sam", default="tiny", choices=list(MODELS), help="which SAM")
+    command.add_argument("--sam", default="mobile_sam", choices=list(MODELS), help="which SAM")
     command.add_argument("--checkpoint", metavar="FILE", help="SAM weights other than the bundled or official ones")
     command.add_argument("--predictor", metavar="FILE", help="Prompt Predictor weights other than the bundled ones")
     command.add_argument("--detector", metavar="FILE", help="YOLOv8 weights other than the bundled: a file, or yolov8n")

@@ -35,12 +35,6 @@ class OfficialFile:
 
 
 OFFICIAL = {
-    "mobile_sam": OfficialFile(
-        "https://raw.githubusercontent.com/ChaoningZhang/MobileSAM/master/weights/mobile_sam.pt",
-        "6dbb90523a35330fedd7f1d3dfc66f995213d81b29a5ca8108dbcdd4e37d6c2f",
-        40_728_226,
-        "Apache-2.0",
-    ),
     "vit_b": OfficialFile(
         f"{_SAM}/sam_vit_b_01ec64.pth",
         "ec2df62732614e57411cdcf32a23ffdf28910380d03139ee0f4fcbe91eb8c912",

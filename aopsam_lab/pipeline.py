@@ -143,7 +143,7 @@ def _prompt_table(proposal: Proposal, rounds: list[list[tuple[torch.Tensor, Foun
 def segment(
     image,
     method: str = "aop",
-    sam: str | Sam = "tiny",
+    sam: str | Sam = "mobile_sam",
     predictor: PromptPredictor | None = None,
     detector: Detector | None = None,
     params: AsfParams = AsfParams(),

@@ -22,7 +22,10 @@ from aopsam_lab.sam.zoo import resolve_device
 CELL = 4  # PCM cells to a side of an embedding's cell
 SIGMA = 1.0  # of the bumps, in PCM cells: neighbours, about four apart, stay two when smoothed
 WEIGHTS = Path(__file__).parent / "weights"
-BUNDLED = {"tiny": WEIGHTS / "predictor_tiny.safetensors"}
+BUNDLED = {
+    "mobile_sam": WEIGHTS / "predictor_mobile_sam.safetensors",
+    "tiny": WEIGHTS / "predictor_tiny.safetensors",
+}
 
 
 def _conv(c_in: int, c_out: int, kernel: int = 3, stride: int = 1) -> nn.Sequential:
@@ -97,8 +100,8 @@ def draw_pcm(worth: Tensor, place: Tensor, soft: bool = False) -> Tensor:
     return F.conv2d(along, bump.view(1, 1, -1, 1), padding=(reach, 0)).clamp(0, 1)
 
 
-def load_predictor(name: str = "tiny", path: str | Path | None = None, device: str = "auto") -> PromptPredictor:
-    """The bundled predictor of a SAM (``tiny``), or one of your own training by path.
+def load_predictor(name: str = "mobile_sam", path: str | Path | None = None, device: str = "auto") -> PromptPredictor:
+    """The bundled predictor of a SAM (``mobile_sam``), or one of your own training by path.
 
     The file (safetensors) says in its metadata which embedding it is for. The result is in eval mode and carries ``sha256``.
     Raises ValueError where no predictor is bundled or the file is not one, FileNotFoundError where there is no file.

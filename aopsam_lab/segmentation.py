@@ -226,7 +226,7 @@ class Segmentation:
         ax.set_title(title, fontsize="small")
         return ax
 
-    def explore(self, sam: str = "tiny"):
+    def explore(self, sam: str = "mobile_sam"):
         """This result in the explorer, as it is, for a notebook's cell; the SAM is asked only when something changes."""
         from aopsam_lab.widgets.explorer import explore_segmentation
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
+from typing import Any
+
 from segment_anything.modeling import MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
 
 IMG_SIZE = 1024
@@ -10,22 +13,18 @@ WIDTH = 256
 
 
 def build_mobile_sam() -> Sam:
-    """An untrained MobileSAM whose state dict has the keys and shapes of the official `mobile_sam.pt`.
+    """An untrained MobileSAM: a `segment_anything` Sam with the keys and shapes of the official `mobile_sam.pt`.
 
-    1024 x 1024 input, embedding 256 x 64 x 64. The encoder is kornia's (Apache-2.0). Call `.eval()` again after loading
-    weights or moving it: kornia 0.8 caches the attention biases when a TinyViT is put in evaluation mode.
+    Returns:
+        The model: 1024 x 1024 pixels in, an embedding of 256 x 64 x 64 out. Call `.eval()` again after loading
+        weights: TinyViT stores its attention biases in evaluation mode.
     """
-    # Here, as kornia takes a second to import and no other model needs it.
-    try:
-        from kornia.models.tiny_vit import TinyViT
-    except ModuleNotFoundError:  # kornia 0.8, the last for Python 3.10
-        from kornia.contrib.models.tiny_vit import TinyViT
-
     side = IMG_SIZE // STRIDE
+    size = (side, side)
     return Sam(
-        image_encoder=TinyViT.from_config("5m", img_size=IMG_SIZE, mobile_sam=True),
+        image_encoder=_tiny_vit(),
         prompt_encoder=PromptEncoder(
-            embed_dim=WIDTH, image_embedding_size=(side, side), input_image_size=(IMG_SIZE, IMG_SIZE), mask_in_chans=16
+            embed_dim=WIDTH, image_embedding_size=size, input_image_size=(IMG_SIZE, IMG_SIZE), mask_in_chans=16
         ),
         mask_decoder=MaskDecoder(
             num_multimask_outputs=3,
@@ -34,4 +33,28 @@ def build_mobile_sam() -> Sam:
             iou_head_depth=3,
             iou_head_hidden_dim=256,
         ),
+    )
+
+
+def _tiny_vit() -> Any:
+    """The image encoder of the `mobile_sam` package, with the sizes that its `build_sam_vit_t` gives it."""
+    with warnings.catch_warnings():
+        # the package uses old names of timm's modules and registers models that timm has as well
+        warnings.simplefilter("ignore")
+        from mobile_sam.modeling import TinyViT  # here: it imports timm, which no other model needs
+    return TinyViT(
+        img_size=IMG_SIZE,
+        in_chans=3,
+        num_classes=1000,
+        embed_dims=[64, 128, 160, 320],
+        depths=[2, 2, 6, 2],
+        num_heads=[2, 4, 5, 10],
+        window_sizes=[7, 7, 14, 7],
+        mlp_ratio=4.0,
+        drop_rate=0.0,
+        drop_path_rate=0.0,
+        use_checkpoint=False,
+        mbconv_expand_ratio=4.0,
+        local_conv_size=3,
+        layer_lr_decay=0.8,
     )

@@ -20,11 +20,13 @@ from aopsam_lab.download import OFFICIAL, ask_to_download, command, download, ke
 from aopsam_lab.sam.mobile import build_mobile_sam
 from aopsam_lab.sam.tiny import build_tiny_sam
 
-TINY_WEIGHTS = Path(__file__).parent.parent / "weights" / "tiny_sam.safetensors"
+WEIGHTS = Path(__file__).parent.parent / "weights"
+BUNDLED = {"mobile_sam": WEIGHTS / "mobile_sam.safetensors", "tiny": WEIGHTS / "tiny_sam.safetensors"}
+DEFAULT = "mobile_sam"
 
 MODELS: dict[str, Callable[[], Sam]] = {
-    "tiny": build_tiny_sam,
     "mobile_sam": build_mobile_sam,
+    "tiny": build_tiny_sam,
     "vit_b": sam_model_registry["vit_b"],
     "vit_l": sam_model_registry["vit_l"],
     "vit_h": sam_model_registry["vit_h"],
@@ -51,7 +53,7 @@ class SamSpec:
 
 
 def load_sam(
-    name: str = "tiny",
+    name: str = DEFAULT,
     checkpoint: str | os.PathLike | None = None,
     device: str | torch.device = "auto",
     fetch: bool | None = None,
@@ -59,11 +61,11 @@ def load_sam(
 ) -> Sam:
     """A SAM ready for inference: in eval mode, without gradients, on `device`, its `SamSpec` in `.spec`.
 
-    name:        "tiny" (bundled), "mobile_sam", "vit_b", "vit_l" or "vit_h".
+    name:        "mobile_sam" (bundled), "vit_b", "vit_l" or "vit_h"; "tiny" (bundled).
     checkpoint:  the weights: a file with the official one's keys, such as a fine-tuned model, saved by `torch.save` or
                  as safetensors. No code in a file is ever run. The metadata of a safetensors file may hold
                  `pred_iou_thresh` and `stability_score_thresh`; else SamAutomaticMaskGenerator's 0.88 and 0.95 hold.
-                 None: tiny's bundled weights, or the official file in the cache folder (see `aopsam_lab.download`),
+                 None: the bundled weights, or the official file in the cache folder (see `aopsam_lab.download`),
                  which has to have its official sha256.
     device:      "auto" (the GPU if there is one), "cpu", "cuda", ...
     fetch:       whether to download an official file that is not there. None: ask, where someone sits at a terminal.
@@ -76,10 +78,10 @@ def load_sam(
     if name not in MODELS:
         raise ValueError(f"There is no SAM called {name!r}. Choose one of {', '.join(MODELS)}.")
     device = resolve_device(device)
-    official = checkpoint is None and name != "tiny"
+    official = checkpoint is None and name not in BUNDLED
     if official:
         checkpoint = official_weights(name, fetch)
-    path = Path(TINY_WEIGHTS if checkpoint is None else checkpoint)
+    path = Path(BUNDLED[name] if checkpoint is None else checkpoint)
     state, metadata = _read_weights(path)
     found = identify(state)
     if found != name and found is not None:
@@ -208,7 +210,7 @@ def _damaged(path: Path, head: bytes) -> str:
 def _wanted(name: str) -> str:
     if name in OFFICIAL:
         return f"the official {OFFICIAL[name].name} or one with its keys"
-    return "a file of aopsam_lab.training.export_tiny, or none for the bundled weights"
+    return f"a file with the keys of the bundled {BUNDLED[name].name}, or none for the bundled weights"
 
 
 def _misfit(wanted: dict[str, Tensor], given: dict[str, Tensor]) -> str:

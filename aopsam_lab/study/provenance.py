@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 PACKAGES = (
-    "torch", "torchvision", "segment-anything", "kornia", "ultralytics", "ultralytics-opencv-headless", "numpy",
+    "torch", "torchvision", "segment-anything", "mobilesam-mirror", "timm", "ultralytics", "ultralytics-opencv-headless", "numpy",
     "scipy", "pandas", "pillow", "opencv-python-headless", "pycocotools", "safetensors", "matplotlib", "papermill",
 )  # fmt: skip
 UNKNOWN = "unknown"

@@ -90,7 +90,7 @@ class StudyResult:
 
 
 def run_study(
-    sam: str = "tiny",
+    sam: str = "mobile_sam",
     methods: Sequence[str] = DEFAULT_METHODS,
     dataset: str | os.PathLike = "scenes",
     n_images: int | None = 24,

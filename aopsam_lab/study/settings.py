@@ -32,7 +32,7 @@ SCORING_CODE = (
 class Weights:
     """Which models to load: all that a process of its own needs to know. Paths as given; None: bundled."""
 
-    sam: str = "tiny"
+    sam: str = "mobile_sam"
     checkpoint: str | None = None
     predictor: str | None = None
     detector: str | None = None

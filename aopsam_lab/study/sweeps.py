@@ -39,7 +39,7 @@ RISES, FALLS, UNDECIDED = "rises", "falls", "undecided"
 
 
 def run_ablation(
-    sam: str = "tiny",
+    sam: str = "mobile_sam",
     methods: Sequence[str] = ABLATION,
     dataset: str | os.PathLike = "scenes",
     n_images: int | None = 24,
@@ -93,7 +93,7 @@ class SweepResult:
 
 
 def run_sweeps(
-    sam: str = "tiny",
+    sam: str = "mobile_sam",
     dataset: str | os.PathLike = "scenes",
     n_images: int | None = 24,
     grids: Mapping[str, Sequence[float]] = GRIDS,

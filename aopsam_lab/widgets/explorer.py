@@ -74,7 +74,7 @@ class Explorer(ui.VBox):
     def __init__(
         self,
         sources: Sequence[Source] = (),
-        sam: str | Sam = "tiny",
+        sam: str | Sam = "mobile_sam",
         method: str = "aop",
         params: AsfParams = AsfParams(),
         manual: Sequence[Clicks] = (),
@@ -399,7 +399,7 @@ class Explorer(ui.VBox):
 
 def explore(
     pictures="scenes",
-    sam: str | Sam = "tiny",
+    sam: str | Sam = "mobile_sam",
     method: str = "aop",
     params: AsfParams = AsfParams(),
     manual: Sequence[Clicks] = (),
@@ -424,7 +424,7 @@ def explore(
         return explorer
 
 
-def explore_segmentation(seg: Segmentation, sam: str | Sam = "tiny") -> Explorer:
+def explore_segmentation(seg: Segmentation, sam: str | Sam = "mobile_sam") -> Explorer:
     """The explorer on a Segmentation as it is; SAM is asked only when something changes."""
     known = {field.name: seg.params[field.name] for field in fields(AsfParams) if field.name in seg.params}
     source = Source("picture", "seg.image", lambda: Picture(seg.image))
