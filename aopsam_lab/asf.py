@@ -181,6 +181,19 @@ def elimination_features(embedding: Tensor, image_pe: Tensor, valid: Tensor) -> 
     return torch.cat([part * (2 * part.square().sum(0)).clamp(min=1e-12).rsqrt() for part in parts])
 
 
+def raw_features(embedding: Tensor, valid: Tensor) -> Tensor:
+    """Image features of the PEM in the paper's words to the letter: the embedding as it is, cells of unit length.
+
+    Args:
+        embedding: (C, h, w).
+        valid: (h, w) bool, cells on the image.
+
+    Returns:
+        (C, h, w), zero on padding.
+    """
+    return F.normalize(embedding, dim=0) * valid
+
+
 def on_mask(logits: Tensor, index: Tensor, threshold: float) -> Tensor:
     """``logits[index] > threshold``: logits (N, H, W), index (n,) long -> (n, H, W) bool.
 
@@ -227,8 +240,12 @@ def elimination_maps(features: Tensor, references: Tensor) -> Tensor:
     return cosines.clamp_(0, 1).unflatten(1, features.shape[1:])
 
 
-def elimination_thresholds(pems: Tensor, coverage: Tensor, valid: Tensor, elimination: float) -> Tensor:
+def elimination_thresholds(
+    pems: Tensor, coverage: Tensor, valid: Tensor, elimination: float, floor: bool = True
+) -> Tensor:
     """What a PEM must exceed for its reference to eliminate a prompt -> (n,).
+
+    floor: whether the threshold has the lower bound described below; without it, it is the paper's to the letter.
 
     ``elimination`` times the mean of the PEM (n, h, w) over the valid cells (the paper's adaptive threshold; the mean is
     ours), but not less than the OWN_QUANTILE of the PEM over the reference's own cells (ours, see :func:`filled_cells`): a
@@ -237,9 +254,11 @@ def elimination_thresholds(pems: Tensor, coverage: Tensor, valid: Tensor, elimin
     """
     weights = valid.to(pems.dtype).flatten()
     adaptive = elimination * (pems.flatten(1) @ (weights / weights.sum()))
+    if not floor:
+        return adaptive
     own = torch.where(filled_cells(coverage, valid), pems, float("nan")).flatten(1)
-    floor = torch.nanquantile(own, OWN_QUANTILE, dim=1).nan_to_num(nan=0.0)  # a mask that fills no cell has none
-    return torch.maximum(adaptive, floor)
+    least = torch.nanquantile(own, OWN_QUANTILE, dim=1).nan_to_num(nan=0.0)  # a mask that fills no cell has none
+    return torch.maximum(adaptive, least)
 
 
 def eliminate(pems: Tensor, thresholds: Tensor, cells: Tensor, gates: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,7 @@ prompts, decodes and filters each the same way for every method, and shows it th
 | aop_no_as_af  | one point a component of the thresholded PCM (ablation)            | 3 |
 | aop_no_af     | adaptive sampling only (ablation)                                  | 3 |
 | aop           | adaptive sampling and filtering: AoP-SAM                           | 3 |
+| aop_raw       | as aop, PEM and threshold by the paper's words to the letter       | 3 |
 | aop_gated     | as aop, but a mask eliminates only prompts on it or beside it (ours) | 3 |
 """
 
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from aopsam_lab.decoding import Encoded, Found
 
 # all of adaptive filtering, ours, from training pictures; `python -m aopsam_lab.training.elimination` shows what others give
+ROUNDS = 2  # in which prompts are decoded; after each, what its masks explain is eliminated
 FIRST = 0.5  # of the points are decoded first: the strongest, which bring more than they cost even where a mask explains them
 REFERENCE_IOU = 0.5  # predicted IoU of a mask that may explain waiting points: a doubtful one explains what is not its own
 MAX_BOXES = 100
@@ -107,7 +109,8 @@ class Proposal:
 
 @dataclass
 class FilteredProposal(Proposal):
-    """Adaptive filtering in two rounds: the strongest ``FIRST`` of the points, then those that no mask of theirs eliminates.
+    """Adaptive filtering: the strongest ``first`` of the points are decoded, then in ``rounds - 1`` equal parts those of
+    the others that no mask found so far eliminates.
 
     Of masks that are duplicates of each other, as the pipeline has it at the end, the surest one is compared with what waits.
 
@@ -122,23 +125,31 @@ class FilteredProposal(Proposal):
     grid: tuple[int, int] = None
     elimination: float = 1.3
     gated: bool = False
+    floor: bool = True
+    first: float = FIRST
+    rounds: int = ROUNDS
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.waiting = torch.ones(len(self.prompts), dtype=torch.bool, device=self.prompts.points.device)
+        m = len(self.prompts)
+        self.waiting = torch.ones(m, dtype=torch.bool, device=self.prompts.points.device)
+        start = math.ceil(self.first * m)
+        more = self.rounds - 1
+        # where each round ends among the prompts, strongest first
+        self._ends = [start] + [start + math.ceil((m - start) * (i + 1) / more) for i in range(more)]
         self._seen: list[tuple[Tensor, ...]] = []  # of masks that may explain what waits: coverage, prompt, IoU, box
 
     def next_round(self) -> Tensor | None:
-        first = bool(self.waiting.all())
         if self._seen:
             with one_thread(self.waiting.device):
                 self._eliminate(*(torch.cat(parts) for parts in zip(*self._seen)))
             self._seen.clear()
-        chosen = self.waiting.nonzero()[:, 0]
-        if first:
-            chosen = chosen[: math.ceil(FIRST * len(chosen))]
-        self.waiting[chosen] = False
-        return chosen if len(chosen) else None
+        while self._ends:
+            chosen = self.waiting[: self._ends.pop(0)].nonzero()[:, 0]
+            if len(chosen):
+                self.waiting[chosen] = False
+                return chosen
+        return None
 
     def observe(self, found: Found, mask_threshold: float) -> None:
         if not len(found.iou) or not self.waiting.any():
@@ -161,7 +172,7 @@ class FilteredProposal(Proposal):
         coverage, owners = coverage[distinct], owners[distinct]
         waiting = self.waiting.nonzero()[:, 0]
         pems = asf.elimination_maps(self.features, asf.reference_features(self.features, coverage))
-        thresholds = asf.elimination_thresholds(pems, coverage, self.valid, self.elimination)
+        thresholds = asf.elimination_thresholds(pems, coverage, self.valid, self.elimination, self.floor)
         by, value = asf.eliminate(pems, thresholds, self.cells[waiting], asf.dilate(coverage) if self.gated else None)
         gone = by >= 0
         self.eliminated_by[waiting[gone]] = by[gone]
@@ -225,12 +236,14 @@ class DetectorPrompts:
 
 @dataclass(frozen=True)
 class Aop:
-    """AoP-SAM and its ablations. sampling: adaptive, or one point a component. filtering: none, paper's, or gated."""
+    """AoP-SAM and its ablations. sampling: adaptive, or one point a component. filtering: none, ours, gated, or literal:
+    with the raw embedding and no lower bound of the threshold, the paper's words to the letter."""
 
     name: str
     adaptive_sampling: bool = True
     filtering: bool = True
     gated: bool = False
+    literal: bool = False
     needs: str = "predictor"
 
     @property
@@ -266,11 +279,12 @@ class Aop:
             prompts,
             pcm,
             cells=cells // CELL,
-            features=asf.elimination_features(look, place, valid),
+            features=asf.raw_features(look, valid) if self.literal else asf.elimination_features(look, place, valid),
             valid=valid,
             grid=tuple(grid),
             elimination=params.elimination,
             gated=self.gated,
+            floor=not self.literal,
         )
 
 
@@ -284,6 +298,7 @@ METHODS: dict[str, Method] = {
         Aop("aop_no_as_af", adaptive_sampling=False, filtering=False),
         Aop("aop_no_af", filtering=False),
         Aop("aop"),
+        Aop("aop_raw", literal=True),
         Aop("aop_gated", gated=True),
     )
 }
