@@ -16,17 +16,13 @@ SEED =
 DEVICE =
 OUT = reports
 TIMED =
-# and of `make train`
-PHOTOS =
-QUICK =
-RUNS = $(if $(QUICK),runs/quick,runs)
 
 VENV := .venv
 READY := $(VENV)/.requirements-installed
 RUN := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help study ablation sweeps bench reports test train lab app readme clean
+.PHONY: help study ablation sweeps bench reports test lab app readme clean
 
 help:  ## this list
 	@echo "Targets:"
@@ -57,9 +53,6 @@ reports: study ablation sweeps readme  ## all three, and the README's results
 
 test: $(READY)  ## all tests; ARGS="-k name" for some of them
 	$(RUN) -m pytest $(ARGS)
-
-train: $(READY)  ## the bundled models, from data to weights: PHOTOS= (a folder of COCO-style folders) RUNS= QUICK=1
-	$(RUN) -m aopsam_lab.training.chain --workdir '$(RUNS)' $(if $(PHOTOS),--photos '$(PHOTOS)') $(if $(QUICK),--quick)
 
 lab: $(READY)  ## JupyterLab, the explorer open; ARGS="--no-browser --port 8890" for its options
 	$(RUN) -m jupyter lab notebooks/explore_pcm_pem.ipynb $(ARGS)

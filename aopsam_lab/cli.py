@@ -1,4 +1,4 @@
-"""The command line: `python -m aopsam_lab segment | download | train-predictor`."""
+"""The command line: `python -m aopsam_lab segment | download | find-masks | train-predictor`."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from aopsam_lab.download import CACHE_VARIABLE, OFFICIAL, download
 from aopsam_lab.methods import METHODS
 from aopsam_lab.pipeline import segment
 from aopsam_lab.sam.zoo import MODELS, load_sam
+from aopsam_lab.training import ground_truth
 from aopsam_lab.training import predictor as predictor_training
 
 ASF_HELP = {
@@ -70,6 +71,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.set_defaults(run=download_command)
     command.add_argument("names", nargs="+", choices=list(OFFICIAL), metavar="NAME", help=", ".join(OFFICIAL))
+    command = commands.add_parser(
+        "find-masks",
+        help="find all masks that a SAM can on a folder of photographs: ground truth for a training",
+        description=ground_truth.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.set_defaults(run=ground_truth.run)
+    ground_truth.add_arguments(command)
     command = commands.add_parser(
         "train-predictor",
         help="train the Prompt Predictor of a SAM",

@@ -16,10 +16,11 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
 
 from aopsam_lab.predictor import PromptPredictor, load_predictor
 from aopsam_lab.sam.tiny import build_tiny_sam
-from aopsam_lab.sam.zoo import load_sam
+from aopsam_lab.sam.zoo import SamSpec, load_sam
 from aopsam_lab.study import PACKAGE_ROOT
 
 SIDE = 48
@@ -37,13 +38,34 @@ def predictor():
     return load_predictor("tiny", device="cpu")
 
 
+@pytest.fixture(scope="session")
+def small_sam():
+    """A Sam of the usual parts with random weights: 128 pixels, an embedding of 32 x 8 x 8; all its masks pass."""
+    torch.manual_seed(0)
+    built = Sam(
+        image_encoder=ImageEncoderViT(
+            img_size=128, embed_dim=32, depth=2, num_heads=4, out_chans=32, use_rel_pos=True, window_size=4
+        ),
+        prompt_encoder=PromptEncoder(
+            embed_dim=32, image_embedding_size=(8, 8), input_image_size=(128, 128), mask_in_chans=16
+        ),
+        mask_decoder=MaskDecoder(
+            transformer_dim=32,
+            transformer=TwoWayTransformer(depth=2, embedding_dim=32, num_heads=4, mlp_dim=64),
+            iou_head_hidden_dim=32,
+        ),
+    )
+    built.spec = SamSpec("mobile_sam", -1e9, 0.0, "0" * 64)
+    return built.requires_grad_(False).eval()
+
+
 def write_weights(folder: Path, seed: int) -> dict[str, str]:
     torch.manual_seed(seed)
     thresholds = {"pred_iou_thresh": "0", "stability_score_thresh": "0"}
-    shape = {"embed_dim": "128", "stride": "8"}
+    shape = {"embed_dim": "128", "stride": "8", "width": "64"}
     sam = build_tiny_sam()
     torch.nn.init.ones_(sam.mask_decoder.iou_prediction_head.layers[-1].bias)  # so some masks pass, whatever the draw
-    for name, model, about in (("sam", sam, thresholds), ("predictor", PromptPredictor(), shape)):
+    for name, model, about in (("sam", sam, thresholds), ("predictor", PromptPredictor(128, 8), shape)):
         state = {key: value.contiguous() for key, value in model.state_dict().items()}
         save_file(state, folder / f"{name}.safetensors", metadata=about)
     return {"checkpoint": str(folder / "sam.safetensors"), "predictor": str(folder / "predictor.safetensors")}

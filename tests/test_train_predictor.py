@@ -1,266 +1,180 @@
-"""Training a Prompt Predictor on whole pictures of a data set, from the cache of embeddings."""
+"""What the Prompt Predictor learns, hand-worked, and its training on a small SAM."""
 
 from __future__ import annotations
 
 import csv
-import io
 import json
-import re
 
-import cv2
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from pycocotools import mask as coco_mask
-from safetensors import safe_open
 
 from aopsam_lab import cli
+from aopsam_lab.asf import sample_prompts
 from aopsam_lab.data import open_dataset
-from aopsam_lab.decoding import encode
-from aopsam_lab.predictor import load_predictor
-from aopsam_lab.sam.mobile import build_mobile_sam
-from aopsam_lab.sam.tiny import IMG_SIZE, build_tiny_sam
-from aopsam_lab.training import embedding_cache
-from aopsam_lab.training.embedding_cache import EmbeddingCache
-from aopsam_lab.training.examples import DatasetExamples, PoolExamples
-from aopsam_lab.training.predictor import draw_curve, target_of
+from aopsam_lab.data.sample import Sample
+from aopsam_lab.predictor import PromptPredictor, load_predictor
+from aopsam_lab.training import ground_truth, predictor
+from aopsam_lab.training.examples import Examples, cache_embeddings, covering_prompts, heatmap, own_prompts
 
-HEIGHT, WIDTH = 60, 90
+
+def square(x, y, side, size=64):
+    mask = np.zeros((size, size), bool)
+    mask[y : y + side, x : x + side] = True
+    return mask
+
+
+def sample(masks, points=None, clicks=None):
+    return Sample("a", np.zeros((64, 64, 3), np.uint8), np.stack(masks), points, clicks=clicks)
+
+
+def test_own_prompts_are_the_data_sets_or_the_poles():
+    masks = [square(0, 0, 9), square(20, 30, 5)]
+    assert own_prompts(sample(masks), 0.5).tolist() == [[2.25, 2.25], [11.25, 16.25]]
+    given = np.float32([[1, 2], [21, 33]])
+    assert own_prompts(sample(masks, given), 0.5).tolist() == [[0.5, 1], [10.5, 16.5]]
+
+
+def test_covering_prompts_prefer_a_click_that_gives_two_masks():
+    whole, part, far = square(0, 0, 40), square(4, 4, 10), square(50, 50, 9)
+    clicks = [[[30, 30], [6, 6]], [[6, 6], [9, 9]], [[50, 50], [54, 54]]]
+    found = covering_prompts(sample([whole, part, far], clicks=clicks), 1.0)
+    assert sorted(found.tolist()) == [[6, 6], [54, 54]], "one click gives whole and part; the deepest gives the far one"
+
+
+def test_covering_prompts_of_masks_that_people_drew():
+    whole, drawn, covered = square(0, 0, 20), square(40, 40, 9), square(8, 8, 6)
+    found = covering_prompts(sample([whole, drawn, covered], clicks=[[[10, 10]], [], []]), 1.0)
+    assert sorted(found.tolist()) == [[10, 10], [44.5, 44.5]], "the covered one has a prompt on it"
+    poles = covering_prompts(sample([drawn]), 1.0)
+    assert poles.tolist() == [[44.5, 44.5]]
+
+
+def test_heatmap_by_hand():
+    target = heatmap(np.float32([[2.7, 1.2], [7.5, 7.5]]), (8, 8), sigma=2)
+    assert target[1, 2] == 1 and target[7, 7] == 1
+    assert target[1, 4] == pytest.approx(np.exp(-0.5)) and target[3, 2] == pytest.approx(np.exp(-0.5))
+    assert not heatmap(np.zeros((0, 2), np.float32), (8, 8)).any()
+
+
+def test_focal_loss_by_hand():
+    logits = torch.zeros(1, 1, 3)
+    target, valid = torch.tensor([[[1.0, 0.5, 0.0]]]), torch.tensor([[[1.0, 1.0, 0.0]]])
+    # the peak: (1/2)^2 log 2; its neighbour: (1/2)^4 (1/2)^2 log 2; padding: nothing
+    expected = (0.25 + 0.25 / 16) * np.log(2)
+    assert predictor.focal_loss(logits, target, valid).item() == pytest.approx(expected, rel=1e-5)
+    assert predictor.mean_squared_error(logits, target, valid).item() == pytest.approx(0.125)
 
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
-    """Twelve pictures in SA-1B's format, each with two discs that can be seen and their centres as prompt points."""
-    folder = tmp_path_factory.mktemp("sa1b")
-    rng = np.random.default_rng(0)
-    for i in range(12):
-        image = np.full((HEIGHT, WIDTH, 3), 40, np.uint8)
-        annotations = []
-        for x, y in ((20 + i, 18), (65 - i, 42)):
-            mask = np.zeros((HEIGHT, WIDTH), np.uint8)
-            cv2.circle(mask, (x, y), 9, 1, -1)
-            image[mask > 0] = rng.integers(90, 255, 3)
-            rle = coco_mask.encode(np.asfortranarray(mask))
-            segmentation = {"size": rle["size"], "counts": rle["counts"].decode()}
-            annotations.append({"id": x, "segmentation": segmentation, "point_coords": [[x + 0.5, y + 0.5]]})
-        Image.fromarray(image).save(folder / f"sa_{i}.jpg", quality=95)
-        note = {"image": {"image_id": i, "width": WIDTH, "height": HEIGHT}, "annotations": annotations}
-        (folder / f"sa_{i}.json").write_text(json.dumps(note))
+    """30 pictures of two bright squares, as `find-masks` writes them: with the clicks that give each."""
+    folder = tmp_path_factory.mktemp("photos")
+    (folder / "images").mkdir()
+    images, annotations = [], []
+    for i in range(30):
+        rng = np.random.default_rng(i)
+        picture = rng.integers(0, 40, (96, 128, 3), dtype=np.uint8)
+        images.append({"id": i, "file_name": f"{i:02d}.png", "width": 128, "height": 96})
+        for x, y in rng.integers(4, 70, (2, 2)).tolist():
+            picture[y : y + 20, x : x + 20] = rng.integers(120, 255, 3)
+            corners = [float(v) for v in (x, y, x + 20, y, x + 20, y + 20, x, y + 20)]
+            click = [x + 10.0, y + 10.0]
+            about = {"iscrowd": 0, "segmentation": [corners], "clicks": [click], "point_coords": [click]}
+            annotations.append({"id": len(annotations), "image_id": i, **about})
+        Image.fromarray(picture).save(folder / "images" / f"{i:02d}.png")
+    (folder / "annotations.json").write_text(json.dumps({"images": images, "annotations": annotations}))
     return folder
 
 
-@pytest.fixture
-def tiny():
-    torch.manual_seed(0)
-    return build_tiny_sam().eval().requires_grad_(False)
+def test_an_example_lies_in_the_model_frame(small_sam, photos, tmp_path):
+    data = open_dataset(photos, 2)
+    cache_embeddings(small_sam, data, tmp_path)
+    examples = Examples(data, [0, 1], tmp_path, small_sam, own_prompts)
+    image, embedding, target, valid = examples[0]
+    assert image.shape == (3, 128, 128) and embedding.shape == (32, 8, 8) and embedding.dtype == torch.float16
+    assert target.shape == (32, 32) and valid[:24].all() and not valid[24:].any()
+    x, y = data[0].points[0]
+    assert target[int(y / 4), int(x / 4)] == 1
+    masks = examples.masks(0)
+    assert masks.shape[1:] == (24, 32) and masks[0, int(y / 4), int(x / 4)]
 
 
-draw = target_of("paper", (IMG_SIZE // 2, IMG_SIZE // 2))
+def test_held_out_photographs_stay_held_out(photos):
+    few, all_of_them = open_dataset(photos, 20), open_dataset(photos)
+    held = {few.ids[i] for i in predictor.split(few)[1]}
+    more = {all_of_them.ids[i] for i in predictor.split(all_of_them)[1]}
+    assert 0 < len(held) <= len(more) < 10 and held == more & set(few.ids)
 
 
-def filled(sam, photos, folder, limit=None, **key):
-    examples = DatasetExamples(open_dataset(f"sa1b:{photos}", limit), sam, 2)
-    cache = EmbeddingCache(folder, sam, examples.count, {**examples.key, **key})
-    cache.fill(sam, lambda row: examples.entry(row, draw))
-    return examples, cache
+def command(photos, folder, *more):
+    return [
+        "train-predictor", "--data", str(photos), "--workdir", str(folder / "work"), "--width", "16",
+        "--out", str(folder / "predictor.safetensors"), "--log-every", "20", "--candidates", "6", *more,
+    ]  # fmt: skip
 
 
-def test_a_target_has_its_bumps_at_the_data_sets_own_points(tiny, photos):
-    dataset = open_dataset(f"sa1b:{photos}")
-    image, target = DatasetExamples(dataset, tiny, 2).entry(0, draw)
-    assert image.shape == (round(HEIGHT * IMG_SIZE / WIDTH), IMG_SIZE, 3)
-    peaks = {(int(y), int(x)) for y, x in np.argwhere(target == 1)}
-    scale = IMG_SIZE / WIDTH / 2  # PCM cells a pixel
-    assert peaks == {(int(y * scale), int(x * scale)) for x, y in dataset[0].points}
+def test_the_training_learns_stops_and_goes_on(small_sam, photos, tmp_path, monkeypatch):
+    monkeypatch.setattr(predictor, "load_sam", lambda *_: small_sam)
+    assert cli.main(command(photos, tmp_path, "--epochs", "7")) == 0
+    first = list(csv.DictReader((tmp_path / "work/curve.csv").open()))
+    assert cli.main(command(photos, tmp_path, "--epochs", "20")) == 0
+    curve = list(csv.DictReader((tmp_path / "work/curve.csv").open()))
+    assert curve[: len(first)] == first and int(curve[-1]["step"]) > int(first[-1]["step"]), "it went on"
+    assert float(curve[-1]["loss"]) < 0.5 * float(curve[0]["loss"])
+    made = load_predictor("mobile_sam", tmp_path / "predictor.safetensors", "cpu")
+    assert isinstance(made, PromptPredictor) and made.width == 16 and len(made.sha256) == 64
+    card = (tmp_path / "predictor.md").read_text()
+    assert "preset bundled" in card and "held out" in card
+    data = open_dataset(photos)
+    examples = Examples(data, predictor.split(data)[1], tmp_path / "work/embeddings", small_sam, own_prompts)
+    counts = [len(sample_prompts(predictor.predicted(made, examples[i], small_sam))[0]) for i in range(len(examples))]
+    assert np.mean(counts) == pytest.approx(6, abs=2), "calibrated"
 
 
-def test_without_points_the_bumps_are_at_the_poles(tiny, photos, monkeypatch):
-    dataset = open_dataset(f"sa1b:{photos}")
-    points = dataset[0].points
-    examples = DatasetExamples(dataset, tiny, 2)
-    with_points = examples.entry(0, draw)[1]
-    monkeypatch.setattr(type(dataset), "__getitem__", _without_points(type(dataset).__getitem__))
-    target = examples.entry(0, draw)[1]
-    peaks = np.argwhere(target == 1)
-    assert len(peaks) == len(points) and not np.array_equal(target, with_points)
-    for x, y in points * (
-        IMG_SIZE / WIDTH / 2
-    ):  # of a disc the pole is the centre, moved to a cell of the embedding at most
-        assert np.abs(peaks - (y, x)).max(1).min() <= 3
+def test_too_few_photographs_are_refused_in_one_line(small_sam, photos, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(predictor, "load_sam", lambda *_: small_sam)
+    assert cli.main(command(photos, tmp_path, "--limit", "1")) == 2
+    assert "too few to train on some and hold some out" in capsys.readouterr().err
 
 
-def _without_points(getitem):
-    def get(self, i):
-        sample = getitem(self, i)
-        sample.points = None
-        return sample
-
-    return get
-
-
-def test_the_cache_holds_what_the_encoder_gave(tiny, photos, tmp_path, monkeypatch):
-    monkeypatch.setattr(embedding_cache, "SHARD", 4)
-    examples, cache = filled(tiny, photos, tmp_path)
-    assert examples.count == 11 and len(list(tmp_path.glob("shard-*"))) == 3  # of 4, 4 and 3; one picture is held out
-    with safe_open(tmp_path / "shard-000001.safetensors", "np") as shard:  # any reader of the format can read it
-        kinds = {name: (shard.get_tensor(name).dtype, len(shard.get_tensor(name))) for name in shard.keys()}
-    assert kinds["embeddings"] == (np.float16, 4) and kinds["targets"] == (np.uint8, 4) and kinds["ends"] == (np.int64, 4)
-    dataset = open_dataset(f"sa1b:{photos}")
-    index = np.array([9, 0, 5])
-    (batch,) = cache.batches(tiny, [index])
-    for i, row in enumerate(index):
-        encoded = encode(tiny, dataset[int(row)].image)
-        assert torch.allclose(batch.embedding[i], encoded.embedding[0], atol=2e-3)
-        high, wide = encoded.input_size
-        assert (batch.image[i] - encoded.model_image[0])[:, :high, :wide].abs().mean() < 0.05  # JPEG
-        assert not batch.image[i, :, high:].any() and not batch.valid[i, -(-high // 2) :].any()
-        target = examples.entry(int(row), draw)[1]
-        assert np.abs(batch.target[i].numpy() - target).max() <= 0.5 / 255 + 1e-6
-
-
-def test_pictures_are_made_ahead_in_order_and_few_at_a_time():
-    made = []
-    ahead = embedding_cache._made_ahead(lambda row: made.append(row) or row * 2, range(50), 3)
-    assert next(ahead) == 0 and len(made) <= 3
-    assert [0, *ahead] == list(range(0, 100, 2))
+def test_masks_are_found_once_and_gathered(small_sam, photos, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(ground_truth, "load_sam", lambda *_: small_sam)
+    ground_truth._SAM.clear()
+    few = tmp_path / "few"
+    (few / "images").mkdir(parents=True)
+    for name in ("00.png", "01.png"):
+        (few / "images" / name).write_bytes((photos / "images" / name).read_bytes())
+    content = json.loads((photos / "annotations.json").read_text())
+    content["images"] = content["images"][:2]
+    content["annotations"] = [a for a in content["annotations"] if a["image_id"] < 2]
+    (few / "annotations.json").write_text(json.dumps(content))
+    out = tmp_path / "found"
+    arguments = ["find-masks", str(few), "--out", str(out), "--side", "4", "--embeddings", str(tmp_path / "embeddings")]
+    assert cli.main(arguments) == 0
+    written = (out / "records" / "00.json").stat().st_mtime_ns
+    assert cli.main(arguments) == 0 and (out / "records" / "00.json").stat().st_mtime_ns == written
+    annotations = json.loads((out / "annotations.json").read_text())["annotations"]
+    assert sum(a["source"] == "people" for a in annotations) == 4
+    found = [a for a in annotations if a["source"] == "sam"]
+    assert found and all(a["point_coords"][0] in a["clicks"] for a in found)
+    assert np.load(tmp_path / "embeddings" / "00.npy").shape == (32, 8, 8)
+    data = open_dataset(out)
+    assert len(data) == 2 and len(data[0].clicks) == len(data[0].rles)
+    (few / "images" / "01.png").write_bytes(b"no picture")
+    ground_truth._SAM.clear()
+    (out / "records" / "01.json").unlink()
+    content["images"][1].pop("width"), content["images"][1].pop("height")
+    assert cli.main(["find-masks", str(few / "images"), "--out", str(out), "--side", "4"]) == 1
+    assert "01.png" in capsys.readouterr().err
 
 
-def test_batches_come_in_order_and_their_memory_is_bounded(tiny, photos, tmp_path):
-    _, cache = filled(tiny, photos, tmp_path)
-    indices = [np.array([i % 11, (i + 1) % 11]) for i in range(7)]
-    asked = []
-    stream = cache.batches(tiny, (asked.append(0) or index for index in indices))
-    first = next(stream)
-    assert len(asked) == embedding_cache.AHEAD + 1, "no more is read ahead"
-    again = [first, *stream]
-    assert len(again) == 7
-    for index, batch in zip(indices, again):
-        (alone,) = cache.batches(tiny, [index])
-        assert torch.equal(batch.embedding, alone.embedding) and torch.equal(batch.target, alone.target)
-
-
-def test_a_cache_that_was_stopped_goes_on_and_grows(tiny, photos, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(embedding_cache, "SHARD", 4)
-    examples = DatasetExamples(open_dataset(f"sa1b:{photos}"), tiny, 2)
-    cache, made, faults = EmbeddingCache(tmp_path, tiny, 6, {"a": 1}), [], [5]
-
-    def entry(row):
-        made.append(row)
-        if row in faults:
-            raise RuntimeError("stopped")
-        return examples.entry(row, draw)
-
-    with pytest.raises(RuntimeError, match="stopped"):
-        cache.fill(tiny, entry)
-    assert [path.name for path in tmp_path.glob("shard-*")] == ["shard-000000.safetensors"]
-    made.clear()
-    faults.clear()
-    cache.fill(tiny, entry)
-    assert sorted(made) == [4, 5], "the whole shard stays, the broken one is made anew"
-    made.clear()
-    EmbeddingCache(tmp_path, tiny, 9, {"a": 1}).fill(tiny, entry)
-    assert sorted(made) == [4, 5, 6, 7, 8], "a larger limit keeps the shards that were full"
-    made.clear()
-    EmbeddingCache(tmp_path, tiny, 4, {"a": 2}).fill(tiny, entry)
-    assert sorted(made) == [0, 1, 2, 3] and len(list(tmp_path.glob("shard-*"))) == 1, "of another key everything is new"
-
-
-def test_the_room_is_told_before_anything_is_made(tiny, tmp_path, capsys):
-    cache = EmbeddingCache(tmp_path, tiny, 100_000, {})
-    with pytest.raises(OSError, match=r"needs 48.6 GB and may take 3.0 GB.*--limit 61.. would fit"):
-        cache.fill(tiny, lambda row: pytest.fail("nothing is read"), most_gb=3)
-    assert "100,000 pictures" in capsys.readouterr().out
-    assert cache.megabytes()["embeddings"] == 100_000 * 128 * 40 * 40 * 2 / 1e6
-
-
-def test_ten_thousand_embeddings_of_vit_h_are_21_gb(tmp_path):
-    cache = EmbeddingCache(tmp_path, build_mobile_sam(), 10_000, {})  # ViT-H's embedding has the same shape
-    assert cache.megabytes()["embeddings"] / 1e3 == pytest.approx(21.0, abs=0.05)
-
-
-def test_the_command_trains_stops_early_and_its_predictor_loads(photos, tmp_path, capsys):
-    run = tmp_path / "run"
-    command = ["train-predictor", "--data", f"sa1b:{photos}", "--workdir", str(run), "--limit", "8", "--batch", "4"]
-    command += ["--epochs", "4", "--log-every", "2", "--device", "cpu", "--candidates", "0", "--out"]
-    command += [str(tmp_path / "mine.safetensors")]
-    assert cli.main(command) == 0
-    out = capsys.readouterr().out
-    assert "7 pictures in" in out and "GB free" in out
-    with open(run / "curve.csv") as file:
-        rows = list(csv.DictReader(file))
-    assert [row["step"] for row in rows] == ["2", "4", "6", "7"] and {"held_loss", "recall_64"} <= set(rows[0])
-    with Image.open(run / "curve.png") as drawn:
-        assert drawn.size[0] > 600
-    predictor = load_predictor("tiny", tmp_path / "mine.safetensors", "cpu")
-    card = (tmp_path / "mine.md").read_text()
-    assert "7 pictures of sa1b" in card and predictor.embed_dim == 128
-    assert "stopped after" not in card and "lowest held-out loss kept" in card, "its epochs ended before its patience did"
-    shards = {path: path.stat().st_mtime_ns for path in (run / "cache").glob("shard-*")}
-    # every later held-out loss is worse than none at all: the training stops after two of them
-    state = torch.load(run / "last.pt", weights_only=True)
-    torch.save({**state, "best": -1.0, "stale": 0}, run / "last.pt")
-    assert cli.main([*command, "--epochs", "100", "--patience", "2"]) == 0
-    assert torch.load(run / "last.pt", weights_only=True)["step"] == 7 + 4 - 1
-    assert "stopped after 2 evaluations without a lower held-out loss" in (tmp_path / "mine.md").read_text()
-    assert {path: path.stat().st_mtime_ns for path in shards} == shards, "embeddings are computed once"
-
-
-def test_a_predictor_with_too_few_peaks_for_its_calibration_says_so(photos, tmp_path, capsys):
-    command = ["train-predictor", "--data", f"sa1b:{photos}", "--workdir", str(tmp_path), "--limit", "3", "--held-out", "1"]
-    assert cli.main([*command, "--epochs", "1", "--device", "cpu", "--candidates", "100000"]) == 0
-    said = re.search(r"gives (\d+) candidates a picture \(100000 were asked for", capsys.readouterr().out)
-    assert said and f"give {said[1]} candidates each at the default settings (100000 were asked for" in (tmp_path / "predictor.md").read_text()
-
-
-def test_the_chain_holds_for_mobile_sam(photos, tmp_path):
-    torch.manual_seed(0)
-    torch.save(build_mobile_sam().state_dict(), tmp_path / "mobile_sam.pt")
-    command = [
-        "train-predictor",
-        "--sam",
-        "mobile_sam",
-        "--checkpoint",
-        str(tmp_path / "mobile_sam.pt"),
-        "--limit",
-        "2",
-    ]
-    command += [
-        "--data",
-        f"sa1b:{photos}",
-        "--workdir",
-        str(tmp_path),
-        "--batch",
-        "1",
-        "--epochs",
-        "1",
-        "--device",
-        "cpu",
-    ]
-    assert cli.main([*command, "--log-every", "1", "--held-out", "1", "--candidates", "0"]) == 0
-    predictor = load_predictor("mobile_sam", tmp_path / "predictor.safetensors", "cpu")
-    assert (predictor.embed_dim, predictor.stride) == (256, 16)
-    with torch.inference_mode():
-        assert predictor(torch.zeros(1, 3, 1024, 1024), torch.zeros(1, 256, 64, 64)).shape == (1, 1, 256, 256)
-
-
-def test_what_cannot_be_is_said_in_one_line(photos, tmp_path, capsys):
-    command = ["train-predictor", "--workdir", str(tmp_path), "--device", "cpu", "--data"]
-    for data, message in ((f"sa1b:{tmp_path}", "There is no sa_"), (str(tmp_path / "none"), "There is no folder")):
-        assert cli.main([*command, data]) == 2
-        assert message in capsys.readouterr().err
-    assert cli.main([*command, f"sa1b:{photos}", "--limit", "1"]) == 2
-    assert "two at least" in capsys.readouterr().err
-    assert cli.main([*command, f"sa1b:{photos}", "--max-gb", "0.0001"]) == 2
-    assert "Take fewer pictures" in capsys.readouterr().err
-    with pytest.raises(ValueError, match="320 pixels, this one has 1024: train it on --data"):
-        PoolExamples([(1.0, [])], build_mobile_sam(), 1, 1, 0)
-
-
-def test_a_curve_is_drawn(tmp_path):
-    (tmp_path / "curve.csv").write_text(
-        "step,minutes,loss,held_loss,recall_64,candidates\n1,0,2,3,0.1,9\n2,0,1,2,0.2,9\n"
-    )
-    draw_curve(tmp_path / "curve.csv", tmp_path / "curve.png")
-    pixels = np.asarray(Image.open(io.BytesIO((tmp_path / "curve.png").read_bytes())).convert("L"))
-    assert pixels.min() < 60 < 250 < pixels.max()
+def test_clicks_of_duplicates_belong_to_the_mask_that_is_kept(small_sam):
+    """Every prompt of the grid that gives a mask which passes belongs to one that is kept."""
+    image = np.random.default_rng(0).integers(0, 255, (96, 128, 3), dtype=np.uint8)
+    found = ground_truth.find_masks(small_sam, image, 4)
+    grid = {(x, y) for x in (16.0, 48.0, 80.0, 112.0) for y in (12.0, 36.0, 60.0, 84.0)}
+    clicked = {tuple(click) for annotation in found for click in annotation["clicks"]}
+    assert clicked <= grid and len(clicked) > len({tuple(a["point_coords"][0]) for a in found}) - 1
+    assert [a["predicted_iou"] for a in found] == sorted((a["predicted_iou"] for a in found), reverse=True)

@@ -7,18 +7,30 @@ import io
 from array import array
 from collections import Counter
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 from pycocotools import mask as coco_mask
+
+
+
+class GroundTruth(NamedTuple):
+    """The masks of one image as COCO RLE; a prompt point (x, y) for each, N x 2 float32, where all have one; for each
+    the clicks [x, y] known to give it, where the file has any (`find-masks` writes them)."""
+
+    rles: list[dict]
+    points: np.ndarray | None
+    clicks: list[list[list[float]]] | None
+
 
 LEFT_OUT = ("crowd_regions", "degenerate_polygons", "annotations_without_mask")
 
 
 def truths(
     annotations: Iterable[dict], height: int, width: int, where: str, left_out: Counter[str]
-) -> tuple[list[dict], np.ndarray | None]:
-    """One picture's annotations -> compressed RLE in their order, and prompt points (N x 2 float32) where all have one.
+) -> GroundTruth:
+    """One picture's annotations -> its ground truth, masks in their order.
 
     What the files leave open is decided so (our choices), and counted in `left_out`:
       - crowd regions (`iscrowd` 1) are no truth: they mark many objects at once;
@@ -28,7 +40,7 @@ def truths(
 
     Raises ValueError, naming `where`, for a mask that does not fit the picture and for counts of another kind.
     """
-    rles, points = [], []
+    rles, points, clicks = [], [], []
     for annotation in annotations:
         if annotation.get("iscrowd", 0):
             left_out["crowd_regions"] += 1
@@ -39,12 +51,17 @@ def truths(
             continue
         rles.append(rle)
         points.append(annotation.get("point_coords"))
-    return rles, np.float32([p[0] for p in points]) if points and all(points) else None
+        clicks.append(annotation.get("clicks", []))
+    return GroundTruth(
+        rles,
+        np.float32([p[0] for p in points]) if points and all(points) else None,
+        clicks if any(clicks) else None,
+    )
 
 
 def packed(annotation: dict) -> dict:
     """An annotation with only what `truths` reads, its numbers as arrays: a tenth of the memory of Python's floats."""
-    kept = {key: annotation[key] for key in ("id", "iscrowd", "point_coords") if annotation.get(key)}
+    kept = {key: annotation[key] for key in ("id", "iscrowd", "point_coords", "clicks") if annotation.get(key)}
     segmentation = annotation.get("segmentation")
     if isinstance(segmentation, list):
         segmentation = [_packed_part(part) for part in segmentation]

@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from aopsam_lab.data.annotations import LEFT_OUT, order, packed, truths, upright_size
+from aopsam_lab.data.annotations import LEFT_OUT, GroundTruth, order, packed, truths, upright_size
 from aopsam_lab.data.sample import Sample
 from aopsam_lab.imaging import read_image
 
@@ -46,8 +46,7 @@ class CocoFolder:
         self._available = len(present)
         present.sort(key=lambda record: order(seed, record["path"]))
         self._records = present if n_images is None else present[:n_images]
-        self._rles: list[list[dict]] = []
-        self._points: list[np.ndarray | None] = []
+        self._truths: list[GroundTruth] = []
         self._fingerprints: list[str] = []
         for record in self._records:
             self._prepare(record, annotations.pop(record["id"], []))
@@ -60,7 +59,8 @@ class CocoFolder:
     def __getitem__(self, i: int) -> Sample:
         """Read image i: a Sample, its masks in the order of the file, its points where every mask has one."""
         path = self._records[i]["path"]
-        return Sample(path, read_image(self._root / path), points=self._points[i], rles=self._rles[i])
+        rles, points, clicks = self._truths[i]
+        return Sample(path, read_image(self._root / path), points=points, rles=rles, clicks=clicks)
 
     def sample_fingerprint(self, i: int) -> str:
         """A hash of the bytes of image i and of its masks."""
@@ -77,8 +77,8 @@ class CocoFolder:
             "fingerprint": self.fingerprint,
             "images": len(self),
             "images_available": self._available,
-            "masks": sum(map(len, self._rles)),
-            "images_without_masks": sum(not rles for rles in self._rles),
+            "masks": sum(len(found.rles) for found in self._truths),
+            "images_without_masks": sum(not found.rles for found in self._truths),
             **{key: self._counts[key] for key in ("missing_images", *LEFT_OUT)},
         }
 
@@ -138,12 +138,12 @@ class CocoFolder:
                 f"{file} is {width} x {height} pixels, but {self._file.name} says {record['width']} x "
                 f"{record['height']}: its masks would not fit. Correct the entry or remove it."
             )
-        rles, points = truths(annotations, height, width, f"{record['path']} of {self.name}", self._counts)
+        found = truths(annotations, height, width, f"{record['path']} of {self.name}", self._counts)
         digest = hashlib.sha256(data)
-        for i, rle in enumerate(rles):
-            digest.update(b"|" + rle["counts"] + json.dumps(None if points is None else points[i].tolist()).encode())
-        self._rles.append(rles)
-        self._points.append(points)
+        for i, rle in enumerate(found.rles):
+            point = None if found.points is None else found.points[i].tolist()
+            digest.update(b"|" + rle["counts"] + json.dumps(point).encode())
+        self._truths.append(found)
         self._fingerprints.append(digest.hexdigest())
 
 

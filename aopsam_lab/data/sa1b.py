@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from PIL import Image
 
-from aopsam_lab.data.annotations import LEFT_OUT, order, truths, upright_size
+from aopsam_lab.data.annotations import LEFT_OUT, GroundTruth, order, truths, upright_size
 from aopsam_lab.data.sample import Sample
 from aopsam_lab.imaging import read_image
 
@@ -76,7 +76,7 @@ class Sa1b:
     def __getitem__(self, i: int) -> Sample:
         """Read sample i: its masks in the order of the file, a point for each."""
         data = self._images[i].read()
-        rles, points = self._truths(i, data, Counter())
+        rles, points, _ = self._truths(i, data, Counter())
         try:
             image = read_image(Image.open(io.BytesIO(data)))
         except OSError as error:
@@ -99,7 +99,7 @@ class Sa1b:
     def describe(self) -> dict[str, str | int]:
         """Name, fingerprint and counts, as CocoFolder's; the images taken are all read for it."""
         left_out: Counter[str] = Counter()
-        masks = [len(self._truths(i, self._images[i].read(), left_out)[0]) for i in range(len(self))]
+        masks = [len(self._truths(i, self._images[i].read(), left_out).rles) for i in range(len(self))]
         return {
             "name": self.name,
             "fingerprint": self.fingerprint,
@@ -113,7 +113,7 @@ class Sa1b:
             **{key: left_out[key] for key in LEFT_OUT},
         }
 
-    def _truths(self, i: int, image: bytes, left_out: Counter[str]) -> tuple[list[dict], np.ndarray | None]:
+    def _truths(self, i: int, image: bytes, left_out: Counter[str]) -> GroundTruth:
         where = f"{self.ids[i]} of {self.path}"
         height, width = upright_size(image, where)
         try:

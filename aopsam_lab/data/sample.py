@@ -19,6 +19,7 @@ class Sample:
     masks:   N x H x W bool; masks may overlap (an object and its parts).
     points:  N x 2 float32, one prompt point (x, y) per mask in the image frame (pixel centres at +0.5), or None where
              the data set has none.
+    clicks:  for each mask the clicks [x, y] that are known to give it, image frame, or None where the data set has none.
     rles:    N COCO RLE of the same masks, see `aopsam_lab.rle`.
 
     Raises ValueError where neither masks nor rles are given.
@@ -31,10 +32,11 @@ class Sample:
         masks: np.ndarray | None = None,
         points: np.ndarray | None = None,
         rles: list[dict] | None = None,
+        clicks: list[list[list[float]]] | None = None,
     ) -> None:
         if masks is None and rles is None:
             raise ValueError("A Sample needs its masks, as booleans or as RLE.")
-        self.id, self.image, self.points = id, image, points
+        self.id, self.image, self.points, self.clicks = id, image, points, clicks
         if masks is not None:
             self.masks = masks
         if rles is not None:

@@ -1,11 +1,10 @@
-"""`python -m aopsam_lab.study report | models | index | readme`: make reports, the page of all of them, the README's table."""
+"""`python -m aopsam_lab.study report | index | readme`: make reports, the page of all of them, the README's table."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 
-from aopsam_lab.predictor import WEIGHTS
 from aopsam_lab.study.page import write_index
 from aopsam_lab.study.readme import update_readme
 
@@ -16,12 +15,6 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if command == "index":
             print(f"Reports: {write_index(reports)}")
-        elif command == "models":
-            from tqdm import tqdm
-
-            from aopsam_lab.study.models import write_models_report
-
-            print(f"Report: {write_models_report(reports, progress=tqdm, **options)}")
         elif command == "readme":
             print(f"Updated {update_readme(options['readme'], reports)}")
         else:
@@ -57,12 +50,7 @@ def parser() -> argparse.ArgumentParser:
     index = commands.add_parser("index", help="rewrite reports/index.html")
     readme = commands.add_parser("readme", help="write the results into the README")
     readme.add_argument("--readme", default="README.md")
-    models = commands.add_parser("models", help="measure the bundled models themselves: reports/models.html")
-    models.add_argument("--weights", default=WEIGHTS, help="the folder of tiny_sam, predictor_tiny and detector .safetensors")
-    models.add_argument("--n-images", type=int, default=200, help="evaluation scenes")
-    models.add_argument("--photos", nargs="*", default=[], help="COCO-style folders to measure on as well")
-    models.add_argument("--n-compared", type=int, default=30, help="pictures of each on which AoP-SAM meets the 32 x 32 grid")
-    for command in (report, index, readme, models):
+    for command in (report, index, readme):
         command.add_argument("--reports", default="reports", help="the folder of all reports (default: reports)")
     return top
 

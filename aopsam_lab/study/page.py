@@ -20,7 +20,6 @@ TITLES = {
     "ablation": "Ablation: what each part gives",
     "parameter_sweeps": "Parameter sweeps: what each knob does",
 }
-MODELS = "models.html"  # of `python -m aopsam_lab.study models`
 BENCH = "bench"  # the folder of `make bench`, which has a page of its own
 FILE_TITLES = (
     ("{name}.html", "the notebook, executed"),
@@ -75,11 +74,6 @@ def write_index(reports: str | os.PathLike) -> Path:
     names = sorted(path.parent.name for path in reports.glob("*/provenance.json"))
     names.sort(key=lambda name: name != "main_comparison")  # the others after it, by name
     sections = "\n".join(_section(reports / name) for name in names)
-    if (reports / MODELS).exists():
-        sections += (
-            "\n<section><h2>The bundled models</h2><p>Masks from given prompts, prompts on the truths, learning curves, "
-            f'examples: <a href="{MODELS}">each model by itself</a>.</p></section>\n'
-        )
     if (reports / BENCH / "bench.html").exists():
         sections += (
             "<section><h2>Exact fast decoding</h2><p>The same masks as segment_anything's, sooner: "

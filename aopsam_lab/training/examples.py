@@ -1,127 +1,178 @@
-"""What a Prompt Predictor learns from: random crops of training pools, or whole pictures of a data set (ours)."""
+"""What a Prompt Predictor learns from: photographs, their embeddings, and where prompts should lie."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import io
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import cv2
 import numpy as np
+import torch
 from pycocotools import mask as coco_mask
 from segment_anything.modeling import Sam
 from segment_anything.utils.transforms import ResizeLongestSide
+from torch import Tensor
+from tqdm import tqdm
 
+from aopsam_lab.asf import valid_cells
 from aopsam_lab.data import Dataset
 from aopsam_lab.data.sample import Sample
-from aopsam_lab.sam.tiny import IMG_SIZE
-from aopsam_lab.training.card import licence, pool_counts
-from aopsam_lab.training.pool import half_size, read_entry, resize_masks
-from aopsam_lab.training.prompted import random_crop, teaching
+from aopsam_lab.files import write_atomically
+from aopsam_lab.data.points import pole
 
-ZOOMED = 0.25  # of the crops show a part of their picture: a predictor sees whole pictures later, and in those most things are small
-HELD_OUT = 20  # every 20th picture of a pool is for choosing, not for training
-Draw = Callable[[np.ndarray, "np.ndarray | None"], np.ndarray]  # masks, prompt points -> target, all on the PCM's grid
+SIGMA = 2.0  # of the Gaussian about a prompt, in PCM cells
+SURE = 0.5  # a cell of the PCM's grid is on a mask that covers this share of it
+
+# (sample, PCM cells a pixel of the image) -> prompts (x, y), n x 2 float32 in PCM cells
+Place = Callable[[Sample, float], np.ndarray]
 
 
-class PoolExamples:
-    """`count` random crops of pools (see `training.pool`), each the same whenever it is asked for.
+class Example(NamedTuple):
+    """image (3, S, S) uint8, padded; embedding (C, h, w) float16; target (4h, 4w) float32; valid (4h, 4w) bool."""
 
-    held_out: whole pictures that no crop is of, of each pool by its share, but one at least. Raises ValueError for a SAM of
-    another size than the crops'.
+    image: Tensor
+    embedding: Tensor
+    target: Tensor
+    valid: Tensor
+
+
+def own_prompts(sample: Sample, scale: float) -> np.ndarray:
+    """One prompt a mask: the data set's own prompt point, else the mask's pole of inaccessibility.
+
+    This is the paper's ground truth: SA-1B's masks with the points that found them.
+    """
+    if sample.points is not None:
+        return np.float32(sample.points).reshape(-1, 2) * scale
+    return np.float32([pole(coco_mask.decode(rle))[:2] for rle in sample.rles]).reshape(-1, 2) * scale
+
+
+def covering_prompts(sample: Sample, scale: float) -> np.ndarray:
+    """The fewest prompts, about, that give every mask.
+
+    A mask that few clicks give comes first. Of its clicks the one is taken that gives the most masks not yet given, and
+    of equals the one deepest inside the mask. A mask without clicks (a person drew it) gets its pole of
+    inaccessibility, unless a prompt lies on it already.
+    """
+    prompts: list[tuple[float, float]] = []
+    given: dict[tuple[float, float], set[int]] = {}
+    for i, clicks in enumerate(sample.clicks or [()] * len(sample.rles)):
+        for click in map(tuple, clicks):
+            given.setdefault(click, set()).add(i)
+    left = set().union(*given.values()) if given else set()
+    for i in sorted(left, key=lambda i: len(sample.clicks[i])):
+        if i not in left:
+            continue
+        depth = _depths(coco_mask.decode(sample.rles[i]))
+        best = max(map(tuple, sample.clicks[i]), key=lambda p: (len(given[p] & left), _at(depth, p)))
+        prompts.append(best)
+        left -= given[best]
+    for i, rle in enumerate(sample.rles):
+        if sample.clicks and len(sample.clicks[i]):
+            continue
+        mask = coco_mask.decode(rle)
+        if not any(_at(mask, p) for p in prompts):
+            prompts.append(pole(mask)[:2])
+    return np.float32(prompts).reshape(-1, 2) * scale
+
+
+def _depths(mask: np.ndarray) -> np.ndarray:
+    return cv2.distanceTransform(np.pad(mask, 1), cv2.DIST_L2, 5)[1:-1, 1:-1]
+
+
+def _at(values: np.ndarray, point: tuple[float, float]) -> float:
+    x, y = (min(int(v), side - 1) for v, side in zip(point, values.shape[::-1]))
+    return values[y, x]
+
+
+PLACES: dict[str, Place] = {"own": own_prompts, "covering": covering_prompts}
+
+
+def heatmap(prompts: np.ndarray, grid: tuple[int, int], sigma: float = SIGMA) -> np.ndarray:
+    """A Gaussian of height 1 about each prompt, the maximum where they meet.
+
+    Args:
+        prompts: n x 2 (x, y) in PCM cells, cell centres at +0.5.
+        grid: (H, W) of the PCM.
+        sigma: of the Gaussian, in PCM cells.
+
+    Returns:
+        H x W float32 in [0, 1].
+    """
+    target = np.zeros(grid, np.float32)
+    rows, columns = (np.arange(side, dtype=np.float32) for side in grid)
+    for x, y in np.floor(prompts):  # the peak lies in the middle of a cell
+        x, y = min(x, grid[1] - 1), min(y, grid[0] - 1)
+        along = np.exp(-0.5 * ((columns - x) / sigma) ** 2)
+        np.maximum(target, np.outer(np.exp(-0.5 * ((rows - y) / sigma) ** 2), along), out=target)
+    return target
+
+
+class Examples(torch.utils.data.Dataset):
+    """Photographs of a data set with their embeddings, read from the disk when asked for.
+
+    Args:
+        data: the data set.
+        rows: which of its images.
+        embeddings: the folder that `cache_embeddings` fills.
+        sam: the SAM of these embeddings.
+        place: where prompts should lie, see `PLACES`.
     """
 
-    def __init__(self, pools: list[tuple[float, list[Path]]], sam: Sam, count: int, held_out: int, seed: int) -> None:
-        self.count, self._seed, self._side = count, seed, sam.image_encoder.img_size
-        if self._side != IMG_SIZE:
-            raise ValueError(f"Pools are for SAMs of {IMG_SIZE} pixels, this one has {self._side}: train it on --data.")
-        total = sum(share for share, _ in pools)
-        least = min(1, held_out)
-        self._held = [
-            path for share, paths in pools for path in paths[::HELD_OUT][: max(least, round(held_out * share / total))]
-        ]
-        self._pools = [(share, [path for i, path in enumerate(paths) if i % HELD_OUT]) for share, paths in pools]
-        shares = np.array([share for share, _ in pools])
-        self._shares = shares / shares.sum()
-        self.key = {"seed": seed, "zoomed": ZOOMED, "pools": [[share, len(paths)] for share, paths in self._pools]}
+    def __init__(self, data: Dataset, rows: Sequence[int], embeddings: Path, sam: Sam, place: Place) -> None:
+        self.data, self.rows, self.embeddings, self.place = data, list(rows), embeddings, place
+        self.side, self.grid = sam.image_encoder.img_size, tuple(sam.prompt_encoder.mask_input_size)
+        self._resize = ResizeLongestSide(self.side)
+        self._targets: dict[int, np.ndarray] = {}
 
-    def entry(self, row: int, draw: Draw) -> tuple[np.ndarray, np.ndarray]:
-        """Crop `row` (h', w', 3) uint8 in the model frame, and its target."""
-        rng = np.random.default_rng([self._seed, row])
-        paths = self._pools[rng.choice(len(self._pools), p=self._shares)][1]
-        masks = np.zeros((0, 1, 1), bool)
-        while not len(masks):
-            image, masks = random_crop(rng, *read_entry(paths[rng.integers(len(paths))]), ZOOMED)
-            masks = teaching(masks)
-        return image, draw(half_size(masks), None)
+    def __len__(self) -> int:
+        return len(self.rows)
 
-    def held_out(self) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Whole pictures (h', w', 3) uint8 in the model frame, with masks (N, h'/2, w'/2) bool."""
-        return [whole_picture(*read_entry(path), self._side) for path in self._held]
+    def __getitem__(self, i: int) -> Example:
+        sample = self.data[self.rows[i]]
+        scaled = self._resize.apply_image(sample.image)
+        image = np.zeros((3, self.side, self.side), np.uint8)
+        image[:, : scaled.shape[0], : scaled.shape[1]] = scaled.transpose(2, 0, 1)
+        if i not in self._targets:
+            prompts = self.place(sample, self.scale(sample))
+            self._targets[i] = (heatmap(prompts, self.grid) * 255).round().astype(np.uint8)
+        return Example(
+            torch.from_numpy(image),
+            torch.from_numpy(np.load(embedding_file(self.embeddings, sample.id))),
+            torch.from_numpy(self._targets[i]).float() / 255,
+            valid_cells(scaled.shape[:2], self.side, self.grid),
+        )
 
-    def facts(self) -> dict[str, str]:
-        """What a model card says of the data."""
-        data = f"{self.count} crops; pictures: {pool_counts(self._pools)}; scenes with training seeds only"
-        return {"Data": data, "Licence": licence(self._pools)}
+    def scale(self, sample: Sample) -> float:
+        """PCM cells along a pixel of the image."""
+        return self.grid[1] / max(sample.image.shape[:2])
 
-
-class DatasetExamples:
-    """Whole pictures of a data set as SAM sees them, with the data set's own prompt points where it has them.
-
-    The last `held_out` pictures (a tenth, where that is fewer) are not trained on. Pictures without masks stay: they
-    say where no prompt should be. Raises ValueError for a data set of fewer than two pictures.
-    """
-
-    def __init__(self, dataset: Dataset, sam: Sam, held_out: int) -> None:
-        if len(dataset) < 2:
-            raise ValueError(f"{dataset.name} has {len(dataset)} pictures; training needs two at least.")
-        self._dataset = dataset
-        self._side, self._grid = sam.image_encoder.img_size, sam.prompt_encoder.mask_input_size
-        self._resize = ResizeLongestSide(self._side)
-        held = min(held_out, max(1, len(dataset) // 10))
-        self.count = len(dataset) - held
-        self._held = range(self.count, len(dataset))
-        self.key = {"dataset": dataset.name, "ids": dataset.ids[: self.count]}
-
-    def entry(self, row: int, draw: Draw) -> tuple[np.ndarray, np.ndarray]:
-        """Picture `row` (h', w', 3) uint8 in the model frame, and its target."""
-        sample = self._dataset[row]
-        image = self._resize.apply_image(sample.image)
-        if sample.points is None:
-            return image, draw(self._masks(sample, image.shape[:2]), None)
-        scale = np.float32(self._grid[::-1]) / self._side * (np.float32(image.shape[1::-1]) / sample.image.shape[1::-1])
-        return image, draw(np.zeros((0, 1, 1), bool), sample.points * scale)
-
-    def held_out(self) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Pictures (h', w', 3) uint8 in the model frame, with masks (N, ., .) bool on the PCM's grid, top left."""
-        found = []
-        for i in self._held:
-            sample = self._dataset[i]
-            image = self._resize.apply_image(sample.image)
-            masks = self._masks(sample, image.shape[:2])
-            found.append((image, masks[masks.any((1, 2))]))
-        return found
-
-    def facts(self) -> dict[str, str]:
-        """What a model card says of the data."""
-        return {
-            "Data": f"{self.count} pictures of {self._dataset.name}, {len(self._held)} more held out",
-            "Licence": f"the terms of {self._dataset.name} hold for weights trained on it",
-        }
-
-    def _masks(self, sample: Sample, size: tuple[int, int]) -> np.ndarray:
-        """Masks on the PCM's grid, one decoded at a time: a cell is on where more than half of it is covered."""
-        high, wide = (max(1, round(side * cells / self._side)) for side, cells in zip(size, self._grid))
-        masks = np.zeros((len(sample.rles), high, wide), bool)
-        for i, rle in enumerate(sample.rles):
-            masks[i] = cv2.resize(coco_mask.decode(rle) * 255, (wide, high), interpolation=cv2.INTER_AREA) > 127
+    def masks(self, i: int) -> np.ndarray:
+        """The ground truth of photograph i on the PCM's grid, from its top left: N x H' x W' bool."""
+        sample = self.data[self.rows[i]]
+        size = [max(1, round(side * self.scale(sample))) for side in sample.image.shape[1::-1]]
+        masks = np.zeros((len(sample.rles), size[1], size[0]), bool)
+        for k, rle in enumerate(sample.rles):
+            masks[k] = cv2.resize(coco_mask.decode(rle) * 255, size, interpolation=cv2.INTER_AREA) > 255 * SURE
         return masks
 
 
-def whole_picture(image: np.ndarray, masks: np.ndarray, side: int = IMG_SIZE) -> tuple[np.ndarray, np.ndarray]:
-    """Longest side to ``side`` (picture) and ``side / 2`` (masks), nothing cropped or changed."""
-    scale = side / max(image.shape[:2])
-    half = tuple(max(1, round(x * scale / 2)) for x in image.shape[1::-1])
-    interpolation = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
-    image = cv2.resize(image, (2 * half[0], 2 * half[1]), interpolation=interpolation)
-    small = resize_masks(masks, half)
-    return image, small[small.any((1, 2))]
+def embedding_file(folder: Path, image_id: str) -> Path:
+    """Where the embedding of an image lies."""
+    return folder / f"{Path(image_id).stem}.npy"
+
+
+@torch.inference_mode()
+def cache_embeddings(sam: Sam, data: Dataset, folder: Path) -> None:
+    """Keep the embedding of every image that has none in the folder yet: C x h x w float16, one file an image."""
+    for i, name in enumerate(tqdm(data.ids, desc="embeddings", unit="image")):
+        path = embedding_file(folder, name)
+        if path.exists():
+            continue
+        scaled = ResizeLongestSide(sam.image_encoder.img_size).apply_image(data[i].image)
+        pixels = torch.as_tensor(scaled, device=sam.device).permute(2, 0, 1)[None].contiguous()
+        embedding = sam.image_encoder(sam.preprocess(pixels))[0].half().cpu().numpy()
+        file = io.BytesIO()
+        np.save(file, embedding)
+        write_atomically(path, file.getvalue())

@@ -10,6 +10,7 @@ as it is done: a stopped run goes on with the next photograph, and a run on more
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import shutil
 import sys
@@ -26,12 +27,12 @@ from segment_anything.modeling import Sam
 from torchvision.ops import box_iou
 from tqdm import tqdm
 
+from aopsam_lab.asf import AsfParams
 from aopsam_lab.data import open_dataset
 from aopsam_lab.decoding import decode_and_filter, encode, encode_early, remove_duplicates
 from aopsam_lab.files import write_atomically
 from aopsam_lab.imaging import read_image
 from aopsam_lab.methods import BOX_NMS_THRESH, Grid, Models
-from aopsam_lab.asf import AsfParams
 from aopsam_lab.sam.zoo import MODELS, load_sam, spec_of
 
 PEOPLE, FOUND = "people", "sam"  # the source of an annotation
@@ -114,8 +115,6 @@ def find_masks(sam: Sam, image: np.ndarray, side: int, embeddings: Path | None =
 
 
 def _npy(array: np.ndarray) -> bytes:
-    import io
-
     file = io.BytesIO()
     np.save(file, array)
     return file.getvalue()
@@ -229,6 +228,12 @@ def photos_of(folder: Path) -> list[Photo]:
     return [Photo(path) for path in paths]
 
 
+def _in_turn(lists: list[list[Photo]]) -> list[Photo]:
+    """Photographs of several folders, in proportion: what a stopped run has done is then a sample of all of them."""
+    places = [((i + 0.5) / len(photos), n, i) for n, photos in enumerate(lists) for i in range(len(photos))]
+    return [lists[n][i] for _, n, i in sorted(places)]
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `find-masks`."""
     parser.add_argument("folders", nargs="+", type=Path, help="folders of images, or COCO-style folders")
@@ -250,10 +255,7 @@ def run(args: argparse.Namespace) -> int:
     for folder in args.folders:
         photos = [photo for photo in photos_of(folder) if photo.path.name not in skipped]
         lists.append(photos[:: max(1, len(photos) // args.limit)][: args.limit] if args.limit else photos)
-    # folders take turns in proportion to their sizes, so that what a stopped run has done is a sample of all
-    photos = [photo for _, _, photo in sorted(
-        ((i + 0.5) / len(photos), n, photo) for n, photos in enumerate(lists) for i, photo in enumerate(photos)
-    )] if len(lists) > 1 else lists[0]
+    photos = _in_turn(lists)
     search = Search(args.sam, args.checkpoint, args.device, args.side, args.out, args.embeddings)
     failures = find_on(photos, search, args.workers)
     print(f"{len(photos) - len(failures)} of {len(photos)} photographs in {args.out}")
@@ -261,12 +263,3 @@ def run(args: argparse.Namespace) -> int:
         print(f"  {path}: {reason}", file=sys.stderr)
     return 1 if failures else 0
 
-
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_arguments(parser)
-    return run(parser.parse_args(argv))
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -1,398 +1,346 @@
-"""Train the Prompt Predictor of a SAM on embeddings cached once.
+"""Train the Prompt Predictor of a SAM on photographs with ground truth.
 
-    python -m aopsam_lab train-predictor --pools POOLS/scenes:0.5 POOLS/photos:0.5 --workdir runs/predictor --minutes 8
-    python -m aopsam_lab train-predictor --sam vit_h --data sa1b:DIR --limit 10000
+    python -m aopsam_lab train-predictor --data FOUND --out predictor.safetensors --minutes 15
+    python -m aopsam_lab train-predictor --sam vit_h --data sa1b:DIR --preset paper --out predictor.safetensors
 
-Presets. ``paper`` (with ``--data``, if not said otherwise): one Gaussian bump of height 1 a mask, at the data set's own prompt
-point where it has one, else at the pole of inaccessibility, the maximum where bumps meet; mean squared error of the PCM, Adam,
-1000 epochs (the paper's recipe). ``bundled`` (ours, with ``--pools``): the pole is worth 1 and further points inside the mask
-less, each the pole of what discs about the earlier ones leave, since one click seldom gives an object's best mask; binary
-cross-entropy of each cell's worth, in which one that is worth 1 weighs ``1 + PEAK_WEIGHT`` times an empty one, and cross-entropy
-of the place in it; Adam with a cosine schedule. As in SA-1B, whose ``point_coords`` are points of SAM's own grid, a point moves
-to the middle of the embedding's cell that it lies in where the mask still covers that. SAM is frozen.
+Presets. ``paper``: one Gaussian a mask, at the prompt point that the data set gives or else at the pole of
+inaccessibility; mean squared error of the PCM, Adam, 1000 epochs: the paper's recipe. ``bundled`` (ours): a Gaussian at
+each of the prompts that together give all masks (`find-masks` writes which clicks give a mask), the focal loss of
+heatmaps, Adam with a cosine schedule. SAM is frozen; its embeddings are computed once and kept. Every eighth photograph
+or so is held out: the curve is measured on these.
 
-Early stopping is ours: after ``--patience`` evaluations without a lower loss on the held-out pictures the best weights are kept.
-Writes ``workdir/predictor.safetensors``, ``curve.csv`` and ``curve.png`` (drawn anew at each evaluation), the weights to
-``--out`` as well.
-Killed and started again, it takes up the cache and the training where they were.
+A stopped training goes on from its last evaluation.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import hashlib
 import io
+import math
 import time
-from contextlib import closing
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
-import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save as to_safetensors
 from segment_anything.modeling import Sam
 from torch import Tensor
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
-from aopsam_lab.asf import sample_prompts, valid_cells
-from aopsam_lab.data import open_dataset
+from aopsam_lab.asf import sample_prompts
+from aopsam_lab.data import Dataset, open_dataset
 from aopsam_lab.files import write_atomically
-from aopsam_lab.predictor import CELL, SIGMA, PromptPredictor, draw_pcm
+from aopsam_lab.predictor import PromptPredictor
 from aopsam_lab.sam.zoo import MODELS, load_sam, spec_of
-from aopsam_lab.training.card import write_card
-from aopsam_lab.training.embedding_cache import EmbeddingCache
-from aopsam_lab.training.examples import DatasetExamples, Draw, PoolExamples
-from aopsam_lab.training.pool import parse_pools
-from aopsam_lab.training.tiny_sam import learning_rate, quick_at_bf16, save_atomically
+from aopsam_lab.training.examples import PLACES, Example, Examples, cache_embeddings
 
-PEAK_WEIGHT = 5.0
-POINTS = 8  # bumps a mask
-HEIGHT_DECAY = 0.2  # of each bump to the one before: a likely small object comes before a second try on a large one
-DISC, LEAST_DISC = 0.6, 3.0  # a point's disc, in which no further one lies: of its inradius, and at least, in PCM cells
-PLACE_WEIGHT = 0.1  # of the places' loss to the worths'
-CANDIDATES = 280  # a picture at the default settings: of scenes, which give fewer, elimination leaves less than a fifth of AMG-D's 1,024
-# Calibration's, of the worths' logits. Steeper, bumps are near 1 where the surest lie side by side, and smoothing prefers those to
-# one by itself
-SLOPE = 0.35
-MIDDLE = 4.0  # calibration's, added to the logit of a cell's middle, where the points are that the bundled preset learns
-PATIENCE = 20  # evaluations
-
-
-def prompt_points(mask: np.ndarray, most: int = POINTS) -> list[tuple[int, int, float]]:
-    """(row, column, inradius) of the cell deepest inside a mask, then of those deepest inside what is left of it when a disc
-    about each point is cut out, until nothing is left or there are ``most``; the outside of the grid counts as outside."""
-    left, points = mask.astype(np.uint8), []
-    while len(points) < most and left.any():
-        distance = cv2.distanceTransform(np.pad(left, 1), cv2.DIST_L2, 5)[1:-1, 1:-1]
-        row, column = divmod(int(distance.argmax()), mask.shape[1])
-        inradius = float(distance[row, column])
-        points.append((row, column, inradius))
-        cv2.circle(left, (column, row), int(max(DISC * inradius, LEAST_DISC)), 0, -1)
-    return points
-
-
-def snapped(row: int, column: int, mask: np.ndarray) -> tuple[int, int]:
-    """The cell nearest the middle of the embedding's cell about (row, column) if the mask covers it, else (row, column)."""
-    middle = row // CELL * CELL + CELL // 2, column // CELL * CELL + CELL // 2
-    inside = middle[0] < mask.shape[0] and middle[1] < mask.shape[1] and mask[middle]
-    return middle if inside else (row, column)
-
-
-def confidence_target(
-    masks: np.ndarray, points: np.ndarray | None, grid: tuple[int, int], most: int = POINTS, bumps: bool = False
-) -> np.ndarray:
-    """Masks (N, h', w') on the PCM's grid, top left of it -> target (H, W) float32 in [0, 1]: each point's worth where it lies.
-
-    points: N x 2 (x, y) in PCM cells; where a data set has them, each is its mask's one point. most: else, points a mask.
-    bumps: whether a point is drawn as a Gaussian bump of that height, not as one cell.
-    """
-    target = np.zeros(grid, np.float32)
-    rows, columns = np.arange(grid[0], dtype=np.float32), np.arange(grid[1], dtype=np.float32)
-    if points is not None:
-        wanted = [[(min(int(y), grid[0] - 1), min(int(x), grid[1] - 1))] for x, y in points]
-    else:
-        wanted = [[snapped(row, column, mask) for row, column, _ in prompt_points(mask, most)] for mask in masks]
-    for places in wanted:
-        for i, (row, column) in enumerate(places):
-            if bumps:
-                bump = np.outer(np.exp(-0.5 * ((rows - row) / SIGMA) ** 2), np.exp(-0.5 * ((columns - column) / SIGMA) ** 2))
-                np.maximum(target, HEIGHT_DECAY**i * bump, out=target)
-            else:
-                target[row, column] = max(target[row, column], HEIGHT_DECAY**i)
-    return target
-
-
-def target_of(preset: str, grid: tuple[int, int]) -> Draw:
-    """What a preset learns: (masks, the data set's prompt points or None) -> target on the PCM's grid."""
-    paper = preset == "paper"
-    return partial(confidence_target, grid=grid, most=1 if paper else POINTS, bumps=paper)
+TOP = (64, 128, 256)  # candidates that recall is measured for
+HELD_OUT = 8  # one photograph in so many is held out
+WARMUP = 50  # steps
 
 
 @dataclass(frozen=True)
-class Held:
-    """A held-out picture: its pixels (h', w', 3) uint8 in the model frame, its embedding (1, C, h, w) float16, masks (N, ., .) bool
-    on the PCM's grid, top left of it, its target and valid cells (H, W)."""
+class Recipe:
+    """How a predictor is trained.
 
-    image: np.ndarray
-    embedding: Tensor
-    masks: np.ndarray
-    target: Tensor
-    valid: Tensor
+    place: where the prompts lie that it learns, see `examples.PLACES`. loss: "mse" or "focal".
+    cosine: whether the learning rate falls along a cosine; else it stays.
+    """
 
-    def inputs(self, sam: Sam) -> tuple[Tensor, Tensor]:
-        """What the predictor reads, as float32 on the SAM's device."""
-        return _model_image(sam, self.image), self.embedding.float()
+    place: str
+    loss: str
+    cosine: bool
+
+
+PRESETS = {"paper": Recipe("own", "mse", cosine=False), "bundled": Recipe("covering", "focal", cosine=True)}
+
+
+def mean_squared_error(logits: Tensor, target: Tensor, valid: Tensor) -> Tensor:
+    """Of the PCM, over the cells on the image: logits, target, valid (B, 4h, 4w)."""
+    return ((logits.sigmoid() - target).square() * valid).sum() / valid.sum()
+
+
+def focal_loss(logits: Tensor, target: Tensor, valid: Tensor) -> Tensor:
+    """The penalty-reduced focal loss of heatmaps, a prompt's mean.
+
+    Cells near a prompt count less as empty ones, and cells that are told right already count little.
+
+    Args:
+        logits: (B, 4h, 4w), the PCM before the Sigmoid.
+        target: (B, 4h, 4w) in [0, 1], 1 in the cell of a prompt.
+        valid: (B, 4h, 4w), 1 on the image and 0 on padding.
+
+    Source: Law and Deng, CornerNet, ECCV 2018, equation 1, alpha 2 and beta 4.
+    """
+    peak = (target > 0.99).to(logits.dtype)
+    p = logits.sigmoid()
+    hit = peak * (1 - p).square() * F.logsigmoid(logits)
+    miss = (1 - peak) * (1 - target) ** 4 * p.square() * F.logsigmoid(-logits)
+    return -((hit + miss) * valid).sum() / peak.sum().clamp(min=1)
+
+
+LOSSES = {"mse": mean_squared_error, "focal": focal_loss}
+
+
+def split(data: Dataset) -> tuple[list[int], list[int]]:
+    """(training, held-out) rows of a data set; which is decided by a hash of the image's name, so that more photographs
+    change nothing for those that are there."""
+    held = [i for i, name in enumerate(data.ids) if int(hashlib.sha256(name.encode()).hexdigest(), 16) % HELD_OUT == 0]
+    return [i for i in range(len(data)) if i not in set(held)], held
+
+
+def model_image(sam: Sam, images: Tensor) -> Tensor:
+    """(B, 3, S, S) uint8 -> normalised float32 on the SAM's device; padding gets 0 only approximately as in training
+    and use alike it is masked out."""
+    return (images.to(sam.device).float() - sam.pixel_mean) / sam.pixel_std
 
 
 @torch.inference_mode()
-def hold_out(sam: Sam, pictures: list[tuple[np.ndarray, np.ndarray]], draw: Draw) -> list[Held]:
-    """Encode pictures once, with their masks on the PCM's grid, for the evaluations to come. draw: their target."""
-    s, grid = sam.image_encoder.img_size, sam.prompt_encoder.mask_input_size
-    held = []
-    for image, masks in tqdm(pictures, desc="held out", unit="picture", dynamic_ncols=True):
-        embedding = sam.image_encoder(_model_image(sam, image)).half()
-        target = torch.from_numpy(draw(masks, None)).to(sam.device)
-        held.append(Held(image, embedding, masks, target, valid_cells(image.shape[:2], s, grid, sam.device)))
-    return held
+def recall(predictor: PromptPredictor, held: Examples, sam: Sam, top: tuple[int, ...] = TOP) -> dict[str, float]:
+    """Share of the held-out ground-truth masks that one of the strongest candidates lies on.
 
+    Args:
+        predictor: in evaluation mode.
+        held: the held-out photographs.
+        sam: their SAM.
+        top: how many candidates, for each number one share.
 
-def _model_image(sam: Sam, image: np.ndarray) -> Tensor:
-    return sam.preprocess(torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))).to(sam.device)[None])
-
-
-@torch.inference_mode()
-def recall(sam: Sam, predictor: PromptPredictor, held: list[Held], top: tuple[int, ...] = (32, 64, 128, 256)) -> dict[str, float]:
-    """Share of truths with one of the strongest ``top`` candidates on them, over whole pictures; candidates at confidence 0.2."""
-    hits, truths, candidates = dict.fromkeys(top, 0), 0, []
-    for one in held:
-        pcm = predictor.pcm(*one.inputs(sam), one.valid)
-        cells = sample_prompts(pcm, confidence=0.02)[0].cpu().numpy()
+    Returns:
+        ``recall_K`` for each K, and ``candidates``: their mean number at the default settings.
+    """
+    hits, masks_seen, candidates = dict.fromkeys(top, 0), 0, []
+    for i in range(len(held)):
+        pcm = predicted(predictor, held[i], sam)
         candidates.append(len(sample_prompts(pcm)[0]))
-        masks = one.masks
-        cells = cells[(cells[:, 0] < masks.shape[1]) & (cells[:, 1] < masks.shape[2])]
-        truths += len(masks)
+        cells = sample_prompts(pcm, confidence=0.0)[0].cpu().numpy()
+        masks = held.masks(i)
+        inside = (cells < masks.shape[1:]).all(1)
+        masks_seen += len(masks)
         for k in top:
-            on = masks[:, cells[:k, 0], cells[:k, 1]]
-            hits[k] += int(on.any(1).sum())
-    return {**{f"recall_{k}": hits[k] / max(1, truths) for k in top}, "candidates": float(np.mean(candidates)) if held else 0.0}
+            row, column = cells[:k][inside[:k]].T
+            hits[k] += int(masks[:, row, column].any(1).sum())
+    found = {f"recall_{k}": hits[k] / max(1, masks_seen) for k in top}
+    return {**found, "candidates": float(np.mean(candidates)) if candidates else 0.0}
 
 
 @torch.inference_mode()
-def held_loss(sam: Sam, predictor: PromptPredictor, held: list[Held], preset: str, peak_weight: float) -> float:
-    """The mean loss of the held-out pictures; NaN without any."""
-    losses = [
-        loss_of(preset, predictor.cells(*one.inputs(sam)), one.target[None], one.valid[None].float(), peak_weight).item()
-        for one in held
-    ]
-    return float(np.mean(losses)) if losses else float("nan")
+def predicted(predictor: PromptPredictor, example: Example, sam: Sam) -> Tensor:
+    """The PCM of one example, (4h, 4w)."""
+    image, embedding = model_image(sam, example.image[None]), example.embedding[None].to(sam.device).float()
+    return predictor.pcm(image, embedding, example.valid.to(sam.device))
 
 
 @torch.inference_mode()
-def calibrate(sam: Sam, predictor: PromptPredictor, held: list[Held], wanted: float) -> tuple[float, float]:
-    """Bring the worths' logits to ``SLOPE`` times their size and shift them so that the pictures give ``wanted`` candidates on
-    average at the default settings. The shift, and the candidates that it gives: fewer where peaks are too few, as early in a
-    training.
+def calibrate(predictor: PromptPredictor, held: Examples, sam: Sam, wanted: float) -> float:
+    """Shift the logits so that the held-out photographs give ``wanted`` candidates on average at the default settings.
 
-    What a network trained on sparse bumps calls 0.2 depends on the loss's weights. This gives the default confidence a meaning.
-    Shifted alone, the surest would all be near 1 where the bumps of neighbours meet, and their order lost.
+    What a network that was trained on sparse peaks calls 0.2 depends on the loss. This gives the default confidence a
+    meaning. The order of candidates changes little.
+
+    Returns:
+        The shift.
     """
-    for parameter in (predictor.fuse[-1].weight, predictor.fuse[-1].bias):
-        parameter[0] *= SLOPE
-    cells = [(*predictor.cells(*one.inputs(sam)), one.valid) for one in held]
-
-    def candidates(shift: float) -> float:
-        pcms = (draw_pcm(worth + shift, place)[0, 0] * valid for worth, place, valid in cells)
-        return float(np.mean([len(sample_prompts(pcm)[0]) for pcm in pcms]))
-
+    logits = []
+    for i in range(len(held)):
+        example = held[i]
+        image, embedding = model_image(sam, example.image[None]), example.embedding[None].to(sam.device).float()
+        logits.append((predictor.logits(image, embedding)[0, 0], example.valid.to(sam.device)))
     low, high = -8.0, 8.0
-    wanted = min(wanted, candidates(high))  # where that is all there are, no further than they need: near 1 their order is lost
-    for _ in range(24):
+    for _ in range(16):
         shift = (low + high) / 2
-        low, high = (shift, high) if candidates(shift) < wanted else (low, shift)
-    predictor.fuse[-1].bias[0] += high
-    return high, candidates(high)
+        count = np.mean([len(sample_prompts((one + shift).sigmoid() * valid)[0]) for one, valid in logits])
+        low, high = (shift, high) if count < wanted else (low, shift)
+    predictor.fuse[-1].bias += high
+    return high
 
 
-def prefer_middles(predictor: PromptPredictor) -> None:
-    """Move a cell's prompt off its middle only where the place is sure.
+def batches(examples: Examples, size: int, seed: int, start: int) -> Iterator[Example]:
+    """Random batches without end, from number ``start`` on; each is drawn without repetition."""
 
-    Prompts of neighbouring cells then lie a cell apart, which is just outside the window of the default spacing; where their
-    places stray towards each other, the weaker one is lost.
-    """
-    predictor.fuse[-1].bias[1 + CELL // 2 * CELL + CELL // 2] += MIDDLE
-
-
-def loss_of(preset: str, cells: tuple[Tensor, Tensor], target: Tensor, valid: Tensor, peak_weight: float) -> Tensor:
-    """Mean over the cells on the picture. cells: (B, h, w) and (B, 16, h, w) logits. target, valid: (B, 4h, 4w)."""
-    worth, place = cells
-    if preset == "paper":
-        return ((draw_pcm(worth, place, soft=True)[:, 0] - target) ** 2 * valid).sum() / valid.sum()
-    inside = F.pixel_unshuffle(target[:, None], CELL)  # (B, 16, h, w)
-    true, at = inside.max(1)
-    on = F.max_pool2d(valid, CELL)
-    bce = F.binary_cross_entropy_with_logits(worth, true, reduction="none")
-    places = F.cross_entropy(place, at, reduction="none") * true
-    return (bce * (1 + peak_weight * true) * on).sum() / on.sum() + PLACE_WEIGHT * places.sum() / true.sum().clamp(min=1)
-
-
-def export(predictor: PromptPredictor, path: Path, about: dict[str, str]) -> None:
-    """float16 safetensors with what a loader must know in the metadata; written beside, then renamed."""
-    weights = {k: v.detach().cpu().half() if v.is_floating_point() else v.cpu() for k, v in predictor.state_dict().items()}
-    about = dict(about, embed_dim=str(predictor.embed_dim), stride=str(predictor.stride))
-    write_atomically(path, to_safetensors(weights, metadata=about))
-
-
-def train(args: argparse.Namespace) -> None:
-    """Train as the arguments say. Raises ValueError and OSError for what cannot be: data, models, room on the disk."""
-    torch.manual_seed(args.seed)
-    preset = args.preset or ("bundled" if args.pools else "paper")
-    minutes = (8.0 if preset == "bundled" else 0.0) if args.minutes is None else args.minutes
-    patience = (0 if args.pools else PATIENCE) if args.patience is None else args.patience
-    work = Path(args.workdir or f"runs/predictor_{args.sam}")
-    sam = load_sam(args.sam, args.checkpoint, args.device)
-    draw = target_of(preset, sam.prompt_encoder.mask_input_size)
-    if args.pools:
-        held_out = 80 if args.held_out is None else args.held_out
-        examples = PoolExamples(parse_pools(args.pools), sam, args.limit or 3000, held_out, args.seed)
-    else:
-        held_out = 20 if args.held_out is None else args.held_out
-        examples = DatasetExamples(open_dataset(args.data, args.limit, args.seed), sam, held_out)
-    made_from = {"target": preset, **({"worths": [POINTS, HEIGHT_DECAY]} if preset == "bundled" else {})}
-    cache = EmbeddingCache(work / "cache", sam, examples.count, {**made_from, **examples.key})
-    cache.fill(sam, lambda row: examples.entry(row, draw), args.max_gb)
-    held = hold_out(sam, examples.held_out(), draw)
-    side, (h, _) = sam.image_encoder.img_size, sam.prompt_encoder.image_embedding_size
-    predictor = PromptPredictor(sam.prompt_encoder.embed_dim, side // h).to(sam.device)
-    optimizer = torch.optim.Adam(predictor.parameters(), lr=args.lr)
-    step, seconds, best, stale = 0, 0.0, float("inf"), 0
-    if (work / "last.pt").exists():
-        state = torch.load(work / "last.pt", map_location=sam.device, weights_only=True)
-        predictor.load_state_dict(state["predictor"])
-        optimizer.load_state_dict(state["optimizer"])
-        step, seconds = state["step"], state["seconds"]
-        best, stale = state["best"], state["stale"]
-    forward = torch.compile(predictor.cells, dynamic=False) if args.compile else predictor.cells
-    started = time.perf_counter() - seconds
-    batch = min(args.batch or (8 if side <= 512 else 4), examples.count)
-    steps = max(1, args.epochs * examples.count // batch) if preset == "paper" and not minutes else 0
-    recent = []
-
-    def progress() -> float:
-        return step / steps if steps else (time.perf_counter() - started) / (60 * minutes)
-
-    def save() -> None:
-        state = dict(predictor=predictor.state_dict(), optimizer=optimizer.state_dict(), step=step, best=best, stale=stale)
-        save_atomically(dict(state, seconds=time.perf_counter() - started), work / "last.pt")
-
-    def draws():
-        rng = np.random.default_rng([args.seed, step])
+    def draws() -> Iterator[list[int]]:
+        step = start
         while True:
-            yield np.sort(rng.choice(examples.count, batch, replace=False))
-
-    batches = cache.batches(sam, draws())
-    bar = tqdm(total=steps or None, initial=step, desc="training", unit="step", dynamic_ncols=True)
-    with open(work / "curve.csv", "a", newline="") as curve, closing(batches), bar:
-        writer = csv.writer(curve)
-        while progress() < 1 and not (patience and stale >= patience):
-            predictor.train()
-            for group in optimizer.param_groups:
-                group["lr"] = args.lr if preset == "paper" else learning_rate(progress(), step, args.lr, warmup=100)
-            image, embedding, target, valid = next(batches)
-            with torch.autocast(sam.device.type, torch.bfloat16, enabled=quick_at_bf16(sam.device)):
-                cells = forward(image, embedding)
-            loss = loss_of(preset, tuple(x.float() for x in cells), target, valid, args.peak_weight)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
+            rng = np.random.default_rng([seed, step])
+            yield rng.choice(len(examples), min(size, len(examples)), replace=False).tolist()
             step += 1
-            recent.append(loss.item())
-            bar.update()
-            bar.set_postfix(loss=f"{recent[-1]:.4f}", refresh=False)
-            if step % args.log_every == 0 or progress() >= 1:  # a curve says where its training ended
-                found = {"held_loss": held_loss(sam, predictor.eval(), held, preset, args.peak_weight)}
-                found.update(recall(sam, predictor, held))
-                if found["held_loss"] < best:
-                    best, stale = found["held_loss"], 0
-                    save_atomically(predictor.state_dict(), work / "best.pt")
-                else:
-                    stale += 1
-                passed = (time.perf_counter() - started) / 60
-                if curve.tell() == 0:
-                    writer.writerow(["step", "minutes", "loss", *found])
-                writer.writerow([step, f"{passed:.2f}", f"{np.mean(recent):.5f}", *(f"{v:.4f}" for v in found.values())])
-                curve.flush()
-                draw_curve(work / "curve.csv", work / "curve.png")
-                bar.write(f"step {step}  {passed:.2f} min  loss {np.mean(recent):.4f}  {found}")
-                recent.clear()
-                save()
-    save()
-    if patience and (work / "best.pt").exists():
-        predictor.load_state_dict(torch.load(work / "best.pt", map_location=sam.device, weights_only=True))
-    predictor.eval().requires_grad_(False)
-    if preset == "bundled":
-        prefer_middles(predictor)
-    shift, found = calibrate(sam, predictor, held, args.candidates) if args.candidates and held else (0.0, 0.0)
-    about = dict(sam=spec_of(sam).name, sam_sha256=spec_of(sam).sha256, preset=preset, steps=str(step))
-    stopped = f"; stopped after {patience} evaluations without a lower held-out loss" if patience and stale >= patience else ""
-    kept = "; the weights of the lowest held-out loss kept" if patience else ""
-    few = f" ({args.candidates:g} were asked for: its peaks are too few, a longer training finds more)" if found < 0.9 * args.candidates else ""
-    data = examples.facts()
-    facts = {
-        "Model": f"{sum(p.numel() for p in predictor.parameters()) / 1e6:.2f} M parameters, for embeddings of {about['sam']} "
-        f"(sha256 {about['sam_sha256'][:12]})",
-        "Data": data["Data"],
-        "Training": f"preset {preset}, {step} steps of {batch}, {(time.perf_counter() - started) / 60:.0f} minutes, peak "
-        f"weight {args.peak_weight:g}, by `python -m aopsam_lab train-predictor`{stopped}{kept}",
-        "Calibration": f"logits of worths times {SLOPE:g} and moved by {shift:+.2f}, so that {len(held)} held-out training pictures give {found:.0f} candidates "
-        f"each at the default settings{few}{f'; a middle that is {MIDDLE:g} likelier' if preset == 'bundled' else ''}" if shift else "none",
-        "Licence": data["Licence"],
-    }
-    about_curve = f"recall_k: share of truths with one of the k strongest candidates on them, {len(held)} held-out training pictures"
-    for path in [work / "predictor.safetensors"] + ([args.out] if args.out else []):
-        export(predictor, path, about)
-        write_card(path, f"Prompt Predictor of the {about['sam']} SAM.", facts, work / "curve.csv", about_curve)
-    if shift and few:
-        print(f"The predictor gives {found:.0f} candidates a picture{few}.")
-    print(f"Prompt Predictor: {work / 'predictor.safetensors'}")
+
+    loader = torch.utils.data.DataLoader(examples, batch_sampler=draws(), num_workers=1, prefetch_factor=2)
+    for batch in loader:
+        yield Example(*batch)
 
 
-def draw_curve(table: Path, picture: Path) -> None:
-    """The learning curve of a CSV as a PNG."""
-    from matplotlib.figure import Figure
+class Training:
+    """One training: its models, its data, and where it stands.
 
-    with open(table, newline="") as file:
-        rows = list(csv.DictReader(file))
-    columns = {name: [float(row[name]) for row in rows] for name in rows[0]}
-    figure = Figure(figsize=(9, 3.4), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    for name in columns:
-        if name in ("step", "minutes", "candidates"):
-            continue
-        axes = left if "loss" in name else right
-        axes.plot(columns["step"], columns[name], label=name.replace("_", " "))
-    for axes, title in ((left, "loss"), (right, "recall on held-out pictures")):
-        axes.set(title=title, xlabel="step")
-        axes.legend()
-        axes.grid(alpha=0.3)
-    drawn = io.BytesIO()
-    figure.savefig(drawn, format="png", dpi=110)
-    write_atomically(picture, drawn.getvalue())
+    Raises ValueError and OSError for data, models and settings that cannot be used.
+    """
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        torch.manual_seed(args.seed)
+        self.args, self.work = args, Path(args.workdir)
+        recipe = PRESETS[args.preset]
+        self.recipe = Recipe(args.place or recipe.place, args.loss or recipe.loss, recipe.cosine)
+        self.sam = load_sam(args.sam, args.checkpoint, args.device)
+        data = open_dataset(args.data, args.limit, args.seed)
+        rows, held = split(data)
+        if not rows or not held:
+            raise ValueError(f"{data.name} has {len(data)} photographs: too few to train on some and hold some out.")
+        embeddings = args.embeddings or self.work / "embeddings"
+        cache_embeddings(self.sam, data, embeddings)
+        place = PLACES[self.recipe.place]
+        self.examples = Examples(data, rows, embeddings, self.sam, place)
+        self.held = Examples(data, held, embeddings, self.sam, place)
+        self.data = data
+        side, (h, _) = self.sam.image_encoder.img_size, self.sam.prompt_encoder.image_embedding_size
+        self.predictor = PromptPredictor(self.sam.prompt_encoder.embed_dim, side // h, args.width)
+        self.predictor.to(self.sam.device)
+        self.optimizer = torch.optim.Adam(self.predictor.parameters(), lr=args.lr)
+        self.step, self.seconds, self.curve = 0, 0.0, []
+        self.steps = 0 if args.minutes else math.ceil(args.epochs * len(rows) / args.batch)
+
+    def run(self) -> None:
+        """Train, from where an earlier run stopped, and write the weights, the curve and the card."""
+        self._restore()
+        started = time.perf_counter() - self.seconds
+        loss_of, losses = LOSSES[self.recipe.loss], []
+        with tqdm(total=self.steps or None, initial=self.step, desc="training", unit="step") as bar:
+            for batch in batches(self.examples, self.args.batch, self.args.seed, self.step):
+                self.seconds = time.perf_counter() - started
+                done = self._progress()
+                if done < 1:
+                    losses.append(self._learn(batch, loss_of, done))
+                    bar.update()
+                if done >= 1 or self.step % self.args.log_every == 0:
+                    self._evaluate(float(np.mean(losses or [math.nan])))
+                    losses.clear()
+                if done >= 1:
+                    break
+        self._finish()
+
+    def _progress(self) -> float:
+        return self.step / self.steps if self.steps else self.seconds / (60 * self.args.minutes)
+
+    def _learn(self, batch: Example, loss_of, done: float) -> float:
+        device = self.sam.device
+        rate = 0.5 * (1 + math.cos(math.pi * done)) if self.recipe.cosine else 1.0
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.args.lr * rate * min(1, (self.step + 1) / WARMUP)
+        self.predictor.train()
+        logits = self.predictor.logits(model_image(self.sam, batch.image), batch.embedding.to(device).float())[:, 0]
+        loss = loss_of(logits, batch.target.to(device), batch.valid.to(device).float())
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimizer.step()
+        self.step += 1
+        return loss.item()
+
+    def _evaluate(self, loss: float) -> None:
+        found = recall(self.predictor.eval(), self.held, self.sam)
+        self.curve.append({"step": self.step, "minutes": self.seconds / 60, "loss": loss, **found})
+        tqdm.write("  ".join(f"{name} {value:.4g}" for name, value in self.curve[-1].items()))
+        state = {
+            "predictor": self.predictor.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "curve": self.curve,
+            "step": self.step,
+            "seconds": self.seconds,
+        }
+        file = io.BytesIO()
+        torch.save(state, file)
+        write_atomically(self.work / "last.pt", file.getvalue())
+        rows = io.StringIO()
+        writer = csv.DictWriter(rows, self.curve[0])
+        writer.writeheader()
+        writer.writerows(self.curve)
+        write_atomically(self.work / "curve.csv", rows.getvalue())
+
+    def _restore(self) -> None:
+        if not (self.work / "last.pt").exists():
+            return
+        state = torch.load(self.work / "last.pt", map_location=self.sam.device, weights_only=True)
+        self.predictor.load_state_dict(state["predictor"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step, self.seconds, self.curve = state["step"], state["seconds"], state["curve"]
+
+    def _finish(self) -> None:
+        args, predictor = self.args, self.predictor.eval().requires_grad_(False)
+        shift = calibrate(predictor, self.held, self.sam, args.candidates) if args.candidates else 0.0
+        spec = spec_of(self.sam)
+        about = {
+            "embed_dim": str(predictor.embed_dim),
+            "stride": str(predictor.stride),
+            "width": str(predictor.width),
+            "sam": spec.name,
+            "sam_sha256": spec.sha256,
+            "preset": args.preset,
+            "steps": str(self.step),
+        }
+        weights = {k: v.cpu().half() if v.is_floating_point() else v.cpu() for k, v in predictor.state_dict().items()}
+        write_atomically(args.out, to_safetensors(weights, metadata=about))
+        write_atomically(args.out.with_suffix(".md"), self._card(shift))
+        print(f"Prompt Predictor: {args.out}")
+
+    def _card(self, shift: float) -> str:
+        """The model card, Markdown."""
+        args, spec = self.args, spec_of(self.sam)
+        size = sum(p.numel() for p in self.predictor.parameters()) / 1e6
+        rows = self.curve if len(self.curve) <= 10 else [self.curve[round(i * (len(self.curve) - 1) / 9)] for i in range(10)]
+        table = [" | ".join(f"{value:.4g}" for value in row.values()) for row in rows]
+        described = self.data.describe()
+        return "\n".join([
+            f"# {args.out.name}",
+            "",
+            f"Prompt Predictor of {spec.name}.",
+            "",
+            f"- **Model**: {size:.2f} M parameters, {self.predictor.width} channels; float16",
+            f"- **For**: embeddings of {spec.name} (sha256 {spec.sha256[:12]})",
+            f"- **Data**: {len(self.examples)} photographs of {self.data.name}, {len(self.held)} more held out; "
+            f"{described['masks']} masks",
+            f"- **Training**: preset {args.preset} (prompts: {self.recipe.place}, loss: {self.recipe.loss}), {self.step} "
+            f"steps of {args.batch}, {self.seconds / 60:.0f} minutes, by `python -m aopsam_lab train-predictor`",
+            f"- **Calibration**: logits shifted by {shift:+.2f}, so that the held-out photographs give "
+            f"{args.candidates:g} candidates on average at the default settings",
+            f"- **Licence**: {args.licence}",
+            "",
+            "Curve on the held-out photographs; recall_K: share of the ground-truth masks with one of the K strongest "
+            "candidates on them.",
+            "",
+            "| " + " | ".join(self.curve[0]) + " |",
+            "|" + " --: |" * len(self.curve[0]),
+            *(f"| {row} |" for row in table),
+            "",
+        ])  # fmt: skip
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of a training, for this module and for the package's command line."""
-    parser.add_argument("--sam", default="tiny", choices=list(MODELS))
+    """The options of `train-predictor`."""
+    parser.add_argument("--data", required=True, help="a folder of `find-masks`, or another data set with masks")
+    parser.add_argument("--out", required=True, type=Path, help="the weights, safetensors; the card lies beside them")
+    parser.add_argument("--sam", default="mobile_sam", choices=list(MODELS))
     parser.add_argument("--checkpoint", help="weights of the SAM other than the bundled or official ones")
-    data = parser.add_mutually_exclusive_group(required=True)
-    data.add_argument("--data", help="sa1b:PATH, coco:PATH, lvis:PATH or a COCO-style folder")
-    data.add_argument("--pools", nargs="+", help="FOLDER:SHARE of each pool (see aopsam_lab.training.pool); tiny only")
-    parser.add_argument("--limit", "--crops", type=int, help="how many pictures of --data (all) or crops of --pools (3000)")
-    parser.add_argument("--max-gb", type=float, help="most disk that the cache may take; what is free if not given")
-    parser.add_argument("--workdir", help="where the cache, the curve and the weights go (runs/predictor_SAM)")
-    parser.add_argument("--preset", choices=("bundled", "paper"), help="bundled with --pools, else paper")
-    parser.add_argument("--epochs", type=int, default=1000, help="of preset paper")
-    parser.add_argument("--minutes", type=float, help="in place of epochs (preset bundled: 8; longer, it knows 12,000 crops by heart)")
-    parser.add_argument("--patience", type=int, help=f"evaluations without a lower held-out loss; 0: never stop early ({PATIENCE} with --data)")
-    parser.add_argument("--batch", type=int, help="pictures a step (8; 4 of 1024 pixels, which train in less than 2 GB)")
+    parser.add_argument("--preset", default="bundled", choices=list(PRESETS))
+    parser.add_argument("--place", choices=list(PLACES), help="where the prompts lie that are learnt, as the preset says")
+    parser.add_argument("--loss", choices=list(LOSSES), help="as the preset says")
+    parser.add_argument("--workdir", default="runs/predictor", help="where embeddings, curve and last state are kept")
+    parser.add_argument("--embeddings", type=Path, help="the folder of the embeddings, if it is another")
+    parser.add_argument("--limit", type=int, help="how many images of the data set; all if not given")
+    parser.add_argument("--epochs", type=int, default=1000)
+    parser.add_argument("--minutes", type=float, help="length of the training, in place of epochs")
+    parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--peak-weight", type=float, default=PEAK_WEIGHT)
-    parser.add_argument("--candidates", type=float, default=CANDIDATES, help="mean of a held-out picture; 0: leave the level as trained")
-    parser.add_argument("--held-out", type=int, help="pictures that loss and recall are measured on (20 of --data, 80 of --pools)")
+    parser.add_argument("--width", type=int, default=64, help="channels in which the two branches meet")
+    parser.add_argument("--candidates", type=float, default=250, help="at the default settings; 0: not calibrated")
+    parser.add_argument("--log-every", type=int, default=100, help="steps between evaluations")
+    parser.add_argument("--licence", default="the terms of the training data hold", help="a line of the card")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--log-every", type=int, default=250)
-    parser.add_argument("--out", type=Path, help="where the weights go as well, and the card beside them")
     parser.add_argument("--seed", type=int, default=0)
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_arguments(parser)
-    train(parser.parse_args(argv))
-
-
-if __name__ == "__main__":
-    main()
+def train(args: argparse.Namespace) -> None:
+    """The command `train-predictor`."""
+    Training(args).run()
