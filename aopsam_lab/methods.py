@@ -244,6 +244,8 @@ class Aop:
     filtering: bool = True
     gated: bool = False
     literal: bool = False
+    first: float = FIRST
+    rounds: int = ROUNDS
     needs: str = "predictor"
 
     @property
@@ -285,6 +287,8 @@ class Aop:
             elimination=params.elimination,
             gated=self.gated,
             floor=not self.literal,
+            first=self.first,
+            rounds=self.rounds,
         )
 
 
@@ -304,8 +308,10 @@ METHODS: dict[str, Method] = {
 }
 
 
-def method_named(name: str) -> Method:
-    """The registered method, or a ValueError that lists them all."""
+def method_named(name: str | Method) -> Method:
+    """The registered method, or a ValueError that lists them all; a method itself as it is."""
+    if not isinstance(name, str):
+        return name
     if name not in METHODS:
         raise ValueError(f"there is no method {name!r}; choose one of {', '.join(METHODS)}")
     return METHODS[name]

@@ -13,7 +13,7 @@ from segment_anything.modeling import Sam
 from aopsam_lab.asf import AsfParams
 from aopsam_lab.decoding import Encoded, Found, Stopwatch, decode_and_filter, encode, encode_early, remove_duplicates
 from aopsam_lab.imaging import read_image
-from aopsam_lab.methods import Models, Prompts, Proposal, method_named
+from aopsam_lab.methods import Method, Models, Prompts, Proposal, method_named
 from aopsam_lab.sam.zoo import SamSpec, load_sam, resolve_device, spec_of
 from aopsam_lab.segmentation import Segmentation
 
@@ -31,7 +31,7 @@ Decode = Callable[[Sam, Encoded, Prompts, torch.Tensor, SamSpec], Found]
 def run_method(
     sam: Sam,
     encoded: Encoded,
-    method: str,
+    method: str | Method,
     predictor: PromptPredictor | None = None,
     detector: Detector | None = None,
     params: AsfParams = AsfParams(),
@@ -40,6 +40,7 @@ def run_method(
 ) -> Segmentation:
     """One method on an encoded picture.
 
+    method:      a name in METHODS, or a method of your own making.
     decode:      what decodes and filters a round; a :class:`aopsam_lab.decode_cache.DecodeCache` remembers earlier
                  settings.
     max_prompts: how many prompts may be decoded at most, strongest first (see :func:`strongest`); None: all. Prompts
@@ -52,7 +53,7 @@ def run_method(
     left = float("inf") if max_prompts is None else int(max_prompts)
     models = Models(predictor, detector)
     if chosen.needs and getattr(models, chosen.needs) is None:
-        raise ValueError(f"method {method!r} needs a {chosen.needs}: pass {chosen.needs}=load_{chosen.needs}(...)")
+        raise ValueError(f"method {chosen.name!r} needs a {chosen.needs}: pass {chosen.needs}=load_{chosen.needs}(...)")
     spec = spec_of(sam)
     watch = Stopwatch(encoded.embedding.device)
     if decode is decode_and_filter:  # a run that shares nothing makes its own, and takes its time
@@ -90,7 +91,7 @@ def run_method(
         pems=torch.stack(proposal.pems).float().cpu().numpy() if proposal.pems else None,
         references=pd.DataFrame(proposal.references, columns=["prompt", "threshold"]),
         seconds=seconds,
-        method=method,
+        method=chosen.name,
         params={name: getattr(params, name) for name in chosen.uses},
         n_decoded=sum(len(index) for parts in rounds for index, _ in parts),
         n_sampled=len(proposal.prompts),
