@@ -68,12 +68,16 @@ def write_weights(folder: Path, seed: int) -> dict[str, str]:
     for name, model, about in (("sam", sam, thresholds), ("predictor", PromptPredictor(128, 8), shape)):
         state = {key: value.contiguous() for key, value in model.state_dict().items()}
         save_file(state, folder / f"{name}.safetensors", metadata=about)
-    return {"checkpoint": str(folder / "sam.safetensors"), "predictor": str(folder / "predictor.safetensors")}
+    return {
+        "sam": "tiny",
+        "checkpoint": str(folder / "sam.safetensors"),
+        "predictor": str(folder / "predictor.safetensors"),
+    }
 
 
 @pytest.fixture(scope="session")
 def weights(tmp_path_factory):
-    """Paths of a SAM and a Prompt Predictor with random weights, as run_study takes them."""
+    """A tiny SAM and a Prompt Predictor with random weights: their paths, as run_study takes them."""
     return write_weights(tmp_path_factory.mktemp("weights"), seed=0)
 
 

@@ -84,7 +84,8 @@ def notebook_in(folder: Path) -> Path:
     Image.fromarray(scene(10_003, SIDE).image).save(folder / "own.png")
     notebook = nbformat.read(NOTEBOOK, 4)
     cell = next(cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", []))
-    cell.source += "\nconfidence, elimination, n_scenes, folder = 0.1, 1.1, 1, 'own.png'"
+    cell.source += "\nsam, dataset, shown, folder = 'tiny', 'scenes', [0], 'own.png'"
+    cell.source += "\nconfidence, elimination = 0.1, 1.1"
     path = folder / NOTEBOOK.name
     nbformat.write(notebook, path)
     return path
@@ -336,7 +337,7 @@ def test_side_by_side(lab):
 
 
 def test_a_picture_of_known_truth_and_one_of_the_persons_own(lab, tmp_path):
-    lab.page.get_by_label("Picture", exact=True).select_option("scene")
+    lab.page.get_by_label("Picture", exact=True).select_option("scene-0000")
     lab.until("document.querySelector('.aop-badge').innerText.includes('mIoU')")
     lab.settled()
     assert lab.message() == ""  # no longer what was copied before
@@ -356,7 +357,7 @@ def test_a_picture_of_known_truth_and_one_of_the_persons_own(lab, tmp_path):
     lab.until("document.querySelector('.aop-badge').innerText.includes('masks')")
     lab.shot("8_own")
     assert lab.page.locator(".jp-RenderedText[data-mime-type*=stderr]").count() == 0
-    lab.page.get_by_label("Picture", exact=True).select_option("scene")
+    lab.page.get_by_label("Picture", exact=True).select_option("scene-0000")
     lab.until("document.querySelector('.aop-badge').innerText.includes('mIoU')")
     lab.settled()
     assert lab.message() == ""

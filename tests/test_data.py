@@ -193,7 +193,7 @@ def test_a_file_that_is_no_image(tmp_path):
 
 
 def test_no_folder_and_no_annotations(tmp_path):
-    with pytest.raises(FileNotFoundError, match="'scenes' or a COCO-style folder"):
+    with pytest.raises(FileNotFoundError, match="'photos', 'scenes' or a COCO-style folder"):
         open_dataset(tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError, match="annotations.json"):
         open_dataset(tmp_path)

@@ -43,7 +43,7 @@ def sample():
 
 @pytest.fixture
 def explorer(sample):
-    return aop.explore(sample, params=EAGER)
+    return aop.explore(sample, sam="tiny", params=EAGER)
 
 
 def rows_of(pack: dict) -> np.ndarray:
@@ -59,6 +59,9 @@ def test_pictures_come_from_arrays_files_folders_samples_data_sets_and_mixtures(
     assert [s.name for s in sources_of(tmp_path)] == ["a.jpg", "b.png"]
     assert np.array_equal(sources_of(tmp_path / "b.png")[0].read().image, sample.image)
     assert [s.name for s in sources_of("scenes")][:2] == ["scene-0000", "scene-0001"]
+    photos = sources_of("photos")
+    assert len(photos) == 28 and photos[18].code == "aop.open_dataset('photos')[18]"
+    assert photos[18].name == "000000423617.jpg" and len(photos[18].read().truth) == 12
     mixed = sources_of({"mine": sample.image, "set": aop.open_dataset("scenes", 2), "files": [tmp_path / "b.png", sample]})
     assert [s.name for s in mixed] == ["mine", "set: scene-0000", "set: scene-0001", "files: b.png", f"files: {sample.id}"]
     assert mixed[4].read().truth is sample.masks and mixed[0].read().truth is None
@@ -80,10 +83,10 @@ def test_a_huge_file_opens_without_a_warning_in_the_cell(tmp_path, sample, monke
     Image.fromarray(sample.image).save(tmp_path / "huge.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20_000)  # beyond it Pillow warns, beyond its double it refuses
     monkeypatch.setattr(sources_module, "MAX_PIXELS", 15_000)
-    opened = aop.explore(tmp_path / "huge.png")
+    opened = aop.explore(tmp_path / "huge.png", sam="tiny")
     assert "160 x 160 pixels, explored at 122 x 122" in opened.message and opened.segmentation is not None
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10_000)
-    assert "cannot be read as an image" in aop.explore(tmp_path / "huge.png").message
+    assert "cannot be read as an image" in aop.explore(tmp_path / "huge.png", sam="tiny").message
     assert not [w for w in recwarn if w.category is Image.DecompressionBombWarning]
 
 
@@ -103,7 +106,7 @@ def test_bad_input_is_said_in_the_message_line_and_the_panel_lives(tmp_path, mak
     what = make(tmp_path)
     if "read as" in words:
         (tmp_path / "text.png").write_text("no picture")
-    opened = aop.explore(what)
+    opened = aop.explore(what, sam="tiny")
     assert words in opened.message and opened.canvas.message == opened.message
     assert opened.segmentation is None and words in repr(opened)
     opened.canvas._handle_custom_msg({"kind": "ask", "x": 1, "y": 1, "label": 1}, [])  # nothing happens
@@ -112,7 +115,7 @@ def test_bad_input_is_said_in_the_message_line_and_the_panel_lives(tmp_path, mak
 
 
 def test_a_bad_picture_among_good_ones_and_a_bad_model(sample):
-    opened = aop.explore([np.zeros((1, 1, 3), np.uint8), sample])
+    opened = aop.explore([np.zeros((1, 1, 3), np.uint8), sample], sam="tiny")
     assert "too small" in opened.message
     opened.source = 1
     assert opened.message == "" and len(opened.segmentation.masks)
@@ -258,7 +261,7 @@ def test_beside_another_method_or_this_setting_pinned(explorer):
 
 
 def test_the_call_says_what_it_is_compared_with(sample):
-    opened = aop.explore(sample, params=EAGER, compare="amg_s")
+    opened = aop.explore(sample, sam="tiny", params=EAGER, compare="amg_s")
     assert opened.compared.method == "amg_s" and "compare='amg_s'" in opened.canvas.call
     again = eval(opened.canvas.call, {"aop": aop, "image": sample})
     assert again.compared.masks == opened.compared.masks
@@ -293,7 +296,7 @@ def test_an_uploaded_picture_is_opened_and_a_damaged_one_only_said(explorer, sam
 def test_a_segmentation_is_explored_as_it_is(explorer, monkeypatch):
     seg = explorer.segmentation
     monkeypatch.setattr(explorer_module.Session, "run", lambda *_: pytest.fail("nothing was to be decoded"))
-    opened = seg.explore()
+    opened = seg.explore("tiny")
     assert opened.segmentation.masks == seg.masks and opened.params == EAGER and opened.message == ""
 
 

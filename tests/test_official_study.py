@@ -35,6 +35,7 @@ def published(kind, folder):
 def test_a_study_of_published_data(tmp_path, kind, masks):
     published(kind, tmp_path / kind)
     result = run_study(
+        sam="tiny",
         methods=["aop_no_as_af"],
         dataset=f"{kind}:{tmp_path / kind}",
         n_images=2,

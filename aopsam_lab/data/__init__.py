@@ -1,4 +1,4 @@
-"""Data sets: rendered scenes, COCO-style folders, COCO, LVIS and SA-1B, all as pictures with class-agnostic masks."""
+"""Data sets: the photographs in the box, COCO-style folders, COCO, LVIS, SA-1B, rendered scenes."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ from typing import Protocol
 from aopsam_lab.data.sample import Sample
 from aopsam_lab.fingerprint import code_fingerprint
 
+PHOTOS = Path(__file__).parent / "photos"  # the photographs in the box: a COCO-style folder
 EVALUATION_SCENES = 10_000  # scenes with a lower number are for evaluation, the others for training
 SCENE_SIDE = 512
 DEFAULT_SCENES = 24
-NOT_RENDERING = {"__init__.py", "annotations.py", "coco.py", "sa1b.py", "sample.py"}  # modules no scene depends on
+# modules that no scene depends on
+NOT_RENDERING = {"__init__.py", "annotations.py", "coco.py", "found.py", "sa1b.py", "sample.py"}
 
 
 class Dataset(Protocol):
@@ -81,12 +83,24 @@ class SceneSet:
 
 
 def open_dataset(dataset: str | os.PathLike, n_images: int | None = None, seed: int = 0) -> Dataset:
-    """A data set by name: "scenes", "coco:PATH", "lvis:PATH", "sa1b:PATH", or the path of a COCO-style folder.
+    """Open a data set by its name, or a COCO-style folder by its path.
 
-    PATH is the folder with the files as they are published, or an annotation file or shard in it: see Coco, Lvis, Sa1b.
-    n_images: None is 24 scenes, or all images. seed: chooses which images; the same seed always chooses
-    the same, and a larger n_images adds to them.
-    Raises ValueError for n_images < 1 or seed < 0, and what the data sets raise.
+    Args:
+        dataset: "photos", the 28 photographs in the box, with the masks that people drew for COCO;
+            "coco:PATH", "lvis:PATH" or "sa1b:PATH", where PATH is the folder with the files as
+            they are published, or an annotation file or shard in it (see Coco, Lvis, Sa1b);
+            "scenes", rendered scenes; or the path of a COCO-style folder. The plain string
+            "photos" is always the set in the box: give a folder of that name as "./photos", or as
+            a `Path`.
+        n_images: how many images; None: all of them, or 24 scenes.
+        seed: which images, and their order. The same seed gives the same images, and a larger
+            n_images adds to them.
+
+    Returns:
+        The data set, see Dataset and Sample.
+
+    Raises:
+        ValueError: for n_images < 1 or seed < 0; and what the data sets raise.
     """
     if n_images is not None and n_images < 1:
         raise ValueError(f"n_images must be 1 or more, or None; got {n_images}.")
@@ -94,6 +108,8 @@ def open_dataset(dataset: str | os.PathLike, n_images: int | None = None, seed: 
         raise ValueError(f"seed must be 0 or more; got {seed}.")
     if str(dataset) == "scenes":
         return SceneSet(n_images, seed)
+    if dataset == "photos":  # a Path of that name is not equal to it
+        dataset = PHOTOS
     from aopsam_lab.data.coco import Coco, CocoFolder, Lvis
     from aopsam_lab.data.sa1b import Sa1b
 

@@ -23,6 +23,7 @@ class CocoFolder:
     n_images: how many images to take, None for all; where there are fewer, all.
     seed:     which: images are ordered by a hash of the seed and their file name. So a seed always gives the same
               images, whatever the order in the file or on the disk, and fewer images are a part of more.
+    sizes:    (height, width) of each image in pixels.
 
     What becomes of crowd regions, degenerate polygons and empty masks: `aopsam_lab.data.annotations.truths`. An image
     without masks stays: methods run on it, the scores skip it. An image whose file is missing is left out before the n
@@ -47,6 +48,7 @@ class CocoFolder:
         present.sort(key=lambda record: order(seed, record["path"]))
         self._records = present if n_images is None else present[:n_images]
         self._truths: list[GroundTruth] = []
+        self.sizes: list[tuple[int, int]] = []
         self._fingerprints: list[str] = []
         for record in self._records:
             self._prepare(record, annotations.pop(record["id"], []))
@@ -87,8 +89,8 @@ class CocoFolder:
         file = self.path / "annotations.json"
         if not self.path.is_dir():
             raise FileNotFoundError(
-                f"There is no folder {self.path}. A data set is 'scenes' or a COCO-style folder, or coco:PATH, "
-                "lvis:PATH or sa1b:PATH."
+                f"There is no folder {self.path}. A data set is 'photos', 'scenes' or a COCO-style "
+                "folder, or coco:PATH, lvis:PATH or sa1b:PATH."
             )
         if not file.is_file():
             raise FileNotFoundError(f"{self.path} has no annotations.json; a COCO-style folder has it beside images/.")
@@ -144,6 +146,7 @@ class CocoFolder:
             point = None if found.points is None else found.points[i].tolist()
             digest.update(b"|" + rle["counts"] + json.dumps(point).encode())
         self._truths.append(found)
+        self.sizes.append((height, width))
         self._fingerprints.append(digest.hexdigest())
 
 

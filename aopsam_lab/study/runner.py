@@ -92,8 +92,8 @@ class StudyResult:
 def run_study(
     sam: str = "mobile_sam",
     methods: Sequence[str] = DEFAULT_METHODS,
-    dataset: str | os.PathLike = "scenes",
-    n_images: int | None = 24,
+    dataset: str | os.PathLike = "photos",
+    n_images: int | None = 28,
     seed: int = 0,
     device: str = "auto",
     smoothing: float = 2.0,

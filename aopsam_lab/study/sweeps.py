@@ -41,8 +41,8 @@ RISES, FALLS, UNDECIDED = "rises", "falls", "undecided"
 def run_ablation(
     sam: str = "mobile_sam",
     methods: Sequence[str] = ABLATION,
-    dataset: str | os.PathLike = "scenes",
-    n_images: int | None = 24,
+    dataset: str | os.PathLike = "photos",
+    n_images: int | None = 28,
     timed_images: int = TIMED_IMAGES,
     seed: int = 0,
     device: str = "auto",
@@ -94,8 +94,8 @@ class SweepResult:
 
 def run_sweeps(
     sam: str = "mobile_sam",
-    dataset: str | os.PathLike = "scenes",
-    n_images: int | None = 24,
+    dataset: str | os.PathLike = "photos",
+    n_images: int | None = 28,
     grids: Mapping[str, Sequence[float]] = GRIDS,
     budgets: Sequence[int] = BUDGETS,
     timed_images: int = TIMED_IMAGES,

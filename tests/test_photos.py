@@ -1,0 +1,176 @@
+"""The photographs in the box, their credits, the defaults that name them, and masks that a SAM found beside them."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+from pathlib import Path
+
+import nbformat
+import numpy as np
+import pytest
+from PIL import Image
+from pycocotools import mask as coco_mask
+
+from aopsam_lab.data import PHOTOS, open_dataset
+from aopsam_lab.data.found import found_masks
+from aopsam_lab.study import PACKAGE_ROOT
+from aopsam_lab.study.runner import run_study
+from aopsam_lab.study.sweeps import run_ablation, run_sweeps
+from aopsam_lab.widgets.explorer import explore
+
+# Recorded when the photographs were added: a change here changes every reported figure on them.
+FINGERPRINT = "a5f4caa984c6bc2fee8b358b3b682bec4cf9eb3708a4e1047d6d586f5d427d0f"
+HEIGHT, WIDTH = 6, 8
+
+
+# --- the photographs in the box ---------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def photos():
+    return open_dataset("photos")
+
+
+def test_the_photographs_their_masks_and_their_crowds(photos):
+    file = json.loads((PHOTOS / "annotations.json").read_text())
+    assert len(file["images"]) == 28 and len(file["annotations"]) == 294
+    assert sum(annotation["iscrowd"] for annotation in file["annotations"]) == 4
+    about = photos.describe()
+    assert (about["name"], about["images"], about["masks"], about["crowd_regions"]) == ("photos", 28, 290, 4)
+    assert about["missing_images"] == about["images_without_masks"] == about["annotations_without_mask"] == 0
+    assert sorted(photos.ids) == sorted(path.name for path in (PHOTOS / "images").iterdir())
+    assert photos.fingerprint == FINGERPRINT
+
+
+def test_a_photograph_has_the_size_that_coco_says(photos):
+    sizes = {i["file_name"]: (i["height"], i["width"]) for i in json.loads((PHOTOS / "annotations.json").read_text())["images"]}
+    assert photos.sizes == [sizes[name] for name in photos.ids]
+    sample = photos[0]
+    assert sample.image.shape == (*photos.sizes[0], 3) and sample.masks.shape[1:] == photos.sizes[0]
+
+
+def test_a_seed_chooses_photographs(photos):
+    few = open_dataset("photos", 3)
+    assert few.ids == photos.ids[:3] != open_dataset("photos", 3, seed=1).ids
+    assert few.sample_fingerprint(2) == photos.sample_fingerprint(2)
+
+
+def test_each_photograph_is_credited_with_its_licence():
+    file = json.loads((PHOTOS / "annotations.json").read_text())
+    credits = (PHOTOS / "CREDITS.md").read_text()
+    licences = {licence["id"]: f"[{licence['name']}]({licence['url']})" for licence in file["licenses"]}
+    lines = set(credits.splitlines())
+    for image in file["images"]:
+        photo = re.match(r"\d+", image["flickr_url"].rsplit("/", 1)[1])[0]
+        assert f"| {image['file_name']} | {photo} | {licences[image['license']]} |" in lines
+    assert len([line for line in lines if ".jpg |" in line]) == len(file["images"])
+    assert "[CC BY 4.0](https://creativecommons.org/licenses/by/4.0/)" in credits and "COCO Consortium" in credits
+
+
+def test_a_folder_of_that_name_is_reached_by_its_path(tmp_path, monkeypatch, photos):
+    write(tmp_path / "photos", {"a.png": []})
+    monkeypatch.chdir(tmp_path)
+    assert open_dataset("./photos").ids == open_dataset(Path("photos")).ids == ["a.png"]
+    assert open_dataset("photos").ids == photos.ids
+
+
+def test_photos_and_mobile_sam_are_the_defaults():
+    for function in (run_study, run_ablation, run_sweeps):
+        defaults = inspect.signature(function).parameters
+        assert (defaults["sam"].default, defaults["dataset"].default) == ("mobile_sam", "photos")
+        assert defaults["n_images"].default == 28
+    defaults = inspect.signature(explore).parameters
+    assert (defaults["sam"].default, defaults["pictures"].default) == ("mobile_sam", "photos")
+    for path in (PACKAGE_ROOT / "notebooks").rglob("*.ipynb"):
+        if ".ipynb_checkpoints" in path.parts:
+            continue
+        cells = nbformat.read(path, as_version=4).cells
+        (cell,) = [cell for cell in cells if "parameters" in cell.metadata.get("tags", [])]
+        values: dict = {}
+        exec(cell.source, values)
+        assert (values["sam"], values["dataset"]) == ("mobile_sam", "photos"), path
+        assert path.parent.name == "lessons" or values.get("n_images", 28) == 28, path
+
+
+# --- masks that a SAM found -------------------------------------------------------------------------
+
+
+def rle_of(left: int) -> dict:
+    mask = np.zeros((HEIGHT, WIDTH), np.uint8, order="F")
+    mask[:, left:] = 1
+    rle = coco_mask.encode(mask)
+    return {"size": [HEIGHT, WIDTH], "counts": rle["counts"].decode()}
+
+
+def write(folder: Path, lefts: dict[str, list[int]], file: str = "annotations.json", first: int = 1, **extra) -> Path:
+    """A COCO-style folder, or its found.json: each image with one mask for each left edge, `extra` in each."""
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    images, annotations = [], []
+    for i, (name, own) in enumerate(lefts.items(), first):
+        Image.new("RGB", (WIDTH, HEIGHT)).save(folder / "images" / name)
+        images.append({"id": i, "file_name": name, "width": WIDTH, "height": HEIGHT})
+        for left in own:
+            number = len(annotations) + 1
+            annotations.append({"id": number, "image_id": i, "iscrowd": 0, "segmentation": rle_of(left), **extra})
+    (folder / file).write_text(json.dumps({"images": images, "annotations": annotations}))
+    return folder
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return write(tmp_path / "set", {"a.png": [1], "b.png": [], "c.png": [2]})
+
+
+def areas(found: dict[str, list[dict]]) -> dict[str, list[int]]:
+    return {name: [int(coco_mask.area(rle)) // HEIGHT for rle in rles] for name, rles in found.items()}
+
+
+def test_found_masks_belong_to_images_by_their_file_name(folder):
+    about = {"source": "sam", "predicted_iou": 0.9, "stability_score": 0.9, "point_coords": [[1.0, 1.0]]}
+    write(folder, {"c.png": [3, 4], "b.png": [], "a.png": [5], "d.png": [1]}, "found.json", first=7, **about)
+    dataset = open_dataset(folder)
+    found = found_masks(dataset)
+    assert list(found) == dataset.ids
+    assert areas(found) == {"a.png": [WIDTH - 5], "b.png": [], "c.png": [WIDTH - 3, WIDTH - 4]}
+    few = open_dataset(folder, 1)
+    assert found_masks(few) == {few.ids[0]: found[few.ids[0]]}
+
+
+def test_found_masks_leave_out_what_people_labelled(folder):
+    write(folder, {"a.png": [1], "b.png": [2], "c.png": []}, "found.json")
+    content = json.loads((folder / "found.json").read_text())
+    content["annotations"][0]["source"] = "people"
+    (folder / "found.json").write_text(json.dumps(content))
+    assert areas(found_masks(open_dataset(folder))) == {"a.png": [], "b.png": [WIDTH - 2], "c.png": []}
+
+
+def test_no_found_masks(folder):
+    assert found_masks(open_dataset(folder)) is None
+    assert found_masks(open_dataset("scenes", 1)) is None
+
+
+def changed(content: dict, key: str, value) -> dict:
+    return {**content, "annotations": [{**content["annotations"][0], key: value}, *content["annotations"][1:]]}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda content: {**content, "images": content["images"][:2]}, "does not list 'c.png' .1 of 3 images"),
+        (lambda content: changed(content, "image_id", 99), "a mask of image 99"),
+        (lambda content: changed(content, "segmentation", {"size": [1, 1], "counts": "1"}), "a.png in .* has size"),
+        (lambda content: {"images": content["images"]}, "instances format: KeyError 'annotations'"),
+        (lambda content: [], "instances format: TypeError"),
+    ],
+)
+def test_a_found_file_that_does_not_fit(folder, change, words):
+    write(folder, {"a.png": [1], "b.png": [2], "c.png": []}, "found.json")
+    content = change(json.loads((folder / "found.json").read_text()))
+    (folder / "found.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=words):
+        found_masks(open_dataset(folder))
+    (folder / "found.json").write_text("no JSON")
+    with pytest.raises(ValueError, match="found.json is not in COCO's instances format"):
+        found_masks(open_dataset(folder))
