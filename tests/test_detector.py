@@ -103,10 +103,50 @@ def test_an_ultralytics_checkpoint_loads_by_path(tmp_path):
     assert len(boxes) == len(scores) <= 100
 
 
-def test_a_checkpoint_that_runs_code_is_refused(tmp_path):
-    path = tmp_path / "evil.pt"
-    torch.save({"model": os.system}, path)
-    with pytest.raises(ValueError, match="evil.pt"):
+_EVIL = """
+import os, sys
+import torch
+import ultralytics  # before the kit: its own safe mode is off
+from aopsam_lab.detector import load_detector
+
+class Evil:
+    def __reduce__(self):
+        return os.mkdir, (sys.argv[2],)
+
+torch.save({"model": Evil(), "ema": Evil()}, sys.argv[1])
+try:
+    load_detector(sys.argv[1], "cpu")
+except ValueError as error:
+    print("refused", error)
+"""
+
+
+def test_a_checkpoint_that_runs_code_is_refused_whoever_imported_ultralytics(tmp_path):
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("ULTRALYTICS_")}
+    root = str(Path(training.__file__).resolve().parents[2])
+    environment |= {"YOLO_CONFIG_DIR": str(tmp_path), "YOLO_OFFLINE": "true", "PYTHONPATH": root}
+    path, made = tmp_path / "evil.pt", tmp_path / "made"
+    command = [sys.executable, "-c", _EVIL, str(path), str(made)]
+    done = subprocess.run(
+        command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert path.exists() and not made.exists(), "its code did not run"
+    assert "refused" in done.stdout and "evil.pt" in done.stdout
+
+
+def test_where_no_safe_reading_can_be_had_a_checkpoint_is_refused(tmp_path, monkeypatch):
+    import_ultralytics()
+    from ultralytics.nn import tasks
+
+    path = tmp_path / "model.pt"
+    torch.save({}, path)
+    monkeypatch.setattr(tasks, "torch_safe_load", lambda weight: pytest.fail("it was read"))
+    with pytest.raises(ValueError, match="without running code"):
+        load_detector(path, "cpu")
+    monkeypatch.undo()
+    monkeypatch.delattr(torch.serialization, "get_unsafe_globals_in_checkpoint")
+    with pytest.raises(ValueError, match="without running code"):
         load_detector(path, "cpu")
 
 
