@@ -1,14 +1,16 @@
 """YOLOv8 boxes for the object-aware baselines (OAS): real Ultralytics models, kept quiet.
 
-Ultralytics is AGPL-3.0 software; only this module and training/detector.py import it, inside functions. While it is
-imported and used here it sends no usage statistics, uses no network, installs nothing and writes nothing to the user's
-home. The method is object-aware sampling of MobileSAMv2 (Zhang et al. 2023); the one-class training is ours.
+Ultralytics is AGPL-3.0 software; only this module and training/detector.py import it, inside
+functions. While it is imported and used here it sends no usage statistics, uses no network,
+installs nothing and writes nothing to the user's home. The method is object-aware sampling of
+MobileSAMv2 (Zhang et al. 2023), its detector trained on boxes of all masks, whatever they show.
 """
 
 from __future__ import annotations
 
 import atexit
 import hashlib
+import inspect
 import json
 import os
 import shutil
@@ -90,13 +92,18 @@ def import_ultralytics() -> ModuleType:
 
 
 class Detector:
-    """One loaded model. name and sha256 say which; imgsz is the side its pictures are scaled to."""
+    """One loaded model.
+
+    name and sha256 say which. imgsz is the longest side that its pictures are scaled to, in pixels;
+    options has that, the least confidence and NMS's overlap (IoU).
+    """
 
     def __init__(self, model: torch.nn.Module, name: str, sha256: str, options: dict[str, float], device: torch.device):
         with process_left_alone():
             from ultralytics.models.yolo.detect import DetectionPredictor
 
-            self.name, self.sha256, self.imgsz = name, sha256, int(options["imgsz"])
+            self.name, self.sha256, self.options = name, sha256, dict(options)
+            self.imgsz = int(options["imgsz"])
             overrides = {
                 "task": "detect", "mode": "predict", "imgsz": self.imgsz, "conf": options["confidence"], "rect": True,
                 "iou": options["overlap"], "max_det": 300, "device": str(device), "agnostic_nms": True, "batch": 1,
@@ -145,26 +152,51 @@ def _from_safetensors(path: Path) -> tuple[torch.nn.Module, dict[str, float]]:
 
 
 def _from_checkpoint(path: Path) -> tuple[torch.nn.Module, dict[str, float]]:
-    from ultralytics.nn.tasks import load_checkpoint
+    from ultralytics.nn.tasks import torch_safe_load
 
+    # ULTRALYTICS_SAFE_LOAD is read only when ultralytics is first imported, perhaps long before;
+    # asked for by argument, safe loading silently gives way on an old torch.
+    by_argument = "safe_only" in inspect.signature(torch_safe_load).parameters
+    if not by_argument or not hasattr(torch.serialization, "get_unsafe_globals_in_checkpoint"):
+        raise ValueError(
+            f"{path} was not read: this Ultralytics or PyTorch cannot read a .pt file without "
+            "running code from it. Install the versions of requirements.txt, or use .safetensors."
+        )
     try:
-        model, checkpoint = load_checkpoint(str(path))
+        checkpoint, _ = torch_safe_load(str(path), safe_only=True)
+        model = (checkpoint.get("ema") or checkpoint["model"]).float()
     except Exception as error:  # a broken file shows itself as one of many types
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{path} is not a YOLOv8 checkpoint Ultralytics can read ({reason})") from error
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(
+            f"{path} is not a YOLOv8 checkpoint Ultralytics can read ({reason})"
+        ) from error
     if getattr(model, "task", "detect") != "detect":
-        raise ValueError(f"{path} holds a YOLO model for '{model.task}'; box prompts need one for 'detect'")
-    side = checkpoint.get("train_args", {}).get("imgsz", DEFAULTS["imgsz"])
+        raise ValueError(
+            f"{path} holds a YOLO model for '{model.task}'; box prompts need one for 'detect'"
+        )
+    for module in model.modules():
+        if isinstance(module, torch.nn.Upsample):
+            module.recompute_scale_factor = None  # files of a PyTorch before 1.11 lack it
+    side = (checkpoint.get("train_args") or {}).get("imgsz", DEFAULTS["imgsz"])
     return model, {**DEFAULTS, "imgsz": side}
 
 
-def load_detector(weights: str | os.PathLike | None = None, device: str | torch.device = "auto") -> Detector:
-    """A YOLOv8 detector.
+def read_weights(
+    weights: str | os.PathLike | None = None,
+) -> tuple[torch.nn.Module, dict[str, float], Path]:
+    """Read a YOLOv8 model, without running code from its file.
 
-    weights: None for the bundled one-class YOLOv8n, "yolov8n" for the official one (aopsam_lab.download), or a file:
-    .safetensors as training/detector.py writes it, or any Ultralytics YOLOv8 detection checkpoint (.pt, read without
-    running code from it). Classes are ignored.
-    Raises: FileNotFoundError, ValueError for a file that is no such thing, ImportError without Ultralytics.
+    Args:
+        weights: as `load_detector` takes them.
+
+    Returns:
+        The model on the CPU, the options it is used with (`DEFAULTS` where the file does not say),
+        and the path of the file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file holds no YOLOv8 detection model, or cannot be read safely.
+        ImportError: Ultralytics is not installed.
     """
     if weights is None:
         path = Path(str(resources.files("aopsam_lab") / "weights/detector.safetensors"))
@@ -176,8 +208,30 @@ def load_detector(weights: str | os.PathLike | None = None, device: str | torch.
         )
     if path.suffix not in (".safetensors", ".pt"):
         raise ValueError(f"{path}: detector weights are .safetensors or .pt files")
-    target = resolve_device(device)
     import_ultralytics()
     with process_left_alone():
-        model, options = _from_safetensors(path) if path.suffix == ".safetensors" else _from_checkpoint(path)
-    return Detector(model, path.stem, hashlib.sha256(path.read_bytes()).hexdigest(), options, target)
+        read = _from_safetensors if path.suffix == ".safetensors" else _from_checkpoint
+        return *read(path), path
+
+
+def load_detector(
+    weights: str | os.PathLike | None = None, device: str | torch.device = "auto"
+) -> Detector:
+    """Load a YOLOv8 detector.
+
+    Args:
+        weights: None for the bundled one-class YOLOv8n, "yolov8n" for the official one
+            (aopsam_lab.download), or a file: .safetensors as training/detector.py writes it, or any
+            Ultralytics YOLOv8 detection checkpoint (.pt). Classes are ignored.
+        device: "auto", "cpu", "cuda", ...
+
+    Returns:
+        The detector.
+
+    Raises:
+        FileNotFoundError, ValueError, ImportError: as `read_weights`.
+    """
+    target = resolve_device(device)
+    model, options, path = read_weights(weights)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    return Detector(model, path.stem, digest, options, target)
