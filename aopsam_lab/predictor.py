@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from pathlib import Path
 
 import torch
@@ -15,6 +16,8 @@ from aopsam_lab.sam.tiny_predictor import TinyPredictor
 from aopsam_lab.sam.zoo import WEIGHTS, resolve_device
 
 CELL = 4  # PCM cells along each side of a cell of the embedding
+BLOCK = 8  # PCM cells along each side of a block, in which the network places one prompt
+SIGMA = 2.0  # of the Gaussian about a prompt, in PCM cells
 BUNDLED = {
     "mobile_sam": WEIGHTS / "predictor_mobile_sam.safetensors",
     "tiny": WEIGHTS / "predictor_tiny.safetensors",
@@ -32,13 +35,17 @@ def _conv(c_in: int, c_out: int, kernel: int = 3, stride: int = 1) -> nn.Sequent
 class PromptPredictor(nn.Module):
     """A CNN on the image and one on the embedding, their sum through further convolutions, a Sigmoid.
 
+    Of each block of BLOCK x BLOCK cells of the PCM the network says how likely a prompt in it gives a mask that no other
+    gives, and where in the block it should lie; `draw_pcm` shows this as one Gaussian a block. So the peaks of
+    neighbours stay apart when the PCM is smoothed.
+
     Args:
         embed_dim: C, channels of the embedding.
         stride: model-frame pixels along a side of an embedding's cell, 8 or 16.
         width: channels in which the two branches meet.
 
-    Shapes: image (B, 3, S, S), normalised and padded, and embedding (B, C, h, w) -> PCM (B, 1, 4h, 4w) in [0, 1], both
-    in the model frame.
+    Shapes: image (B, 3, S, S), normalised and padded, and embedding (B, C, h, w) with even h, w -> PCM (B, 1, 4h, 4w)
+    in [0, 1], both in the model frame.
     """
 
     def __init__(self, embed_dim: int = 256, stride: int = 16, width: int = 64) -> None:
@@ -48,18 +55,24 @@ class PromptPredictor(nn.Module):
         self.embed_dim, self.stride, self.width = embed_dim, stride, width
         self.image = nn.Sequential(_conv(3, 16, stride=2), _conv(16, 24, stride=2), _conv(24, width, stride=2))
         self.embed = _conv(embed_dim, width, 1)
-        self.fuse = nn.Sequential(_conv(width, width), _conv(width, width), nn.Conv2d(width, CELL**2, 1))
-        # few cells deserve a prompt: a Sigmoid that starts at one half would first have to unlearn all the others
-        nn.init.constant_(self.fuse[-1].bias, -4.0)
+        self.fuse = nn.Sequential(
+            _conv(width, width),
+            _conv(width, width),
+            _conv(width, 2 * width, stride=BLOCK // CELL),
+            nn.Conv2d(2 * width, 1 + BLOCK**2, 1),
+        )
+        # few blocks deserve a prompt: a Sigmoid that starts at one half would first have to unlearn all the others
+        nn.init.constant_(self.fuse[-1].bias[0], -2.0)
 
-    def logits(self, image: Tensor, embedding: Tensor) -> Tensor:
-        """The PCM before the Sigmoid, (B, 1, 4h, 4w)."""
+    def blocks(self, image: Tensor, embedding: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits of each block's confidence (B, h/2, w/2) and of the places in it (B, BLOCK^2, h/2, w/2), row by row."""
         if self.stride == 16:
             image = F.avg_pool2d(image, 2)  # detail finer than a PCM cell only costs time
-        return F.pixel_shuffle(self.fuse(self.image(image) + self.embed(embedding)), CELL)
+        out = self.fuse(self.image(image) + self.embed(embedding))
+        return out[:, 0], out[:, 1:]
 
     def forward(self, image: Tensor, embedding: Tensor) -> Tensor:
-        return self.logits(image, embedding).sigmoid()
+        return draw_pcm(*self.blocks(image, embedding))
 
     def fold(self) -> PromptPredictor:
         """Fold each BatchNorm into the convolution before it, in place: the same numbers in less time, for inference."""
@@ -82,6 +95,34 @@ class PromptPredictor(nn.Module):
             (4h, 4w) in [0, 1].
         """
         return self(image, embedding)[0, 0] * valid
+
+
+def draw_pcm(confidence: Tensor, place: Tensor, soft: bool = False) -> Tensor:
+    """One Gaussian a block, as high as the block's confidence, about the likeliest place in it.
+
+    Args:
+        confidence: (B, n, m) logits.
+        place: (B, BLOCK^2, n, m) logits.
+        soft: whether all places count, each by its probability, so that a loss on the PCM has a gradient.
+
+    Returns:
+        (B, 1, n * BLOCK, m * BLOCK) in [0, 1].
+    """
+    if soft:
+        weights = place.softmax(1)
+    else:
+        weights = torch.zeros_like(place).scatter_(1, place.argmax(1, keepdim=True), 1.0)
+    tops = F.pixel_shuffle(confidence.sigmoid()[:, None] * weights, BLOCK)
+    return blurred(tops, SIGMA).clamp(0, 1)
+
+
+def blurred(tops: Tensor, sigma: float) -> Tensor:
+    """A Gaussian of its height about each cell of (B, 1, H, W), summed; cut at 3 sigma."""
+    reach = math.ceil(3 * sigma)
+    offsets = torch.arange(-reach, reach + 1, device=tops.device, dtype=tops.dtype)
+    bell = torch.exp(-0.5 * (offsets / sigma) ** 2)
+    along = F.conv2d(tops, bell.view(1, 1, 1, -1), padding=(0, reach))
+    return F.conv2d(along, bell.view(1, 1, -1, 1), padding=(reach, 0))
 
 
 def load_predictor(

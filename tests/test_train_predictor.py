@@ -14,9 +14,9 @@ from aopsam_lab import cli
 from aopsam_lab.asf import sample_prompts
 from aopsam_lab.data import open_dataset
 from aopsam_lab.data.sample import Sample
-from aopsam_lab.predictor import PromptPredictor, load_predictor
+from aopsam_lab.predictor import BLOCK, PromptPredictor, draw_pcm, load_predictor
 from aopsam_lab.training import ground_truth, predictor
-from aopsam_lab.training.examples import Examples, cache_embeddings, covering_prompts, heatmap, own_prompts
+from aopsam_lab.training.examples import Examples, cache_embeddings, covering_prompts, own_prompts, target_map
 
 
 def square(x, y, side, size=64):
@@ -31,40 +31,57 @@ def sample(masks, points=None, clicks=None):
 
 def test_own_prompts_are_the_data_sets_or_the_poles():
     masks = [square(0, 0, 9), square(20, 30, 5)]
-    assert own_prompts(sample(masks), 0.5).tolist() == [[2.25, 2.25], [11.25, 16.25]]
+    assert own_prompts(sample(masks), 0.5).tolist() == [[2.25, 2.25, 1], [11.25, 16.25, 1]]
     given = np.float32([[1, 2], [21, 33]])
-    assert own_prompts(sample(masks, given), 0.5).tolist() == [[0.5, 1], [10.5, 16.5]]
+    assert own_prompts(sample(masks, given), 0.5).tolist() == [[0.5, 1, 1], [10.5, 16.5, 1]]
 
 
 def test_covering_prompts_prefer_a_click_that_gives_two_masks():
     whole, part, far = square(0, 0, 40), square(4, 4, 10), square(50, 50, 9)
     clicks = [[[30, 30], [6, 6]], [[6, 6], [9, 9]], [[50, 50], [54, 54]]]
     found = covering_prompts(sample([whole, part, far], clicks=clicks), 1.0)
-    assert sorted(found.tolist()) == [[6, 6], [54, 54]], "one click gives whole and part; the deepest gives the far one"
+    sure = [row[:2] for row in found.tolist() if row[2] == 1]
+    assert sorted(sure) == [[6, 6], [54, 54]], "one click gives whole and part; the deepest gives the far one"
+    others = {tuple(row[:2]): row[2] for row in found.tolist() if row[2] < 1}
+    assert others == {(30, 30): 0.25, (9, 9): 0.25, (50, 50): 0.25}, "each gives one mask that two clicks give"
 
 
 def test_covering_prompts_of_masks_that_people_drew():
     whole, drawn, covered = square(0, 0, 20), square(40, 40, 9), square(8, 8, 6)
     found = covering_prompts(sample([whole, drawn, covered], clicks=[[[10, 10]], [], []]), 1.0)
-    assert sorted(found.tolist()) == [[10, 10], [44.5, 44.5]], "the covered one has a prompt on it"
+    assert sorted(found.tolist()) == [[10, 10, 1], [44.5, 44.5, 1]], "the covered one has a prompt on it"
     poles = covering_prompts(sample([drawn]), 1.0)
-    assert poles.tolist() == [[44.5, 44.5]]
+    assert poles.tolist() == [[44.5, 44.5, 1]]
 
 
-def test_heatmap_by_hand():
-    target = heatmap(np.float32([[2.7, 1.2], [7.5, 7.5]]), (8, 8), sigma=2)
-    assert target[1, 2] == 1 and target[7, 7] == 1
-    assert target[1, 4] == pytest.approx(np.exp(-0.5)) and target[3, 2] == pytest.approx(np.exp(-0.5))
-    assert not heatmap(np.zeros((0, 2), np.float32), (8, 8)).any()
+def test_target_map_by_hand():
+    target = target_map(np.float32([[2.7, 1.2, 0.5], [2.1, 1.9, 1], [7.5, 8.5, 0.25]]), (8, 8))
+    assert target[1, 2] == 1 and target[7, 7] == 0.25 and np.count_nonzero(target) == 2
+    assert not target_map(np.zeros((0, 3), np.float32), (8, 8)).any()
 
 
-def test_focal_loss_by_hand():
-    logits = torch.zeros(1, 1, 3)
-    target, valid = torch.tensor([[[1.0, 0.5, 0.0]]]), torch.tensor([[[1.0, 1.0, 0.0]]])
-    # the peak: (1/2)^2 log 2; its neighbour: (1/2)^4 (1/2)^2 log 2; padding: nothing
-    expected = (0.25 + 0.25 / 16) * np.log(2)
-    assert predictor.focal_loss(logits, target, valid).item() == pytest.approx(expected, rel=1e-5)
-    assert predictor.mean_squared_error(logits, target, valid).item() == pytest.approx(0.125)
+def test_one_gaussian_a_block():
+    confidence, place = torch.full((1, 2, 2), -20.0), torch.zeros(1, BLOCK**2, 2, 2)
+    confidence[0, 0, 1], place[0, 3 * BLOCK + 5, 0, 1] = 0.0, 9.0
+    pcm = draw_pcm(confidence, place)[0, 0]
+    assert divmod(int(pcm.argmax()), 16) == (3, 13) and pcm.max().item() == pytest.approx(0.5, abs=1e-6)
+    assert pcm[3, 11].item() == pytest.approx(0.5 * np.exp(-0.5), abs=1e-6)
+    assert torch.allclose(draw_pcm(confidence, 9 * place, soft=True)[0, 0], pcm, atol=1e-6)
+
+
+def test_losses_by_hand():
+    confidence, place = torch.zeros(1, 1, 2), torch.zeros(1, BLOCK**2, 1, 2)
+    target, valid = torch.zeros(1, 8, 16), torch.ones(1, 8, 16)
+    target[0, 2, 3] = 1.0
+    # both confidences are one half: log 2 each, the block with the prompt weighted 1 + PEAK_WEIGHT; 64 places alike
+    expected = np.log(2) * (2 + predictor.PEAK_WEIGHT) / 2 + predictor.PLACE_WEIGHT * np.log(64)
+    assert predictor.block_loss((confidence, place), target, valid).item() == pytest.approx(expected, rel=1e-5)
+    valid[..., 8:] = 0
+    expected = np.log(2) * (1 + predictor.PEAK_WEIGHT) + predictor.PLACE_WEIGHT * np.log(64)
+    assert predictor.block_loss((confidence, place), target, valid).item() == pytest.approx(expected, rel=1e-5)
+    sure = torch.tensor([[[20.0, -20.0]]])
+    place[0, 2 * BLOCK + 3, 0, 0] = 30.0
+    assert predictor.pcm_loss((sure, place), target, valid).item() == pytest.approx(0, abs=1e-6)
 
 
 @pytest.fixture(scope="module")

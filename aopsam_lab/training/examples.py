@@ -22,10 +22,10 @@ from aopsam_lab.data.sample import Sample
 from aopsam_lab.files import write_atomically
 from aopsam_lab.data.points import pole
 
-SIGMA = 2.0  # of the Gaussian about a prompt, in PCM cells
+SECOND = 0.5  # of the value of clicks that are not needed to give every mask
 SURE = 0.5  # a cell of the PCM's grid is on a mask that covers this share of it
 
-# (sample, PCM cells a pixel of the image) -> prompts (x, y), n x 2 float32 in PCM cells
+# (sample, PCM cells a pixel of the image) -> prompts (x, y, height), n x 3 float32: PCM cells, and a height in [0, 1]
 Place = Callable[[Sample, float], np.ndarray]
 
 
@@ -43,17 +43,23 @@ def own_prompts(sample: Sample, scale: float) -> np.ndarray:
 
     This is the paper's ground truth: SA-1B's masks with the points that found them.
     """
-    if sample.points is not None:
-        return np.float32(sample.points).reshape(-1, 2) * scale
-    return np.float32([pole(coco_mask.decode(rle))[:2] for rle in sample.rles]).reshape(-1, 2) * scale
+    points = sample.points
+    if points is None:
+        points = [pole(coco_mask.decode(rle))[:2] for rle in sample.rles]
+    return _with_heights(points, [1.0] * len(points), scale)
+
+
+def _with_heights(points: Sequence, heights: Sequence[float], scale: float) -> np.ndarray:
+    return np.column_stack([np.float32(points).reshape(-1, 2) * scale, np.float32(heights)])
 
 
 def covering_prompts(sample: Sample, scale: float) -> np.ndarray:
-    """The fewest prompts, about, that give every mask.
+    """The fewest prompts, about, that give every mask; and lower, all other clicks that give one.
 
     A mask that few clicks give comes first. Of its clicks the one is taken that gives the most masks not yet given, and
     of equals the one deepest inside the mask. A mask without clicks (a person drew it) gets its pole of
-    inaccessibility, unless a prompt lies on it already.
+    inaccessibility, unless a prompt lies on it already. Another click is as high as the masks are rare that it gives:
+    SECOND times the sum of 1 / n, n the clicks that give a mask, at most SECOND.
     """
     prompts: list[tuple[float, float]] = []
     given: dict[tuple[float, float], set[int]] = {}
@@ -74,7 +80,9 @@ def covering_prompts(sample: Sample, scale: float) -> np.ndarray:
         mask = coco_mask.decode(rle)
         if not any(_at(mask, p) for p in prompts):
             prompts.append(pole(mask)[:2])
-    return np.float32(prompts).reshape(-1, 2) * scale
+    others = {click: SECOND * min(1.0, sum(1 / len(sample.clicks[i]) for i in masks)) for click, masks in given.items()}
+    heights = {**others, **dict.fromkeys(prompts, 1.0)}
+    return _with_heights(list(heights), list(heights.values()), scale)
 
 
 def _depths(mask: np.ndarray) -> np.ndarray:
@@ -89,23 +97,19 @@ def _at(values: np.ndarray, point: tuple[float, float]) -> float:
 PLACES: dict[str, Place] = {"own": own_prompts, "covering": covering_prompts}
 
 
-def heatmap(prompts: np.ndarray, grid: tuple[int, int], sigma: float = SIGMA) -> np.ndarray:
-    """A Gaussian of height 1 about each prompt, the maximum where they meet.
+def target_map(prompts: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
+    """The prompts' heights in the cells that they lie in, the maximum where they meet, 0 elsewhere.
 
     Args:
-        prompts: n x 2 (x, y) in PCM cells, cell centres at +0.5.
+        prompts: n x 3 (x, y, height), x and y in PCM cells with cell centres at +0.5.
         grid: (H, W) of the PCM.
-        sigma: of the Gaussian, in PCM cells.
 
     Returns:
         H x W float32 in [0, 1].
     """
     target = np.zeros(grid, np.float32)
-    rows, columns = (np.arange(side, dtype=np.float32) for side in grid)
-    for x, y in np.floor(prompts):  # the peak lies in the middle of a cell
-        x, y = min(x, grid[1] - 1), min(y, grid[0] - 1)
-        along = np.exp(-0.5 * ((columns - x) / sigma) ** 2)
-        np.maximum(target, np.outer(np.exp(-0.5 * ((rows - y) / sigma) ** 2), along), out=target)
+    columns, rows = (np.clip(prompts[:, i].astype(int), 0, grid[1 - i] - 1) for i in (0, 1))
+    np.maximum.at(target, (rows, columns), prompts[:, 2])
     return target
 
 
@@ -136,7 +140,7 @@ class Examples(torch.utils.data.Dataset):
         image[:, : scaled.shape[0], : scaled.shape[1]] = scaled.transpose(2, 0, 1)
         if i not in self._targets:
             prompts = self.place(sample, self.scale(sample))
-            self._targets[i] = (heatmap(prompts, self.grid) * 255).round().astype(np.uint8)
+            self._targets[i] = (target_map(prompts, self.grid) * 255).round().astype(np.uint8)
         return Example(
             torch.from_numpy(image),
             torch.from_numpy(np.load(embedding_file(self.embeddings, sample.id))),

@@ -4,9 +4,9 @@
     python -m aopsam_lab train-predictor --sam vit_h --data sa1b:DIR --preset paper --out predictor.safetensors
 
 Presets. ``paper``: one Gaussian a mask, at the prompt point that the data set gives or else at the pole of
-inaccessibility; mean squared error of the PCM, Adam, 1000 epochs: the paper's recipe. ``bundled`` (ours): a Gaussian at
-each of the prompts that together give all masks (`find-masks` writes which clicks give a mask), the focal loss of
-heatmaps, Adam with a cosine schedule. SAM is frozen; its embeddings are computed once and kept. Every eighth photograph
+inaccessibility; mean squared error of the PCM, Adam, 1000 epochs: the paper's recipe. ``bundled`` (ours): the prompts
+that together give all masks (`find-masks` writes which clicks give a mask) and, lower, the other clicks;
+cross-entropy of each block of the PCM, Adam with a cosine schedule. SAM is frozen; its embeddings are computed once and kept. Every eighth photograph
 or so is held out: the curve is measured on these.
 
 A stopped training goes on from its last evaluation.
@@ -20,7 +20,7 @@ import hashlib
 import io
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,20 +35,23 @@ from tqdm import tqdm
 from aopsam_lab.asf import sample_prompts
 from aopsam_lab.data import Dataset, open_dataset
 from aopsam_lab.files import write_atomically
-from aopsam_lab.predictor import PromptPredictor
+from aopsam_lab.predictor import BLOCK, SIGMA, PromptPredictor, blurred, draw_pcm
 from aopsam_lab.sam.zoo import MODELS, load_sam, spec_of
 from aopsam_lab.training.examples import PLACES, Example, Examples, cache_embeddings
 
 TOP = (64, 128, 256)  # candidates that recall is measured for
 HELD_OUT = 8  # one photograph in so many is held out
 WARMUP = 50  # steps
+PEAK_WEIGHT = 4.0
+MIDDLE = 3.0  # of the calibration: added to the logit of a block's middle
+PLACE_WEIGHT = 0.05  # of the places' loss to the confidences'
 
 
 @dataclass(frozen=True)
 class Recipe:
     """How a predictor is trained.
 
-    place: where the prompts lie that it learns, see `examples.PLACES`. loss: "mse" or "focal".
+    place: where the prompts lie that it learns, see `examples.PLACES`. loss: "mse" or "blocks".
     cosine: whether the learning rate falls along a cosine; else it stays.
     """
 
@@ -57,34 +60,36 @@ class Recipe:
     cosine: bool
 
 
-PRESETS = {"paper": Recipe("own", "mse", cosine=False), "bundled": Recipe("covering", "focal", cosine=True)}
+PRESETS = {"paper": Recipe("own", "mse", cosine=False), "bundled": Recipe("covering", "blocks", cosine=True)}
+Loss = Callable[[tuple[Tensor, Tensor], Tensor, Tensor], Tensor]
 
 
-def mean_squared_error(logits: Tensor, target: Tensor, valid: Tensor) -> Tensor:
-    """Of the PCM, over the cells on the image: logits, target, valid (B, 4h, 4w)."""
-    return ((logits.sigmoid() - target).square() * valid).sum() / valid.sum()
-
-
-def focal_loss(logits: Tensor, target: Tensor, valid: Tensor) -> Tensor:
-    """The penalty-reduced focal loss of heatmaps, a prompt's mean.
-
-    Cells near a prompt count less as empty ones, and cells that are told right already count little.
+def pcm_loss(blocks: tuple[Tensor, Tensor], target: Tensor, valid: Tensor) -> Tensor:
+    """Mean squared error of the PCM, over the cells on the image (the paper's loss).
 
     Args:
-        logits: (B, 4h, 4w), the PCM before the Sigmoid.
-        target: (B, 4h, 4w) in [0, 1], 1 in the cell of a prompt.
+        blocks: logits of confidence and place, see `PromptPredictor.blocks`.
+        target: (B, 4h, 4w), the prompts' heights in their cells.
         valid: (B, 4h, 4w), 1 on the image and 0 on padding.
-
-    Source: Law and Deng, CornerNet, ECCV 2018, equation 1, alpha 2 and beta 4.
     """
-    peak = (target > 0.99).to(logits.dtype)
-    p = logits.sigmoid()
-    hit = peak * (1 - p).square() * F.logsigmoid(logits)
-    miss = (1 - peak) * (1 - target) ** 4 * p.square() * F.logsigmoid(-logits)
-    return -((hit + miss) * valid).sum() / peak.sum().clamp(min=1)
+    wanted = blurred(target[:, None], SIGMA)[:, 0].clamp(0, 1)
+    return ((draw_pcm(*blocks, soft=True)[:, 0] - wanted).square() * valid).sum() / valid.sum()
 
 
-LOSSES = {"mse": mean_squared_error, "focal": focal_loss}
+def block_loss(blocks: tuple[Tensor, Tensor], target: Tensor, valid: Tensor) -> Tensor:
+    """Cross-entropy of each block's confidence with the highest prompt in it, and of the place in the block.
+
+    A block of height t counts 1 + PEAK_WEIGHT t. Arguments as `pcm_loss`.
+    """
+    confidence, place = blocks
+    height, at = F.pixel_unshuffle(target[:, None], BLOCK).max(1)
+    on = F.max_pool2d(valid[:, None], BLOCK)[:, 0]
+    entropy = F.binary_cross_entropy_with_logits(confidence, height, reduction="none") * (1 + PEAK_WEIGHT * height) * on
+    places = F.cross_entropy(place, at, reduction="none") * height * on
+    return entropy.sum() / on.sum() + PLACE_WEIGHT * places.sum() / (height * on).sum().clamp(min=1)
+
+
+LOSSES: dict[str, Loss] = {"mse": pcm_loss, "blocks": block_loss}
 
 
 def split(data: Dataset) -> tuple[list[int], list[int]]:
@@ -136,26 +141,37 @@ def predicted(predictor: PromptPredictor, example: Example, sam: Sam) -> Tensor:
 
 
 @torch.inference_mode()
-def calibrate(predictor: PromptPredictor, held: Examples, sam: Sam, wanted: float) -> float:
-    """Shift the logits so that the held-out photographs give ``wanted`` candidates on average at the default settings.
+def calibrate(predictor: PromptPredictor, held: Examples, sam: Sam, wanted: float, slope: float) -> float:
+    """Scale the confidences' logits and shift them so that the held-out photographs give ``wanted`` candidates on
+    average at the default settings.
 
-    What a network that was trained on sparse peaks calls 0.2 depends on the loss. This gives the default confidence a
-    meaning. The order of candidates changes little.
+    What a trained network calls 0.2 depends on its loss: this gives the default confidence a meaning. The flatter the
+    PCM (the smaller ``slope``), the more weak peaks stay apart from strong neighbours when it is smoothed. The place
+    in the middle of a block is preferred, so that neighbours keep their distance.
 
     Returns:
         The shift.
     """
-    logits = []
+    last = predictor.fuse[-1]
+    last.weight[0] *= slope
+    last.bias[0] *= slope
+    last.bias[1 + BLOCK**2 // 2 + BLOCK // 2] += MIDDLE
+    blocks = []
     for i in range(len(held)):
         example = held[i]
         image, embedding = model_image(sam, example.image[None]), example.embedding[None].to(sam.device).float()
-        logits.append((predictor.logits(image, embedding)[0, 0], example.valid.to(sam.device)))
+        blocks.append((*predictor.blocks(image, embedding), example.valid.to(sam.device)))
+
+    def candidates(shift: float) -> float:
+        pcms = (draw_pcm(confidence + shift, place)[0, 0] * valid for confidence, place, valid in blocks)
+        return float(np.mean([len(sample_prompts(pcm)[0]) for pcm in pcms]))
+
     low, high = -8.0, 8.0
+    wanted = min(wanted, candidates(high))  # where there are not as many, the shift stays small
     for _ in range(16):
         shift = (low + high) / 2
-        count = np.mean([len(sample_prompts((one + shift).sigmoid() * valid)[0]) for one, valid in logits])
-        low, high = (shift, high) if count < wanted else (low, shift)
-    predictor.fuse[-1].bias += high
+        low, high = (shift, high) if candidates(shift) < wanted else (low, shift)
+    last.bias[0] += high
     return high
 
 
@@ -231,8 +247,8 @@ class Training:
         for group in self.optimizer.param_groups:
             group["lr"] = self.args.lr * rate * min(1, (self.step + 1) / WARMUP)
         self.predictor.train()
-        logits = self.predictor.logits(model_image(self.sam, batch.image), batch.embedding.to(device).float())[:, 0]
-        loss = loss_of(logits, batch.target.to(device), batch.valid.to(device).float())
+        blocks = self.predictor.blocks(model_image(self.sam, batch.image), batch.embedding.to(device).float())
+        loss = loss_of(blocks, batch.target.to(device), batch.valid.to(device).float())
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.optimizer.step()
@@ -269,7 +285,7 @@ class Training:
 
     def _finish(self) -> None:
         args, predictor = self.args, self.predictor.eval().requires_grad_(False)
-        shift = calibrate(predictor, self.held, self.sam, args.candidates) if args.candidates else 0.0
+        shift = calibrate(predictor, self.held, self.sam, args.candidates, args.slope) if args.candidates else 0.0
         spec = spec_of(self.sam)
         about = {
             "embed_dim": str(predictor.embed_dim),
@@ -303,7 +319,7 @@ class Training:
             f"{described['masks']} masks",
             f"- **Training**: preset {args.preset} (prompts: {self.recipe.place}, loss: {self.recipe.loss}), {self.step} "
             f"steps of {args.batch}, {self.seconds / 60:.0f} minutes, by `python -m aopsam_lab train-predictor`",
-            f"- **Calibration**: logits shifted by {shift:+.2f}, so that the held-out photographs give "
+            f"- **Calibration**: confidences' logits times {args.slope:g} and shifted by {shift:+.2f}, so that the held-out photographs give "
             f"{args.candidates:g} candidates on average at the default settings",
             f"- **Licence**: {args.licence}",
             "",
@@ -335,6 +351,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--width", type=int, default=64, help="channels in which the two branches meet")
     parser.add_argument("--candidates", type=float, default=250, help="at the default settings; 0: not calibrated")
+    parser.add_argument("--slope", type=float, default=0.5, help="of the calibration: smaller gives more candidates")
     parser.add_argument("--log-every", type=int, default=100, help="steps between evaluations")
     parser.add_argument("--licence", default="the terms of the training data hold", help="a line of the card")
     parser.add_argument("--device", default="auto")
