@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from aopsam_lab import decode_cache
 from aopsam_lab.asf import AsfParams
-from aopsam_lab.study import PACKAGE_ROOT, figures, page, paper, runner, sweeps, tables
+from aopsam_lab.study import PACKAGE_ROOT, figures, page, runner, sweeps, tables
 from aopsam_lab.study.report import run_report
 from aopsam_lab.study.runner import STORE_NAME, TIMES, run_study
 from aopsam_lab.study.sweep_figures import joint_figure, sweep_figure
@@ -126,7 +126,7 @@ def test_kill_9_and_the_same_table_as_uninterrupted(weights, folder, tmp_path, k
     resumed = run_sweeps(**arguments, out=out)
     assert resumed.study.n_reused == len(before) and before.items() <= stored_rows(out / STORE_NAME).items()
     whole = run_sweeps(**arguments, out=tmp_path / "whole")
-    for name in ("table", "trends", "budgets"):
+    for name in ("table", "trends", "signs", "budgets"):
         pd.testing.assert_frame_equal(getattr(resumed, name), getattr(whole, name))
 
 
@@ -168,27 +168,13 @@ def test_trends_by_hand():
     assert undecided["trend"] == "undecided" and undecided["change_lo"] < 0 < undecided["change_hi"]
 
 
-def test_sentences_say_where_the_paper_agrees_and_where_it_is_not_known():
-    own = rows_along("elimination", {1.25: [0.5, 0.6], 1.4: [0.4, 0.5]})
+def test_sentences_say_what_a_parameter_changes():
+    own = rows_along("elimination", {1.25: [0.5, 0.6], 1.3: [0.9, 0.9], 1.4: [0.4, 0.5]})
     own["elim_ratio"] = own["method"].map({"elimination 1.25": 0.2, "elimination 1.4": 0.1})
-    (sentence,) = sweeps.trend_sentences(sweeps.trend_table(own, {"elimination": (1.25, 1.4)}))
-    assert "mIoU falls (-10.0 points [-10.0, -10.0])" in sentence
-    assert "the eliminated share falls (-10.0 points [-10.0, -10.0]), as in the paper" in sentence
-    assert "the paper's mIoU" in sentence and "is not known here" in sentence
-    own["elim_ratio"] = 0.3 - own["elim_ratio"]
-    (sentence,) = sweeps.trend_sentences(sweeps.trend_table(own, {"elimination": (1.25, 1.4)}))
-    assert "rises (+10.0 points [+10.0, +10.0]); in the paper it falls" in sentence
-
-
-@given(
-    st.lists(st.floats(-5, 5), min_size=2, max_size=6, unique=True).filter(lambda x: max(x) - min(x) > 0.1),
-    st.floats(-3, 3),
-    st.floats(-3, 3),
-)
-def test_a_line_is_found_again(x, slope, offset):
-    x = np.array(sorted(x))
-    change = sweeps.line_change(x, (slope * x + offset)[None])
-    assert change[0] == pytest.approx(slope * (x[-1] - x[0]), abs=1e-6)
+    trends = sweeps.trend_table(own, {"elimination": (1.25, 1.3, 1.4)})
+    (sentence,) = sweeps.trend_sentences(trends)
+    assert sentence.startswith("Elimination from 1.25 to 1.4: mIoU falls (-10.0 points [-10.0, ")
+    assert "the eliminated share falls (-10.0 points [-10.0, -10.0])" in sentence
 
 
 @given(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), min_size=1, max_size=12))
@@ -220,12 +206,6 @@ def test_the_best_setting_of_a_budget_by_hand():
     assert shown["Δ to the default"] == "+10.0 [+10.0, +10.0]"
 
 
-def test_paper_trends_all_have_a_source():
-    known = paper.paper_trends()
-    assert set(known["knob"]) <= set(GRIDS) and set(known["column"]) <= set(sweeps.TREND_OF)
-    assert set(known["trend"]) <= {sweeps.RISES, sweeps.FALLS} and (known["source"] != "").all()
-
-
 # --- figures and reports ---------------------------------------------------------------------------------------------
 
 
@@ -243,24 +223,29 @@ def test_figures_of_the_sweeps():
     table = made_up_table()
     figure = sweep_figure(table)
     assert [axes.get_title(loc="left") for axes in figure.axes[:4]] == [f"({a}) {k}" for a, k in zip("abcd", GRIDS)]
-    assert "not known here" in figure.legends[0].get_texts()[-1].get_text()
-    assert not any(line.get_linestyle() == "--" for axes in figure.axes for line in axes.lines)
     for made in (figure, joint_figure(table), joint_figure(table.assign(total_s=np.nan))):
         assert figures.png(made).startswith(b"\x89PNG")
     labels = [text.get_text() for text in joint_figure(table).axes[0].texts]
     assert labels.count("default") == 1
 
 
-def test_a_known_curve_of_the_paper_is_drawn_dashed(monkeypatch, tmp_path):
-    published = paper.paper_figures().iloc[:1]
-    curve = pd.concat([published.assign(row=f"smoothing {v}", metric="#P", value=100.0 - v) for v in (1, 2, 3, 4)])
-    curve.to_csv(tmp_path / "paper.csv", index=False)
-    monkeypatch.setattr(paper, "PAPER_FILE", tmp_path / "paper.csv")
-    assert paper.paper_curve("smoothing", "#P")["value"].tolist() == [99, 98, 97, 96]
+def dashed(figure):
+    return [line for axes in figure.axes for line in axes.lines if line.get_linestyle() == "--"]
+
+
+def test_the_papers_curves_are_drawn_dashed():
     figure = sweep_figure(made_up_table())
-    assert figure.legends[0].get_texts()[-1].get_text() == "the paper's"
-    dashed = [line for axes in figure.axes for line in axes.lines if line.get_linestyle() == "--"]
-    assert len(dashed) == 1 and dashed[0].get_ydata().tolist() == [99, 98, 97, 96]
+    curves = [line.get_ydata().tolist() for line in dashed(figure)]  # mIoU's four panels, then #P's
+    miou, masks = curves[0], curves[4]
+    assert len(curves) == 8 and miou == [72.4, 70.4, 67.3, 63.4]
+    assert masks == [114.4, 107.8, 100.3, 91.2]
+    assert [text.get_text()[:9] for text in figure.legends[0].get_texts()] == ["ours", "the paper"]
+
+
+def test_at_values_that_the_paper_does_not_have_ours_stand_alone():
+    table = made_up_table().query("knob == 'spacing'").assign(value=[40.0, 50.0, 60.0, 70.0])
+    figure = sweep_figure(table)
+    assert dashed(figure) == [] and len(figure.legends[0].get_texts()) == 1
 
 
 @pytest.mark.parametrize("name", ["ablation", "parameter_sweeps"])
@@ -291,6 +276,7 @@ def test_reports_made_from_another_folder(weights, folder, tmp_path, monkeypatch
     index = run_report("parameter_sweeps", {**few, **grids, "budgets": [3]}, "reports").read_text(encoding="utf-8")
     for file in ("ablation/ablation.csv", "ablation/ablation_differences.csv", "ablation/ablation.png",
                  "ablation/examples.png", "parameter_sweeps/parameter_sweeps.csv", "parameter_sweeps/trends.csv", "parameter_sweeps/budgets.csv",
+                 "parameter_sweeps/paper_signs.csv",
                  "parameter_sweeps/parameter_sweeps.png", "parameter_sweeps/joint.png"):  # fmt: skip
         assert (tmp_path / "reports" / file).stat().st_size > 50 and file in index, file
     assert "on the first 1 of these images" in index and "Spacing from 40 to 60" in index

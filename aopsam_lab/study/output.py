@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -44,14 +45,16 @@ def save_result(result: StudyResult, name: str, shown: Sequence[str] = SHOWN_MET
 def save_sweeps(result: SweepResult, name: str) -> dict[str, Path]:
     """Write what sweeps found to their folder; the paths by what they hold.
 
-    `<name>.csv` (one row a knob and value), `trends.csv`, `budgets.csv`, `per_image.csv`, `<name>.png` (the four
-    panels), `joint.png` (mIoU against time) and `provenance.json`.
+    `<name>.csv` (one row a knob and value), `trends.csv`, `paper_signs.csv` (whether they have the
+    paper's sign), `budgets.csv`, `per_image.csv`, `<name>.png` (the four parameters' panels),
+    `joint.png` (mIoU against time) and `provenance.json`.
     """
     from aopsam_lab.study.sweep_figures import joint_figure, sweep_figure
 
     contents = {
         "table": (f"{name}.csv", to_csv(result.table)),
         "trends": ("trends.csv", to_csv(result.trends)),
+        "signs": ("paper_signs.csv", to_csv(result.signs)),
         "budgets": ("budgets.csv", to_csv(result.budgets)),
         "per_image": ("per_image.csv", to_csv(result.study.per_image)),
         "figure": (f"{name}.png", figures.png(sweep_figure(result.table))),
@@ -69,10 +72,20 @@ def to_csv(table: pd.DataFrame) -> str:
 def html_table(table: pd.DataFrame, highlight: str | None = None, text_columns: int = 1) -> str:
     """A DataFrame of text as an HTML table; the first `text_columns` columns left-aligned, the others right.
 
-    highlight: the row whose first field this is gets the class `own`.
+    highlight: the row whose first field this is gets the class `own`. Columns of two levels get two
+    rows of headings, the upper ones spanning the columns that have them in common.
     """
     align = ["left" if i < text_columns else "right" for i in range(table.shape[1])]
-    head = "".join(f'<th scope="col" class="{a}">{html.escape(str(c))}</th>' for a, c in zip(align, table.columns))
+    names = [str(name) for name in table.columns.get_level_values(-1)]
+    head = "".join(
+        f'<th scope="col" class="{a}">{html.escape(name)}</th>' for a, name in zip(align, names)
+    )
+    if table.columns.nlevels == 2:
+        upper = []
+        for name, own in itertools.groupby(table.columns.get_level_values(0)):
+            kind = 'th scope="colgroup" class="group"' if name else "td"
+            upper.append(f'<{kind} colspan="{len(list(own))}">{html.escape(name)}</{kind[:2]}>')
+        head = f"{''.join(upper)}</tr><tr>{head}"
     lines = [f"<table><thead><tr>{head}</tr></thead><tbody>"]
     for row in table.itertuples(index=False):
         own = ' class="own"' if highlight is not None and row[0] == highlight else ""
@@ -88,6 +101,8 @@ TABLE_STYLE = """
 .results th, .results td { padding: 0.42em 0.6em; border-bottom: 1px solid #e3e5e8; vertical-align: baseline; }
 .results td { white-space: nowrap; }
 .results thead th { border-bottom: 1.5px solid #1b1b1b; font-weight: 600; vertical-align: bottom; }
+.results thead .group { text-align: center; border-bottom: 1px solid #1b1b1b; }
+.results thead tr:not(:last-child) td { border-bottom: 0; }
 .results tbody th { font-weight: 400; white-space: nowrap; }
 .results .left { text-align: left !important; }
 .results .right { text-align: right !important; }

@@ -11,9 +11,9 @@ from typing import Any
 import pandas as pd
 
 from aopsam_lab.files import write_atomically
-from aopsam_lab.study import tables
+from aopsam_lab.study import beside_paper, tables
 from aopsam_lab.study.output import TABLE_STYLE, html_table
-from aopsam_lab.study.paper import CITATION, MISSING, SLIPS, paper_figures, side_by_side
+from aopsam_lab.study.paper import CITATION
 
 TITLES = {
     "main_comparison": "Main comparison",
@@ -27,6 +27,7 @@ FILE_TITLES = (
     ("{name}.csv", "results (CSV)"),
     ("{name}_differences.csv", "differences to AoP-SAM (CSV)"),
     ("trends.csv", "trends (CSV)"),
+    ("paper_signs.csv", "signs beside the paper's (CSV)"),
     ("budgets.csv", "best settings (CSV)"),
     ("per_image.csv", "every image (CSV)"),
     ("provenance.json", "provenance (JSON)"),
@@ -127,7 +128,6 @@ def _results(folder: Path) -> str:
     summary, differences = pd.read_csv(folder / f"{name}.csv"), pd.read_csv(folder / f"{name}_differences.csv")
     table = html_table(tables.results_for_people(summary, differences), highlight=tables.title(tables.REFERENCE))
     sentences = "".join(f"<li>{html.escape(text)}</li>" for text in tables.findings(summary, differences))
-    beside_paper = _beside_paper(folder, summary) if name == "main_comparison" else ""
     examples = ""
     if (folder / "examples.png").exists():
         examples = (
@@ -138,29 +138,24 @@ def _results(folder: Path) -> str:
         )
     return f"""<div class="results">{table}</div>
 <p class="muted">{html.escape(COLUMN_NOTES)}</p>
-{beside_paper}<div class="beside">
+<div class="beside">
 <figure><img src="{name}/{name}.png" alt="mIoU of each method against the prompts it decodes"></figure>
-<div>{paper_panel() if name == "main_comparison" else f'<p class="muted">{html.escape(MISSING)}</p>'}</div>
+<div><h3>What the numbers say</h3>
+<ul>{sentences}</ul></div>
 </div>
-<h3>What the numbers say</h3>
-<ul>{sentences}</ul>
-{examples}"""
+{_beside_paper(folder, summary)}{examples}"""
 
 
 def _beside_paper(folder: Path, summary: pd.DataFrame) -> str:
-    """The paper's main table beside ours, on the data sets that it has; "" on others."""
+    """The paper's table of the same report beside ours; "" for other reports."""
     provenance = json.loads((folder / "provenance.json").read_text(encoding="utf-8"))
-    compared = side_by_side(summary, provenance["parameters"]["sam"], provenance["dataset"]["name"])
-    if compared.empty:
+    if folder.name == "main_comparison":
+        text = beside_paper.main_comparison(summary, provenance)
+    elif folder.name == "ablation":
+        text = beside_paper.ablation(summary, pd.read_csv(folder / "per_image.csv"), provenance)
+    else:
         return ""
-    shown = pd.DataFrame({"Method": compared.pop("method")})
-    for heading, values in compared.items():
-        sign = "+" if heading.endswith("difference") else ""
-        shown[heading] = [f"{value:{sign},.1f}" if pd.notna(value) else "–" for value in values]
-    return (
-        f'<h3>Beside the paper</h3><div class="results">{html_table(shown)}</div>'
-        '<p class="muted">Difference: ours minus the paper\'s. –: not known here, or not run.</p>\n'
-    )
+    return f"<h3>Beside the paper</h3>{text}"
 
 
 def _sweeps(folder: Path) -> str:
@@ -175,13 +170,16 @@ def _sweeps(folder: Path) -> str:
         for knob in dict.fromkeys(table["knob"])
     )
     sentences = "".join(f"<li>{html.escape(text)}</li>" for text in sweeps.trend_sentences(trends))
+    signs = folder / "paper_signs.csv"
+    beside = ""
+    if signs.exists():
+        beside = f"<h3>Beside the paper</h3>{beside_paper.signs(pd.read_csv(signs))}"
     budgets = sweeps.budgets_for_people(pd.read_csv(folder / "budgets.csv"))
     return f"""<figure><img src="{name}/{name}.png" alt="mIoU and number of masks along each knob"><figcaption>
 {html.escape(SWEEP_NOTES)}</figcaption></figure>
 <h3>What the numbers say</h3>
 <ul>{sentences}</ul>
-<p class="muted">{html.escape(MISSING)}</p>
-{knobs}
+{beside}{knobs}
 <p class="muted">{html.escape(COLUMN_NOTES)}</p>
 <h3>All settings at once</h3>
 <figure><img src="{name}/joint.png" width="820" alt="mIoU against time, every setting a mark, and the Pareto front"></figure>
@@ -198,7 +196,8 @@ def _default_value(table: pd.DataFrame, knob: str) -> str | None:
 SWEEP_NOTES = (
     "One knob at a time, the others at their defaults; filled marks are the default. The band around mIoU is the 95% "
     "interval of its paired difference to the default: where it does not hold the default's mIoU, the knob makes a "
-    "difference."
+    "difference. Dashed: the paper's curves, of other pictures, so compare their course and not "
+    "their height."
 )
 BUDGET_NOTES = (
     "Of all settings tried, each held to so many decoded prompts an image, the one with the highest mIoU. It was "
@@ -212,33 +211,6 @@ COLUMN_NOTES = (
     "memory beyond the loaded models, in a process of its own (on CUDA the whole peak allocation). AMG-D, stock: the same "
     "grid run by segment_anything's own generator, on the first images only, as it is slow."
 )
-
-
-def paper_panel() -> str:
-    """The paper's figures as HTML: what is known, what is missing, and its slips."""
-    known = paper_figures()
-    shown = pd.DataFrame(
-        {
-            "Row": known["row"],
-            "What": [
-                f"{metric} on {device}" if device else metric
-                for metric, device in zip(known["metric"], known["device"])
-            ],
-            "Value": [f"{value:g} {unit}" for value, unit in zip(known["value"], known["unit"])],
-            "From": [
-                f"{table or 'table unknown'}, {checked}" for table, checked in zip(known["table"], known["checked"])
-            ],
-        }
-    )
-    sources = "".join(f"<li>{html.escape(source)}</li>" for source in dict.fromkeys(known["source"]))
-    slips = "".join(f"<li>{html.escape(slip)}</li>" for slip in SLIPS)
-    return (
-        f'<h3>The paper\'s figures</h3><div class="results">{html_table(shown, text_columns=4)}</div>'
-        '<p class="muted">Other models, pictures and machines: not to be compared with ours in size. '
-        f"{html.escape(MISSING)}</p>"
-        f'<p class="muted">Second-hand sources:</p><ul class="muted">{sources}</ul>'
-        f'<p class="muted">Slips in what was published:</p><ul class="muted">{slips}</ul>'
-    )
 
 
 def what_was_run(provenance: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""Figures of the sweeps: four panels, one a knob, and mIoU against time over all settings."""
+"""Figures of the sweeps: panels of each parameter, and mIoU against time over all settings."""
 
 from __future__ import annotations
 
@@ -9,60 +9,64 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from aopsam_lab.study.figures import INK, MUTED, clean, label_marks
-from aopsam_lab.study.paper import paper_curve
+from aopsam_lab.study.paper import sweep_curve
 from aopsam_lab.study.sweeps import GRIDS, label, pareto_front
 
 OURS = "#009E73"
+PAPER_LINE = {"color": INK, "lw": 1.3, "ls": (0, (4, 2.5)), "marker": ".", "ms": 6}
 # Colours of Okabe and Ito (2008), with a marker each, so that nothing rests on colour alone.
 KNOB_STYLES = dict(zip(GRIDS, (("#0072B2", "s"), ("#D55E00", "^"), ("#CC79A7", "D"), ("#009E73", "o"))))
 LETTERS = dict(zip(GRIDS, "abcd"))  # the paper's
 
 
 def sweep_figure(table: pd.DataFrame) -> Figure:
-    """A panel a knob, mIoU above and #P below: ours drawn through, the paper's dashed where it is known.
+    """A column of panels a parameter, ours drawn through and the paper's curves dashed.
 
-    The band around mIoU is the 95% interval of its paired difference to the default setting, whose mark is filled.
+    The panels are mIoU (percent), #P and prompts decoded, of which the paper has the first two. The
+    band around mIoU is the 95% interval of its paired difference to the default setting, whose mark
+    is filled. The paper's curves are drawn between our first and last value. They are of other
+    pictures, so their course compares and their height does not.
     """
     knobs = list(dict.fromkeys(table["knob"]))
-    figure = Figure(figsize=(2.9 * len(knobs) + 0.5, 5.0), dpi=150, facecolor="white")
-    figure.set_layout_engine("constrained", w_pad=0.06, h_pad=0.04, rect=(0, 0.06, 1, 0.94))
-    grid = figure.subplots(2, len(knobs), sharey="row", sharex="col", squeeze=False)
+    figure = Figure(figsize=(2.9 * len(knobs) + 0.5, 6.6), dpi=150, facecolor="white")
+    figure.set_layout_engine("constrained", w_pad=0.06, h_pad=0.04, rect=(0, 0.05, 1, 0.95))
+    shape = {"sharey": "row", "sharex": "col", "gridspec_kw": {"height_ratios": (3, 3, 2)}}
+    grid = figure.subplots(3, len(knobs), squeeze=False, **shape)
     published = False
-    for (upper, lower), knob in zip(grid.T, knobs):
+    for (upper, middle, lower), knob in zip(grid.T, knobs):
         own = table[table["knob"] == knob]
         x, miou = own["value"].to_numpy(), 100 * own["miou"].to_numpy()
         default = miou - 100 * own["miou_diff"].to_numpy()
         low, high = (default + 100 * own[f"miou_diff_{end}"].to_numpy() for end in ("lo", "hi"))
         upper.fill_between(x, low, high, color=OURS, alpha=0.16, lw=0)
-        curves = ((upper, miou, "mIoU"), (lower, own["n_masks"].to_numpy(), "#P"))
-        for axes, y, metric in curves:
+        theirs = sweep_curve(knob, x.min(), x.max())
+        faces = np.where(own["is_default"], OURS, "white")
+        for axes, y, column in (
+            (upper, miou, "miou"),
+            (middle, own["n_masks"], "n_masks"),
+            (lower, own["n_decoded"], None),
+        ):
             clean(axes)
             axes.plot(x, y, color=OURS, lw=1.8, zorder=2)
-            faces = np.where(own["is_default"], OURS, "white")
             axes.scatter(x, y, s=42, c=faces, edgecolors=OURS, linewidths=1.6, zorder=3)
-            theirs = paper_curve(knob, metric)
-            if len(theirs):
+            if column and len(theirs):
                 published = True
-                axes.plot(theirs["knob_value"], theirs["value"], color=MUTED, lw=1.5, ls=(0, (4, 3)), zorder=1)
-            axes.yaxis.set_major_locator(MaxNLocator(nbins=5, steps=[1, 2, 5, 10]))
-        lower.plot(x, own["n_decoded"], color=MUTED, lw=1.1, marker=".", zorder=1)
+                axes.plot(theirs["value"], theirs[column], zorder=2.5, **PAPER_LINE)
+            axes.yaxis.set_major_locator(MaxNLocator(nbins=5 if column else 4, steps=[1, 2, 5, 10]))
         lower.set_xticks(x, [f"{value:g}" for value in x])
         lower.set_xlabel(knob, color=MUTED)
         upper.set_title(f"({LETTERS[knob]}) {knob}", loc="left", fontsize=10.5, color=INK, fontweight="bold")
-    grid[1, 0].set_ylim(0, 1.08 * max(table["n_masks"].max(), table["n_decoded"].max(), 1))
-    grid[0, 0].set_ylabel("mIoU %", color=MUTED)
-    grid[1, 0].set_ylabel("per image", color=MUTED)
-    dashed = Line2D([], [], color=MUTED, lw=1.5, ls=(0, (4, 3)))
-    lines = [
-        Line2D([], [], color=OURS, lw=1.8, marker="o", mfc="white"),
-        Line2D([], [], color=MUTED, lw=1.1, marker="."),
-    ]
-    names = ["mIoU; #P, masks kept", "prompts decoded"]
+    for axes in grid[1:, 0]:
+        axes.set_ylim(0, 1.05 * max(axes.get_ylim()[1], 1))
+    for axes, text in zip(grid[:, 0], ("mIoU %", "#P, masks kept", "prompts decoded")):
+        axes.set_ylabel(text, color=MUTED)
+    lines, names = [Line2D([], [], color=OURS, lw=1.8, marker="o", mfc="white")], ["ours"]
     if published:
-        lines, names = [*lines, dashed], [*names, "the paper's"]
-    else:
-        names[-1] += "    (the paper's curves are not known here, so none is drawn)"
-    figure.legend(lines, names, loc="lower left", ncols=3, frameon=False, fontsize=9, labelcolor=MUTED)
+        lines.append(Line2D([], [], **PAPER_LINE))
+        names.append("the paper's, of other pictures")
+    figure.align_ylabels(grid[:, 0])
+    style = {"frameon": False, "fontsize": 9, "labelcolor": MUTED, "handlelength": 3}
+    figure.legend(lines, names, loc="lower left", ncols=2, **style)
     return figure
 
 

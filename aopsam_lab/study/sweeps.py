@@ -14,7 +14,7 @@ import pandas as pd
 from aopsam_lab.asf import AsfParams
 from aopsam_lab.evaluator import mean_interval
 from aopsam_lab.study import tables
-from aopsam_lab.study.paper import paper_trends
+from aopsam_lab.study.paper import sign_table
 from aopsam_lab.study.runner import StudyResult, run_settings
 from aopsam_lab.study.settings import Setting, Weights, check_methods
 
@@ -32,7 +32,9 @@ TIMED_IMAGES = 3  # runs without sharing are what a sweep mostly costs
 
 DIFFERENCE = ("miou_diff", "miou_diff_lo", "miou_diff_hi")
 SWEEP_COLUMNS = ("knob", "value", "is_default", *tables.SUMMARY_COLUMNS[1:], *DIFFERENCE)
-TREND_COLUMNS = ("knob", "column", "first", "last", "n_images", "change", "change_lo", "change_hi", "trend", "paper")
+TREND_COLUMNS = (
+    "knob", "column", "first", "last", "n_images", "change", "change_lo", "change_hi", "trend",
+)  # fmt: skip
 BUDGET_COLUMNS = ("budget", *GRIDS, "miou", "miou_lo", "miou_hi", *DIFFERENCE, "n_decoded", "n_decoded_max")
 TREND_OF = ("miou", "n_masks", "n_decoded", "inf_lat_s", "mask_lat_s", "elim_ratio")
 RISES, FALLS, UNDECIDED = "rises", "falls", "undecided"
@@ -76,6 +78,7 @@ def run_ablation(
 class SweepResult:
     """What the sweeps found. `table`, `trends` and `budgets` have the columns SWEEP_, TREND_ and BUDGET_COLUMNS.
 
+    signs: whether the trends have the paper's sign, as `paper.sign_table` gives it.
     study: the rows below all of it; its methods are labels of settings, and its reference is the default setting.
     """
 
@@ -83,6 +86,7 @@ class SweepResult:
     grids: dict[str, tuple[float, ...]]
     table: pd.DataFrame
     trends: pd.DataFrame
+    signs: pd.DataFrame
     budgets: pd.DataFrame
 
     def save(self, name: str = "parameter_sweeps") -> dict[str, Path]:
@@ -143,11 +147,14 @@ def run_sweeps(
         **{f"{knob}_grid": list(values) for knob, values in grids.items()},
         "budgets": list(budgets),
     }
+    table = sweep_table(study.summary, study.differences, grids, params)
+    trends = trend_table(study.per_image, grids)
     return SweepResult(
         study=study,
         grids=grids,
-        table=sweep_table(study.summary, study.differences, grids, params),
-        trends=trend_table(study.per_image, grids),
+        table=table,
+        trends=trends,
+        signs=sign_table(trends, table),
         budgets=budget_table(study.per_image, within),
     )
 
@@ -196,20 +203,21 @@ def sweep_table(
 def trend_table(per_image: pd.DataFrame, grids: Mapping[str, Sequence[float]]) -> pd.DataFrame:
     """Does a column rise or fall along a knob? One row a knob and column of TREND_OF.
 
-    Of each image a line is fitted through its values; change is what that line gains from the knob's first value to its
-    last, averaged over images, change_lo and change_hi its 95% bootstrap interval over images, so trend is decided only
-    where that interval lies on one side of zero. An image counts where it has the column at every value (times: the
-    timed images). paper: what the paper says of it, as far as known (paper_trends.csv), else empty.
+    change is an image's value at the knob's last value minus that at its first, averaged over
+    images, change_lo and change_hi its 95% paired bootstrap interval over images, so trend is
+    decided only where that interval lies on one side of zero. An image counts where it has the
+    column at both values (times: the timed images).
     """
-    published = paper_trends().set_index(["knob", "column"])["trend"]
     rows = []
     for knob, values in grids.items():
         if len(values) < 2:
             continue
-        own = per_image[per_image["method"].isin([label(knob, value) for value in values])]
+        first, last = (
+            per_image[per_image["method"] == label(knob, value)].set_index("image")
+            for value in (values[0], values[-1])
+        )
         for column in TREND_OF:
-            wide = own.pivot(index="image", columns="method", values=column)[[label(knob, v) for v in values]].dropna()
-            changes = line_change(np.array(values), wide.to_numpy(dtype=float))
+            changes = (last[column] - first[column]).astype(float).dropna()
             change, low, high = mean_interval(changes, tables.BOOTSTRAP_SEED)
             rows.append(
                 {
@@ -217,21 +225,14 @@ def trend_table(per_image: pd.DataFrame, grids: Mapping[str, Sequence[float]]) -
                     "column": column,
                     "first": values[0],
                     "last": values[-1],
-                    "n_images": len(wide),
+                    "n_images": len(changes),
                     "change": change,
                     "change_lo": low,
                     "change_hi": high,
                     "trend": RISES if low > 0 else FALLS if high < 0 else UNDECIDED,
-                    "paper": published.get((knob, column), ""),
                 }
             )
     return pd.DataFrame(rows, columns=list(TREND_COLUMNS))
-
-
-def line_change(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """(k,) and (n, k) -> (n,): what the least-squares line through each row gains from the first x to the last."""
-    centred = x - x.mean()
-    return ((y - y[:, :1]) @ centred) / (centred @ centred) * (x[-1] - x[0])
 
 
 def budget_table(per_image: pd.DataFrame, settings: Sequence[Setting]) -> pd.DataFrame:
@@ -283,10 +284,10 @@ _NAMES = {  # column: what it is called, what its numbers are multiplied by to b
 
 
 def trend_sentences(trends: pd.DataFrame) -> list[str]:
-    """What the numbers say of each knob, and of each column whether the paper agrees, one sentence a knob."""
+    """What the numbers say of each knob, one sentence a knob."""
     sentences = []
     for knob, own in trends.groupby("knob", sort=False):
-        parts, unknown = [], []
+        parts = []
         for row in own.itertuples():
             name, scale, unit = _NAMES[row.column]
             change, low, high = scale * row.change, scale * row.change_lo, scale * row.change_hi
@@ -294,27 +295,11 @@ def trend_sentences(trends: pd.DataFrame) -> list[str]:
                 continue  # fewer than two images: nothing can be said
             verb = "neither rises nor falls for certain" if row.trend == UNDECIDED else row.trend
             moved = f"{change:+.1f}{unit} [{low:+.1f}, {high:+.1f}]"
-            parts.append(f"{name} {verb} ({moved}){_paper_says(row.trend, row.paper)}")
-            if not row.paper:
-                unknown.append(name)
+            parts.append(f"{name} {verb} ({moved})")
         first = own.iloc[0]
         span = f"{knob.capitalize()} from {first['first']:g} to {first['last']:g}"
-        text = f"{span}: {'; '.join(parts) or 'too few images'}."
-        if unknown:
-            verb = "go" if len(unknown) > 1 else "goes"
-            text += f" Which way the paper's {_listed(unknown)} {verb} is not known here."
-        sentences.append(text)
+        sentences.append(f"{span}: {'; '.join(parts) or 'too few images'}.")
     return sentences
-
-
-def _paper_says(trend: str, paper: str) -> str:
-    if not paper:
-        return ""
-    return ", as in the paper" if trend == paper else f"; in the paper it {paper}"
-
-
-def _listed(names: Sequence[str]) -> str:
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
 def knob_for_people(table: pd.DataFrame, knob: str) -> pd.DataFrame:

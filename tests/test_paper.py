@@ -1,0 +1,260 @@
+"""The paper's figures, and what stands beside ours, by hand."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from aopsam_lab.study import beside_paper, output, paper, sweeps, tables
+
+NAN = float("nan")
+
+
+# --- what the poster prints -----------------------------------------------------------------------
+
+
+def test_the_tables_are_whole():
+    main, parts, curves = paper.main_comparison(), paper.ablation(), paper.parameter_sweeps()
+    assert (len(main), len(parts), len(curves)) == (45, 9, 16)
+    assert set(main["sam"]) == {"mobile_sam", "vit_l", "vit_h"} and set(parts["sam"]) == {"vit_h"}
+    assert not main.duplicated(["dataset", "sam", "method"]).any()
+    assert (main["inf_lat_s"].isna() == main["method"].isin(["amg_s", "amg_d"])).all()
+    assert parts["method"].tolist() == ["aop_no_as_af", "aop_no_af", "aop"] * 3
+    values = curves.groupby("parameter", sort=False)["value"].agg(tuple).to_dict()
+    assert values == sweeps.GRIDS
+
+
+@pytest.mark.parametrize(
+    ("sam", "dataset", "method", "cells"),
+    [
+        ("mobile_sam", "COCO", "aop", [61.5, 0.096, 2.1, 58.1]),
+        ("vit_l", "SA-1B", "oas_point", [67.6, 0.149, 9.7, 199.3]),
+        ("vit_h", "LVIS", "amg_d", [71.0, NAN, 5.6, 88.0]),
+    ],
+)
+def test_cells_of_the_main_table(sam, dataset, method, cells):
+    table = paper.main_comparison().set_index(["sam", "dataset", "method"])
+    row = table.loc[(sam, dataset, method)]
+    np.testing.assert_allclose(row[list(paper.COMPARED)].to_numpy(dtype=float), cells)
+
+
+def test_cells_of_the_ablation_and_of_the_sweeps():
+    row = paper.ablation().set_index(["dataset", "method"]).loc[("SA-1B", "aop_no_af")]
+    assert row[list(paper.COMPARED)].tolist() == [72.8, 0.130, 10.1, 120.1]
+    curves = paper.parameter_sweeps().set_index(["parameter", "value"])
+    assert curves.loc["elimination", "elim_ratio_percent"].tolist() == [51.5, 42.3, 32.7, 24.6]
+    assert curves.loc["smoothing", "peak_mem_gb"].isna().all()  # the poster's slip is left out
+    assert curves.loc[("confidence", 0.4), ["miou", "peak_mem_gb"]].tolist() == [66.4, 9.6]
+    curve = paper.sweep_curve("spacing", 5, 6).to_numpy().tolist()
+    assert curve == [[5, 71.6, 111.4], [6, 70.4, 107.8]]
+    assert paper.sweep_curve("spacing", 40, 60).empty
+
+
+# --- beside ours ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        ("photos", "COCO"),
+        ("coco-val2017", "COCO"),
+        ("lvis-v1-val", "LVIS"),
+        ("sa1b", "SA-1B"),
+        ("scenes", None),
+        ("holiday", None),
+    ],
+)
+def test_which_data_set_ours_stands_beside(ours, theirs):
+    assert paper.paper_dataset(ours) == theirs
+
+
+def summary(**mious: float) -> pd.DataFrame:
+    """One row a method; 0.1 s, 1,000 MiB and 50 masks each."""
+    base = {"inf_lat_s": 0.1, "peak_mem_mb": 1000.0, "n_masks": 50.0}
+    rows = [{"method": method, "miou": miou, **base} for method, miou in mious.items()]
+    return pd.DataFrame(rows)
+
+
+def facts(sam: str, dataset: str) -> dict:
+    return {"parameters": {"sam": sam}, "dataset": {"name": dataset}}
+
+
+def test_ours_beside_the_main_table_in_the_papers_units():
+    table = paper.side_by_side(summary(amg_d=0.6, aop=0.63), "mobile_sam", "photos")
+    assert table["method"].tolist() == ["amg_s", "amg_d", "oas_box", "oas_point", "aop"]
+    own = table.set_index("method").loc["aop"]
+    assert own[[f"miou_{part}" for part in paper.PARTS]].tolist() == pytest.approx([61.5, 63, 1.5])
+    latencies = own[[f"inf_lat_s_{part}" for part in paper.PARTS]].tolist()
+    assert latencies == pytest.approx([0.096, 0.1, 0.004])
+    memory = own[[f"peak_mem_gb_{part}" for part in paper.PARTS]].tolist()
+    assert memory == pytest.approx([2.1, 1.048576, -1.051424])  # 1,000 MiB are 1.048576 GB
+    assert own["n_masks_difference"] == pytest.approx(50 - 58.1)
+    assert table["miou_ours"].isna().tolist() == [True, False, True, True, False]
+    assert np.isnan(table["inf_lat_s_difference"].iloc[1])  # the paper times no grid
+
+
+@pytest.mark.parametrize(
+    ("sam", "dataset"), [("tiny", "photos"), ("vit_b", "sa1b"), ("vit_h", "scenes")]
+)
+def test_nothing_stands_beside_what_the_paper_does_not_have(sam, dataset):
+    assert paper.side_by_side(summary(aop=0.6), sam, dataset).empty
+    text = beside_paper.main_comparison(summary(aop=0.6), facts(sam, dataset))
+    assert "<table" not in text and text.count(".") == 1
+    assert (sam if dataset != "scenes" else dataset) in text
+
+
+def test_the_main_table_as_html():
+    text = beside_paper.main_comparison(summary(aop=0.63), facts("vit_h", "lvis-v1-val"))
+    assert text.count('colspan="3">') == 4 and "LVIS&#x27;s with ViT-H" in text
+    cells = "".join(f'<td class="right">{cell}</td>' for cell in ("71.9", "63.0", "-8.9", "0.122"))
+    assert f'<tr class="own"><th scope="row" class="left">AoP-SAM</th>{cells}' in text
+    assert "pictures and the machines differ" in text and "10^9 bytes" in text
+
+
+def three_images() -> pd.DataFrame:
+    """Sampling gains 0.1, 0.2 and 0.3 of mIoU; filtering costs 0.05 and two masks on each image."""
+    rows = []
+    for i, gain in enumerate((0.1, 0.2, 0.3)):
+        for method, miou, masks in (
+            ("aop_no_as_af", 0.4, 20),
+            ("aop_no_af", 0.4 + gain, 30),
+            ("aop", 0.35 + gain, 28),
+        ):
+            row = {"image": f"i{i}", "method": method, "miou": miou, "n_truth": 1, "n_masks": masks}
+            rows.append({**row, "n_sampled": 40, "n_decoded": 30, "n_eliminated": 10})
+    return tables.per_image_table(rows)
+
+
+@pytest.mark.parametrize(("dataset", "place"), [("photos", 2), ("lvis-v1-val", 3), ("scenes", 3)])
+def test_steps_of_the_ablation(dataset, place):
+    per_image = three_images()
+    peaks = {"aop_no_as_af": 300.0, "aop_no_af": 1300.0, "aop": 800.0}
+    steps = paper.step_table(per_image, tables.summary_table(per_image, peaks), dataset)
+    assert len(steps) == 8 and steps["source"].tolist().index("ours") == place
+    ours = steps[steps["source"] == "ours"].set_index("step")
+    sampling, filtering = ours.loc["adaptive sampling"], ours.loc["adaptive filtering"]
+    assert sampling["miou"] == pytest.approx(20)
+    assert 9.9 < sampling["miou_lo"] < 20 < sampling["miou_hi"] < 30.1
+    assert sampling["peak_mem_gb"] == pytest.approx(1.048576) and sampling["n_images"] == 3
+    changes = filtering[["miou", "miou_lo", "miou_hi", "n_masks", "peak_mem_gb"]].tolist()
+    assert changes == pytest.approx([-5, -5, -5, -2, -0.524288])
+    theirs = steps[steps["source"] == "paper"].set_index(["step", "dataset"])
+    assert theirs.loc[("adaptive sampling", "SA-1B"), "miou"] == pytest.approx(72.8 - 57.2)
+    assert theirs.loc[("adaptive filtering", "LVIS"), "miou"] == pytest.approx(0.2)
+    assert theirs.loc[("adaptive filtering", "SA-1B"), "peak_mem_gb"] == pytest.approx(-3.5)
+
+
+def test_ours_in_the_rows_of_the_ablation_that_match():
+    per_image = three_images()
+    whole = tables.summary_table(per_image, {})
+    table = paper.ablation_beside(whole, "photos").set_index(["dataset", "method"])
+    assert len(table) == 9 and table["miou_paper"].notna().all()
+    filled = table["miou_ours"].notna().groupby("dataset").sum().to_dict()
+    assert filled == {"COCO": 3, "LVIS": 0, "SA-1B": 0}
+    assert table.loc[("COCO", "aop"), "miou_difference"] == pytest.approx(55 - 70.1)
+    text = beside_paper.ablation(whole, per_image, facts("mobile_sam", "photos"))
+    assert text.count("<table") == 2 and "ours, photos" in text and "SAMs differ" in text
+    assert "+20.0 [" in text and "-5.0 [-5.0, -5.0]" in text
+    text = beside_paper.ablation(whole, per_image, facts("tiny", "scenes"))
+    assert "no data set of the paper matches" in text and "difference" not in text
+
+
+def test_a_step_without_one_of_its_methods_has_no_row_of_ours():
+    per_image = three_images().query("method != 'aop_no_as_af'")
+    steps = paper.step_table(per_image, tables.summary_table(per_image, {}), "photos")
+    assert steps.query("source == 'ours'")["step"].tolist() == ["adaptive filtering"]
+    assert steps["peak_mem_gb"].isna().sum() == 1  # it was not measured
+
+
+# --- the signs of the sweeps ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours", "once", "said"),
+    [
+        (-9.0, (-3.0, -5.0, -1.0), False, "agrees"),
+        (3.8, (2.0, 0.5, 4.0), False, "agrees"),
+        (-9.0, (3.0, 1.0, 5.0), False, "disagrees"),
+        (3.8, (-2.0, -4.0, -0.5), False, "disagrees"),
+        (3.8, (2.0, -0.5, 4.0), False, "not clear"),
+        (3.8, (2.0, 0.0, 4.0), False, "not clear"),  # the interval's end belongs to it
+        (3.8, (2.0, NAN, NAN), False, "not clear"),  # one image
+        (3.8, (NAN, NAN, NAN), False, "not measured"),
+        (-0.5, (-0.01, NAN, NAN), True, "agrees"),
+        (-0.5, (0.01, NAN, NAN), True, "disagrees"),
+        (-0.5, (0.0, NAN, NAN), True, "not clear"),
+        (-0.5, (NAN, NAN, NAN), True, "not measured"),
+    ],
+)
+def test_verdicts(theirs, ours, once, said):
+    assert paper.verdict(theirs, *ours, measured_once=once) == said
+
+
+def swept(grids=sweeps.GRIDS, sign=1.0) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Trends and sweep table of four images, two of them timed; sign 1 moves as the paper does."""
+    rows, table = [], []
+    for knob, values in grids.items():
+        rising = sign if knob == "elimination" else -sign
+        for step, value in enumerate(values):
+            table.append({"knob": knob, "value": value, "peak_mem_mb": 1000 + 100 * rising * step})
+            for i in range(4):
+                row = {"image": f"i{i}", "method": sweeps.label(knob, value), "n_truth": 1}
+                row["miou"] = 0.5 + rising * 0.01 * step * (i + 1)
+                row["n_masks"] = 50 + rising * step * (i + 1)
+                row["mask_lat_s"] = 1 + rising * 0.1 * step * (i + 1) if i < 2 else NAN
+                row |= {"n_sampled": 100, "n_eliminated": 50 - rising * step * (i + 1)}
+                rows.append({**row, "n_decoded": 50})
+    return sweeps.trend_table(tables.per_image_table(rows), grids), pd.DataFrame(table)
+
+
+def test_twelve_signs_that_agree_and_their_changes_in_the_papers_units():
+    signs = paper.sign_table(*swept())
+    found = signs.groupby("parameter", sort=False)["column"].agg(list).to_dict()
+    assert found == {
+        "smoothing": ["miou", "n_masks"],
+        "confidence": ["miou", "n_masks", "peak_mem_gb"],
+        "spacing": ["miou", "n_masks", "peak_mem_gb"],
+        "elimination": ["miou", "n_masks", "elim_ratio_percent", "mask_lat_s"],
+    }
+    assert len(signs) == 12 and set(signs["verdict"]) == {"agrees"}
+    table = signs.set_index(["parameter", "column"])
+    smoothing = table.loc[("smoothing", "miou")]
+    assert smoothing[["first", "last", "n_images"]].tolist() == [1, 4, 4]
+    assert smoothing["paper_change"] == pytest.approx(-9.0)
+    assert smoothing["change"] == pytest.approx(-7.5)  # the mean of -3, -6, -9 and -12 points
+    assert -12.1 < smoothing["change_lo"] < -7.5 < smoothing["change_hi"] < -2.9
+    latency = table.loc[("elimination", "mask_lat_s")]
+    assert latency[["change", "n_images"]].tolist() == pytest.approx([0.45, 2])
+    assert latency["paper_change"] == pytest.approx(0.37)
+    ratio = table.loc[("elimination", "elim_ratio_percent")]
+    assert ratio[["change", "paper_change"]].tolist() == pytest.approx([-7.5, -26.9])
+    memory = table.loc[("spacing", "peak_mem_gb")]
+    assert memory["change"] == pytest.approx(-0.3 * 1.048576) and np.isnan(memory["change_lo"])
+
+
+def test_signs_that_disagree_and_a_change_that_no_image_has():
+    assert set(paper.sign_table(*swept(sign=-1.0))["verdict"]) == {"disagrees"}
+    still = paper.sign_table(*swept(sign=0.0))
+    assert set(still["verdict"]) == {"not clear"}
+
+
+def test_what_was_not_measured_and_other_values():
+    trends, table = swept()
+    unmeasured = paper.sign_table(trends, table.assign(peak_mem_mb=NAN))
+    assert unmeasured.query("column == 'peak_mem_gb'")["verdict"].tolist() == ["not measured"] * 2
+    other = paper.sign_table(*swept({"smoothing": (1.0, 2.0, 3.0)}))
+    assert other["verdict"].tolist() == ["other values"] * 2
+    assert paper.sign_table(*swept({})).empty
+
+
+def test_signs_for_people_say_the_same_after_a_file(tmp_path):
+    signs = paper.sign_table(*swept())
+    (tmp_path / "signs.csv").write_text(output.to_csv(signs))
+    text = beside_paper.signs(pd.read_csv(tmp_path / "signs.csv"))
+    assert "Of 12 signs of the paper&#x27;s sweeps: 12 agree with ours." in text
+    assert "smoothing 1 to 4" in text and "has no interval" in text and "timed images" in text
+    shown = beside_paper.signs_for_people(signs).set_index(["Parameter", "Column"])
+    memory = shown.loc[("spacing 4 to 7", "Peak_Mem"), ["The paper", "Ours"]].tolist()
+    assert memory == ["-0.180", "-0.315"]
+    assert shown.loc[("elimination 1.25 to 1.4", "Mask_Lat"), "Images"] == "2"
