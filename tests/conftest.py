@@ -77,7 +77,7 @@ def write_weights(folder: Path, seed: int) -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def weights(tmp_path_factory):
-    """A tiny SAM and a Prompt Predictor with random weights: their paths, as run_study takes them."""
+    """Paths of a tiny SAM and a Prompt Predictor with random weights, as run_study takes them."""
     return write_weights(tmp_path_factory.mktemp("weights"), seed=0)
 
 

@@ -26,7 +26,10 @@ def test_every_lesson_is_tested():
 
 @pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.stem)
 def test_a_lesson_runs_and_shows_what_it_speaks_of(path, tmp_path):
-    done = papermill.execute_notebook(path, tmp_path / path.name, QUICK | FEW.get(path.stem, {}), progress_bar=False, cwd=tmp_path)
+    parameters = QUICK | FEW.get(path.stem, {})
+    done = papermill.execute_notebook(
+        path, tmp_path / path.name, parameters, progress_bar=False, cwd=tmp_path
+    )
     outputs = [output for cell in done.cells for output in cell.get("outputs", [])]
     assert not [output.text for output in outputs if output.get("name") == "stderr"]
     assert sum("image/png" in output.get("data", {}) for output in outputs) == FIGURES[path.stem]

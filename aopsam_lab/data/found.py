@@ -1,4 +1,4 @@
-"""Masks that a SAM found on a data set's images, kept in `found.json` beside the folder's `annotations.json`."""
+"""Masks that a SAM found on a data set's images: `found.json` beside its `annotations.json`."""
 
 from __future__ import annotations
 
@@ -16,22 +16,23 @@ SOURCE = "sam"  # the `source` of an annotation that a SAM found
 
 
 def found_masks(dataset: Dataset) -> dict[str, list[dict]] | None:
-    """Read the masks that a SAM found on the images of a data set, a ground truth beside what people labelled.
+    """Read the masks that a SAM found on the images of a data set.
 
-    `found.json` has the format of `annotations.json`: `images` (id, file_name) and `annotations` (image_id,
-    segmentation). An image is known by its file_name, so its id may be another one than in `annotations.json`, and the
-    file may list images that `dataset` has not taken. An annotation may have a `source`; only those of "sam" are read.
+    `found.json` has the format of `annotations.json`: `images` (id, file_name) and `annotations`
+    (image_id, segmentation). An image is known by its file_name, so its id may be another one than
+    in `annotations.json`, and the file may list images that `dataset` has not taken. An annotation
+    may have a `source`; only those of "sam" are read.
 
     Args:
         dataset: a data set as `open_dataset` opens it.
 
     Returns:
-        For each id of the data set a list of COCO RLE in the image frame, in the order of the file, or None where the
-        data set is no COCO-style folder or has no `found.json`.
+        For each id of the data set a list of COCO RLE in the image frame, in the order of the file;
+        or None where the data set is no COCO-style folder or has no `found.json`.
 
     Raises:
-        ValueError: if the file is not in COCO's format, an image of the data set is not in it, or a mask belongs to no
-            image or does not have its size.
+        ValueError: if the file is not in COCO's format, an image of the data set is not in it, or
+            a mask belongs to no image or does not have its image's size.
     """
     if not isinstance(dataset, CocoFolder) or not (dataset.path / "found.json").is_file():
         return None
@@ -43,7 +44,8 @@ def found_masks(dataset: Dataset) -> dict[str, list[dict]] | None:
         annotations = [a for a in content["annotations"] if a.get("source", SOURCE) == SOURCE]
         owners = [annotation["image_id"] for annotation in annotations]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{file} is not in COCO's instances format: {type(error).__name__} {error}.") from error
+        reason = f"{type(error).__name__} {error}"
+        raise ValueError(f"{file} is not in COCO's instances format: {reason}.") from error
     for owner, annotation in zip(owners, annotations):
         if owner not in names:
             raise ValueError(f"{file} has a mask of image {owner!r}, which its images do not list.")
@@ -51,8 +53,8 @@ def found_masks(dataset: Dataset) -> dict[str, list[dict]] | None:
     missing = [name for name in dataset.ids if name not in found]
     if missing:
         raise ValueError(
-            f"{file} does not list {missing[0]!r} ({len(missing)} of {len(dataset)} images are missing). Find the masks "
-            "of these images too, or remove the file."
+            f"{file} does not list {missing[0]!r} ({len(missing)} of {len(dataset)} images are "
+            "missing). Find the masks of these images too, or remove the file."
         )
     return {
         name: truths(found[name], height, width, f"{name} in {file}", Counter())[0]

@@ -36,7 +36,7 @@ def parser() -> argparse.ArgumentParser:
     report = commands.add_parser("report", help="run a notebook and publish it (the main comparison if not named)")
     report.add_argument("name", nargs="?", default="main_comparison", help="a notebook in notebooks/")
     report.add_argument("--sam", help="mobile_sam, vit_b, vit_l, vit_h or tiny")
-    report.add_argument("--checkpoint", help="the SAM's weights (default: bundled or official ones)")
+    report.add_argument("--checkpoint", help="the SAM's weights (default: bundled or official)")
     report.add_argument("--predictor", help="a Prompt Predictor's weights (default: the bundled ones)")
     report.add_argument("--detector", help="a YOLOv8's weights (default: the bundled ones)")
     report.add_argument("--methods", type=lambda text: text.split(","), help="names, separated by commas")
