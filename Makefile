@@ -28,7 +28,7 @@ help:  ## this list
 	@echo "Targets:"
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 10 | sed 's/^/  /'
 	@echo "Example: make study DATASET=path/to/folder N=50 OUT=path/to/reports"
-	@echo "The first one used builds $(VENV) with PYTHON=$(PYTHON), which may be 3.10 to 3.13 (about 8 GB of disk)."
+	@echo "The first one used builds $(VENV) with PYTHON=$(PYTHON), which may be 3.11 to 3.14 (about 8 GB of disk)."
 
 REPORT = $(RUN) -m aopsam_lab.study report --reports '$(OUT)' \
   $(if $(SAM),--sam '$(SAM)') $(if $(CHECKPOINT),--checkpoint '$(CHECKPOINT)') \
@@ -69,8 +69,8 @@ clean:  ## remove the environment and caches; reports stay
 
 # Built once, and again when the requirements change. The stamp is written last, so that an interrupted build goes on.
 $(READY): requirements.txt pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' || { \
-	  echo "aopsam_lab needs Python 3.10 to 3.13, and $(PYTHON) is not: $$($(PYTHON) --version 2>&1)."; \
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))' || { \
+	  echo "aopsam_lab needs Python 3.11 to 3.14, and $(PYTHON) is not: $$($(PYTHON) --version 2>&1)."; \
 	  echo "Name one that is: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --disable-pip-version-check -r requirements.txt

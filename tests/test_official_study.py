@@ -10,8 +10,7 @@ import pandas as pd
 import pytest
 from test_published_data import NAMES, TRIANGLE, coco_json, picture, sa1b_files, write_shard
 
-from aopsam_lab.data.coco import Coco
-from aopsam_lab.study import loading, official, page
+from aopsam_lab.study import page
 from aopsam_lab.study.runner import run_study
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -56,45 +55,6 @@ def test_make_hands_the_data_over():
     wanted = ("--sam 'vit_h'", "--dataset 'lvis:some/where'", "--predictor 'p.safetensors'", "--detector 'yolov8n'")
     for part in (*wanted, "--n-images '7'", "main_comparison"):
         assert part in printed
-
-
-def test_a_made_up_coco_is_read_as_pycocotools_reads_it(tmp_path, capsys, monkeypatch):
-    file = loading.write_coco(tmp_path / "coco", 6)
-    masks, different = loading.compare_masks(Coco(tmp_path / "coco"), file)
-    assert masks > 30 and different == 0
-    found = loading.read_all(tmp_path / "coco")
-    assert found["images"] == 6 and found["masks"] == masks
-    counts = Coco(tmp_path / "coco").describe()
-    assert counts["crowd_regions"] == 1 and counts["missing_images"] == 0
-    monkeypatch.setattr(Coco, "__getitem__", _one_pixel_off(Coco.__getitem__))
-    assert loading.compare_masks(Coco(tmp_path / "coco"), file) == (masks, masks), "a single pixel is noticed"
-
-
-def _one_pixel_off(getitem):
-    def get(self, i):
-        sample = getitem(self, i)
-        sample.masks[:, 0, 0] ^= True
-        return sample
-
-    return get
-
-
-def test_only_official_models_have_originals(capsys):
-    with pytest.raises(SystemExit):
-        official.main(["exactness", "tiny"])
-    assert "choose of mobile_sam, vit_b, vit_l, vit_h" in capsys.readouterr().err
-
-
-def test_masks_of_an_official_sam_beside_tinys(tmp_path, sam, monkeypatch, capsys):
-    asked = ["masks", "mobile_sam", "--checkpoint", str(tmp_path / "mobile_sam.pt"), "--photos", str(tmp_path)]
-    assert official.main(asked) == 1 and "There is no checkpoint" in capsys.readouterr().err
-    monkeypatch.setattr(official, "load_sam", lambda *args, **options: sam)  # a file of MobileSAM's size would take minutes
-    picture(tmp_path / "images" / "a.jpg", 0)
-    coco_json(tmp_path / "annotations.json", [{"file_name": "a.jpg"}], [{"image_id": 0, "segmentation": TRIANGLE}])
-    assert official.main(asked) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 4 and lines[2].startswith(f"| {tmp_path.name} | 1 | 1 | `mobile_sam` | 0.")
-    assert lines[2].split("|")[5:] == lines[3].split("|")[5:]
 
 
 def test_the_papers_figures_stand_beside_ours(tmp_path):

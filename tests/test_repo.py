@@ -91,7 +91,6 @@ def test_every_module_says_what_it_is():
             assert re.match(r'"{3}\S', text), f"{path} has no docstring"
 
 
-@pytest.mark.skipif(sys.version_info < (3, 11), reason="3.10 does not tell which package offers which module")
 def test_what_is_imported_is_required():
     required = {re.split(r"[=;]", line)[0].strip().lower().replace("_", "-") for line in requirement_lines()}
     distributions = packages_distributions()
