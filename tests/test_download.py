@@ -7,15 +7,17 @@ import re
 import subprocess
 import sys
 import threading
+from functools import partial
 
 import pytest
 import torch
+from test_official_models import small_vit
 
 from aopsam_lab import cli
 from aopsam_lab import download as fetching
 from aopsam_lab.detector import load_detector
 from aopsam_lab.download import OFFICIAL, OfficialFile, cache_folder, download, kept_file
-from aopsam_lab.sam.mobile import build_mobile_sam
+from aopsam_lab.sam import zoo
 from aopsam_lab.sam.zoo import load_sam
 
 
@@ -197,19 +199,20 @@ def test_an_official_file_that_turns_out_to_hold_code_never_runs(server, tmp_pat
 
 def test_load_sam_fetches_and_loads(server, tmp_path, monkeypatch):
     torch.manual_seed(0)
-    original = build_mobile_sam()
-    torch.save(original.state_dict(), tmp_path / "mobile_sam.pt")
-    server.content = (tmp_path / "mobile_sam.pt").read_bytes()
+    monkeypatch.setitem(zoo.MODELS, "vit_b", partial(small_vit, 768, 12))
+    original = small_vit(768, 12)
+    torch.save(original.state_dict(), tmp_path / "sam.pth")
+    server.content = (tmp_path / "sam.pth").read_bytes()
     wanted = hashlib.sha256(server.content).hexdigest()
-    entry = OfficialFile(server.url("mobile_sam.pt"), wanted, len(server.content), "Apache-2.0")
-    monkeypatch.setitem(OFFICIAL, "mobile_sam", entry)
-    with pytest.raises(ValueError, match="mobile_sam.pt .41 MB.: run .python -m aopsam_lab download mobile_sam"):
-        load_sam("mobile_sam", device="cpu")  # nobody at a terminal, so nothing is fetched unasked
+    entry = OfficialFile(server.url("sam_vit_b.pth"), wanted, len(server.content), "Apache-2.0")
+    monkeypatch.setitem(OFFICIAL, "vit_b", entry)
+    with pytest.raises(ValueError, match="sam_vit_b.pth .* MB.: run .python -m aopsam_lab download vit_b"):
+        load_sam("vit_b", device="cpu")  # nobody at a terminal, so nothing is fetched unasked
     assert server.asked == []
-    sam = load_sam("mobile_sam", device="cpu", fetch=True)
+    sam = load_sam("vit_b", device="cpu", fetch=True)
     assert sam.spec.sha256 == wanted
     assert all(torch.equal(value, original.state_dict()[key]) for key, value in sam.state_dict().items())
-    assert load_sam("mobile_sam", device="cpu").spec == sam.spec and len(server.asked) == 1
+    assert load_sam("vit_b", device="cpu").spec == sam.spec and len(server.asked) == 1
 
 
 @pytest.mark.parametrize(("answer", "fetched"), [("y\n", True), ("\n", False), ("no\n", False)])
@@ -236,11 +239,11 @@ def test_where_files_are_kept(monkeypatch, tmp_path):
     assert kept_file("vit_h") == tmp_path / "sam_vit_h_4b8939.pth"
     monkeypatch.delenv(fetching.CACHE_VARIABLE)
     assert cache_folder().name == "aopsam_lab" or "aopsam_lab" in cache_folder().parts
-    with pytest.raises(ValueError, match="Choose one of mobile_sam, vit_b"):
+    with pytest.raises(ValueError, match="Choose one of vit_b"):
         download("vit_x")
 
 
 def test_the_table_of_official_files():
-    assert list(OFFICIAL) == ["mobile_sam", "vit_b", "vit_l", "vit_h", "yolov8n"]
+    assert list(OFFICIAL) == ["vit_b", "vit_l", "vit_h", "yolov8n"]
     for entry in OFFICIAL.values():
         assert entry.url.startswith("https://") and re.fullmatch("[0-9a-f]{64}", entry.sha256) and entry.size > 1e6

