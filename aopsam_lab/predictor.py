@@ -17,6 +17,7 @@ from aopsam_lab.sam.zoo import WEIGHTS, resolve_device
 
 CELL = 4  # PCM cells along each side of a cell of the embedding
 BLOCK = 8  # PCM cells along each side of a block, in which the network places one prompt
+DROPPED = 0.2  # of the embedding's channels while training: against knowing the photographs by heart
 SIGMA = 2.0  # of the Gaussian about a prompt, in PCM cells
 BUNDLED = {
     "mobile_sam": WEIGHTS / "predictor_mobile_sam.safetensors",
@@ -53,7 +54,8 @@ class PromptPredictor(nn.Module):
         if stride not in (8, 16):
             raise ValueError(f"a Prompt Predictor is made for embeddings at stride 8 or 16, not {stride}")
         self.embed_dim, self.stride, self.width = embed_dim, stride, width
-        self.image = nn.Sequential(_conv(3, 16, stride=2), _conv(16, 24, stride=2), _conv(24, width, stride=2))
+        self.image = nn.Sequential(_conv(3, 16, stride=2), _conv(16, width, stride=2))
+        self.drop = nn.Dropout2d(DROPPED)
         self.embed = _conv(embed_dim, width, 1)
         self.fuse = nn.Sequential(
             _conv(width, width),
@@ -66,9 +68,8 @@ class PromptPredictor(nn.Module):
 
     def blocks(self, image: Tensor, embedding: Tensor) -> tuple[Tensor, Tensor]:
         """Logits of each block's confidence (B, h/2, w/2) and of the places in it (B, BLOCK^2, h/2, w/2), row by row."""
-        if self.stride == 16:
-            image = F.avg_pool2d(image, 2)  # detail finer than a PCM cell only costs time
-        out = self.fuse(self.image(image) + self.embed(embedding))
+        image = F.avg_pool2d(image, self.stride // CELL)  # detail finer than a PCM cell only costs time
+        out = self.fuse(self.image(image) + self.embed(self.drop(embedding)))
         return out[:, 0], out[:, 1:]
 
     def forward(self, image: Tensor, embedding: Tensor) -> Tensor:

@@ -99,10 +99,12 @@ def split(data: Dataset) -> tuple[list[int], list[int]]:
     return [i for i in range(len(data)) if i not in set(held)], held
 
 
-def model_image(sam: Sam, images: Tensor) -> Tensor:
-    """(B, 3, S, S) uint8 -> normalised float32 on the SAM's device; padding gets 0 only approximately as in training
-    and use alike it is masked out."""
-    return (images.to(sam.device).float() - sam.pixel_mean) / sam.pixel_std
+def model_image(sam: Sam, images: Tensor, valid: Tensor) -> Tensor:
+    """(B, 3, S, S) uint8 images and which of their pixels are on the image (padding is 0 once normalised, as SAM has it)
+    -> float32 on the SAM's device."""
+    images = images.to(sam.device).float()
+    on_image = F.interpolate(valid[:, None].to(sam.device).float(), images.shape[-2:])
+    return images.sub_(sam.pixel_mean).div_(sam.pixel_std).mul_(on_image)
 
 
 @torch.inference_mode()
@@ -136,7 +138,7 @@ def recall(predictor: PromptPredictor, held: Examples, sam: Sam, top: tuple[int,
 @torch.inference_mode()
 def predicted(predictor: PromptPredictor, example: Example, sam: Sam) -> Tensor:
     """The PCM of one example, (4h, 4w)."""
-    image, embedding = model_image(sam, example.image[None]), example.embedding[None].to(sam.device).float()
+    image, embedding = model_image(sam, example.image[None], example.valid[None]), example.embedding[None].to(sam.device).float()
     return predictor.pcm(image, embedding, example.valid.to(sam.device))
 
 
@@ -159,7 +161,7 @@ def calibrate(predictor: PromptPredictor, held: Examples, sam: Sam, wanted: floa
     blocks = []
     for i in range(len(held)):
         example = held[i]
-        image, embedding = model_image(sam, example.image[None]), example.embedding[None].to(sam.device).float()
+        image, embedding = model_image(sam, example.image[None], example.valid[None]), example.embedding[None].to(sam.device).float()
         blocks.append((*predictor.blocks(image, embedding), example.valid.to(sam.device)))
 
     def candidates(shift: float) -> float:
@@ -247,7 +249,7 @@ class Training:
         for group in self.optimizer.param_groups:
             group["lr"] = self.args.lr * rate * min(1, (self.step + 1) / WARMUP)
         self.predictor.train()
-        blocks = self.predictor.blocks(model_image(self.sam, batch.image), batch.embedding.to(device).float())
+        blocks = self.predictor.blocks(model_image(self.sam, batch.image, batch.valid), batch.embedding.to(device).float())
         loss = loss_of(blocks, batch.target.to(device), batch.valid.to(device).float())
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
