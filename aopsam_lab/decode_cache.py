@@ -21,7 +21,9 @@ from aopsam_lab.predictor import PromptPredictor
 from aopsam_lab.sam.zoo import SamSpec
 
 MAX_BYTES = 512 * 2**20
-_OF_MASKS = tuple(f.name for f in fields(Found) if f.name not in ("prompt", "passed_iou", "masks"))  # (n, ...), one row a mask
+_NOT_OF_MASKS = ("prompt", "best_iou", "masks")
+# (n, ...), one row a mask
+_OF_MASKS = tuple(f.name for f in fields(Found) if f.name not in _NOT_OF_MASKS)
 
 
 class DecodeCache:
@@ -41,7 +43,7 @@ class DecodeCache:
         """As :func:`decode_and_filter`. Raises ValueError for another picture or model than the cache was made for."""
         if sam is not self.sam or encoded is not self.encoded:
             raise ValueError("this cache belongs to another picture or model: make a DecodeCache for each picture")
-        keys = [_key(prompts, row, spec) for row in index.tolist()]
+        keys = [prompt_key(prompts, row, spec) for row in index.tolist()]
         known = {key: self._known[key] for key in keys if key in self._known}
         new = [i for i, key in enumerate(keys) if key not in known]
         if new:
@@ -85,25 +87,25 @@ class PcmCache:
         return self._pcm
 
 
-def _key(prompts: Prompts, row: int, spec: SamSpec) -> Hashable:
+def prompt_key(prompts: Prompts, row: int, spec: SamSpec) -> Hashable:
     box = None if prompts.boxes is None else tuple(prompts.boxes[row].tolist())
     return tuple(prompts.points[row].tolist()), box, prompts.multimask, spec
 
 
 def _by_prompt(found: Found, index: Tensor) -> list[tuple[dict[str, Tensor], Tensor]]:
-    """Of each prompt ``index`` its masks' fields and whether one of them passed the IoU threshold, as copies."""
+    """Of each prompt ``index`` its masks' fields and its best predicted IoU, as copies."""
     entries = []
-    for row, passed in zip(index, found.passed_iou):
+    for row, best in zip(index, found.best_iou):
         own = found.prompt == row
-        entries.append(({name: getattr(found, name)[own] for name in _OF_MASKS}, passed.clone()))
+        entries.append(({name: getattr(found, name)[own] for name in _OF_MASKS}, best.clone()))
     return entries
 
 
 def _joined(entries: list[tuple[dict[str, Tensor], Tensor]], index: Tensor) -> Found:
     masks = {name: torch.cat([fields[name] for fields, _ in entries]) for name in _OF_MASKS}
     counts = torch.tensor([len(fields["iou"]) for fields, _ in entries], device=index.device)
-    passed = torch.stack([passed for _, passed in entries])
-    return Found(**masks, prompt=index.repeat_interleave(counts), passed_iou=passed)
+    best = torch.stack([best for _, best in entries])
+    return Found(**masks, prompt=index.repeat_interleave(counts), best_iou=best)
 
 
 def _size(entry: tuple[dict[str, Tensor], Tensor]) -> int:

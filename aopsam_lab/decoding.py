@@ -101,9 +101,10 @@ class Found:
     """Masks that passed both thresholds, before duplicates are removed.
 
     low_res: (n, 4h, 4w) logits, model frame; beyond the picture's edge, on padding, they may be 0. iou, stability: (n,).
-    boxes: (n, 4) long, image frame, inclusive. prompt: (n,) long, index into the prompts. passed_iou: (m,) bool, prompts of
-    which at least one mask passed the IoU threshold.
-    masks: n COCO RLE where they are encoded already; low_res is then empty. See :func:`encode_early`.
+    boxes: (n, 4) long, image frame, inclusive. prompt: (n,) long, index into the prompts.
+    best_iou: (m,) of each prompt decoded, the highest predicted IoU of its masks, those that did
+    not pass included.
+    masks: n COCO RLE where they are encoded already; :func:`encode_early` then lets go of low_res.
     """
 
     low_res: Tensor
@@ -111,7 +112,7 @@ class Found:
     stability: Tensor
     boxes: Tensor
     prompt: Tensor
-    passed_iou: Tensor = field(repr=False)
+    best_iou: Tensor = field(repr=False)
     masks: list[dict] | None = field(default=None, repr=False)
 
 
@@ -183,22 +184,25 @@ def decode_and_filter(
         decoded = decoder.decode(_sparse_tokens(sam, encoded, prompts, part))
         wanted = torch.zeros_like(decoded.iou, dtype=torch.bool)
         wanted[:, masks] = decoded.iou[:, masks] > spec.pred_iou_thresh
+        best = decoded.iou[:, masks].amax(1)
         if not wanted.any():
-            return wanted.any(1), none
+            return best, none
         low_res = decoded.draw(wanted)
         stability, boxes = sizes.measure(low_res, sam.mask_threshold, STABILITY_OFFSET, spec.stability_score_thresh)
         stable = stability >= spec.stability_score_thresh  # an empty mask has NaN and fails
         owner = part.repeat_interleave(wanted.sum(1))
-        return wanted.any(1), tuple(x[stable] for x in (low_res, decoded.iou[wanted], stability, boxes, owner))
+        fields = (low_res, decoded.iou[wanted], stability, boxes, owner)
+        return best, tuple(x[stable] for x in fields)
 
-    nothing = index.new_zeros(0, dtype=torch.bool), none
-    passed, kept = zip(nothing, *in_batches(index, decode_batch(encoded), found_of, MIN_DECODE_BATCH))
-    return Found(*(torch.cat(parts) for parts in zip(*kept)), torch.cat(passed))
+    parts = in_batches(index, decode_batch(encoded), found_of, MIN_DECODE_BATCH)
+    best, kept = zip((empty, none), *parts)
+    return Found(*(torch.cat(parts) for parts in zip(*kept)), torch.cat(best))
 
 
 def encode_early(sam: Sam, encoded: Encoded, found: list[Found]) -> None:
     """Where the logits of all masks found so far take more than KEPT_LOGITS, and more than KEPT_MASKS float masks at the
-    picture's size, encode the masks and let the logits go.
+    picture's size, encode the masks and let the logits go. Of masks that are encoded already they
+    always go.
 
     Most of them will be duplicates, encoded for nothing; so that memory does not grow with the prompts tried beyond that.
     """
@@ -206,11 +210,14 @@ def encode_early(sam: Sam, encoded: Encoded, found: list[Found]) -> None:
     height, width = encoded.image.shape[:2]
     if sum(part.low_res.nbytes for part in waiting) > max(KEPT_LOGITS, KEPT_MASKS * height * width * 4):
         for part in waiting:
-            part.masks = _encoded_masks(sam, encoded, part.low_res, torch.arange(len(part.iou), device=part.iou.device))
+            every = torch.arange(len(part.iou), device=part.iou.device)
+            part.masks = encoded_masks(sam, encoded, part.low_res, every)
+    for part in found:
+        if part.masks is not None:
             part.low_res = part.low_res.new_zeros(0, *part.low_res.shape[1:])
 
 
-def _encoded_masks(sam: Sam, encoded: Encoded, low_res: Tensor, index: Tensor) -> list[dict]:
+def encoded_masks(sam: Sam, encoded: Encoded, low_res: Tensor, index: Tensor) -> list[dict]:
     """RLE of the masks ``index``, in its order."""
     sizes = full_size(sam, encoded)
     parts = in_batches(index, max(1, len(index)), lambda part: sizes.encode(low_res[part], sam.mask_threshold))
@@ -232,7 +239,7 @@ def remove_duplicates(sam: Sam, encoded: Encoded, found: list[Found]) -> dict:
     for part in found:
         own = order.values[(order.values >= first) & (order.values < first + len(part.iou))] - first
         if part.masks is None:
-            masks += _encoded_masks(sam, encoded, part.low_res, own)
+            masks += encoded_masks(sam, encoded, part.low_res, own)
         else:
             masks += [part.masks[i] for i in own.tolist()]
         first += len(part.iou)

@@ -81,7 +81,7 @@ def run_method(
         result = remove_duplicates(sam, encoded, [found for parts in rounds for _, found in parts])
     seconds = {"encode": encoded.seconds, "infer": watch.seconds["infer"], "mask": watch.seconds["mask"]}
     seconds["total"] = sum(seconds.values())
-    table = _prompt_table(proposal, rounds, result["mask_prompt"])
+    table = _prompt_table(proposal, rounds, result["mask_prompt"], spec.pred_iou_thresh)
     eliminated = proposal.eliminated_by >= 0
     return Segmentation(
         image=encoded.image,
@@ -119,7 +119,12 @@ def strongest(confidence: torch.Tensor, index: torch.Tensor, limit: float) -> to
     return index[chosen]
 
 
-def _prompt_table(proposal: Proposal, rounds: list[list[tuple[torch.Tensor, Found]]], mask_prompt: np.ndarray) -> pd.DataFrame:
+def _prompt_table(
+    proposal: Proposal,
+    rounds: list[list[tuple[torch.Tensor, Found]]],
+    mask_prompt: np.ndarray,
+    pred_iou_thresh: float,
+) -> pd.DataFrame:
     """One row a prompt: where, how sure, in which round, and what became of it."""
     prompts = proposal.prompts
     m = len(prompts)
@@ -132,7 +137,8 @@ def _prompt_table(proposal: Proposal, rounds: list[list[tuple[torch.Tensor, Foun
     for i, index, found in ((i, *part) for i, parts in enumerate(rounds) for part in parts):
         rows = index.cpu().numpy()
         round_of[rows] = i
-        status[rows] = np.where(found.passed_iou.cpu().numpy(), "unstable", "low_iou")
+        passed = found.best_iou > pred_iou_thresh
+        status[rows] = np.where(passed.cpu().numpy(), "unstable", "low_iou")
         status[found.prompt.cpu().numpy()] = "duplicate"
     status[mask_prompt] = "kept"
     table["round"], table["status"] = round_of, status
