@@ -12,10 +12,11 @@ DATASET =
 # where it lies, for DATASET=coco, lvis or sa1b
 DATA =
 N =
+# images on which each setting also runs alone, to be timed
+TIMED =
 SEED =
 DEVICE =
 OUT = reports
-TIMED =
 
 VENV := .venv
 READY := $(VENV)/.requirements-installed
@@ -34,16 +35,17 @@ REPORT = $(RUN) -m aopsam_lab.study report --reports '$(OUT)' \
   $(if $(SAM),--sam '$(SAM)') $(if $(CHECKPOINT),--checkpoint '$(CHECKPOINT)') \
   $(if $(PREDICTOR),--predictor '$(PREDICTOR)') $(if $(DETECTOR),--detector '$(DETECTOR)') \
   $(if $(DATASET),--dataset '$(DATASET)$(if $(DATA),:$(DATA))') $(if $(N),--n-images '$(N)') \
-  $(if $(SEED),--seed '$(SEED)') $(if $(DEVICE),--device '$(DEVICE)')
+  $(if $(SEED),--seed '$(SEED)') $(if $(DEVICE),--device '$(DEVICE)') \
+  $(if $(TIMED),--timed-images '$(TIMED)')
 
-study: $(READY)  ## the main comparison: SAM= CHECKPOINT= PREDICTOR= DETECTOR= METHODS= DATASET= DATA= N= SEED= DEVICE= OUT=
+study: $(READY)  ## the main comparison: SAM= CHECKPOINT= PREDICTOR= DETECTOR= METHODS= DATASET= DATA= N= TIMED= SEED= DEVICE= OUT=
 	$(REPORT) $(if $(METHODS),--methods '$(METHODS)') main_comparison
 
-ablation: $(READY)  ## what each part of AoP-SAM gives: the parameters of study; TIMED= images on which each runs alone
-	$(REPORT) $(if $(TIMED),--timed-images '$(TIMED)') ablation
+ablation: $(READY)  ## what each part of AoP-SAM gives: the parameters of study
+	$(REPORT) ablation
 
-sweeps: $(READY)  ## what each of the four knobs does: the parameters of study; TIMED= images on which each runs alone
-	$(REPORT) $(if $(TIMED),--timed-images '$(TIMED)') parameter_sweeps
+sweeps: $(READY)  ## what each of the four knobs does: the parameters of study
+	$(REPORT) parameter_sweeps
 
 bench: $(READY)  ## fast decoding against segment_anything's own, technique by technique: DATASET= N= SEED= OUT=
 	$(RUN) -m aopsam_lab.study.bench --out '$(OUT)/bench' \

@@ -24,7 +24,8 @@ TIMES = ["encode_s", "inf_lat_s", "mask_lat_s", "total_s"]
 @pytest.fixture
 def study(weights, folder, tmp_path):
     def run(**changes):
-        arguments = {"methods": METHODS, "dataset": folder, "n_images": 3, "out": tmp_path / "out", **FEW, **weights}
+        arguments = {"methods": METHODS, "dataset": folder, "n_images": 3, "out": tmp_path / "out"}
+        arguments |= {"timed_images": 0, "thresholds": (), **FEW, **weights}
         return run_study(**{**arguments, **changes})
 
     return run
@@ -62,18 +63,20 @@ def test_a_file_that_is_no_store(tmp_path):
 
 
 def test_a_study_scores_every_image_with_every_method(study):
-    result = study(n_images=4)
-    assert (result.n_scored, result.n_reused) == (8, 0)
+    result = study(n_images=4, timed_images=2)
+    assert (result.n_scored, result.n_reused) == (8 + 4, 0)
     assert list(result.per_image.columns) == list(tables.PER_IMAGE_COLUMNS)
     assert ",".join(result.summary.columns) == (
         "method,n_images,miou,miou_lo,miou_hi,miou_best,inf_lat_s,mask_lat_s,encode_s,total_s,peak_mem_mb,n_masks,"
-        "n_decoded,elim_ratio"
+        "n_decoded,elim_ratio,ar_100,ar_1000"
     )
     assert result.summary["method"].tolist() == METHODS and result.differences["method"].tolist() == ["aop_no_af"]
     own = result.per_image
-    assert (own["n_decoded"] > 0).all() and (own[TIMES] >= 0).all(axis=None)
-    assert np.allclose(own["total_s"], own[["encode_s", "inf_lat_s", "mask_lat_s"]].sum(axis=1))
-    assert own.groupby("image")["encode_s"].nunique().eq(1).all()  # one encoding for all methods
+    assert (own["n_decoded"] > 0).all() and own[["ar_100", "ar_1000"]].notna().all(axis=None)
+    timed, others = own[:4], own[4:]
+    assert (timed[TIMES] >= 0).all(axis=None) and others[TIMES].isna().all(axis=None)
+    assert np.allclose(timed["total_s"], timed[["encode_s", "inf_lat_s", "mask_lat_s"]].sum(axis=1))
+    assert timed.groupby("image")["encode_s"].nunique().eq(1).all()  # one encoding for all methods
     assert [example.id for example in result.examples] == own["image"].drop_duplicates().tolist()[:3]
     masks = result.examples[0].detail["aop"]["masks"]
     assert len(masks) == own.query("method == 'aop'")["n_masks"].iloc[0] and masks[0]["size"] == [48, 48]
@@ -141,10 +144,11 @@ def test_bad_arguments(study, changes, message):
 def test_kill_9_loses_at_most_the_image_in_hand(study, weights, folder, tmp_path, kill_after, stored_rows):
     """A real process, killed once it has stored a few rows; the next one scores the rest and nothing twice."""
     out = tmp_path / "killed"
-    arguments = {"methods": METHODS, "dataset": str(folder), "n_images": 14, "out": str(out), **FEW, **weights}
+    arguments = {"methods": METHODS, "dataset": str(folder), "n_images": 14, "out": str(out)}
+    arguments |= {"timed_images": 0, "thresholds": (), **FEW, **weights}
     code = f"from aopsam_lab.study.runner import run_study; run_study(**{arguments!r})"
     before = kill_after(code, out / STORE_NAME, rows=5)
-    assert 5 <= len(before) < 28
+    assert 5 <= len(before) < 28 and len(before) % 2 == 0  # whole images
 
     result = study(n_images=14, out=out)
     assert (result.n_reused, result.n_scored) == (len(before), 28 - len(before))
@@ -192,6 +196,14 @@ def test_tables_by_hand():
     assert difference["n_decoded_ratio"] == pytest.approx(6)
     (sentence,) = tables.findings(summary.reset_index(), tables.difference_table(per_image))
     assert "+10.0 points" in sentence and "so it is better" in sentence and "17% of the prompts" in sentence
+    matched = {"matched_100": [2, 1] + [0] * 8, "matched_1000": [2] * 10}
+    matched |= {"n_found": 4, "n_covered": 3}
+    others = row("b", "aop", 0.4, n_truth=3) | {**matched, "matched_100": [1] * 10, "n_covered": 1}
+    recalls = tables.per_image_table([row("a", "aop", 0.6) | matched, others])
+    assert recalls["ar_100"].tolist() == pytest.approx([3 / 20, 10 / 30])
+    pooled = tables.summary_table(recalls, {}).iloc[0]
+    assert pooled[["ar_100", "ar_1000"]].tolist() == pytest.approx([13 / 50, 40 / 50])  # over masks
+    assert pooled["coverage"] == pytest.approx(0.5) and np.isnan(summary.loc["aop", "ar_100"])
     shown = tables.results_for_people(summary.reset_index(), tables.difference_table(per_image))
     assert shown["Δ to AoP-SAM"].tolist() == ["-10.0 [-10.0, -10.0]", "–"]
 
@@ -209,17 +221,18 @@ def test_milliseconds(seconds, text):
 def test_a_report_made_from_another_folder(weights, folder, tmp_path, monkeypatch):
     """The notebook through papermill, with all that it writes."""
     monkeypatch.chdir(tmp_path)
-    few = {"methods": METHODS, "n_images": 2, "confidence": 0.0, "spacing": 60.0}
+    few = {"methods": METHODS, "n_images": 2, "timed_images": 1, "confidence": 0.0, "spacing": 60.0}
     index = run_report("main_comparison", {"dataset": str(folder), **few, **weights}, "reports")
     made = tmp_path / "reports" / "main_comparison"
     for name in ("main_comparison.ipynb", "main_comparison.html", "main_comparison.csv", "main_comparison.png",
-                 "main_comparison_differences.csv", "per_image.csv", "examples.png", "provenance.json"):  # fmt: skip
+                 "main_comparison_differences.csv", "per_image.csv", "thresholds.png",
+                 "thresholds.csv", "thresholds_per_image.csv", "examples.png", "provenance.json"):  # fmt: skip
         assert (made / name).stat().st_size > 100, name
-        assert f"main_comparison/{name}" in index.read_text(encoding="utf-8") or name in ("examples.png",)
+        assert f"main_comparison/{name}" in index.read_text(encoding="utf-8") or name == "examples.png"
     summary = pd.read_csv(made / "main_comparison.csv")
     assert list(summary.columns) == list(tables.SUMMARY_COLUMNS) and summary["peak_mem_mb"].gt(0).all()
     page = (made / "main_comparison.html").read_text(encoding="utf-8")
-    assert "4 rows scored now, 0 found" in page and not re.search(r'<(script|link)[^>]+(src|href)="https?:', page)
+    assert "6 rows scored now, 0 found" in page and not re.search(r'<(script|link)[^>]+(src|href)="https?:', page)
     assert str(PACKAGE_ROOT) not in (made / "main_comparison.ipynb").read_text(encoding="utf-8")
 
 

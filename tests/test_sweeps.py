@@ -13,9 +13,14 @@ from hypothesis import strategies as st
 
 from aopsam_lab import decode_cache
 from aopsam_lab.asf import AsfParams
+from aopsam_lab.data import open_dataset
+from aopsam_lab.decoding import encode
+from aopsam_lab.pipeline import run_method
 from aopsam_lab.study import PACKAGE_ROOT, figures, page, runner, sweeps, tables
 from aopsam_lab.study.report import run_report
-from aopsam_lab.study.runner import STORE_NAME, TIMES, run_study
+from aopsam_lab.study.runner import STORE_NAME
+from aopsam_lab.study.scores import TIMES, row_values
+from aopsam_lab.study.settings import Weights, load_models
 from aopsam_lab.study.sweep_figures import joint_figure, sweep_figure
 from aopsam_lab.study.sweeps import GRIDS, run_ablation, run_sweeps
 
@@ -36,14 +41,19 @@ def sweep(weights, folder, tmp_path):
 # --- running --------------------------------------------------------------------------------------------------------
 
 
-def test_shared_scores_are_those_of_each_setting_alone(sweep, weights, folder, tmp_path):
+def test_shared_scores_are_those_of_each_setting_alone(sweep, weights, folder):
     shared = sweep().study.per_image.set_index(["method", "image"])
+    images, models = open_dataset(folder, 2), load_models(Weights(**weights), ["aop"])
     counts = ["n_truth", "n_masks", "n_sampled", "n_decoded", "n_eliminated"]
     for name, change in {"default": {}, "spacing 40": {"spacing": 40.0}, "elimination 1": {"elimination": 1.0}}.items():
-        arguments = {"methods": ["aop"], "dataset": folder, "n_images": 2, "out": tmp_path / "alone", **FEW, **weights}
-        alone = run_study(**{**arguments, **change, "memory": False, "progress": False}).per_image.set_index("image")
-        assert (alone[counts] == shared.loc[name][counts]).all(axis=None)
-        np.testing.assert_allclose(alone["miou"], shared.loc[name]["miou"], atol=1e-3)
+        params = AsfParams(**{**FEW, **change})
+        for i in range(2):
+            sample, row = images[i], shared.loc[(name, images.ids[i])]
+            encoded = encode(models.sam, sample.image)
+            found = run_method(models.sam, encoded, "aop", models.predictor, params=params)
+            alone = row_values(found, sample.rles, None)
+            assert [alone[count] for count in counts] == row[counts].tolist()
+            assert alone["miou"] == pytest.approx(row["miou"], abs=1e-3)
 
 
 def test_times_come_only_from_runs_without_sharing(sweep, monkeypatch):

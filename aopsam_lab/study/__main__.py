@@ -42,7 +42,9 @@ def parser() -> argparse.ArgumentParser:
     report.add_argument("--methods", type=lambda text: text.split(","), help="names, separated by commas")
     report.add_argument("--dataset", help="photos, scenes or the path of a COCO-style folder")
     report.add_argument("--n-images", type=int)
-    report.add_argument("--timed-images", type=int, help="of ablation and sweeps: images on which each setting runs alone")
+    report.add_argument(
+        "--timed-images", type=int, help="images on which each setting runs alone, to be timed"
+    )
     report.add_argument("--seed", type=int)
     report.add_argument("--device", help="auto, cpu or cuda")
     for name in ("smoothing", "confidence", "spacing", "elimination"):

@@ -31,6 +31,7 @@ STYLES = {
     "aop_no_af": ("#009E73", "^"),
     "aop": ("#009E73", "o"),
     "aop_gated": ("#009E73", "P"),
+    "aop_raw": ("#009E73", "X"),
 }
 OTHER_STYLE = ("#555555", "o")
 INK, MUTED, RULE = "#1b1b1b", "#5f6368", "#d9dce0"

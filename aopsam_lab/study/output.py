@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 import pandas as pd
 
 from aopsam_lab.files import write_atomically
-from aopsam_lab.study import figures
+from aopsam_lab.study import figures, thresholds
+from aopsam_lab.study.threshold_figure import threshold_figure
 
 if TYPE_CHECKING:
     from aopsam_lab.study.runner import StudyResult
@@ -25,7 +26,8 @@ def save_result(result: StudyResult, name: str, shown: Sequence[str] = SHOWN_MET
     """Write a result to its folder; the paths by what they hold. shown: methods whose masks are drawn, if run.
 
     `<name>.csv` (summary), `<name>_differences.csv`, `per_image.csv`, `<name>.png` (the figure), `examples.png` and
-    `provenance.json`.
+    `provenance.json`; and where the result has curves, `thresholds.csv`,
+    `thresholds_per_image.csv`, `equal_masks.csv` and `thresholds.png`.
     """
     shown = [method for method in shown if method in set(result.summary["method"])]
     shown = shown or result.summary["method"].tolist()[: len(SHOWN_METHODS)]
@@ -38,8 +40,21 @@ def save_result(result: StudyResult, name: str, shown: Sequence[str] = SHOWN_MET
         "figure": (f"{name}.png", figures.png(figures.tradeoff_figure(everywhere))),
         "examples": ("examples.png", figures.png(figures.examples_figure(result.examples, shown))),
         "provenance": ("provenance.json", json.dumps(result.provenance, indent=2) + "\n"),
+        **_curve_files(result),
     }
     return {key: write_atomically(result.out / file, content) for key, (file, content) in contents.items()}
+
+
+def _curve_files(result: StudyResult) -> dict[str, tuple[str, str | bytes]]:
+    if result.curves.empty:
+        return {}
+    summary = thresholds.summary_of_curves(result.curves)
+    return {
+        "thresholds": ("thresholds.csv", to_csv(summary)),
+        "curves": ("thresholds_per_image.csv", to_csv(result.curves)),
+        "equal_masks": ("equal_masks.csv", to_csv(thresholds.equal_masks(result.curves))),
+        "threshold_figure": ("thresholds.png", figures.png(threshold_figure(summary))),
+    }
 
 
 def save_sweeps(result: SweepResult, name: str) -> dict[str, Path]:

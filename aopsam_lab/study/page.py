@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 
 from aopsam_lab.files import write_atomically
-from aopsam_lab.study import beside_paper, tables
+from aopsam_lab.study import beside_paper, tables, thresholds
 from aopsam_lab.study.output import TABLE_STYLE, html_table
 from aopsam_lab.study.paper import CITATION
 
@@ -30,6 +30,9 @@ FILE_TITLES = (
     ("paper_signs.csv", "signs beside the paper's (CSV)"),
     ("budgets.csv", "best settings (CSV)"),
     ("per_image.csv", "every image (CSV)"),
+    ("thresholds.csv", "looser thresholds (CSV)"),
+    ("thresholds_per_image.csv", "looser thresholds, every image (CSV)"),
+    ("equal_masks.csv", "at equal masks kept (CSV)"),
     ("provenance.json", "provenance (JSON)"),
 )
 
@@ -143,7 +146,20 @@ def _results(folder: Path) -> str:
 <div><h3>What the numbers say</h3>
 <ul>{sentences}</ul></div>
 </div>
-{_beside_paper(folder, summary)}{examples}"""
+{_thresholds(folder)}{_beside_paper(folder, summary)}{examples}"""
+
+
+def _thresholds(folder: Path) -> str:
+    """The figure of looser thresholds, and the comparison at equal masks; "" without it."""
+    if not (folder / "thresholds.png").exists():
+        return ""
+    equal = thresholds.equal_sentences(pd.read_csv(folder / "equal_masks.csv"))
+    items = "".join(f"<li>{html.escape(text)}</li>" for text in equal)
+    return (
+        f'<h3>Looser thresholds</h3><figure><img src="{folder.name}/thresholds.png" loading="lazy" '
+        'alt="mIoU and recall of each method against masks kept, at five pairs of thresholds">'
+        f"<figcaption>{html.escape(THRESHOLD_NOTES)}</figcaption></figure><ul>{items}</ul>\n"
+    )
 
 
 def _beside_paper(folder: Path, summary: pd.DataFrame) -> str:
@@ -203,13 +219,22 @@ BUDGET_NOTES = (
     "Of all settings tried, each held to so many decoded prompts an image, the one with the highest mIoU. It was "
     "chosen on the pictures it is measured on, so expect a little less on others. max_prompts holds whatever the setting."
 )
+THRESHOLD_NOTES = (
+    "Each method's prompts are decoded once, and their masks filtered at pairs of predicted IoU "
+    "and stability: SAM's own (filled), then looser ones. The prompts are the same at all pairs: "
+    "adaptive filtering eliminates by the masks that pass SAM's own. At equal masks kept: read "
+    "off the mean curve, a straight line between two pairs."
+)
 COLUMN_NOTES = (
     "mIoU: each true mask with at most one prediction, matched greedily by IoU, unmatched truth counting 0; mean over "
     "an image's truths, then over images. Brackets: 95% bootstrap intervals over images; Δ is paired, image by image, "
-    "in points. Best match: truths may share a prediction. Inf_Lat: embedding and picture in, prompts out. Mask_Lat: "
+    "in points. Best match: truths may share a prediction. "
+    "AR@100, AR@1000: COCO's average recall (IoU 0.50 to 0.95) of the best masks, whatever their "
+    "class, over all ground-truth masks. Coverage, where shown: the share of the masks that SAM "
+    "itself found from a 64 x 64 grid that any mask reaches with an IoU of 0.75; mean over images. "
+    "Inf_Lat: embedding and picture in, prompts out. Mask_Lat: "
     "prompts in, filtered masks out. Total: both and the image encoder. Times and counts are means per image. Peak: "
-    "memory beyond the loaded models, in a process of its own (on CUDA the whole peak allocation). AMG-D, stock: the same "
-    "grid run by segment_anything's own generator, on the first images only, as it is slow."
+    "memory beyond the loaded models, in a process of its own (on CUDA the whole peak allocation)."
 )
 
 

@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +15,18 @@ import pandas as pd
 
 from aopsam_lab.asf import AsfParams
 from aopsam_lab.data import Dataset, open_dataset
-from aopsam_lab.evaluator import evaluate
+from aopsam_lab.data.found import found_masks
 from aopsam_lab.decode_cache import DecodeCache, PcmCache
 from aopsam_lab.decoding import encode
+from aopsam_lab.loose_cache import LooseCache, LooseRun
 from aopsam_lab.pipeline import run_method
+from aopsam_lab.sam.zoo import spec_of
 from aopsam_lab.segmentation import Segmentation
-from aopsam_lab.study import tables
+from aopsam_lab.study import scores, tables
+from aopsam_lab.study import thresholds as curves
 from aopsam_lab.study.memory import MEMORY_VERSION, measure_peak
 from aopsam_lab.study.provenance import processor, provenance
+from aopsam_lab.study.scores import TIMES
 from aopsam_lab.study.settings import (
     Models,
     Setting,
@@ -33,15 +37,20 @@ from aopsam_lab.study.settings import (
     scoring_code,
     weight_hashes,
 )
-from aopsam_lab.study.stock import STOCK, STOCK_IMAGES, run_stock
+from aopsam_lab.study.stock import STOCK, run_stock
 from aopsam_lab.study.store import Store, make_key
+from aopsam_lab.study.thresholds import THRESHOLDS, Pair
 
-DEFAULT_METHODS = ("amg_s", "amg_d", "oas_box", "oas_point", "aop_no_as_af", "aop_no_af", "aop", "aop_gated", STOCK)
+DEFAULT_METHODS = (
+    "amg_s", "amg_d", "oas_box", "oas_point", "aop_no_as_af", "aop_no_af", "aop", "aop_gated",
+    "aop_raw",
+)  # fmt: skip
+TIMED_IMAGES = 3  # runs that share nothing are what a study mostly costs
+WARM_UP_PROMPTS = 64  # decoded before the first time is taken
 STORE_NAME = "results.sqlite"
 EXAMPLE_IMAGES = 3  # of the first images masks and prompts are kept as well, to be shown
 MEMORY_IMAGES = 2
 MEMORY_AT_ONCE = 2  # processes whose memory is measured side by side: each takes long to start, and is not timed
-TIMES = ("encode_s", "inf_lat_s", "mask_lat_s", "total_s")
 
 
 @dataclass(frozen=True)
@@ -64,6 +73,8 @@ class StudyResult:
     per_image:   one row an image and method, see tables.PER_IMAGE_COLUMNS.
     summary:     one row a method, see tables.SUMMARY_COLUMNS.
     differences: one row a method, its paired difference to the reference, see tables.DIFFERENCE_COLUMNS.
+    curves:      one row an image, method and pair of thresholds, see thresholds.CURVE_COLUMNS;
+                 empty where no thresholds were asked for.
     provenance:  parameters, data set, seeds, versions, weights, processor, commit.
     examples:    the first images with truth, masks and prompts.
     n_scored:    rows scored in this run; n_reused: rows found in the store.
@@ -73,6 +84,7 @@ class StudyResult:
     per_image: pd.DataFrame
     summary: pd.DataFrame
     differences: pd.DataFrame
+    curves: pd.DataFrame
     provenance: dict[str, Any]
     examples: list[Example]
     n_scored: int
@@ -93,7 +105,8 @@ def run_study(
     sam: str = "mobile_sam",
     methods: Sequence[str] = DEFAULT_METHODS,
     dataset: str | os.PathLike = "photos",
-    n_images: int | None = 28,
+    n_images: int | None = 12,
+    timed_images: int = TIMED_IMAGES,
     seed: int = 0,
     device: str = "auto",
     smoothing: float = 2.0,
@@ -104,6 +117,7 @@ def run_study(
     checkpoint: str | os.PathLike | None = None,
     predictor: str | os.PathLike | None = None,
     detector: str | os.PathLike | None = None,
+    thresholds: Sequence[Pair] = THRESHOLDS,
     memory: bool = True,
     progress: bool = True,
 ) -> StudyResult:
@@ -113,10 +127,7 @@ def run_study(
     seed: as open_dataset. The four ASF parameters: as AsfParams. out: the folder whose results.sqlite keeps the scores;
     what is there is not scored again unless something it depends on has changed. memory: whether to measure peak
     memory, which starts a process for each method. progress: whether to show bars.
-
-    Each image is encoded once; the methods then take turns on it, each image starting with another one, so that
-    whatever slows the machine for a while meets them all alike. Before the first time is taken each method, the slow stock
-    generator left out, runs once unmeasured.
+    timed_images, thresholds: as run_settings.
 
     Raises ValueError for unknown methods or values out of range, and what load_sam and open_dataset raise.
     """
@@ -125,7 +136,10 @@ def run_study(
     params = AsfParams(smoothing=smoothing, confidence=confidence, spacing=spacing, elimination=elimination)
     weights = Weights.of(sam, checkpoint, predictor, detector, device)
     settings = [Setting(method, method, params) for method in methods]
-    return run_settings(settings, weights, dataset, n_images, seed, out, memory=memory, progress=progress)
+    return run_settings(
+        settings, weights, dataset, n_images, seed, out, timed_images=timed_images,
+        thresholds=thresholds, memory=memory, progress=progress,
+    )  # fmt: skip
 
 
 def run_settings(
@@ -136,43 +150,50 @@ def run_settings(
     seed: int,
     out: str | os.PathLike,
     reference: str = tables.REFERENCE,
-    timed_images: int | None = None,
+    timed_images: int = TIMED_IMAGES,
+    thresholds: Sequence[Pair] = (),
     memory: bool = True,
     progress: bool = True,
 ) -> StudyResult:
     """Score settings on a data set; `run_study` says what the arguments are that both have.
 
     reference: the label of the setting that the others are compared to.
-    timed_images: None runs every setting alone on every image, and so times all of them. A number shares: of each image
-    the embedding, the confidence map and every decoded prompt are computed once and serve all settings, which gives
-    their scores but no times; times come from runs of each setting alone, with nothing shared, on that many of the
-    first images. The time columns of other images are empty, and means of times are over the timed images.
+    timed_images: of each image the embedding, the confidence map and every decoded prompt are
+    computed once and serve all settings, which gives their scores but no times. Times come from
+    runs of each setting alone, with nothing shared, on that many of the first images. The time
+    columns of other images are empty, and means of times are over the timed images. On them the
+    settings take turns, each image starting with another one, so that whatever slows the machine
+    for a while meets them all alike; before the first time is taken each method decodes a few
+    prompts unmeasured.
+    thresholds: pairs (predicted IoU, stability score) at which masks are filtered as well, for
+    `curves`; empty for none. The stock generator shares nothing, has no curve, and is slow: it runs
+    where `settings` names it.
     """
     images = open_dataset(dataset, n_images, seed)
     models = load_models(weights, list(dict.fromkeys(setting.method for setting in settings)))
+    pairs = curves.pairs_with_own(thresholds, spec_of(models.sam)) if thresholds else []
     with Store(Path(out) / STORE_NAME) as store:
-        study = Study(models, images, store, progress)
-        if timed_images is None:
-            rows = study.score([s for s in settings if s.method != STOCK])
-            rows += study.score([s for s in settings if s.method == STOCK], min(STOCK_IMAGES, len(images)))
-        else:
-            rows = study.score_together(settings)
-            timed = study.score([s for s in settings if s.max_prompts is None], min(timed_images, len(images)))
-            rows = _with_times(rows, timed)
-        peaks = study.memory([s for s in settings if s.max_prompts is None], weights) if memory else {}
-        examples = study.examples(settings, together=timed_images is not None)
+        study = Study(models, images, store, progress, pairs)
+        rows = study.score_together(settings)
+        unlimited = [setting for setting in settings if setting.max_prompts is None]
+        timed = study.score(unlimited, min(timed_images, len(images)))
+        rows = _with_times(rows, timed)
+        peaks = study.memory(unlimited, weights) if memory else {}
+        examples = study.examples(settings)
     per_image = tables.per_image_table(rows)
     return StudyResult(
         per_image=per_image,
         summary=tables.summary_table(per_image, peaks),
         differences=tables.difference_table(per_image, reference),
+        curves=curves.curve_table(rows, curves.own_pair(spec_of(models.sam))),
         provenance={
             "parameters": {
                 "sam": weights.sam,
                 "methods": list(dict.fromkeys(setting.method for setting in settings)),
                 "dataset": images.name,
                 "n_images": len(images),
-                "timed_images": len(images) if timed_images is None else min(timed_images, len(images)),
+                "timed_images": min(timed_images, len(images)),
+                **curves.described(pairs),
                 "seed": seed,
                 "device": weights.device,
                 **dataclasses.asdict(next((s for s in settings if s.label == reference), settings[0]).params),
@@ -197,17 +218,32 @@ def _with_times(rows: list[dict[str, Any]], timed: list[dict[str, Any]]) -> list
 
 
 class Study:
-    """Models, images and a store: scores settings on images and keeps what it finds."""
+    """Models, images and a store: scores settings on images and keeps what it finds.
 
-    def __init__(self, models: Models, images: Dataset, store: Store, progress: bool) -> None:
-        self.models, self.images, self.store = models, images, store
+    pairs: thresholds at which masks are filtered as well, see `run_settings`.
+    """
+
+    def __init__(
+        self,
+        models: Models,
+        images: Dataset,
+        store: Store,
+        progress: bool,
+        pairs: Sequence[Pair] = (),
+    ) -> None:
+        self.models, self.images, self.store, self.pairs = models, images, store, list(pairs)
+        self.sam_masks = found_masks(images)
         self.machine = processor(models.device)
         self.bar = progress_bar(progress)
         self.n_scored = self.n_reused = 0
 
     def inputs(self, setting: Setting, i: int, together: bool = False) -> dict[str, Any]:
         inputs = row_inputs(setting, self.models, self.machine, self.images.sample_fingerprint(i))
-        return {**inputs, "together": True} if together else inputs
+        if self.sam_masks is not None:
+            inputs["found"] = scores.masks_fingerprint(self.sam_masks[self.images.ids[i]])
+        if together:
+            inputs |= {"together": True, "thresholds": self.pairs}
+        return inputs
 
     def score(self, settings: Sequence[Setting], n_images: int | None = None) -> list[dict[str, Any]]:
         """Rows of all settings, each run alone and timed, on the first images (None: on all)."""
@@ -240,24 +276,28 @@ class Study:
 
     def _score_image(self, i: int, settings: Sequence[Setting], warm_up: bool, bar: Any) -> None:
         sample = self.images[i]
-        truths = sample.rles
         if warm_up:
             encoded = encode(self.models.sam, sample.image)
             for setting in {setting.method: setting for setting in settings if setting.method != STOCK}.values():
-                self._run(encoded, setting)  # the stock generator runs so long that a first time does not show
+                # the stock generator runs so long that a first time does not show
+                self._run(encoded, replace(setting, max_prompts=WARM_UP_PROMPTS))
         encoded = encode(self.models.sam, sample.image)
         for setting in settings:
             bar.set_postfix_str(f"{sample.id} {setting.label}", refresh=False)
             found = self._run(encoded, setting)
-            detail = _detail(found) if i < EXAMPLE_IMAGES else None
-            self.store.add_scores(self.inputs(setting, i), sample.id, setting.method, _values(found, truths), detail)
+            values = scores.row_values(found, sample.rles, self._sam_masks(i))
+            self.store.add_scores(self.inputs(setting, i), sample.id, setting.method, values)
             bar.update()
 
     def _score_image_together(self, i: int, settings: Sequence[Setting], bar: Any) -> None:
         sample = self.images[i]
-        truths = sample.rles
+        truths, sam_masks = sample.rles, self._sam_masks(i)
         encoded = encode(self.models.sam, sample.image)
-        shared = {"decode": DecodeCache(self.models.sam, encoded)}
+        sam, shared = self.models.sam, {}
+        if self.pairs:
+            cache = LooseCache(sam, encoded, curves.loosest(self.pairs))
+        else:
+            cache = DecodeCache(sam, encoded)
         if self.models.predictor is not None:
             shared["predictor"] = PcmCache(self.models.predictor, encoded)
         rows, unlimited = [], {}
@@ -267,14 +307,24 @@ class Study:
             values, detail = unlimited.get(which, (None, None))
             # a limit that is not reached changes nothing
             if values is None or values["n_decoded"] > setting.max_prompts:
-                found = self._run(encoded, setting, **shared)
-                values = {key: value for key, value in _values(found, truths).items() if key not in TIMES}
-                detail = _detail(found) if i < EXAMPLE_IMAGES else None
+                decode = LooseRun(cache) if self.pairs else cache
+                found = self._run(encoded, setting, decode=decode, **shared)
+                values = scores.row_values(found, truths, sam_masks)
+                values = {key: value for key, value in values.items() if key not in TIMES}
+                if self.pairs and setting.method != STOCK:
+                    values["curve"] = [
+                        {"thresholds": pair, **scores.mask_scores(truths, kept, sam_masks)}
+                        for pair, kept in zip(self.pairs, decode.masks_at(self.pairs))
+                    ]
+                detail = scores.detail(found) if i < EXAMPLE_IMAGES else None
             if setting.max_prompts is None:
                 unlimited[which] = values, detail
             rows.append((self.inputs(setting, i, together=True), sample.id, setting.method, values, detail))
             bar.update()
         self.store.add_together(rows)
+
+    def _sam_masks(self, i: int) -> list[dict] | None:
+        return None if self.sam_masks is None else self.sam_masks[self.images.ids[i]]
 
     def _run(self, encoded: Any, setting: Setting, **shared: Any) -> Segmentation:
         models = self.models
@@ -286,12 +336,11 @@ class Study:
         )
 
     def memory(self, settings: Sequence[Setting], weights: Weights) -> dict[str, float]:
-        """Peak memory of each setting over the first few images (MiB), measured where the store has none; of the stock
-        generator, which is slow, on the first."""
-        images = {s.label: range(min(1 if s.method == STOCK else MEMORY_IMAGES, len(self.images))) for s in settings}
+        """Peak memory of each setting over the first few images (MiB), measured once and stored."""
+        first = range(min(MEMORY_IMAGES, len(self.images)))
+        fingerprint = " ".join(map(self.images.sample_fingerprint, first))
 
         def memory_inputs(setting: Setting) -> dict[str, Any]:
-            fingerprint = " ".join(map(self.images.sample_fingerprint, images[setting.label]))
             return {**row_inputs(setting, self.models, self.machine, fingerprint), "memory_version": MEMORY_VERSION}
 
         wanted = {setting.label: memory_inputs(setting) for setting in settings}
@@ -300,11 +349,11 @@ class Study:
             for setting in settings
             if self.store.memory(key := make_key(wanted[setting.label])) is None
         }.values()  # equal settings: once
-        pictures = [self.images[i].image for i in max(images.values(), key=len, default=())] if missing else []
+        pictures = [self.images[i].image for i in first] if missing else []
         total = len({make_key(inputs) for inputs in wanted.values()})
 
         def peak_of(setting: Setting) -> float:
-            return measure_peak(setting, weights, pictures[: len(images[setting.label])])
+            return measure_peak(setting, weights, pictures)
 
         at_once = MEMORY_AT_ONCE if self.models.device.type == "cpu" else 1
         with (
@@ -316,12 +365,14 @@ class Study:
                 bar.update()
         return {label: self.store.memory(make_key(inputs)) for label, inputs in wanted.items()}
 
-    def examples(self, settings: Iterable[Setting], together: bool = False) -> list[Example]:
+    def examples(self, settings: Iterable[Setting]) -> list[Example]:
         examples = []
         for i in range(min(EXAMPLE_IMAGES, len(self.images))):
             sample = self.images[i]
-            stored = {s.label: self.store.detail(make_key(self.inputs(s, i, together))) for s in settings}
-            detail = {label: found for label, found in stored.items() if found is not None}  # the stock row is of fewer images
+            detail = {
+                setting.label: self.store.detail(make_key(self.inputs(setting, i, together=True)))
+                for setting in settings
+            }
             for found in detail.values():
                 found["masks"] = [
                     {"size": found["size"], "counts": counts.encode("ascii")} for counts in found["masks"]
@@ -349,34 +400,3 @@ def progress_bar(show: bool = True) -> Callable[..., Any]:
         return tqdm(disable=not show, smoothing=0.05, **where, **arguments)
 
     return bar
-
-
-def _values(found: Segmentation, truths: list[dict]) -> dict[str, Any]:
-    """What is stored of one image and method."""
-    score = evaluate(truths, found.masks)
-    return {
-        "miou": score.miou if score.n_truth else None,  # JSON has no NaN
-        "miou_best": score.miou_best if score.n_truth else None,
-        "n_truth": score.n_truth,
-        "n_masks": len(found.masks),
-        "n_sampled": int(found.n_sampled),
-        "n_decoded": int(found.n_decoded),
-        "n_eliminated": int(found.n_eliminated),
-        "encode_s": float(found.seconds["encode"]),
-        "inf_lat_s": float(found.seconds["infer"]),
-        "mask_lat_s": float(found.seconds["mask"]),
-        "total_s": float(found.seconds["total"]),
-    }
-
-
-def _detail(found: Segmentation) -> dict[str, Any]:
-    """Masks and prompts of one image and method, as JSON can hold them."""
-    prompts = found.prompts
-    return {
-        "size": list(found.image.shape[:2]),
-        "masks": [mask["counts"].decode("ascii") for mask in found.masks],
-        "prompts": [
-            [round(float(x), 2), round(float(y), 2), str(status)]
-            for x, y, status in zip(prompts["x"], prompts["y"], prompts["status"])
-        ],
-    }

@@ -22,9 +22,10 @@ METHODS = {**OUR_METHODS, STOCK: Grid(STOCK, 32)}
 
 # The code that a score or a time depends on. When it changes, rows made with the former code are scored anew.
 SCORING_CODE = (
-    "asf.py", "batching.py", "decode_cache.py", "decoding.py", "detector.py", "evaluator.py", "fullsize.py", "imaging.py", "methods.py",
-    "pipeline.py", "predictor.py", "rle.py", "sam/decoder.py", "sam/image_decoder.py", "sam/mobile.py",
-    "sam/shared.py", "sam/tiny.py", "sam/zoo.py", "study/stock.py",
+    "asf.py", "batching.py", "decode_cache.py", "decoding.py", "detector.py", "evaluator.py",
+    "fullsize.py", "imaging.py", "loose_cache.py", "methods.py", "pipeline.py", "predictor.py",
+    "recall.py", "rle.py", "sam/decoder.py", "sam/image_decoder.py", "sam/mobile.py",
+    "sam/shared.py", "sam/tiny.py", "sam/zoo.py", "study/scores.py", "study/stock.py",
 )  # fmt: skip
 
 

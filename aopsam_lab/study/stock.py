@@ -1,4 +1,4 @@
-"""The main comparison's extra row: AMG-D's grid run by segment_anything's own generator: what decoding gains."""
+"""The 32 x 32 grid run by segment_anything's own generator, for studies that name it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from aopsam_lab.sam.zoo import spec_of
 from aopsam_lab.segmentation import PROMPT_COLUMNS, Segmentation
 
 STOCK = "amg_d_stock"
-STOCK_IMAGES = 2  # it is slow: the row is of the first images only
 POINTS_PER_BATCH = 64  # SamAutomaticMaskGenerator's default
 
 

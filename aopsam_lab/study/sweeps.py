@@ -15,7 +15,7 @@ from aopsam_lab.asf import AsfParams
 from aopsam_lab.evaluator import mean_interval
 from aopsam_lab.study import tables
 from aopsam_lab.study.paper import sign_table
-from aopsam_lab.study.runner import StudyResult, run_settings
+from aopsam_lab.study.runner import TIMED_IMAGES, StudyResult, run_settings
 from aopsam_lab.study.settings import Setting, Weights, check_methods
 
 ABLATION = ("aop_no_as_af", "aop_no_af", "aop", "aop_gated")
@@ -28,7 +28,6 @@ GRIDS = {  # the paper's
 METHOD = "aop"
 DEFAULT = "default"  # the label of the setting that a sweep departs from
 BUDGETS = (25, 50, 100)
-TIMED_IMAGES = 3  # runs without sharing are what a sweep mostly costs
 
 DIFFERENCE = ("miou_diff", "miou_diff_lo", "miou_diff_hi")
 SWEEP_COLUMNS = ("knob", "value", "is_default", *tables.SUMMARY_COLUMNS[1:], *DIFFERENCE)
@@ -197,7 +196,8 @@ def sweep_table(
             difference = differences.loc[name, list(DIFFERENCE)]
             default = getattr(params, knob) == value
             rows.append({"knob": knob, "value": value, "is_default": default, **summary.loc[name], **difference})
-    return pd.DataFrame(rows, columns=list(SWEEP_COLUMNS))
+    found = [name for name in tables.COVERAGE_COLUMNS if name in summary]
+    return pd.DataFrame(rows, columns=[*SWEEP_COLUMNS, *found])
 
 
 def trend_table(per_image: pd.DataFrame, grids: Mapping[str, Sequence[float]]) -> pd.DataFrame:

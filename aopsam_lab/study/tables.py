@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from aopsam_lab.evaluator import aggregate, mean_interval, paired_difference
+from aopsam_lab.recall import MAX_MASKS, average_recall
 
 REFERENCE = "aop"
 BOOTSTRAP_SEED = 0
@@ -16,16 +17,19 @@ DIFFERENCE_HEADING = "Δ to AoP-SAM"
 
 PER_IMAGE_COLUMNS = (
     "image", "method", "miou", "miou_best", "n_truth", "n_masks", "n_sampled", "n_decoded", "n_eliminated",
-    "elim_ratio", "encode_s", "inf_lat_s", "mask_lat_s", "total_s",
+    "elim_ratio", "encode_s", "inf_lat_s", "mask_lat_s", "total_s", "ar_100", "ar_1000",
 )  # fmt: skip
 SUMMARY_COLUMNS = (
     "method", "n_images", "miou", "miou_lo", "miou_hi", "miou_best", "inf_lat_s", "mask_lat_s", "encode_s", "total_s",
-    "peak_mem_mb", "n_masks", "n_decoded", "elim_ratio",
+    "peak_mem_mb", "n_masks", "n_decoded", "elim_ratio", "ar_100", "ar_1000",
 )  # fmt: skip
 DIFFERENCE_COLUMNS = (
     "method", "reference", "n_images", "miou_diff", "miou_diff_lo", "miou_diff_hi", "n_decoded_ratio",
     "mask_lat_ratio", "inf_lat_ratio", "total_ratio",
 )  # fmt: skip
+# Columns that are there where the masks that a SAM found are; of an image the first only.
+COVERAGE_COLUMNS = ("coverage", "coverage_lo", "coverage_hi")
+COVERAGE = COVERAGE_COLUMNS[0]
 
 TITLES = {
     "amg_s": "AMG-S",
@@ -36,7 +40,8 @@ TITLES = {
     "aop_no_af": "AoP-SAM without AF",
     "aop": "AoP-SAM",
     "aop_gated": "AoP-SAM gated (ours)",
-    "amg_d_stock": "AMG-D, stock (first images)",
+    "aop_raw": "AoP-SAM, literal",
+    "amg_d_stock": "AMG-D, stock",
 }
 
 
@@ -49,14 +54,31 @@ def per_image_table(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     """One row an image and method, in the order given; miou and miou_best are NaN for an image without truth.
 
     elim_ratio is eliminated / sampled prompts, NaN where nothing was sampled. Times in seconds, NaN where none was
-    taken.
+    taken. ar_100, ar_1000: COCO's average recall of the best 100 and 1,000 masks, NaN without
+    ground truth. coverage: the share of the masks that a SAM found that the method finds; the
+    column is there where any row has such masks.
     """
-    table = pd.DataFrame(rows).reindex(columns=PER_IMAGE_COLUMNS)
+    table = pd.DataFrame(rows)
+    found = "n_found" in table
+    if found:
+        table[COVERAGE] = [share(*counts) for counts in zip(table["n_covered"], table["n_found"])]
+    for most in MAX_MASKS:
+        matched = table.get(f"matched_{most}", [None] * len(table))
+        table[f"ar_{most}"] = [
+            average_recall(counts, n) if isinstance(counts, list) else float("nan")
+            for counts, n in zip(matched, table["n_truth"])
+        ]
+    table = table.reindex(columns=[*PER_IMAGE_COLUMNS, *([COVERAGE] if found else [])])
     numbers = [name for name in PER_IMAGE_COLUMNS if name.endswith("_s") or name.startswith("miou")]
     table[numbers] = table[numbers].astype(float)
     sampled = table["n_sampled"].astype(float)
     table["elim_ratio"] = table["n_eliminated"] / sampled.where(sampled > 0)
-    return table[list(PER_IMAGE_COLUMNS)]
+    return table
+
+
+def share(part: float, whole: float) -> float:
+    """A part of a whole, NaN of nothing."""
+    return part / whole if whole else float("nan")
 
 
 def summary_table(per_image: pd.DataFrame, peak_mem_mb: Mapping[str, float]) -> pd.DataFrame:
@@ -64,7 +86,9 @@ def summary_table(per_image: pd.DataFrame, peak_mem_mb: Mapping[str, float]) -> 
 
     n_images: images with truth, on which miou (mean), miou_lo, miou_hi (95% bootstrap over images) and miou_best rest.
     Times, n_masks and n_decoded are means over all images (times over those that were timed), elim_ratio is all
-    eliminated / all sampled prompts.
+    eliminated / all sampled prompts. ar_100, ar_1000 are over all ground-truth masks, as COCO
+    defines them. coverage with coverage_lo and coverage_hi, its 95% interval: mean over images,
+    where the per-image table has it.
     """
     rows = []
     for method, own in per_image.groupby("method", sort=False):
@@ -83,9 +107,22 @@ def summary_table(per_image: pd.DataFrame, peak_mem_mb: Mapping[str, float]) -> 
                 **means,
                 "peak_mem_mb": peak_mem_mb.get(method, float("nan")),
                 "elim_ratio": own["n_eliminated"].sum() / sampled if sampled else float("nan"),
+                **{
+                    name: _over_truths(own[name], own["n_truth"]) for name in ("ar_100", "ar_1000")
+                },
             }
         )
-    return pd.DataFrame(rows, columns=list(SUMMARY_COLUMNS))
+        if COVERAGE in own:
+            interval = mean_interval(own[COVERAGE].dropna(), BOOTSTRAP_SEED)
+            rows[-1] |= dict(zip(COVERAGE_COLUMNS, interval))
+    columns = [*SUMMARY_COLUMNS, *(COVERAGE_COLUMNS if COVERAGE in per_image else ())]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def _over_truths(values: pd.Series, n_truth: pd.Series) -> float:
+    """The mean over ground-truth masks from the means of images."""
+    known = values.notna()
+    return share(float((values[known] * n_truth[known]).sum()), float(n_truth[known].sum()))
 
 
 def difference_table(per_image: pd.DataFrame, reference: str = REFERENCE) -> pd.DataFrame:
@@ -138,6 +175,9 @@ def results_for_people(summary: pd.DataFrame, differences: pd.DataFrame) -> pd.D
                 "mIoU %": percent_with_range(row.miou, row.miou_lo, row.miou_hi),
                 DIFFERENCE_HEADING: _difference(difference, row.method),
                 "Best match %": _number(100 * row.miou_best, 1),
+                "AR@100": _number(100 * row.ar_100, 1),
+                "AR@1000": _number(100 * row.ar_1000, 1),
+                **_coverage(row),
                 "Prompts decoded": _number(row.n_decoded, 1),
                 "Masks": _number(row.n_masks, 1),
                 "Eliminated %": _number(100 * row.elim_ratio, 0),
@@ -209,6 +249,13 @@ def _difference(differences: pd.DataFrame, method: str) -> str:
         return "–"
     row = differences.loc[method]
     return change_with_range(row.miou_diff, row.miou_diff_lo, row.miou_diff_hi)
+
+
+def _coverage(row: Any) -> dict[str, str]:
+    """The column of coverage, where the summary has it."""
+    if not hasattr(row, COVERAGE):
+        return {}
+    return {"Coverage %": percent_with_range(row.coverage, row.coverage_lo, row.coverage_hi)}
 
 
 def _share(ratio: float) -> str:
