@@ -176,7 +176,7 @@ def changed(content: dict, key: str, value) -> dict:
     [
         (lambda content: {**content, "images": content["images"][:2]}, "list 'c.png' .1 of 3"),
         (lambda content: changed(content, "image_id", 99), "a mask of image 99"),
-        (lambda content: changed(content, "segmentation", {"size": [1, 1]}), "a.png in .* has size"),
+        (lambda content: changed(content, "segmentation", {"size": [1, 1]}), "a.png in .* size"),
         (lambda content: {"images": content["images"]}, "instances format: KeyError 'annotations'"),
         (lambda content: [], "instances format: TypeError"),
     ],
