@@ -17,7 +17,9 @@ from aopsam_lab.sam.zoo import WEIGHTS, resolve_device
 
 CELL = 4  # PCM cells along each side of a cell of the embedding
 BLOCK = 8  # PCM cells along each side of a block, in which the network places one prompt
-DROPPED = 0.2  # of the embedding's channels while training: against knowing the photographs by heart
+DROPPED = (
+    0.2  # of the embedding's channels while training: against knowing the photographs by heart
+)
 SIGMA = 2.0  # of the Gaussian about a prompt, in PCM cells
 BUNDLED = {
     "mobile_sam": WEIGHTS / "predictor_mobile_sam.safetensors",
@@ -34,25 +36,28 @@ def _conv(c_in: int, c_out: int, kernel: int = 3, stride: int = 1) -> nn.Sequent
 
 
 class PromptPredictor(nn.Module):
-    """A CNN on the image and one on the embedding, their sum through further convolutions, a Sigmoid.
+    """A CNN on the image and one on the embedding, their sum through further convolutions, a
+    Sigmoid.
 
-    Of each block of BLOCK x BLOCK cells of the PCM the network says how likely a prompt in it gives a mask that no other
-    gives, and where in the block it should lie; `draw_pcm` shows this as one Gaussian a block. So the peaks of
-    neighbours stay apart when the PCM is smoothed.
+    Of each block of BLOCK x BLOCK cells of the PCM the network says how likely a prompt in it gives
+    a mask that no other gives, and where in the block it should lie; `draw_pcm` shows this as one
+    Gaussian a block. So the peaks of neighbours stay apart when the PCM is smoothed.
 
     Args:
         embed_dim: C, channels of the embedding.
         stride: model-frame pixels along a side of an embedding's cell, 8 or 16.
         width: channels in which the two branches meet.
 
-    Shapes: image (B, 3, S, S), normalised and padded, and embedding (B, C, h, w) with even h, w -> PCM (B, 1, 4h, 4w)
-    in [0, 1], both in the model frame.
+    Shapes: image (B, 3, S, S), normalised and padded, and embedding (B, C, h, w) with even h, w ->
+    PCM (B, 1, 4h, 4w) in [0, 1], both in the model frame.
     """
 
     def __init__(self, embed_dim: int = 256, stride: int = 16, width: int = 64) -> None:
         super().__init__()
         if stride not in (8, 16):
-            raise ValueError(f"a Prompt Predictor is made for embeddings at stride 8 or 16, not {stride}")
+            raise ValueError(
+                f"a Prompt Predictor is made for embeddings at stride 8 or 16, not {stride}"
+            )
         self.embed_dim, self.stride, self.width = embed_dim, stride, width
         self.image = nn.Sequential(_conv(3, 16, stride=2), _conv(16, width, stride=2))
         self.drop = nn.Dropout2d(DROPPED)
@@ -63,12 +68,16 @@ class PromptPredictor(nn.Module):
             _conv(width, 2 * width, stride=BLOCK // CELL),
             nn.Conv2d(2 * width, 1 + BLOCK**2, 1),
         )
-        # few blocks deserve a prompt: a Sigmoid that starts at one half would first have to unlearn all the others
+        # few blocks deserve a prompt: a Sigmoid that starts at one half would first have to unlearn
+        # all the others
         nn.init.constant_(self.fuse[-1].bias[0], -2.0)
 
     def blocks(self, image: Tensor, embedding: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits of each block's confidence (B, h/2, w/2) and of the places in it (B, BLOCK^2, h/2, w/2), row by row."""
-        image = F.avg_pool2d(image, self.stride // CELL)  # detail finer than a PCM cell only costs time
+        """Logits of each block's confidence (B, h/2, w/2) and of the places in it (B, BLOCK^2, h/2,
+        w/2), row by row."""
+        image = F.avg_pool2d(
+            image, self.stride // CELL
+        )  # detail finer than a PCM cell only costs time
         out = self.fuse(self.image(image) + self.embed(self.drop(embedding)))
         return out[:, 0], out[:, 1:]
 
@@ -76,7 +85,8 @@ class PromptPredictor(nn.Module):
         return draw_pcm(*self.blocks(image, embedding))
 
     def fold(self) -> PromptPredictor:
-        """Fold each BatchNorm into the convolution before it, in place: the same numbers in less time, for inference."""
+        """Fold each BatchNorm into the convolution before it, in place: the same numbers in less
+        time, for inference."""
         for block in [b for b in self.modules() if isinstance(b, nn.Sequential)]:
             for i, (conv, norm) in enumerate(zip(block, block[1:])):
                 if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
@@ -104,7 +114,8 @@ def draw_pcm(confidence: Tensor, place: Tensor, soft: bool = False) -> Tensor:
     Args:
         confidence: (B, n, m) logits.
         place: (B, BLOCK^2, n, m) logits.
-        soft: whether all places count, each by its probability, so that a loss on the PCM has a gradient.
+        soft: whether all places count, each by its probability, so that a loss on the PCM has a
+            gradient.
 
     Returns:
         (B, 1, n * BLOCK, m * BLOCK) in [0, 1].
@@ -133,7 +144,8 @@ def load_predictor(
 
     Args:
         name: the SAM's name.
-        path: a safetensors file of `train-predictor`; its metadata says for which embedding it is. None: bundled.
+        path: a safetensors file of `train-predictor`; its metadata says for which embedding it is.
+            None: bundled.
         device: "auto" (the GPU if there is one), "cpu", "cuda", ...
 
     Returns:
@@ -158,13 +170,19 @@ def load_predictor(
             about = file.metadata() or {}
             weights = {key: file.get_tensor(key) for key in file.keys()}
         if "width" in about:
-            predictor = PromptPredictor(int(about["embed_dim"]), int(about["stride"]), int(about["width"]))
+            predictor = PromptPredictor(
+                int(about["embed_dim"]), int(about["stride"]), int(about["width"])
+            )
         else:
             predictor = TinyPredictor(int(about["embed_dim"]), int(about["stride"]))
-        predictor.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in weights.items()})
+        predictor.load_state_dict(
+            {k: v.float() if v.is_floating_point() else v for k, v in weights.items()}
+        )
     except (SafetensorError, KeyError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"{path} does not hold weights of this Prompt Predictor ({reason})") from error
+        raise ValueError(
+            f"{path} does not hold weights of this Prompt Predictor ({reason})"
+        ) from error
     predictor.sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
     predictor = predictor.eval().fold().requires_grad_(False).to(resolve_device(device))
     return predictor.to(memory_format=torch.channels_last)  # a sixth quicker on a CPU

@@ -54,12 +54,19 @@ def test_its_embedding_and_masks_are_those_of_the_mobile_sam_package(sam):
     theirs.set_image(image)
     ours.set_image(image)
     assert torch.equal(theirs.features, ours.features)
-    point = {"point_coords": np.array([[60.0, 40.0]]), "point_labels": np.array([1]), "return_logits": True}
+    point = {
+        "point_coords": np.array([[60.0, 40.0]]),
+        "point_labels": np.array([1]),
+        "return_logits": True,
+    }
     for found, expected in zip(ours.predict(**point), theirs.predict(**point)):
         assert np.allclose(found, expected, atol=1e-4)
 
 
-@pytest.mark.skipif(not (SHARED.exists() or os.environ.get("MOBILE_SAM_PT")), reason="no official mobile_sam.pt at hand")
+@pytest.mark.skipif(
+    not (SHARED.exists() or os.environ.get("MOBILE_SAM_PT")),
+    reason="no official mobile_sam.pt at hand",
+)
 def test_its_embedding_is_that_of_the_official_file(sam):
     official = load_sam("mobile_sam", os.environ.get("MOBILE_SAM_PT") or SHARED, "cpu")
     image = torch.randn(1, 3, 1024, 1024, generator=torch.Generator().manual_seed(0))

@@ -16,7 +16,13 @@ from aopsam_lab.data import open_dataset
 from aopsam_lab.data.sample import Sample
 from aopsam_lab.predictor import BLOCK, PromptPredictor, draw_pcm, load_predictor
 from aopsam_lab.training import ground_truth, predictor
-from aopsam_lab.training.examples import Examples, cache_embeddings, covering_prompts, own_prompts, target_map
+from aopsam_lab.training.examples import (
+    Examples,
+    cache_embeddings,
+    covering_prompts,
+    own_prompts,
+    target_map,
+)
 
 
 def square(x, y, side, size=64):
@@ -41,15 +47,21 @@ def test_covering_prompts_prefer_a_click_that_gives_two_masks():
     clicks = [[[30, 30], [6, 6]], [[6, 6], [9, 9]], [[50, 50], [54, 54]]]
     found = covering_prompts(sample([whole, part, far], clicks=clicks), 1.0)
     sure = [row[:2] for row in found.tolist() if row[2] == 1]
-    assert sorted(sure) == [[6, 6], [54, 54]], "one click gives whole and part; the deepest gives the far one"
+    assert sorted(sure) == [[6, 6], [54, 54]], (
+        "one click gives whole and part; the deepest gives the far one"
+    )
     others = {tuple(row[:2]): row[2] for row in found.tolist() if row[2] < 1}
-    assert others == {(30, 30): 0.25, (9, 9): 0.25, (50, 50): 0.25}, "each gives one mask that two clicks give"
+    assert others == {(30, 30): 0.25, (9, 9): 0.25, (50, 50): 0.25}, (
+        "each gives one mask that two clicks give"
+    )
 
 
 def test_covering_prompts_of_masks_that_people_drew():
     whole, drawn, covered = square(0, 0, 20), square(40, 40, 9), square(8, 8, 6)
     found = covering_prompts(sample([whole, drawn, covered], clicks=[[[10, 10]], [], []]), 1.0)
-    assert sorted(found.tolist()) == [[10, 10, 1], [44.5, 44.5, 1]], "the covered one has a prompt on it"
+    assert sorted(found.tolist()) == [[10, 10, 1], [44.5, 44.5, 1]], (
+        "the covered one has a prompt on it"
+    )
     poles = covering_prompts(sample([drawn]), 1.0)
     assert poles.tolist() == [[44.5, 44.5, 1]]
 
@@ -64,7 +76,9 @@ def test_one_gaussian_a_block():
     confidence, place = torch.full((1, 2, 2), -20.0), torch.zeros(1, BLOCK**2, 2, 2)
     confidence[0, 0, 1], place[0, 3 * BLOCK + 5, 0, 1] = 0.0, 9.0
     pcm = draw_pcm(confidence, place)[0, 0]
-    assert divmod(int(pcm.argmax()), 16) == (3, 13) and pcm.max().item() == pytest.approx(0.5, abs=1e-6)
+    assert divmod(int(pcm.argmax()), 16) == (3, 13) and pcm.max().item() == pytest.approx(
+        0.5, abs=1e-6
+    )
     assert pcm[3, 11].item() == pytest.approx(0.5 * np.exp(-0.5), abs=1e-6)
     assert torch.allclose(draw_pcm(confidence, 9 * place, soft=True)[0, 0], pcm, atol=1e-6)
 
@@ -73,12 +87,17 @@ def test_losses_by_hand():
     confidence, place = torch.zeros(1, 1, 2), torch.zeros(1, BLOCK**2, 1, 2)
     target, valid = torch.zeros(1, 8, 16), torch.ones(1, 8, 16)
     target[0, 2, 3] = 1.0
-    # both confidences are one half: log 2 each, the block with the prompt weighted 1 + PEAK_WEIGHT; 64 places alike
+    # both confidences are one half: log 2 each, the block with the prompt weighted 1 + PEAK_WEIGHT;
+    # 64 places alike
     expected = np.log(2) * (2 + predictor.PEAK_WEIGHT) / 2 + predictor.PLACE_WEIGHT * np.log(64)
-    assert predictor.block_loss((confidence, place), target, valid).item() == pytest.approx(expected, rel=1e-5)
+    assert predictor.block_loss((confidence, place), target, valid).item() == pytest.approx(
+        expected, rel=1e-5
+    )
     valid[..., 8:] = 0
     expected = np.log(2) * (1 + predictor.PEAK_WEIGHT) + predictor.PLACE_WEIGHT * np.log(64)
-    assert predictor.block_loss((confidence, place), target, valid).item() == pytest.approx(expected, rel=1e-5)
+    assert predictor.block_loss((confidence, place), target, valid).item() == pytest.approx(
+        expected, rel=1e-5
+    )
     sure = torch.tensor([[[20.0, -20.0]]])
     place[0, 2 * BLOCK + 3, 0, 0] = 30.0
     assert predictor.pcm_loss((sure, place), target, valid).item() == pytest.approx(0, abs=1e-6)
@@ -86,7 +105,8 @@ def test_losses_by_hand():
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
-    """30 pictures of two bright squares, as `find-masks` writes them: with the clicks that give each."""
+    """30 pictures of two bright squares, as `find-masks` writes them: with the clicks that give
+    each."""
     folder = tmp_path_factory.mktemp("photos")
     (folder / "images").mkdir()
     images, annotations = [], []
@@ -98,10 +118,17 @@ def photos(tmp_path_factory):
             picture[y : y + 20, x : x + 20] = rng.integers(120, 255, 3)
             corners = [float(v) for v in (x, y, x + 20, y, x + 20, y + 20, x, y + 20)]
             click = [x + 10.0, y + 10.0]
-            about = {"iscrowd": 0, "segmentation": [corners], "clicks": [click], "point_coords": [click]}
+            about = {
+                "iscrowd": 0,
+                "segmentation": [corners],
+                "clicks": [click],
+                "point_coords": [click],
+            }
             annotations.append({"id": len(annotations), "image_id": i, **about})
         Image.fromarray(picture).save(folder / "images" / f"{i:02d}.png")
-    (folder / "annotations.json").write_text(json.dumps({"images": images, "annotations": annotations}))
+    (folder / "annotations.json").write_text(
+        json.dumps({"images": images, "annotations": annotations})
+    )
     return folder
 
 
@@ -110,7 +137,11 @@ def test_an_example_lies_in_the_model_frame(small_sam, photos, tmp_path):
     cache_embeddings(small_sam, data, tmp_path)
     examples = Examples(data, [0, 1], tmp_path, small_sam, own_prompts)
     image, embedding, target, valid = examples[0]
-    assert image.shape == (3, 128, 128) and embedding.shape == (32, 8, 8) and embedding.dtype == torch.float16
+    assert (
+        image.shape == (3, 128, 128)
+        and embedding.shape == (32, 8, 8)
+        and embedding.dtype == torch.float16
+    )
     assert target.shape == (32, 32) and valid[:24].all() and not valid[24:].any()
     x, y = data[0].points[0]
     assert target[int(y / 4), int(x / 4)] == 1
@@ -126,9 +157,10 @@ def test_held_out_photographs_stay_held_out(photos):
 
 
 def command(photos, folder, *more):
+    out = str(folder / "predictor.safetensors")
     return [
-        "train-predictor", "--data", str(photos), "--workdir", str(folder / "work"), "--width", "16",
-        "--out", str(folder / "predictor.safetensors"), "--log-every", "20", "--candidates", "6", *more,
+        "train-predictor", "--data", str(photos), "--workdir", str(folder / "work"), "--out", out,
+        "--width", "16", "--log-every", "20", "--candidates", "6", *more,
     ]  # fmt: skip
 
 
@@ -138,19 +170,28 @@ def test_the_training_learns_stops_and_goes_on(small_sam, photos, tmp_path, monk
     first = list(csv.DictReader((tmp_path / "work/curve.csv").open()))
     assert cli.main(command(photos, tmp_path, "--epochs", "20")) == 0
     curve = list(csv.DictReader((tmp_path / "work/curve.csv").open()))
-    assert curve[: len(first)] == first and int(curve[-1]["step"]) > int(first[-1]["step"]), "it went on"
+    assert curve[: len(first)] == first and int(curve[-1]["step"]) > int(first[-1]["step"]), (
+        "it went on"
+    )
     assert float(curve[-1]["loss"]) < 0.5 * float(curve[0]["loss"])
     made = load_predictor("mobile_sam", tmp_path / "predictor.safetensors", "cpu")
     assert isinstance(made, PromptPredictor) and made.width == 16 and len(made.sha256) == 64
     card = (tmp_path / "predictor.md").read_text()
     assert "preset bundled" in card and "held out" in card
     data = open_dataset(photos)
-    examples = Examples(data, predictor.split(data)[1], tmp_path / "work/embeddings", small_sam, own_prompts)
-    counts = [len(sample_prompts(predictor.predicted(made, examples[i], small_sam))[0]) for i in range(len(examples))]
+    examples = Examples(
+        data, predictor.split(data)[1], tmp_path / "work/embeddings", small_sam, own_prompts
+    )
+    counts = [
+        len(sample_prompts(predictor.predicted(made, examples[i], small_sam))[0])
+        for i in range(len(examples))
+    ]
     assert np.mean(counts) == pytest.approx(6, abs=2), "calibrated"
 
 
-def test_too_few_photographs_are_refused_in_one_line(small_sam, photos, tmp_path, monkeypatch, capsys):
+def test_too_few_photographs_are_refused_in_one_line(
+    small_sam, photos, tmp_path, monkeypatch, capsys
+):
     monkeypatch.setattr(predictor, "load_sam", lambda *_: small_sam)
     assert cli.main(command(photos, tmp_path, "--limit", "1")) == 2
     assert "too few to train on some and hold some out" in capsys.readouterr().err
@@ -168,7 +209,16 @@ def test_masks_are_found_once_and_gathered(small_sam, photos, tmp_path, monkeypa
     content["annotations"] = [a for a in content["annotations"] if a["image_id"] < 2]
     (few / "annotations.json").write_text(json.dumps(content))
     out = tmp_path / "found"
-    arguments = ["find-masks", str(few), "--out", str(out), "--side", "4", "--embeddings", str(tmp_path / "embeddings")]
+    arguments = [
+        "find-masks",
+        str(few),
+        "--out",
+        str(out),
+        "--side",
+        "4",
+        "--embeddings",
+        str(tmp_path / "embeddings"),
+    ]
     assert cli.main(arguments) == 0
     written = (out / "records" / "00.json").stat().st_mtime_ns
     assert cli.main(arguments) == 0 and (out / "records" / "00.json").stat().st_mtime_ns == written
@@ -194,4 +244,6 @@ def test_clicks_of_duplicates_belong_to_the_mask_that_is_kept(small_sam):
     grid = {(x, y) for x in (16.0, 48.0, 80.0, 112.0) for y in (12.0, 36.0, 60.0, 84.0)}
     clicked = {tuple(click) for annotation in found for click in annotation["clicks"]}
     assert clicked <= grid and len(clicked) > len({tuple(a["point_coords"][0]) for a in found}) - 1
-    assert [a["predicted_iou"] for a in found] == sorted((a["predicted_iou"] for a in found), reverse=True)
+    assert [a["predicted_iou"] for a in found] == sorted(
+        (a["predicted_iou"] for a in found), reverse=True
+    )

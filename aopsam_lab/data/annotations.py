@@ -14,7 +14,6 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 
-
 class GroundTruth(NamedTuple):
     """The masks of one image as COCO RLE; a prompt point (x, y) for each, N x 2 float32, where all have one; for each
     the clicks [x, y] known to give it, where the file has any (`find-masks` writes them)."""

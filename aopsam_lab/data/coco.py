@@ -8,8 +8,6 @@ import os
 from collections import Counter, defaultdict
 from pathlib import Path, PurePosixPath
 
-import numpy as np
-
 from aopsam_lab.data.annotations import LEFT_OUT, GroundTruth, order, packed, truths, upright_size
 from aopsam_lab.data.sample import Sample
 from aopsam_lab.imaging import read_image

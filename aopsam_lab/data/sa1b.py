@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 
-import numpy as np
 from PIL import Image
 
 from aopsam_lab.data.annotations import LEFT_OUT, GroundTruth, order, truths, upright_size

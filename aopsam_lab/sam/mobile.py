@@ -1,4 +1,5 @@
-"""MobileSAM (Zhang et al., 2023): a TinyViT encoder in front of segment_anything's prompt encoder and mask decoder."""
+"""MobileSAM (Zhang et al., 2023): a TinyViT encoder in front of segment_anything's prompt encoder
+and mask decoder."""
 
 from __future__ import annotations
 
@@ -13,10 +14,12 @@ WIDTH = 256
 
 
 def build_mobile_sam() -> Sam:
-    """An untrained MobileSAM: a `segment_anything` Sam with the keys and shapes of the official `mobile_sam.pt`.
+    """An untrained MobileSAM: a `segment_anything` Sam with the keys and shapes of the official
+    `mobile_sam.pt`.
 
     Returns:
-        The model: 1024 x 1024 pixels in, an embedding of 256 x 64 x 64 out. Call `.eval()` again after loading
+        The model: 1024 x 1024 pixels in, an embedding of 256 x 64 x 64 out. Call `.eval()` again
+        after loading
         weights: TinyViT stores its attention biases in evaluation mode.
     """
     side = IMG_SIZE // STRIDE
@@ -24,7 +27,10 @@ def build_mobile_sam() -> Sam:
     return Sam(
         image_encoder=_tiny_vit(),
         prompt_encoder=PromptEncoder(
-            embed_dim=WIDTH, image_embedding_size=size, input_image_size=(IMG_SIZE, IMG_SIZE), mask_in_chans=16
+            embed_dim=WIDTH,
+            image_embedding_size=size,
+            input_image_size=(IMG_SIZE, IMG_SIZE),
+            mask_in_chans=16,
         ),
         mask_decoder=MaskDecoder(
             num_multimask_outputs=3,
@@ -37,7 +43,8 @@ def build_mobile_sam() -> Sam:
 
 
 def _tiny_vit() -> Any:
-    """The image encoder of the `mobile_sam` package, with the sizes that its `build_sam_vit_t` gives it."""
+    """The image encoder of the `mobile_sam` package, with the sizes that its `build_sam_vit_t`
+    gives it."""
     with warnings.catch_warnings():
         # the package uses old names of timm's modules and registers models that timm has as well
         warnings.simplefilter("ignore")

@@ -24,7 +24,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from segment_anything.modeling import MaskDecoder
 from segment_anything.modeling.transformer import Attention
 from torch import Tensor

@@ -1,4 +1,5 @@
-"""What a Prompt Predictor learns from: photographs, their embeddings, and where prompts should lie."""
+"""What a Prompt Predictor learns from: photographs, their embeddings, and where prompts should
+lie."""
 
 from __future__ import annotations
 
@@ -18,19 +19,21 @@ from tqdm import tqdm
 
 from aopsam_lab.asf import valid_cells
 from aopsam_lab.data import Dataset
+from aopsam_lab.data.points import pole
 from aopsam_lab.data.sample import Sample
 from aopsam_lab.files import write_atomically
-from aopsam_lab.data.points import pole
 
 SECOND = 0.5  # of the value of clicks that are not needed to give every mask
 SURE = 0.5  # a cell of the PCM's grid is on a mask that covers this share of it
 
-# (sample, PCM cells a pixel of the image) -> prompts (x, y, height), n x 3 float32: PCM cells, and a height in [0, 1]
+# (sample, PCM cells a pixel of the image) -> prompts (x, y, height), n x 3 float32: PCM cells, and
+# a height in [0, 1]
 Place = Callable[[Sample, float], np.ndarray]
 
 
 class Example(NamedTuple):
-    """image (3, S, S) uint8, padded; embedding (C, h, w) float16; target (4h, 4w) float32; valid (4h, 4w) bool."""
+    """image (3, S, S) uint8, padded; embedding (C, h, w) float16; target (4h, 4w) float32; valid
+    (4h, 4w) bool."""
 
     image: Tensor
     embedding: Tensor
@@ -56,10 +59,11 @@ def _with_heights(points: Sequence, heights: Sequence[float], scale: float) -> n
 def covering_prompts(sample: Sample, scale: float) -> np.ndarray:
     """The fewest prompts, about, that give every mask; and lower, all other clicks that give one.
 
-    A mask that few clicks give comes first. Of its clicks the one is taken that gives the most masks not yet given, and
-    of equals the one deepest inside the mask. A mask without clicks (a person drew it) gets its pole of
-    inaccessibility, unless a prompt lies on it already. Another click is as high as the masks are rare that it gives:
-    SECOND times the sum of 1 / n, n the clicks that give a mask, at most SECOND.
+    A mask that few clicks give comes first. Of its clicks the one is taken that gives the most
+    masks not yet given, and of equals the one deepest inside the mask. A mask without clicks (a
+    person drew it) gets its pole of inaccessibility, unless a prompt lies on it already. Another
+    click is as high as the masks are rare that it gives: SECOND times the sum of 1 / n, n the
+    clicks that give a mask, at most SECOND.
     """
     prompts: list[tuple[float, float]] = []
     given: dict[tuple[float, float], set[int]] = {}
@@ -71,7 +75,9 @@ def covering_prompts(sample: Sample, scale: float) -> np.ndarray:
         if i not in left:
             continue
         depth = _depths(coco_mask.decode(sample.rles[i]))
-        best = max(map(tuple, sample.clicks[i]), key=lambda p: (len(given[p] & left), _at(depth, p)))
+        best = max(
+            map(tuple, sample.clicks[i]), key=lambda p: (len(given[p] & left), _at(depth, p))
+        )
         prompts.append(best)
         left -= given[best]
     for i, rle in enumerate(sample.rles):
@@ -80,7 +86,10 @@ def covering_prompts(sample: Sample, scale: float) -> np.ndarray:
         mask = coco_mask.decode(rle)
         if not any(_at(mask, p) for p in prompts):
             prompts.append(pole(mask)[:2])
-    others = {click: SECOND * min(1.0, sum(1 / len(sample.clicks[i]) for i in masks)) for click, masks in given.items()}
+    others = {
+        click: SECOND * min(1.0, sum(1 / len(sample.clicks[i]) for i in masks))
+        for click, masks in given.items()
+    }
     heights = {**others, **dict.fromkeys(prompts, 1.0)}
     return _with_heights(list(heights), list(heights.values()), scale)
 
@@ -124,7 +133,9 @@ class Examples(torch.utils.data.Dataset):
         place: where prompts should lie, see `PLACES`.
     """
 
-    def __init__(self, data: Dataset, rows: Sequence[int], embeddings: Path, sam: Sam, place: Place) -> None:
+    def __init__(
+        self, data: Dataset, rows: Sequence[int], embeddings: Path, sam: Sam, place: Place
+    ) -> None:
         self.data, self.rows, self.embeddings, self.place = data, list(rows), embeddings, place
         self.side, self.grid = sam.image_encoder.img_size, tuple(sam.prompt_encoder.mask_input_size)
         self._resize = ResizeLongestSide(self.side)
@@ -153,12 +164,16 @@ class Examples(torch.utils.data.Dataset):
         return self.grid[1] / max(sample.image.shape[:2])
 
     def masks(self, i: int) -> np.ndarray:
-        """The ground truth of photograph i on the PCM's grid, from its top left: N x H' x W' bool."""
+        """The ground truth of photograph i on the PCM's grid, from its top left: N x H' x W'
+        bool."""
         sample = self.data[self.rows[i]]
         size = [max(1, round(side * self.scale(sample))) for side in sample.image.shape[1::-1]]
         masks = np.zeros((len(sample.rles), size[1], size[0]), bool)
         for k, rle in enumerate(sample.rles):
-            masks[k] = cv2.resize(coco_mask.decode(rle) * 255, size, interpolation=cv2.INTER_AREA) > 255 * SURE
+            masks[k] = (
+                cv2.resize(coco_mask.decode(rle) * 255, size, interpolation=cv2.INTER_AREA)
+                > 255 * SURE
+            )
         return masks
 
 
@@ -169,7 +184,8 @@ def embedding_file(folder: Path, image_id: str) -> Path:
 
 @torch.inference_mode()
 def cache_embeddings(sam: Sam, data: Dataset, folder: Path) -> None:
-    """Keep the embedding of every image that has none in the folder yet: C x h x w float16, one file an image."""
+    """Keep the embedding of every image that has none in the folder yet: C x h x w float16, one
+    file an image."""
     for i, name in enumerate(tqdm(data.ids, desc="embeddings", unit="image")):
         path = embedding_file(folder, name)
         if path.exists():

@@ -2,9 +2,10 @@
 
     python -m aopsam_lab find-masks PHOTOS --out FOUND --side 32 --workers 2
 
-A grid of ``side * side`` points prompts the SAM; `SamAutomaticMaskGenerator`'s rules keep, drop and merge the masks.
-The result is one COCO-style folder. Every photograph has a record of its own in ``OUT/records``, written whole as soon
-as it is done: a stopped run goes on with the next photograph, and a run on more photographs adds to the folder.
+A grid of ``side * side`` points prompts the SAM; `SamAutomaticMaskGenerator`'s rules keep, drop and
+merge the masks. The result is one COCO-style folder. Every photograph has a record of its own in
+``OUT/records``, written whole as soon as it is done: a stopped run goes on with the next
+photograph, and a run on more photographs adds to the folder.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ AT_A_TIME = 64  # prompts decoded before masks that fail are forgotten
 
 @dataclass(frozen=True)
 class Photo:
-    """A photograph to find masks on. people: the RLE of the masks that people drew of it, perhaps none."""
+    """A photograph to find masks on. people: the RLE of the masks that people drew of it, perhaps
+    none."""
 
     path: Path
     people: tuple[dict, ...] = ()
@@ -52,7 +54,8 @@ class Search:
     """How masks are found.
 
     sam, checkpoint, device: as `load_sam` takes them. side: points along each side of the grid.
-    out: the folder of the result. embeddings: where each photograph's embedding is kept as float16, or None.
+    out: the folder of the result. embeddings: where each photograph's embedding is kept as float16,
+        or None.
     """
 
     sam: str
@@ -68,7 +71,9 @@ class Search:
 
 
 @torch.inference_mode()
-def find_masks(sam: Sam, image: np.ndarray, side: int, embeddings: Path | None = None) -> list[dict]:
+def find_masks(
+    sam: Sam, image: np.ndarray, side: int, embeddings: Path | None = None
+) -> list[dict]:
     """All masks that a SAM finds from a grid of points, with `SamAutomaticMaskGenerator`'s rules.
 
     Args:
@@ -78,9 +83,10 @@ def find_masks(sam: Sam, image: np.ndarray, side: int, embeddings: Path | None =
         embeddings: a file to which the embedding (C x h x w, float16) is written, or None.
 
     Returns:
-        A list of COCO annotations, the highest predicted IoU first. Beside COCO's keys each has ``predicted_iou``,
-        ``stability_score``, ``point_coords`` (the prompt that gave the mask, one ``[x, y]`` in the image frame), and
-        ``clicks`` (all prompts of the grid that gave this mask or a duplicate of it).
+        A list of COCO annotations, the highest predicted IoU first. Beside COCO's keys each has
+        ``predicted_iou``, ``stability_score``, ``point_coords`` (the prompt that gave the mask, one
+        ``[x, y]`` in the image frame), and ``clicks`` (all prompts of the grid that gave this mask
+        or a duplicate of it).
     """
     encoded = encode(sam, image)
     if embeddings is not None:
@@ -93,9 +99,13 @@ def find_masks(sam: Sam, image: np.ndarray, side: int, embeddings: Path | None =
     kept = remove_duplicates(sam, encoded, parts)
     if not kept["masks"]:
         return []
-    boxes, owner = torch.cat([part.boxes for part in parts]).float(), torch.cat([part.prompt for part in parts])
+    boxes, owner = (
+        torch.cat([part.boxes for part in parts]).float(),
+        torch.cat([part.prompt for part in parts]),
+    )
     overlap = box_iou(boxes, torch.from_numpy(kept["boxes"]).to(boxes.device).float())
-    # a mask that was dropped is a duplicate of the surest kept one whose box overlaps it by more than the threshold
+    # a mask that was dropped is a duplicate of the surest kept one whose box overlaps it by more
+    # than the threshold
     same = (overlap > BOX_NMS_THRESH).int().argmax(1).cpu().numpy()
     points, owner = prompts.points.cpu().numpy().round(1), owner.cpu().numpy()
     found = []
@@ -123,7 +133,10 @@ def _npy(array: np.ndarray) -> bytes:
 def _annotation(rle: dict, source: str) -> dict:
     counts = rle["counts"]
     return {
-        "segmentation": {"size": list(rle["size"]), "counts": counts.decode() if isinstance(counts, bytes) else counts},
+        "segmentation": {
+            "size": list(rle["size"]),
+            "counts": counts.decode() if isinstance(counts, bytes) else counts,
+        },
         "area": int(coco_mask.area(rle)),
         "bbox": [float(x) for x in coco_mask.toBbox(rle)],
         "iscrowd": 0,
@@ -168,7 +181,9 @@ def find_on(photos: list[Photo], search: Search, workers: int = 1) -> list[tuple
     """
     todo = [photo for photo in photos if not search.record(photo).exists()]
     failures: list[tuple[Path, str]] = []
-    with tqdm(total=len(photos), initial=len(photos) - len(todo), desc="finding masks", unit="photo") as bar:
+    with tqdm(
+        total=len(photos), initial=len(photos) - len(todo), desc="finding masks", unit="photo"
+    ) as bar:
         if workers == 1:
             for photo in todo:
                 try:
@@ -191,19 +206,26 @@ def find_on(photos: list[Photo], search: Search, workers: int = 1) -> list[tuple
 
 
 def write_folder(photos: Iterable[Photo], search: Search) -> Path:
-    """Gather the records in ``OUT/annotations.json``, with copies of the photographs in ``OUT/images``; its path."""
+    """Gather the records in ``OUT/annotations.json``, with copies of the photographs in
+    ``OUT/images``; its path."""
     images, annotations = [], []
     (search.out / "images").mkdir(parents=True, exist_ok=True)
     for photo in sorted(photos, key=lambda photo: photo.path.name):
         record = json.loads(search.record(photo).read_text())
-        images.append({"id": len(images) + 1, **{key: record[key] for key in ("file_name", "height", "width")}})
+        images.append(
+            {
+                "id": len(images) + 1,
+                **{key: record[key] for key in ("file_name", "height", "width")},
+            }
+        )
         for annotation in record["annotations"]:
             annotations.append({"id": len(annotations) + 1, "image_id": len(images), **annotation})
         copy = search.out / "images" / photo.path.name
         if not copy.exists():
             shutil.copyfile(photo.path, copy)
+    grid = f"{search.side} x {search.side}"
     content = {
-        "info": {"description": f"masks that {search.sam} finds from a {search.side} x {search.side} grid"},
+        "info": {"description": f"masks that {search.sam} finds from a {grid} grid"},
         "images": images,
         "annotations": annotations,
         "categories": [{"id": 1, "name": "object", "supercategory": ""}],
@@ -218,7 +240,9 @@ def photos_of(folder: Path) -> list[Photo]:
     """
     if (folder / "annotations.json").is_file():
         data = open_dataset(folder)
-        return [Photo(folder / "images" / name, tuple(data[i].rles)) for i, name in enumerate(data.ids)]
+        return [
+            Photo(folder / "images" / name, tuple(data[i].rles)) for i, name in enumerate(data.ids)
+        ]
     if not folder.is_dir():
         raise FileNotFoundError(f"There is no folder {folder}.")
     endings = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
@@ -229,23 +253,44 @@ def photos_of(folder: Path) -> list[Photo]:
 
 
 def _in_turn(lists: list[list[Photo]]) -> list[Photo]:
-    """Photographs of several folders, in proportion: what a stopped run has done is then a sample of all of them."""
-    places = [((i + 0.5) / len(photos), n, i) for n, photos in enumerate(lists) for i in range(len(photos))]
+    """Photographs of several folders, in proportion: what a stopped run has done is then a sample
+    of all of them."""
+    places = [
+        ((i + 0.5) / len(photos), n, i)
+        for n, photos in enumerate(lists)
+        for i in range(len(photos))
+    ]
     return [lists[n][i] for _, n, i in sorted(places)]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `find-masks`."""
-    parser.add_argument("folders", nargs="+", type=Path, help="folders of images, or COCO-style folders")
-    parser.add_argument("--out", required=True, type=Path, help="the COCO-style folder of the result")
+    parser.add_argument(
+        "folders", nargs="+", type=Path, help="folders of images, or COCO-style folders"
+    )
+    parser.add_argument(
+        "--out", required=True, type=Path, help="the COCO-style folder of the result"
+    )
     parser.add_argument("--side", type=int, default=32, help="points along each side of the grid")
     parser.add_argument("--sam", default="mobile_sam", choices=list(MODELS))
-    parser.add_argument("--checkpoint", help="weights of the SAM other than the bundled or official ones")
+    parser.add_argument(
+        "--checkpoint", help="weights of the SAM other than the bundled or official ones"
+    )
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--workers", type=int, default=1, help="processes, on a CPU at most one a core")
-    parser.add_argument("--embeddings", type=Path, help="folder in which the embeddings are kept, for a training")
-    parser.add_argument("--limit", type=int, help="how many photographs of each folder, taken evenly; all if not given")
-    parser.add_argument("--skip", type=Path, help="text file with names of photographs to leave out, one a line")
+    parser.add_argument(
+        "--workers", type=int, default=1, help="processes, on a CPU at most one a core"
+    )
+    parser.add_argument(
+        "--embeddings", type=Path, help="folder in which the embeddings are kept, for a training"
+    )
+    parser.add_argument(
+        "--limit",
+        type=int,
+        help="how many photographs of each folder, taken evenly; all if not given",
+    )
+    parser.add_argument(
+        "--skip", type=Path, help="text file with names of photographs to leave out, one a line"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -254,7 +299,9 @@ def run(args: argparse.Namespace) -> int:
     lists = []
     for folder in args.folders:
         photos = [photo for photo in photos_of(folder) if photo.path.name not in skipped]
-        lists.append(photos[:: max(1, len(photos) // args.limit)][: args.limit] if args.limit else photos)
+        lists.append(
+            photos[:: max(1, len(photos) // args.limit)][: args.limit] if args.limit else photos
+        )
     photos = _in_turn(lists)
     search = Search(args.sam, args.checkpoint, args.device, args.side, args.out, args.embeddings)
     failures = find_on(photos, search, args.workers)
@@ -262,4 +309,3 @@ def run(args: argparse.Namespace) -> int:
     for path, reason in failures:
         print(f"  {path}: {reason}", file=sys.stderr)
     return 1 if failures else 0
-

@@ -1,13 +1,14 @@
 """Train the Prompt Predictor of a SAM on photographs with ground truth.
 
     python -m aopsam_lab train-predictor --data FOUND --out predictor.safetensors --minutes 15
-    python -m aopsam_lab train-predictor --sam vit_h --data sa1b:DIR --preset paper --out predictor.safetensors
+    python -m aopsam_lab train-predictor --sam vit_h --data sa1b:DIR --preset paper --out OUT
 
-Presets. ``paper``: one Gaussian a mask, at the prompt point that the data set gives or else at the pole of
-inaccessibility; mean squared error of the PCM, Adam, 1000 epochs: the paper's recipe. ``bundled`` (ours): the prompts
-that together give all masks (`find-masks` writes which clicks give a mask) and, lower, the other clicks;
-cross-entropy of each block of the PCM, Adam with a cosine schedule. SAM is frozen; its embeddings are computed once and kept. Every eighth photograph
-or so is held out: the curve is measured on these.
+Presets. ``paper``: one Gaussian a mask, at the prompt point that the data set gives or else at the
+pole of inaccessibility; mean squared error of the PCM, Adam, 1000 epochs: the paper's recipe.
+``bundled`` (ours): the prompts that together give all masks (`find-masks` writes which clicks give
+a mask) and, lower, the other clicks; cross-entropy of each block of the PCM, Adam with a cosine
+schedule. SAM is frozen; its embeddings are computed once and kept. Every eighth photograph or so is
+held out: the curve is measured on these.
 
 A stopped training goes on from its last evaluation.
 """
@@ -60,7 +61,10 @@ class Recipe:
     cosine: bool
 
 
-PRESETS = {"paper": Recipe("own", "mse", cosine=False), "bundled": Recipe("covering", "blocks", cosine=True)}
+PRESETS = {
+    "paper": Recipe("own", "mse", cosine=False),
+    "bundled": Recipe("covering", "blocks", cosine=True),
+}
 Loss = Callable[[tuple[Tensor, Tensor], Tensor, Tensor], Tensor]
 
 
@@ -77,14 +81,19 @@ def pcm_loss(blocks: tuple[Tensor, Tensor], target: Tensor, valid: Tensor) -> Te
 
 
 def block_loss(blocks: tuple[Tensor, Tensor], target: Tensor, valid: Tensor) -> Tensor:
-    """Cross-entropy of each block's confidence with the highest prompt in it, and of the place in the block.
+    """Cross-entropy of each block's confidence with the highest prompt in it, and of the place in
+    the block.
 
     A block of height t counts 1 + PEAK_WEIGHT t. Arguments as `pcm_loss`.
     """
     confidence, place = blocks
     height, at = F.pixel_unshuffle(target[:, None], BLOCK).max(1)
     on = F.max_pool2d(valid[:, None], BLOCK)[:, 0]
-    entropy = F.binary_cross_entropy_with_logits(confidence, height, reduction="none") * (1 + PEAK_WEIGHT * height) * on
+    entropy = (
+        F.binary_cross_entropy_with_logits(confidence, height, reduction="none")
+        * (1 + PEAK_WEIGHT * height)
+        * on
+    )
     places = F.cross_entropy(place, at, reduction="none") * height * on
     return entropy.sum() / on.sum() + PLACE_WEIGHT * places.sum() / (height * on).sum().clamp(min=1)
 
@@ -93,22 +102,28 @@ LOSSES: dict[str, Loss] = {"mse": pcm_loss, "blocks": block_loss}
 
 
 def split(data: Dataset) -> tuple[list[int], list[int]]:
-    """(training, held-out) rows of a data set; which is decided by a hash of the image's name, so that more photographs
-    change nothing for those that are there."""
-    held = [i for i, name in enumerate(data.ids) if int(hashlib.sha256(name.encode()).hexdigest(), 16) % HELD_OUT == 0]
+    """(training, held-out) rows of a data set; which is decided by a hash of the image's name, so
+    that more photographs change nothing for those that are there."""
+    held = [
+        i
+        for i, name in enumerate(data.ids)
+        if int(hashlib.sha256(name.encode()).hexdigest(), 16) % HELD_OUT == 0
+    ]
     return [i for i in range(len(data)) if i not in set(held)], held
 
 
 def model_image(sam: Sam, images: Tensor, valid: Tensor) -> Tensor:
-    """(B, 3, S, S) uint8 images and which of their pixels are on the image (padding is 0 once normalised, as SAM has it)
-    -> float32 on the SAM's device."""
+    """(B, 3, S, S) uint8 images and which of their pixels are on the image (padding is 0 once
+    normalised, as SAM has it) -> float32 on the SAM's device."""
     images = images.to(sam.device).float()
     on_image = F.interpolate(valid[:, None].to(sam.device).float(), images.shape[-2:])
     return images.sub_(sam.pixel_mean).div_(sam.pixel_std).mul_(on_image)
 
 
 @torch.inference_mode()
-def recall(predictor: PromptPredictor, held: Examples, sam: Sam, top: tuple[int, ...] = TOP) -> dict[str, float]:
+def recall(
+    predictor: PromptPredictor, held: Examples, sam: Sam, top: tuple[int, ...] = TOP
+) -> dict[str, float]:
     """Share of the held-out ground-truth masks that one of the strongest candidates lies on.
 
     Args:
@@ -138,18 +153,24 @@ def recall(predictor: PromptPredictor, held: Examples, sam: Sam, top: tuple[int,
 @torch.inference_mode()
 def predicted(predictor: PromptPredictor, example: Example, sam: Sam) -> Tensor:
     """The PCM of one example, (4h, 4w)."""
-    image, embedding = model_image(sam, example.image[None], example.valid[None]), example.embedding[None].to(sam.device).float()
+    image, embedding = (
+        model_image(sam, example.image[None], example.valid[None]),
+        example.embedding[None].to(sam.device).float(),
+    )
     return predictor.pcm(image, embedding, example.valid.to(sam.device))
 
 
 @torch.inference_mode()
-def calibrate(predictor: PromptPredictor, held: Examples, sam: Sam, wanted: float, slope: float) -> float:
-    """Scale the confidences' logits and shift them so that the held-out photographs give ``wanted`` candidates on
-    average at the default settings.
+def calibrate(
+    predictor: PromptPredictor, held: Examples, sam: Sam, wanted: float, slope: float
+) -> float:
+    """Scale the confidences' logits and shift them so that the held-out photographs give ``wanted``
+    candidates on average at the default settings.
 
-    What a trained network calls 0.2 depends on its loss: this gives the default confidence a meaning. The flatter the
-    PCM (the smaller ``slope``), the more weak peaks stay apart from strong neighbours when it is smoothed. The place
-    in the middle of a block is preferred, so that neighbours keep their distance.
+    What a trained network calls 0.2 depends on its loss: this gives the default confidence a
+    meaning. The flatter the PCM (the smaller ``slope``), the more weak peaks stay apart from strong
+    neighbours when it is smoothed. The place in the middle of a block is preferred, so that
+    neighbours keep their distance.
 
     Returns:
         The shift.
@@ -161,11 +182,16 @@ def calibrate(predictor: PromptPredictor, held: Examples, sam: Sam, wanted: floa
     blocks = []
     for i in range(len(held)):
         example = held[i]
-        image, embedding = model_image(sam, example.image[None], example.valid[None]), example.embedding[None].to(sam.device).float()
+        image, embedding = (
+            model_image(sam, example.image[None], example.valid[None]),
+            example.embedding[None].to(sam.device).float(),
+        )
         blocks.append((*predictor.blocks(image, embedding), example.valid.to(sam.device)))
 
     def candidates(shift: float) -> float:
-        pcms = (draw_pcm(confidence + shift, place)[0, 0] * valid for confidence, place, valid in blocks)
+        pcms = (
+            draw_pcm(confidence + shift, place)[0, 0] * valid for confidence, place, valid in blocks
+        )
         return float(np.mean([len(sample_prompts(pcm)[0]) for pcm in pcms]))
 
     low, high = -8.0, 8.0
@@ -187,7 +213,9 @@ def batches(examples: Examples, size: int, seed: int, start: int) -> Iterator[Ex
             yield rng.choice(len(examples), min(size, len(examples)), replace=False).tolist()
             step += 1
 
-    loader = torch.utils.data.DataLoader(examples, batch_sampler=draws(), num_workers=1, prefetch_factor=2)
+    loader = torch.utils.data.DataLoader(
+        examples, batch_sampler=draws(), num_workers=1, prefetch_factor=2
+    )
     for batch in loader:
         yield Example(*batch)
 
@@ -207,7 +235,10 @@ class Training:
         data = open_dataset(args.data, args.limit, args.seed)
         rows, held = split(data)
         if not rows or not held:
-            raise ValueError(f"{data.name} has {len(data)} photographs: too few to train on some and hold some out.")
+            raise ValueError(
+                f"{data.name} has {len(data)} photographs: too few to train on some and hold "
+                "some out."
+            )
         embeddings = args.embeddings or self.work / "embeddings"
         cache_embeddings(self.sam, data, embeddings)
         place = PLACES[self.recipe.place]
@@ -222,7 +253,8 @@ class Training:
         self.steps = 0 if args.minutes else math.ceil(args.epochs * len(rows) / args.batch)
 
     def run(self) -> None:
-        """Train, from where an earlier run stopped, and write the weights, the curve and the card."""
+        """Train, from where an earlier run stopped, and write the weights, the curve and the
+        card."""
         self._restore()
         started = time.perf_counter() - self.seconds
         loss_of, losses = LOSSES[self.recipe.loss], []
@@ -249,7 +281,9 @@ class Training:
         for group in self.optimizer.param_groups:
             group["lr"] = self.args.lr * rate * min(1, (self.step + 1) / WARMUP)
         self.predictor.train()
-        blocks = self.predictor.blocks(model_image(self.sam, batch.image, batch.valid), batch.embedding.to(device).float())
+        blocks = self.predictor.blocks(
+            model_image(self.sam, batch.image, batch.valid), batch.embedding.to(device).float()
+        )
         loss = loss_of(blocks, batch.target.to(device), batch.valid.to(device).float())
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -287,7 +321,11 @@ class Training:
 
     def _finish(self) -> None:
         args, predictor = self.args, self.predictor.eval().requires_grad_(False)
-        shift = calibrate(predictor, self.held, self.sam, args.candidates, args.slope) if args.candidates else 0.0
+        shift = (
+            calibrate(predictor, self.held, self.sam, args.candidates, args.slope)
+            if args.candidates
+            else 0.0
+        )
         spec = spec_of(self.sam)
         about = {
             "embed_dim": str(predictor.embed_dim),
@@ -298,64 +336,107 @@ class Training:
             "preset": args.preset,
             "steps": str(self.step),
         }
-        weights = {k: v.cpu().half() if v.is_floating_point() else v.cpu() for k, v in predictor.state_dict().items()}
+        weights = {
+            k: v.cpu().half() if v.is_floating_point() else v.cpu()
+            for k, v in predictor.state_dict().items()
+        }
         write_atomically(args.out, to_safetensors(weights, metadata=about))
         write_atomically(args.out.with_suffix(".md"), self._card(shift))
         print(f"Prompt Predictor: {args.out}")
 
     def _card(self, shift: float) -> str:
         """The model card, Markdown."""
-        args, spec = self.args, spec_of(self.sam)
+        args, spec, recipe = self.args, spec_of(self.sam), self.recipe
         size = sum(p.numel() for p in self.predictor.parameters()) / 1e6
-        rows = self.curve if len(self.curve) <= 10 else [self.curve[round(i * (len(self.curve) - 1) / 9)] for i in range(10)]
-        table = [" | ".join(f"{value:.4g}" for value in row.values()) for row in rows]
-        described = self.data.describe()
-        return "\n".join([
-            f"# {args.out.name}",
-            "",
-            f"Prompt Predictor of {spec.name}.",
-            "",
-            f"- **Model**: {size:.2f} M parameters, {self.predictor.width} channels; float16",
-            f"- **For**: embeddings of {spec.name} (sha256 {spec.sha256[:12]})",
-            f"- **Data**: {len(self.examples)} photographs of {self.data.name}, {len(self.held)} more held out; "
-            f"{described['masks']} masks",
-            f"- **Training**: preset {args.preset} (prompts: {self.recipe.place}, loss: {self.recipe.loss}), {self.step} "
-            f"steps of {args.batch}, {self.seconds / 60:.0f} minutes, by `python -m aopsam_lab train-predictor`",
-            f"- **Calibration**: confidences' logits times {args.slope:g} and shifted by {shift:+.2f}, so that the held-out photographs give "
-            f"{args.candidates:g} candidates on average at the default settings",
-            f"- **Licence**: {args.licence}",
-            "",
-            "Curve on the held-out photographs; recall_K: share of the ground-truth masks with one of the K strongest "
-            "candidates on them.",
-            "",
-            "| " + " | ".join(self.curve[0]) + " |",
-            "|" + " --: |" * len(self.curve[0]),
-            *(f"| {row} |" for row in table),
-            "",
-        ])  # fmt: skip
+        facts = {
+            "Model": f"{size:.2f} M parameters, {self.predictor.width} channels; float16",
+            "For": f"embeddings of {spec.name} (sha256 {spec.sha256[:12]})",
+            "Data": f"{len(self.examples)} photographs, {len(self.held)} more held out; "
+            f"{self.data.describe()['masks']} masks",
+            "Training": f"preset {args.preset} (prompts: {recipe.place}, loss: {recipe.loss}), "
+            f"{self.step} steps of {args.batch}, {self.seconds / 60:.0f} minutes, by "
+            "`python -m aopsam_lab train-predictor`",
+            "Calibration": f"confidences' logits times {args.slope:g} and shifted by {shift:+.2f}, "
+            f"so that the held-out photographs give {args.candidates:g} candidates on average at "
+            "the default settings",
+            "Licence": args.licence,
+        }
+        return "\n".join(
+            [
+                f"# {args.out.name}",
+                "",
+                f"Prompt Predictor of {spec.name}.",
+                "",
+                *(f"- **{name}**: {text}" for name, text in facts.items()),
+                "",
+                "Curve on the held-out photographs; recall_K: share of the ground-truth masks with "
+                "one of the K strongest candidates on them. Candidates are counted before the "
+                "calibration.",
+                "",
+                *_table(self.curve),
+                "",
+            ]
+        )
+
+
+def _table(rows: list[dict[str, float]], most: int = 10) -> list[str]:
+    """A Markdown table of at most so many of the rows, the first and the last among them."""
+    if len(rows) > most:
+        rows = [rows[round(i * (len(rows) - 1) / (most - 1))] for i in range(most)]
+    lines = [f"| {' | '.join(rows[0])} |", "|" + " --: |" * len(rows[0])]
+    return lines + [f"| {' | '.join(f'{v:.4g}' for v in row.values())} |" for row in rows]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `train-predictor`."""
-    parser.add_argument("--data", required=True, help="a folder of `find-masks`, or another data set with masks")
-    parser.add_argument("--out", required=True, type=Path, help="the weights, safetensors; the card lies beside them")
+    parser.add_argument(
+        "--data", required=True, help="a folder of `find-masks`, or another data set with masks"
+    )
+    parser.add_argument(
+        "--out",
+        required=True,
+        type=Path,
+        help="the weights, safetensors; the card lies beside them",
+    )
     parser.add_argument("--sam", default="mobile_sam", choices=list(MODELS))
-    parser.add_argument("--checkpoint", help="weights of the SAM other than the bundled or official ones")
+    parser.add_argument(
+        "--checkpoint", help="weights of the SAM other than the bundled or official ones"
+    )
     parser.add_argument("--preset", default="bundled", choices=list(PRESETS))
-    parser.add_argument("--place", choices=list(PLACES), help="where the prompts lie that are learnt, as the preset says")
+    parser.add_argument(
+        "--place",
+        choices=list(PLACES),
+        help="where the prompts lie that are learnt, as the preset says",
+    )
     parser.add_argument("--loss", choices=list(LOSSES), help="as the preset says")
-    parser.add_argument("--workdir", default="runs/predictor", help="where embeddings, curve and last state are kept")
-    parser.add_argument("--embeddings", type=Path, help="the folder of the embeddings, if it is another")
-    parser.add_argument("--limit", type=int, help="how many images of the data set; all if not given")
+    parser.add_argument(
+        "--workdir",
+        default="runs/predictor",
+        help="where embeddings, curve and last state are kept",
+    )
+    parser.add_argument(
+        "--embeddings", type=Path, help="the folder of the embeddings, if it is another"
+    )
+    parser.add_argument(
+        "--limit", type=int, help="how many images of the data set; all if not given"
+    )
     parser.add_argument("--epochs", type=int, default=1000)
     parser.add_argument("--minutes", type=float, help="length of the training, in place of epochs")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--width", type=int, default=64, help="channels in which the two branches meet")
-    parser.add_argument("--candidates", type=float, default=250, help="at the default settings; 0: not calibrated")
-    parser.add_argument("--slope", type=float, default=0.5, help="of the calibration: smaller gives more candidates")
+    parser.add_argument(
+        "--width", type=int, default=64, help="channels in which the two branches meet"
+    )
+    parser.add_argument(
+        "--candidates", type=float, default=250, help="at the default settings; 0: not calibrated"
+    )
+    parser.add_argument(
+        "--slope", type=float, default=0.5, help="of the calibration: smaller gives more candidates"
+    )
     parser.add_argument("--log-every", type=int, default=100, help="steps between evaluations")
-    parser.add_argument("--licence", default="the terms of the training data hold", help="a line of the card")
+    parser.add_argument(
+        "--licence", default="the terms of the training data hold", help="a line of the card"
+    )
     parser.add_argument("--device", default="auto")
     parser.add_argument("--seed", type=int, default=0)
 

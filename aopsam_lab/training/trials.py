@@ -1,14 +1,17 @@
-"""Choose by measuring, on the training photographs that `train-predictor` holds out; every trial is a row of a CSV.
+"""Choose by measuring, on the training photographs that `train-predictor` holds out; every trial is
+a row of a CSV.
 
     python -m aopsam_lab.training.trials prompts --data FOUND --predictor FILE --out trials.csv
     python -m aopsam_lab.training.trials filtering --data FOUND --out trials.csv
 
-``prompts``: regular grids and the candidates of a Prompt Predictor, at the same numbers of prompts decoded.
-``filtering``: adaptive filtering in both readings of the paper, by the share of prompts that is decoded before the first
-elimination, the number of rounds, and the threshold; beside them, as many prompts of the same candidates without it.
+``prompts``: regular grids and the candidates of a Prompt Predictor, at the same numbers of prompts
+decoded. ``filtering``: adaptive filtering in both readings of the paper, by the share of prompts
+that is decoded before the first elimination, the number of rounds, and the threshold; beside them,
+as many prompts of the same candidates without it.
 
-Columns: ``miou`` against the masks that people drew, ``coverage`` of the masks that the SAM found (IoU of 0.75 or
-more), both as means over the photographs that have any; prompts sampled and decoded, masks kept, a photograph.
+Columns: ``miou`` against the masks that people drew, ``coverage`` of the masks that the SAM found
+(IoU of 0.75 or more), both as means over the photographs that have any; prompts sampled and
+decoded, masks kept, a photograph.
 """
 
 from __future__ import annotations
@@ -43,7 +46,8 @@ ELIMINATIONS = (1.25, 1.3, 1.35, 1.4)
 
 @dataclass(frozen=True)
 class Trial:
-    """One way to prompt: a method, its parameters, and how many prompts it may decode (None: all)."""
+    """One way to prompt: a method, its parameters, and how many prompts it may decode (None:
+    all)."""
 
     method: Method
     params: AsfParams
@@ -72,11 +76,21 @@ def prompt_trials(params: AsfParams) -> Iterator[Trial]:
 
 
 def filtering_trials(params: AsfParams) -> Iterator[Trial]:
-    """Both readings of adaptive filtering with each of FIRSTS, ROUNDS and ELIMINATIONS; and none."""
+    """Both readings of adaptive filtering with each of FIRSTS, ROUNDS and ELIMINATIONS; and
+    none."""
     yield Trial(METHODS["aop_no_af"], params)
-    for share in (0.4, 0.5, 0.6, 0.7, 0.8, 0.9):  # fewer prompts without filtering: what it has to be better than
+    for share in (
+        0.4,
+        0.5,
+        0.6,
+        0.7,
+        0.8,
+        0.9,
+    ):  # fewer prompts without filtering: what it has to be better than
         yield Trial(METHODS["aop_no_af"], params, -round(100 * share))
-    for literal, first, rounds, elimination in itertools.product((False, True), FIRSTS, ROUNDS, ELIMINATIONS):
+    for literal, first, rounds, elimination in itertools.product(
+        (False, True), FIRSTS, ROUNDS, ELIMINATIONS
+    ):
         method = Aop("aop_raw" if literal else "aop", literal=literal, first=first, rounds=rounds)
         changed = AsfParams(params.smoothing, params.confidence, params.spacing, elimination)
         yield Trial(method, changed)
@@ -96,13 +110,17 @@ def measure(sam, predictor, sample: Sample, trials: Iterable[Trial]) -> list[dic
         limit = trial.limit
         if limit is not None and limit < 0:
             limit = max(1, round(-limit / 100 * sampled))
-        found = run_method(sam, encoded, trial.method, pcm, params=trial.params, decode=cache, max_prompts=limit)
+        found = run_method(
+            sam, encoded, trial.method, pcm, params=trial.params, decode=cache, max_prompts=limit
+        )
         sampled = max(sampled, found.n_sampled)
         overlap = iou_matrix(by_sam, found.masks)
         rows.append(
             {
                 "miou": evaluate(by_people, found.masks).miou if by_people else np.nan,
-                "coverage": float((overlap.max(1, initial=0) >= FOUND_IOU).mean()) if by_sam else np.nan,
+                "coverage": float((overlap.max(1, initial=0) >= FOUND_IOU).mean())
+                if by_sam
+                else np.nan,
                 "sampled": found.n_sampled,
                 "decoded": found.n_decoded,
                 "eliminated": found.n_eliminated / max(1, found.n_sampled),
@@ -124,10 +142,16 @@ def run(args: argparse.Namespace) -> None:
     measured = [measure(sam, predictor, data[i], trials) for i in tqdm(held, unit="photo")]
     rows = []
     for k, trial in enumerate(trials):
-        means = {name: round(float(np.nanmean([m[k][name] for m in measured])), 4) for name in measured[0][k]}
+        means = {
+            name: round(float(np.nanmean([m[k][name] for m in measured])), 4)
+            for name in measured[0][k]
+        }
         about = {"kind": args.kind, "predictor": predictor.sha256[:12], "photographs": len(held)}
         rows.append({**about, **trial.describe(), **means})
-        print("  ".join(f"{name} {value}" for name, value in rows[-1].items() if value is not None), flush=True)
+        print(
+            "  ".join(f"{name} {value}" for name, value in rows[-1].items() if value is not None),
+            flush=True,
+        )
     append(args.out, rows)
 
 
@@ -143,7 +167,9 @@ def append(path: Path, rows: list[dict]) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("kind", choices=("prompts", "filtering"))
     parser.add_argument("--data", required=True, type=Path, help="a folder of `find-masks`")
     parser.add_argument("--predictor", type=Path, help="weights other than the bundled ones")
