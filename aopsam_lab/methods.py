@@ -37,9 +37,9 @@ if TYPE_CHECKING:
     from aopsam_lab.predictor import PromptPredictor
     from aopsam_lab.decoding import Encoded, Found
 
-# all of adaptive filtering, ours, from training pictures; `python -m aopsam_lab.training.elimination` shows what others give
-ROUNDS = 2  # in which prompts are decoded; after each, what its masks explain is eliminated
-FIRST = 0.5  # of the points are decoded first: the strongest, which bring more than they cost even where a mask explains them
+# Adaptive filtering's own choices, from training photographs: `python -m aopsam_lab.training.trials`
+FIRST = 0.3  # the share of the prompts, the strongest, that is decoded before any is eliminated
+ROUNDS = 8  # in which prompts are decoded; after each, what its masks explain is eliminated
 REFERENCE_IOU = 0.5  # predicted IoU of a mask that may explain waiting points: a doubtful one explains what is not its own
 MAX_BOXES = 100
 SMALL = 512  # side of a model frame up to which one thread does the predictor's work: waking another can take ten times as long

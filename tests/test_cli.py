@@ -23,7 +23,7 @@ def untrained(tmp_path_factory):
     sam = build_tiny_sam()
     torch.nn.init.ones_(sam.mask_decoder.iou_prediction_head.layers[-1].bias)  # so some masks pass, whatever the draw
     save_file(sam.state_dict(), path, metadata=thresholds)
-    return ["--method", "amg_s", "--checkpoint", str(path), "--device", "cpu"]
+    return ["--sam", "tiny", "--method", "amg_s", "--checkpoint", str(path), "--device", "cpu"]
 
 
 def picture(path, side=40):

@@ -84,7 +84,7 @@ def test_photos_and_mobile_sam_are_the_defaults():
     for function in (run_study, run_ablation, run_sweeps):
         defaults = inspect.signature(function).parameters
         assert (defaults["sam"].default, defaults["dataset"].default) == ("mobile_sam", "photos")
-        assert defaults["n_images"].default == 28
+        assert defaults["n_images"].default == (12 if function is run_study else 28)
     defaults = inspect.signature(explore).parameters
     assert (defaults["sam"].default, defaults["pictures"].default) == ("mobile_sam", "photos")
     for path in (PACKAGE_ROOT / "notebooks").rglob("*.ipynb"):
@@ -95,7 +95,9 @@ def test_photos_and_mobile_sam_are_the_defaults():
         values: dict = {}
         exec(cell.source, values)
         assert (values["sam"], values["dataset"]) == ("mobile_sam", "photos"), path
-        assert path.parent.name == "lessons" or values.get("n_images", 28) == 28, path
+        if path.parent.name != "lessons":
+            images = 12 if path.stem == "main_comparison" else 28
+            assert values.get("n_images", images) == images, path
 
 
 # --- masks that a SAM found -------------------------------------------------------------------

@@ -191,7 +191,7 @@ def test_segment_takes_any_picture_and_keeps_its_models(pictures, monkeypatch):
     assert result.image.shape == (*grey.shape, 3)
     assert aop.segment(grey, method="amg_s", device=torch.device("cpu")).n_decoded == 256
     if not torch.cuda.is_available():
-        assert pipeline.loaded_sam("tiny") is pipeline.loaded_sam("tiny", "cpu")
+        assert pipeline.loaded_sam("mobile_sam") is pipeline.loaded_sam("mobile_sam", "cpu")
     assert len([key for key in pipeline._LOADED if key[0] == "sam"]) == 1
 
 

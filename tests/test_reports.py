@@ -124,12 +124,6 @@ def test_index_shows_table_figure_paper_and_provenance(reports):
     assert '<tr class="own"><th scope="row" class="left">AoP-SAM</th>' in text
 
 
-def test_index_links_the_models_page_where_there_is_one(tmp_path):
-    assert "models.html" not in page.write_index(tmp_path).read_text()
-    (tmp_path / "models.html").write_text("")
-    assert '<a href="models.html">' in page.write_index(tmp_path).read_text()
-
-
 def test_index_loads_nothing_from_outside(reports):
     text = page.write_index(reports).read_text(encoding="utf-8")
     assert not re.search(r'(src|href)="(https?:)?//', text) and "@import" not in text and "<script" not in text

@@ -25,7 +25,7 @@ SCORING_CODE = (
     "asf.py", "batching.py", "decode_cache.py", "decoding.py", "detector.py", "evaluator.py",
     "fullsize.py", "imaging.py", "loose_cache.py", "methods.py", "pipeline.py", "predictor.py",
     "recall.py", "rle.py", "sam/decoder.py", "sam/image_decoder.py", "sam/mobile.py",
-    "sam/shared.py", "sam/tiny.py", "sam/zoo.py", "study/scores.py", "study/stock.py",
+    "sam/shared.py", "sam/tiny.py", "sam/tiny_predictor.py", "sam/zoo.py", "study/scores.py", "study/stock.py",
 )  # fmt: skip
 
 

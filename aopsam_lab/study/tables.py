@@ -66,7 +66,7 @@ def per_image_table(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
         matched = table.get(f"matched_{most}", [None] * len(table))
         table[f"ar_{most}"] = [
             average_recall(counts, n) if isinstance(counts, list) else float("nan")
-            for counts, n in zip(matched, table["n_truth"])
+            for counts, n in zip(matched, table.get("n_truth", []))
         ]
     table = table.reindex(columns=[*PER_IMAGE_COLUMNS, *([COVERAGE] if found else [])])
     numbers = [name for name in PER_IMAGE_COLUMNS if name.endswith("_s") or name.startswith("miou")]
