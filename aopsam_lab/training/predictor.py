@@ -38,6 +38,7 @@ from aopsam_lab.data import Dataset, open_dataset
 from aopsam_lab.files import write_atomically
 from aopsam_lab.predictor import BLOCK, SIGMA, PromptPredictor, blurred, draw_pcm
 from aopsam_lab.sam.zoo import MODELS, load_sam, spec_of
+from aopsam_lab.training.card import write_card
 from aopsam_lab.training.examples import PLACES, Example, Examples, cache_embeddings
 
 TOP = (64, 128, 256)  # candidates that recall is measured for
@@ -253,24 +254,27 @@ class Training:
         self.steps = 0 if args.minutes else math.ceil(args.epochs * len(rows) / args.batch)
 
     def run(self) -> None:
-        """Train, from where an earlier run stopped, and write the weights, the curve and the
-        card."""
+        """Train, from where an earlier run stopped, and write the weights and the card."""
         self._restore()
+        if self._progress() < 1:
+            self._learn_on()
+        self._finish()
+
+    def _learn_on(self) -> None:
+        """Steps until the end; every so many, and after the last, an evaluation that is kept."""
         started = time.perf_counter() - self.seconds
         loss_of, losses = LOSSES[self.recipe.loss], []
         with tqdm(total=self.steps or None, initial=self.step, desc="training", unit="step") as bar:
             for batch in batches(self.examples, self.args.batch, self.args.seed, self.step):
+                losses.append(self._learn(batch, loss_of, self._progress()))
+                bar.update()
                 self.seconds = time.perf_counter() - started
-                done = self._progress()
-                if done < 1:
-                    losses.append(self._learn(batch, loss_of, done))
-                    bar.update()
-                if done >= 1 or self.step % self.args.log_every == 0:
-                    self._evaluate(float(np.mean(losses or [math.nan])))
+                ended = self._progress() >= 1
+                if ended or self.step % self.args.log_every == 0:
+                    self._evaluate(float(np.mean(losses)))
                     losses.clear()
-                if done >= 1:
+                if ended:
                     break
-        self._finish()
 
     def _progress(self) -> float:
         return self.step / self.steps if self.steps else self.seconds / (60 * self.args.minutes)
@@ -308,7 +312,7 @@ class Training:
         rows = io.StringIO()
         writer = csv.DictWriter(rows, self.curve[0])
         writer.writeheader()
-        writer.writerows(self.curve)
+        writer.writerows({k: f"{v:.4g}" for k, v in row.items()} for row in self.curve)
         write_atomically(self.work / "curve.csv", rows.getvalue())
 
     def _restore(self) -> None:
@@ -341,15 +345,10 @@ class Training:
             for k, v in predictor.state_dict().items()
         }
         write_atomically(args.out, to_safetensors(weights, metadata=about))
-        write_atomically(args.out.with_suffix(".md"), self._card(shift))
-        print(f"Prompt Predictor: {args.out}")
-
-    def _card(self, shift: float) -> str:
-        """The model card, Markdown."""
-        args, spec, recipe = self.args, spec_of(self.sam), self.recipe
-        size = sum(p.numel() for p in self.predictor.parameters()) / 1e6
+        size = sum(p.numel() for p in predictor.parameters()) / 1e6
+        recipe = self.recipe
         facts = {
-            "Model": f"{size:.2f} M parameters, {self.predictor.width} channels; float16",
+            "Model": f"{size:.2f} M parameters, {predictor.width} channels",
             "For": f"embeddings of {spec.name} (sha256 {spec.sha256[:12]})",
             "Data": f"{len(self.examples)} photographs, {len(self.held)} more held out; "
             f"{self.data.describe()['masks']} masks",
@@ -361,30 +360,13 @@ class Training:
             "the default settings",
             "Licence": args.licence,
         }
-        return "\n".join(
-            [
-                f"# {args.out.name}",
-                "",
-                f"Prompt Predictor of {spec.name}.",
-                "",
-                *(f"- **{name}**: {text}" for name, text in facts.items()),
-                "",
-                "Curve on the held-out photographs; recall_K: share of the ground-truth masks with "
-                "one of the K strongest candidates on them. Candidates are counted before the "
-                "calibration.",
-                "",
-                *_table(self.curve),
-                "",
-            ]
+        about_curve = (
+            "recall_K: share of the held-out photographs' masks with one of the K strongest "
+            "candidates on them; candidates: before the calibration"
         )
-
-
-def _table(rows: list[dict[str, float]], most: int = 10) -> list[str]:
-    """A Markdown table of at most so many of the rows, the first and the last among them."""
-    if len(rows) > most:
-        rows = [rows[round(i * (len(rows) - 1) / (most - 1))] for i in range(most)]
-    lines = [f"| {' | '.join(rows[0])} |", "|" + " --: |" * len(rows[0])]
-    return lines + [f"| {' | '.join(f'{v:.4g}' for v in row.values())} |" for row in rows]
+        summary = f"Prompt Predictor of {spec.name}."
+        write_card(args.out, summary, facts, self.work / "curve.csv", about_curve)
+        print(f"Prompt Predictor: {args.out}")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
