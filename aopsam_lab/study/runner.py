@@ -28,6 +28,7 @@ from aopsam_lab.study.memory import MEMORY_VERSION, measure_peak
 from aopsam_lab.study.provenance import processor, provenance
 from aopsam_lab.study.scores import TIMES
 from aopsam_lab.study.settings import (
+    GRIDS,
     Models,
     Setting,
     Weights,
@@ -331,8 +332,9 @@ class Study:
         if setting.method == STOCK:
             return run_stock(models.sam, encoded)
         arguments = {"predictor": models.predictor, "detector": models.detector, **shared}
+        method = GRIDS.get(setting.method, setting.method)
         return run_method(
-            models.sam, encoded, setting.method, params=setting.params, max_prompts=setting.max_prompts, **arguments
+            models.sam, encoded, method, params=setting.params, max_prompts=setting.max_prompts, **arguments
         )
 
     def memory(self, settings: Sequence[Setting], weights: Weights) -> dict[str, float]:

@@ -18,7 +18,9 @@ from aopsam_lab.methods import Grid
 from aopsam_lab.sam.zoo import load_sam, resolve_device, spec_of
 from aopsam_lab.study.stock import STOCK
 
-METHODS = {**OUR_METHODS, STOCK: Grid(STOCK, 32)}
+# regular grids of other sides, to compare as many prompts with
+GRIDS = {f"grid_{side}": Grid(f"grid_{side}", side) for side in (8, 10, 12, 14, 16, 20)}
+METHODS = {**OUR_METHODS, STOCK: Grid(STOCK, 32), **GRIDS}
 
 # The code that a score or a time depends on. When it changes, rows made with the former code are scored anew.
 SCORING_CODE = (

@@ -1,0 +1,42 @@
+"""Comparison at equal prompts: a table worked by hand, and one run on a small picture."""
+
+from __future__ import annotations
+
+import pandas as pd
+import pytest
+
+from aopsam_lab.study import prompts
+from aopsam_lab.study.figures import png
+from aopsam_lab.study.settings import Weights
+
+
+def made(ours: float, theirs: float) -> pd.DataFrame:
+    """Two images: the grids score `theirs` and a tenth more, AoP-SAM `ours` and a tenth more."""
+    rows = []
+    for setting in prompts.settings():
+        for image, extra in (("a", 0.0), ("b", 0.1)):
+            score = (ours if setting.method == "aop" else theirs) + extra
+            counts = {"n_decoded": setting.max_prompts or 64, "n_masks": 5}
+            rows.append({"image": image, "method": setting.label, "miou": score, **counts})
+    return pd.DataFrame(rows)
+
+
+def test_equal_prompts_by_hand():
+    table = prompts.comparison(made(0.5, 0.3)).set_index(["sampling", "limit"])
+    assert table["grid"].loc["aop"].tolist()[:2] == ["grid_8", "grid_10"]
+    assert table["grid"].loc["aop"].tolist()[-2:] == ["amg_d"] * 2
+    row = table.loc[("aop, fine", 100)]
+    assert (row["miou"], row["miou_grid"], row["miou_diff"]) == pytest.approx((0.55, 0.35, 0.2))
+    assert (row["miou_lo"], row["miou_hi"]) == pytest.approx((0.2, 0.2))
+    assert png(prompts.figure(made(0.5, 0.3))).startswith(b"\x89PNG")
+
+
+def test_a_run_is_kept_and_drawn(folder, weights, tmp_path):
+    about = Weights.of(weights["sam"], weights["checkpoint"], weights["predictor"], device="cpu")
+    table = prompts.run(folder, tmp_path, 1, about, progress=False)
+    assert (table["prompts"] <= table["limit"]).all() and len(table) == 2 * len(prompts.LIMITS)
+    written = (tmp_path / "prompts.csv").read_text()
+    assert (tmp_path / "miou_by_prompts.png").exists()
+    assert not (tmp_path / "coverage_by_prompts.png").exists(), "no found masks are at hand"
+    prompts.run(folder, tmp_path, 1, about, progress=False)
+    assert (tmp_path / "prompts.csv").read_text() == written
