@@ -175,7 +175,7 @@ class FilteredProposal(Proposal):
         thresholds = asf.elimination_thresholds(pems, coverage, self.valid, self.elimination, self.floor)
         by, value = asf.eliminate(pems, thresholds, self.cells[waiting], asf.dilate(coverage) if self.gated else None)
         gone = by >= 0
-        self.eliminated_by[waiting[gone]] = by[gone]
+        self.eliminated_by[waiting[gone]] = len(self.pems) + by[gone]  # after those of earlier rounds
         self.pem_value[waiting[gone]] = value[gone]
         self.waiting[waiting[gone]] = False
         whole = pems.new_full((len(pems), *self.grid), asf.NO_COSINE)

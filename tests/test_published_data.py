@@ -131,7 +131,7 @@ def test_masks_are_those_of_pycocotools(segmentations):
     oracle.dataset = {"images": [{"id": 0, "height": HEIGHT, "width": WIDTH}], "annotations": annotations}
     oracle.createIndex()
     expected = [oracle.annToMask(annotation).astype(bool) for annotation in annotations if annotation["segmentation"]]
-    rles, _ = truths(map(packed, annotations), HEIGHT, WIDTH, "here", Counter())
+    rles, *_ = truths(map(packed, annotations), HEIGHT, WIDTH, "here", Counter())
     found = Sample("", np.zeros((HEIGHT, WIDTH, 3), np.uint8), rles=rles).masks
     expected = [mask for mask in expected if mask.any()]
     assert len(found) == len(expected) and all(np.array_equal(a, b) for a, b in zip(found, expected))
@@ -140,7 +140,7 @@ def test_masks_are_those_of_pycocotools(segmentations):
 def test_what_is_no_number_is_no_polygon():
     segmentation = [["a"] * 6, TRIANGLE[0], 3, {"x": 1}]
     left_out = Counter()
-    rles, points = truths([packed({"segmentation": segmentation})], HEIGHT, WIDTH, "here", left_out)
+    rles, points, _ = truths([packed({"segmentation": segmentation})], HEIGHT, WIDTH, "here", left_out)
     assert len(rles) == 1 and points is None and left_out["degenerate_polygons"] == 3
 
 
