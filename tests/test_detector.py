@@ -207,7 +207,8 @@ def test_neither_home_nor_network_is_touched(tmp_path, untrained):
 @needs_weights
 def test_the_bundled_weights_find_objects():
     image, wanted = np.full((300, 400, 3), 225, np.uint8), []
-    for x, y, colour in ((40, 50, (200, 30, 30)), (180, 60, (30, 60, 190)), (260, 180, (20, 120, 40))):
+    red, blue, green = (200, 30, 30), (30, 60, 190), (20, 120, 40)
+    for x, y, colour in ((40, 50, red), (180, 60, blue), (260, 180, green)):
         image[y : y + 80, x : x + 90] = colour
         wanted.append([x, y, x + 90, y + 80])
     found, _ = load_detector(device="cpu").boxes(image)
@@ -253,7 +254,7 @@ class _Known:
     """A detector that finds what it is given."""
 
     def __init__(self, boxes, scores, least):
-        self._found, self.options = (np.array(boxes, float), np.array(scores)), {"confidence": least}
+        self._found, self.options = (np.array(boxes), np.array(scores)), {"confidence": least}
 
     def boxes(self, image):
         return self._found
@@ -291,7 +292,7 @@ def test_trials_are_added_to_a_file_of_the_same_columns(tmp_path):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A COCO-style folder of six images, 60 x 40 pixels; each has two masks, and one of them twice."""
+    """A COCO-style folder of six images, 60 x 40 pixels; of each two masks, one of them twice."""
     folder = tmp_path_factory.mktemp("data") / "found"
     (folder / "images").mkdir(parents=True)
     images, annotations, rng = [], [], np.random.default_rng(0)
@@ -375,8 +376,8 @@ def command(tmp_path, folder, monkeypatch):
     """The arguments of a training of a moment."""
     monkeypatch.setattr(training, "SIDES", (32, 64))
     monkeypatch.setattr(training, "OVERLAPS", (0.6,))
-    return ["--data", str(folder), "--minutes", "0.01", "--imgsz", "32", "--batch", "2", "--every", "3",
-            "--device", "cpu", "--workdir", str(tmp_path / "work"),
+    return ["--data", str(folder), "--minutes", "0.01", "--imgsz", "32", "--batch", "2",
+            "--every", "3", "--device", "cpu", "--workdir", str(tmp_path / "work"),
             "--out", str(tmp_path / "out/detector.safetensors")]  # fmt: skip
 
 
