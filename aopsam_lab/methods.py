@@ -18,7 +18,7 @@ prompts, decodes and filters each the same way for every method, and shows it th
 from __future__ import annotations
 
 import math
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
@@ -114,7 +114,7 @@ class FilteredProposal(Proposal):
 
     Of masks that are duplicates of each other, as the pipeline has it at the end, the surest one is compared with what waits.
 
-    cells: (m, 2) long, each prompt's (row, column) on the h x w grid. grid: (h, w).
+    cells: (m, 2) long, each prompt's (row, column) on the h x w grid. grid: (h, w). side: of the model frame, in pixels.
     features: (2C, h', w'), see :func:`asf.elimination_features`, and valid: (h', w') bool, of the part of the grid, top left,
     that the prompts lie in: nothing is computed of padding.
     """
@@ -128,6 +128,7 @@ class FilteredProposal(Proposal):
     floor: bool = True
     first: float = FIRST
     rounds: int = ROUNDS
+    side: int = SMALL
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -141,7 +142,7 @@ class FilteredProposal(Proposal):
 
     def next_round(self) -> Tensor | None:
         if self._seen:
-            with one_thread(self.waiting.device):
+            with few_threads(self.waiting.device, self.side):
                 self._eliminate(*(torch.cat(parts) for parts in zip(*self._seen)))
             self._seen.clear()
         while self._ends:
@@ -154,7 +155,7 @@ class FilteredProposal(Proposal):
     def observe(self, found: Found, mask_threshold: float) -> None:
         if not len(found.iou) or not self.waiting.any():
             return
-        with one_thread(self.waiting.device):
+        with few_threads(self.waiting.device, self.side):
             sure = best_of_each(found.iou, found.prompt, len(self.prompts))
             sure = sure[found.iou[sure] >= REFERENCE_IOU]
             if not len(sure):
@@ -182,6 +183,11 @@ class FilteredProposal(Proposal):
         whole[:, : pems.shape[1], : pems.shape[2]] = pems
         self.pems.extend(whole)
         self.references.extend(zip(owners.tolist(), thresholds.tolist()))
+
+
+def few_threads(device: torch.device, side: int) -> AbstractContextManager:
+    """One thread for a model frame of a side up to SMALL, all of them for a larger one."""
+    return one_thread(device) if side <= SMALL else nullcontext()
 
 
 def best_of_each(iou: Tensor, prompt: Tensor, m: int) -> Tensor:
@@ -256,10 +262,8 @@ class Aop:
     def start(self, encoded: Encoded, models: Models, params: AsfParams) -> Proposal:
         h, w = encoded.embedding.shape[-2:]
         valid = asf.valid_cells(encoded.input_size, encoded.model_image.shape[-1], (CELL * h, CELL * w), encoded.embedding.device)
-        small = encoded.model_image.shape[-1] <= SMALL
-        with one_thread(valid.device) if small else nullcontext():
+        with few_threads(valid.device, encoded.model_image.shape[-1]):
             pcm = models.predictor.pcm(encoded.model_image, encoded.embedding, valid)
-        with one_thread(valid.device):
             return self._sample(encoded, pcm, valid, params)
 
     def _sample(self, encoded: Encoded, pcm: Tensor, pcm_valid: Tensor, params: AsfParams) -> Proposal:
@@ -289,6 +293,7 @@ class Aop:
             floor=not self.literal,
             first=self.first,
             rounds=self.rounds,
+            side=size,
         )
 
 
