@@ -37,10 +37,12 @@ if TYPE_CHECKING:
     from aopsam_lab.predictor import PromptPredictor
     from aopsam_lab.decoding import Encoded, Found
 
-# Adaptive filtering's own choices, from training photographs: `python -m aopsam_lab.training.trials`
+# Chosen on training photographs: `python -m aopsam_lab.training.trials filtering`
 FIRST = 0.3  # the share of the prompts, the strongest, that is decoded before any is eliminated
 ROUNDS = 8  # in which prompts are decoded; after each, what its masks explain is eliminated
-REFERENCE_IOU = 0.5  # predicted IoU of a mask that may explain waiting points: a doubtful one explains what is not its own
+# Predicted IoU of a mask that may explain waiting prompts: a doubtful one explains what is not its
+# own. Chosen for the tiny SAM (commit 372a11b), not yet anew for MobileSAM.
+REFERENCE_IOU = 0.5
 MAX_BOXES = 100
 SMALL = 512  # side of a model frame up to which one thread does the predictor's work: waking another can take ten times as long
 BOX_NMS_THRESH = 0.7  # of two masks whose boxes have a higher IoU the surer one stays, as in segment_anything

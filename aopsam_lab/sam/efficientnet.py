@@ -1,7 +1,7 @@
 """EfficientNet-Lite0 as far as stride 16: what ImageNet taught, beside the tiny SAM's own encoder.
 
 The network of Tan and Le (2019) in the Lite form (no squeeze-and-excitation, ReLU6), its inference only: each BatchNorm is folded
-into the convolution before it. Where its weights come from: :mod:`aopsam_lab.training.backbone`.
+into the convolution before it.
 """
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ class Example(NamedTuple):
 
 
 def own_prompts(sample: Sample, scale: float) -> np.ndarray:
-    """One prompt a mask: the data set's own prompt point, else the mask's pole of inaccessibility.
+    """One prompt a mask: the data set's own prompt point, else the one deepest inside the mask.
 
     This is the paper's ground truth: SA-1B's masks with the points that found them.
     """
@@ -61,7 +61,7 @@ def covering_prompts(sample: Sample, scale: float) -> np.ndarray:
 
     A mask that few clicks give comes first. Of its clicks the one is taken that gives the most
     masks not yet given, and of equals the one deepest inside the mask. A mask without clicks (a
-    person drew it) gets its pole of inaccessibility, unless a prompt lies on it already. Another
+    person drew it) gets its deepest point, unless a prompt lies on it already. Another
     click is as high as the masks are rare that it gives: SECOND times the sum of 1 / n, n the
     clicks that give a mask, at most SECOND.
     """

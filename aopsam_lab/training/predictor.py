@@ -4,7 +4,7 @@
     python -m aopsam_lab train-predictor --sam vit_h --data sa1b:DIR --preset paper --out OUT
 
 Presets. ``paper``: one Gaussian a mask, at the prompt point that the data set gives or else at the
-pole of inaccessibility; mean squared error of the PCM, Adam, 1000 epochs: the paper's recipe.
+point deepest inside the mask; mean squared error of the PCM, Adam, 1000 epochs: the paper's recipe.
 ``bundled`` (ours): the prompts that together give all masks (`find-masks` writes which clicks give
 a mask) and, lower, the other clicks; cross-entropy of each block of the PCM, Adam with a cosine
 schedule. SAM is frozen; its embeddings are computed once and kept. Every eighth photograph or so is
