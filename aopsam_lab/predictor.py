@@ -16,11 +16,12 @@ from aopsam_lab.sam.tiny_predictor import TinyPredictor
 from aopsam_lab.sam.zoo import WEIGHTS, resolve_device
 
 CELL = 4  # PCM cells along each side of a cell of the embedding
-BLOCK = 8  # PCM cells along each side of a block, in which the network places one prompt
+BLOCK = 4  # PCM cells along each side of a block, in which the network places one prompt
+COARSE = 8  # PCM cells along each side of a cell of the last layers, which speak for 2 x 2 blocks
 DROPPED = (
     0.2  # of the embedding's channels while training: against knowing the photographs by heart
 )
-SIGMA = 2.0  # of the Gaussian about a prompt, in PCM cells
+SIGMA = 1.5  # of the Gaussian about a prompt, in PCM cells
 BUNDLED = {
     "mobile_sam": WEIGHTS / "predictor_mobile_sam.safetensors",
     "tiny": WEIGHTS / "predictor_tiny.safetensors",
@@ -41,48 +42,69 @@ class PromptPredictor(nn.Module):
 
     Of each block of BLOCK x BLOCK cells of the PCM the network says how likely a prompt in it gives
     a mask that no other gives, and where in the block it should lie; `draw_pcm` shows this as one
-    Gaussian a block. So the peaks of neighbours stay apart when the PCM is smoothed.
+    Gaussian a block. So the peaks of neighbours stay apart when the PCM is smoothed. Padding is
+    zero in every layer, so that it can be cut off without changing a number.
 
     Args:
         embed_dim: C, channels of the embedding.
         stride: model-frame pixels along a side of an embedding's cell, 8 or 16.
-        width: channels in which the two branches meet.
+        width: channels in which the two branches meet; the layers after it have half as many more.
+        sees_image: whether there is a branch on the image; the paper has one.
 
-    Shapes: image (B, 3, S, S), normalised and padded, and embedding (B, C, h, w) with even h, w ->
-    PCM (B, 1, 4h, 4w) in [0, 1], both in the model frame.
+    Shapes: image (B, 3, S, S), normalised and padded, embedding (B, C, h, w) with even h, w, valid
+    (B, 4h, 4w), 1 on the image -> PCM (B, 1, 4h, 4w) in [0, 1], all in the model frame.
     """
 
-    def __init__(self, embed_dim: int = 256, stride: int = 16, width: int = 64) -> None:
+    def __init__(
+        self, embed_dim: int = 256, stride: int = 16, width: int = 64, sees_image: bool = True
+    ) -> None:
         super().__init__()
         if stride not in (8, 16):
             raise ValueError(
                 f"a Prompt Predictor is made for embeddings at stride 8 or 16, not {stride}"
             )
         self.embed_dim, self.stride, self.width = embed_dim, stride, width
-        self.image = nn.Sequential(_conv(3, 16, stride=2), _conv(16, width, stride=2))
+        inner = width + width // 2
+        self.image = None
+        if sees_image:
+            self.image = nn.Sequential(_conv(3, 16, stride=2), _conv(16, width, stride=2))
         self.drop = nn.Dropout2d(DROPPED)
         self.embed = _conv(embed_dim, width, 1)
         self.fuse = nn.Sequential(
-            _conv(width, width),
-            _conv(width, width),
-            _conv(width, 2 * width, stride=BLOCK // CELL),
-            nn.Conv2d(2 * width, 1 + BLOCK**2, 1),
+            _conv(width, inner, stride=COARSE // CELL), _conv(inner, inner), _conv(inner, inner)
         )
+        parts = (COARSE // BLOCK) ** 2
+        self.head = nn.Conv2d(inner, parts * (1 + BLOCK**2), 1)
         # few blocks deserve a prompt: a Sigmoid that starts at one half would first have to unlearn
         # all the others
-        nn.init.constant_(self.fuse[-1].bias[0], -2.0)
+        nn.init.constant_(self.head.bias[:parts], -3.5)
 
-    def blocks(self, image: Tensor, embedding: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits of each block's confidence (B, h/2, w/2) and of the places in it (B, BLOCK^2, h/2,
-        w/2), row by row."""
-        image = F.avg_pool2d(
-            image, self.stride // CELL
-        )  # detail finer than a PCM cell only costs time
-        out = self.fuse(self.image(image) + self.embed(self.drop(embedding)))
+    def blocks(self, image: Tensor, embedding: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits of each block's confidence (B, h, w) and of the places in it (B, BLOCK^2, h, w),
+        row by row.
+
+        Args:
+            image: (B, 3, 4h, 4w), the mean of the pixels in each cell, see `cell_means`.
+            embedding: (B, C, h, w).
+            valid: (B, 4h, 4w), 1 on the image and 0 on padding.
+        """
+        valid = valid[:, None].to(embedding.dtype)
+        out = self.embed(self.drop(embedding))
+        if self.image is not None:
+            out = out + self.image[1](self.image[0](image) * F.max_pool2d(valid, 2))
+        out = out * F.max_pool2d(valid, CELL)
+        on = F.max_pool2d(valid, COARSE)
+        for layer in self.fuse:
+            out = layer(out) * on
+        out = F.pixel_shuffle(self.head(out), COARSE // BLOCK)
         return out[:, 0], out[:, 1:]
 
-    def forward(self, image: Tensor, embedding: Tensor) -> Tensor:
-        return draw_pcm(*self.blocks(image, embedding))
+    def cell_means(self, image: Tensor) -> Tensor:
+        """(B, 3, S, S) -> (B, 3, 4h, 4w): detail finer than a PCM cell only costs time."""
+        return F.avg_pool2d(image, self.stride // CELL)
+
+    def forward(self, image: Tensor, embedding: Tensor, valid: Tensor) -> Tensor:
+        return draw_pcm(*self.blocks(self.cell_means(image), embedding, valid))
 
     def fold(self) -> PromptPredictor:
         """Fold each BatchNorm into the convolution before it, in place: the same numbers in less
@@ -95,17 +117,27 @@ class PromptPredictor(nn.Module):
 
     @torch.inference_mode()
     def pcm(self, image: Tensor, embedding: Tensor, valid: Tensor) -> Tensor:
-        """The PCM of one image, zero on padding.
+        """The PCM of one image, zero on padding; only cells that hold a part of the image are
+        computed.
 
         Args:
             image: (1, 3, S, S), normalised and padded.
             embedding: (1, C, h, w).
-            valid: (4h, 4w) bool, cells on the image.
+            valid: (4h, 4w) bool, cells on the image: a rectangle at the top left.
 
         Returns:
             (4h, 4w) in [0, 1].
         """
-        return self(image, embedding)[0, 0] * valid
+        rows, columns = (COARSE * -(-int(valid.any(1 - axis).sum()) // COARSE) for axis in (0, 1))
+        pixels = self.stride // CELL
+        part = self(
+            image[..., : rows * pixels, : columns * pixels],
+            embedding[..., : rows // CELL, : columns // CELL],
+            valid[None, :rows, :columns],
+        )[0, 0]
+        pcm = part.new_zeros(valid.shape)
+        pcm[:rows, :columns] = part
+        return pcm * valid
 
 
 def draw_pcm(confidence: Tensor, place: Tensor, soft: bool = False) -> Tensor:
@@ -171,7 +203,10 @@ def load_predictor(
             weights = {key: file.get_tensor(key) for key in file.keys()}
         if "width" in about:
             predictor = PromptPredictor(
-                int(about["embed_dim"]), int(about["stride"]), int(about["width"])
+                int(about["embed_dim"]),
+                int(about["stride"]),
+                int(about["width"]),
+                any(key.startswith("image.") for key in weights),
             )
         else:
             predictor = TinyPredictor(int(about["embed_dim"]), int(about["stride"]))
@@ -185,4 +220,7 @@ def load_predictor(
         ) from error
     predictor.sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
     predictor = predictor.eval().fold().requires_grad_(False).to(resolve_device(device))
-    return predictor.to(memory_format=torch.channels_last)  # a sixth quicker on a CPU
+    predictor.to(memory_format=torch.channels_last)  # a sixth quicker on a CPU
+    if isinstance(predictor, PromptPredictor):  # but not the matrix product of the embedding
+        predictor.embed.to(memory_format=torch.contiguous_format)
+    return predictor

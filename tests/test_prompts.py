@@ -25,7 +25,7 @@ def test_equal_prompts_by_hand():
     table = prompts.comparison(made(0.5, 0.3)).set_index(["sampling", "limit"])
     assert table["grid"].loc["aop"].tolist()[:2] == ["grid_8", "grid_10"]
     assert table["grid"].loc["aop"].tolist()[-2:] == ["amg_d"] * 2
-    row = table.loc[("aop, fine", 100)]
+    row = table.loc[("aop, chosen", 100)]
     assert (row["miou"], row["miou_grid"], row["miou_diff"]) == pytest.approx((0.55, 0.35, 0.2))
     assert (row["miou_lo"], row["miou_hi"]) == pytest.approx((0.2, 0.2))
     assert png(prompts.figure(made(0.5, 0.3))).startswith(b"\x89PNG")

@@ -3,8 +3,9 @@
     python -m aopsam_lab.study.prompts --dataset photos --out reports/prompts
 
 Each grid is compared with `aop` where it may decode as many prompts, strongest first: at its
-default settings, and with a finer sampling (FINE) that has more candidates. Every prompt is decoded
-once. Scores go into `OUT/results.sqlite`: a stopped run goes on, and scores nothing twice.
+default sampling, and at the sampling chosen for that number (CHOSEN): few prompts need a coarse
+one, which spreads them over the image, many a fine one, which has as many peaks. Every prompt is
+decoded once. Scores go into `OUT/results.sqlite`: a stopped run goes on, and scores nothing twice.
 """
 
 from __future__ import annotations
@@ -27,19 +28,28 @@ from aopsam_lab.study.output import to_csv
 from aopsam_lab.study.runner import run_settings
 from aopsam_lab.study.settings import GRIDS, Setting, Weights
 
-FINE = AsfParams(smoothing=1.0, confidence=0.05, spacing=4.0)
 SHARE = 0.4  # of the dense grid's prompts, with which AoP-SAM should come near it
 DENSE = METHODS["amg_d"]
 LIMITS = [grid.side**2 for grid in GRIDS.values()] + [int(SHARE * DENSE.side**2), DENSE.side**2]
+# by the number of prompts, the sampling with the highest mIoU on held-out training photographs:
+# `python -m aopsam_lab.training.trials prompts`
+COARSE = AsfParams(smoothing=3.0, confidence=0.01, spacing=8.0)
+MEDIUM = AsfParams(smoothing=2.0, confidence=0.02, spacing=6.0)
+FINE = AsfParams(smoothing=0.5, confidence=0.005, spacing=1.0)
+CHOSEN = {64: COARSE, 100: COARSE, 144: MEDIUM, 196: MEDIUM, 256: FINE}
+SAMPLINGS = {
+    "aop": dict.fromkeys(LIMITS, AsfParams()),
+    "aop, chosen": {limit: CHOSEN.get(limit, FINE) for limit in LIMITS},
+}
 
 
 def settings() -> list[Setting]:
-    """Grids, and AoP-SAM at its default and at finer sampling with as many prompts as these."""
+    """Grids, and AoP-SAM at each of SAMPLINGS with as many prompts as these."""
     grids = [Setting(name, name, AsfParams()) for name in (*GRIDS, DENSE.name)]
     ours = [
         Setting(_label(name, limit), "aop", params, limit)
-        for name, params in (("aop", AsfParams()), ("aop, fine", FINE))
-        for limit in LIMITS
+        for name, samplings in SAMPLINGS.items()
+        for limit, params in samplings.items()
     ]
     return grids + ours
 
@@ -63,7 +73,7 @@ def comparison(per_image: pd.DataFrame) -> pd.DataFrame:
     grids = {grid.side**2: name for name, grid in {**GRIDS, DENSE.name: DENSE}.items()}
     measures = [name for name in ("miou", "ar_100", "coverage") if name in per_image]
     rows = []
-    for sampling in ("aop", "aop, fine"):
+    for sampling in SAMPLINGS:
         for limit in LIMITS:
             ours = by_label[_label(sampling, limit)]
             name = grids.get(limit, DENSE.name)
@@ -85,7 +95,7 @@ def figure(per_image: pd.DataFrame, measure: str = "miou") -> Figure:
     lines = {"regular grids": [*GRIDS, DENSE.name]}
     lines |= {
         name.replace("aop", "AoP-SAM"): [_label(name, limit) for limit in LIMITS]
-        for name in ("aop", "aop, fine")
+        for name in SAMPLINGS
     }
     drawn = Figure(figsize=(6.4, 4.2), layout="constrained")
     axes = drawn.subplots()

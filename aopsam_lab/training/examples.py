@@ -11,6 +11,7 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 import torch
+import torch.nn.functional as F
 from pycocotools import mask as coco_mask
 from segment_anything.modeling import Sam
 from segment_anything.utils.transforms import ResizeLongestSide
@@ -32,8 +33,8 @@ Place = Callable[[Sample, float], np.ndarray]
 
 
 class Example(NamedTuple):
-    """image (3, S, S) uint8, padded; embedding (C, h, w) float16; target (4h, 4w) float32; valid
-    (4h, 4w) bool."""
+    """image (3, 4h, 4w) float16, the normalised mean of the pixels in each PCM cell; embedding
+    (C, h, w) float16; target (4h, 4w) float32; valid (4h, 4w) bool."""
 
     image: Tensor
     embedding: Tensor
@@ -122,7 +123,7 @@ def target_map(prompts: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
     return target
 
 
-class Examples(torch.utils.data.Dataset):
+class Examples:
     """Photographs of a data set with their embeddings, read from the disk when asked for.
 
     Args:
@@ -137,27 +138,34 @@ class Examples(torch.utils.data.Dataset):
         self, data: Dataset, rows: Sequence[int], embeddings: Path, sam: Sam, place: Place
     ) -> None:
         self.data, self.rows, self.embeddings, self.place = data, list(rows), embeddings, place
-        self.side, self.grid = sam.image_encoder.img_size, tuple(sam.prompt_encoder.mask_input_size)
-        self._resize = ResizeLongestSide(self.side)
-        self._targets: dict[int, np.ndarray] = {}
+        self.sam, self.grid = sam, tuple(sam.prompt_encoder.mask_input_size)
+        self._resize = ResizeLongestSide(sam.image_encoder.img_size)
+        self._kept: dict[int, tuple[Tensor, Tensor, Tensor, Path]] = {}
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, i: int) -> Example:
-        sample = self.data[self.rows[i]]
+        if i not in self._kept:
+            self._kept[i] = self._make(self.data[self.rows[i]])
+        image, target, valid, file = self._kept[i]
+        return Example(image, torch.from_numpy(np.load(file)), target, valid)
+
+    def _make(self, sample: Sample) -> tuple[Tensor, Tensor, Tensor, Path]:
         scaled = self._resize.apply_image(sample.image)
-        image = np.zeros((3, self.side, self.side), np.uint8)
-        image[:, : scaled.shape[0], : scaled.shape[1]] = scaled.transpose(2, 0, 1)
-        if i not in self._targets:
-            prompts = self.place(sample, self.scale(sample))
-            self._targets[i] = (target_map(prompts, self.grid) * 255).round().astype(np.uint8)
-        return Example(
-            torch.from_numpy(image),
-            torch.from_numpy(np.load(embedding_file(self.embeddings, sample.id))),
-            torch.from_numpy(self._targets[i]).float() / 255,
-            valid_cells(scaled.shape[:2], self.side, self.grid),
-        )
+        pixels = torch.as_tensor(scaled, device=self.sam.device).permute(2, 0, 1)[None]
+        image = self.sam.preprocess(pixels.contiguous())
+        side = image.shape[-1]
+        image = F.avg_pool2d(image, side // self.grid[1])[0].half().cpu()
+        target = target_map(self.place(sample, self.scale(sample)), self.grid)
+        valid = valid_cells(scaled.shape[:2], side, self.grid)
+        file = embedding_file(self.embeddings, sample.id)
+        return image, torch.from_numpy(target), valid, file
+
+    def batch(self, indices: Sequence[int]) -> Example:
+        """Some of the examples, stacked, as float32 on the SAM's device."""
+        stacked = map(torch.stack, zip(*(self[i] for i in indices)))
+        return Example(*(part.to(self.sam.device).float() for part in stacked))
 
     def scale(self, sample: Sample) -> float:
         """PCM cells along a pixel of the image."""

@@ -19,6 +19,7 @@ import argparse
 import csv
 import hashlib
 import io
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -29,7 +30,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save as to_safetensors
-from segment_anything.modeling import Sam
 from torch import Tensor
 from tqdm import tqdm
 
@@ -42,10 +42,11 @@ from aopsam_lab.training.card import write_card
 from aopsam_lab.training.examples import PLACES, Example, Examples, cache_embeddings
 
 TOP = (64, 128, 256)  # candidates that recall is measured for
+FINE = {"smoothing": 1.0, "confidence": 0.0, "spacing": 4.0}  # sampling that recall is measured for
 HELD_OUT = 8  # one photograph in so many is held out
 WARMUP = 50  # steps
 PEAK_WEIGHT = 4.0
-MIDDLE = 3.0  # of the calibration: added to the logit of a block's middle
+MIDDLE = 1.5  # of the calibration: added to the logit of a block's middle
 PLACE_WEIGHT = 0.05  # of the places' loss to the confidences'
 
 
@@ -113,24 +114,15 @@ def split(data: Dataset) -> tuple[list[int], list[int]]:
     return [i for i in range(len(data)) if i not in set(held)], held
 
 
-def model_image(sam: Sam, images: Tensor, valid: Tensor) -> Tensor:
-    """(B, 3, S, S) uint8 images and which of their pixels are on the image (padding is 0 once
-    normalised, as SAM has it) -> float32 on the SAM's device."""
-    images = images.to(sam.device).float()
-    on_image = F.interpolate(valid[:, None].to(sam.device).float(), images.shape[-2:])
-    return images.sub_(sam.pixel_mean).div_(sam.pixel_std).mul_(on_image)
-
-
 @torch.inference_mode()
 def recall(
-    predictor: PromptPredictor, held: Examples, sam: Sam, top: tuple[int, ...] = TOP
+    predictor: PromptPredictor, held: Examples, top: tuple[int, ...] = TOP
 ) -> dict[str, float]:
     """Share of the held-out ground-truth masks that one of the strongest candidates lies on.
 
     Args:
         predictor: in evaluation mode.
         held: the held-out photographs.
-        sam: their SAM.
         top: how many candidates, for each number one share.
 
     Returns:
@@ -138,9 +130,9 @@ def recall(
     """
     hits, masks_seen, candidates = dict.fromkeys(top, 0), 0, []
     for i in range(len(held)):
-        pcm = predicted(predictor, held[i], sam)
+        pcm = predicted(predictor, held, i)
         candidates.append(len(sample_prompts(pcm)[0]))
-        cells = sample_prompts(pcm, confidence=0.0)[0].cpu().numpy()
+        cells = sample_prompts(pcm, **FINE)[0].cpu().numpy()
         masks = held.masks(i)
         inside = (cells < masks.shape[1:]).all(1)
         masks_seen += len(masks)
@@ -152,19 +144,14 @@ def recall(
 
 
 @torch.inference_mode()
-def predicted(predictor: PromptPredictor, example: Example, sam: Sam) -> Tensor:
-    """The PCM of one example, (4h, 4w)."""
-    image, embedding = (
-        model_image(sam, example.image[None], example.valid[None]),
-        example.embedding[None].to(sam.device).float(),
-    )
-    return predictor.pcm(image, embedding, example.valid.to(sam.device))
+def predicted(predictor: PromptPredictor, held: Examples, i: int) -> Tensor:
+    """The PCM of example i, (4h, 4w)."""
+    image, embedding, _, valid = held.batch([i])
+    return draw_pcm(*predictor.blocks(image, embedding, valid))[0, 0] * valid[0]
 
 
 @torch.inference_mode()
-def calibrate(
-    predictor: PromptPredictor, held: Examples, sam: Sam, wanted: float, slope: float
-) -> float:
+def calibrate(predictor: PromptPredictor, held: Examples, wanted: float, slope: float) -> float:
     """Scale the confidences' logits and shift them so that the held-out photographs give ``wanted``
     candidates on average at the default settings.
 
@@ -176,18 +163,15 @@ def calibrate(
     Returns:
         The shift.
     """
-    last = predictor.fuse[-1]
-    last.weight[0] *= slope
-    last.bias[0] *= slope
-    last.bias[1 + BLOCK**2 // 2 + BLOCK // 2] += MIDDLE
+    head, parts = predictor.head, len(predictor.head.bias) // (1 + BLOCK**2)
+    head.weight[:parts] *= slope
+    head.bias[:parts] *= slope
+    middle = 1 + BLOCK**2 // 2 + BLOCK // 2
+    head.bias[parts * middle : parts * (middle + 1)] += MIDDLE
     blocks = []
     for i in range(len(held)):
-        example = held[i]
-        image, embedding = (
-            model_image(sam, example.image[None], example.valid[None]),
-            example.embedding[None].to(sam.device).float(),
-        )
-        blocks.append((*predictor.blocks(image, embedding), example.valid.to(sam.device)))
+        image, embedding, _, valid = held.batch([i])
+        blocks.append((*predictor.blocks(image, embedding, valid), valid[0]))
 
     def candidates(shift: float) -> float:
         pcms = (
@@ -200,25 +184,15 @@ def calibrate(
     for _ in range(16):
         shift = (low + high) / 2
         low, high = (shift, high) if candidates(shift) < wanted else (low, shift)
-    last.bias[0] += high
+    head.bias[:parts] += high
     return high
 
 
 def batches(examples: Examples, size: int, seed: int, start: int) -> Iterator[Example]:
     """Random batches without end, from number ``start`` on; each is drawn without repetition."""
-
-    def draws() -> Iterator[list[int]]:
-        step = start
-        while True:
-            rng = np.random.default_rng([seed, step])
-            yield rng.choice(len(examples), min(size, len(examples)), replace=False).tolist()
-            step += 1
-
-    loader = torch.utils.data.DataLoader(
-        examples, batch_sampler=draws(), num_workers=1, prefetch_factor=2
-    )
-    for batch in loader:
-        yield Example(*batch)
+    for step in itertools.count(start):
+        rng = np.random.default_rng([seed, step])
+        yield examples.batch(rng.choice(len(examples), min(size, len(examples)), replace=False))
 
 
 class Training:
@@ -247,7 +221,9 @@ class Training:
         self.held = Examples(data, held, embeddings, self.sam, place)
         self.data = data
         side, (h, _) = self.sam.image_encoder.img_size, self.sam.prompt_encoder.image_embedding_size
-        self.predictor = PromptPredictor(self.sam.prompt_encoder.embed_dim, side // h, args.width)
+        self.predictor = PromptPredictor(
+            self.sam.prompt_encoder.embed_dim, side // h, args.width, not args.no_image
+        )
         self.predictor.to(self.sam.device)
         self.optimizer = torch.optim.Adam(self.predictor.parameters(), lr=args.lr)
         self.step, self.seconds, self.curve = 0, 0.0, []
@@ -280,15 +256,12 @@ class Training:
         return self.step / self.steps if self.steps else self.seconds / (60 * self.args.minutes)
 
     def _learn(self, batch: Example, loss_of, done: float) -> float:
-        device = self.sam.device
         rate = 0.5 * (1 + math.cos(math.pi * done)) if self.recipe.cosine else 1.0
         for group in self.optimizer.param_groups:
             group["lr"] = self.args.lr * rate * min(1, (self.step + 1) / WARMUP)
         self.predictor.train()
-        blocks = self.predictor.blocks(
-            model_image(self.sam, batch.image, batch.valid), batch.embedding.to(device).float()
-        )
-        loss = loss_of(blocks, batch.target.to(device), batch.valid.to(device).float())
+        blocks = self.predictor.blocks(batch.image, batch.embedding, batch.valid)
+        loss = loss_of(blocks, batch.target, batch.valid)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.optimizer.step()
@@ -296,7 +269,7 @@ class Training:
         return loss.item()
 
     def _evaluate(self, loss: float) -> None:
-        found = recall(self.predictor.eval(), self.held, self.sam)
+        found = recall(self.predictor.eval(), self.held)
         self.curve.append({"step": self.step, "minutes": self.seconds / 60, "loss": loss, **found})
         tqdm.write("  ".join(f"{name} {value:.4g}" for name, value in self.curve[-1].items()))
         state = {
@@ -326,9 +299,7 @@ class Training:
     def _finish(self) -> None:
         args, predictor = self.args, self.predictor.eval().requires_grad_(False)
         shift = (
-            calibrate(predictor, self.held, self.sam, args.candidates, args.slope)
-            if args.candidates
-            else 0.0
+            calibrate(predictor, self.held, args.candidates, args.slope) if args.candidates else 0.0
         )
         spec = spec_of(self.sam)
         about = {
@@ -348,7 +319,8 @@ class Training:
         size = sum(p.numel() for p in predictor.parameters()) / 1e6
         recipe = self.recipe
         facts = {
-            "Model": f"{size:.2f} M parameters, {predictor.width} channels",
+            "Model": f"{size:.2f} M parameters, {predictor.width} channels"
+            + (", without the image" if args.no_image else ""),
             "For": f"embeddings of {spec.name} (sha256 {spec.sha256[:12]})",
             "Data": f"{len(self.examples)} photographs, {len(self.held)} more held out; "
             f"{self.data.describe()['masks']} masks",
@@ -362,7 +334,8 @@ class Training:
         }
         about_curve = (
             "recall_K: share of the held-out photographs' masks with one of the K strongest "
-            "candidates on them; candidates: before the calibration"
+            f"candidates on them (smoothing {FINE['smoothing']:g}, spacing {FINE['spacing']:g}); "
+            "candidates: at the default settings, before the calibration"
         )
         summary = f"Prompt Predictor of {spec.name}."
         write_card(args.out, summary, facts, self.work / "curve.csv", about_curve)
@@ -390,6 +363,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=list(PLACES),
         help="where the prompts lie that are learnt, as the preset says",
     )
+    parser.add_argument("--no-image", action="store_true", help="without the branch on the image")
     parser.add_argument("--loss", choices=list(LOSSES), help="as the preset says")
     parser.add_argument(
         "--workdir",

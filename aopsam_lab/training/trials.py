@@ -1,17 +1,19 @@
 """Choose by measuring, on the training photographs that `train-predictor` holds out; every trial is
 a row of a CSV.
 
-    python -m aopsam_lab.training.trials prompts --data FOUND --predictor FILE --out trials.csv
-    python -m aopsam_lab.training.trials filtering --data FOUND --out trials.csv
+    python -m aopsam_lab.training.trials recipes --data FOUND --embeddings FOLDER
+    python -m aopsam_lab.training.trials prompts --data FOUND --predictor FILE
+    python -m aopsam_lab.training.trials filtering --data FOUND
 
-``prompts``: regular grids and the candidates of a Prompt Predictor, at the same numbers of prompts
-decoded. ``filtering``: adaptive filtering in both readings of the paper, by the share of prompts
-that is decoded before the first elimination, the number of rounds, and the threshold; beside them,
-as many prompts of the same candidates without it.
+``recipes``: how the Prompt Predictor is trained (targets, loss, image branch, width), by recall.
+``prompts``: regular grids, and the candidates of a Prompt Predictor at several samplings, with at
+most so many prompts decoded. ``filtering``: adaptive filtering in both readings of the paper, by
+the share of prompts that is decoded before the first elimination, the number of rounds, and the
+threshold; beside them, as many prompts of the same candidates without it.
 
-Columns: ``miou`` against the masks that people drew, ``coverage`` of the masks that the SAM found
-(IoU of 0.75 or more), both as means over the photographs that have any; prompts sampled and
-decoded, masks kept, a photograph.
+Columns: ``recall_K``, see `training.predictor.recall`; ``miou`` against the masks that people drew,
+``coverage`` of the masks that the SAM found (IoU of 0.75 or more), both as means over the
+photographs that have any; prompts sampled and decoded, masks kept, a photograph.
 """
 
 from __future__ import annotations
@@ -36,10 +38,32 @@ from aopsam_lab.methods import METHODS, Aop, Grid, Method
 from aopsam_lab.pipeline import run_method
 from aopsam_lab.predictor import load_predictor
 from aopsam_lab.sam.zoo import load_sam
-from aopsam_lab.training.predictor import split
+from aopsam_lab.training import predictor as training
 
 FOUND_IOU = 0.75
-BUDGETS = (64, 100, 144, 196, 256, 400)
+BUDGETS = (64, 100, 144, 196, 256, 409, 1024)
+GRIDS = (8, 10, 12, 14, 16, 32)
+SAMPLINGS = (  # smoothing, confidence, spacing
+    (4.0, 0.01, 8.0),
+    (3.0, 0.01, 8.0),
+    (3.0, 0.01, 6.0),
+    (2.0, 0.2, 6.0),
+    (2.0, 0.02, 6.0),
+    (1.5, 0.02, 5.0),
+    (1.0, 0.01, 4.0),
+    (0.5, 0.01, 2.0),
+    (0.0, 0.005, 2.0),
+)
+RECIPES = {
+    "paper": ["--preset", "paper"],
+    "paper, block loss": ["--preset", "paper", "--loss", "blocks"],
+    "bundled, the paper's targets": ["--place", "own"],
+    "bundled, mean squared error": ["--loss", "mse"],
+    "bundled, without the image": ["--no-image"],
+    "bundled, 32 channels": ["--width", "32"],
+    "bundled, 128 channels": ["--width", "128"],
+    "bundled": [],
+}
 FIRSTS, ROUNDS = (0.2, 0.3, 0.5), (2, 4, 8)
 ELIMINATIONS = (1.25, 1.3, 1.35, 1.4)
 
@@ -69,10 +93,12 @@ class Trial:
 
 
 def prompt_trials(params: AsfParams) -> Iterator[Trial]:
-    """Grids, and the strongest candidates, at each of BUDGETS."""
-    for budget in BUDGETS:
-        yield Trial(Grid("grid", round(budget**0.5)), params)
-        yield Trial(METHODS["aop_no_af"], params, budget)
+    """Grids, and AoP-SAM at each of SAMPLINGS, with and without filtering, at each of BUDGETS."""
+    for side in GRIDS:
+        yield Trial(Grid("grid", side), params)
+    for values, name, budget in itertools.product(SAMPLINGS, ("aop", "aop_no_af"), BUDGETS):
+        sampling = AsfParams(*values, params.elimination)
+        yield Trial(METHODS[name], sampling, budget)
 
 
 def filtering_trials(params: AsfParams) -> Iterator[Trial]:
@@ -130,15 +156,32 @@ def measure(sam, predictor, sample: Sample, trials: Iterable[Trial]) -> list[dic
     return rows
 
 
-def run(args: argparse.Namespace) -> None:
-    """Measure the trials of a kind on the held-out photographs and add their means to the CSV."""
+def recipes(args: argparse.Namespace) -> list[dict]:
+    """Train with each of RECIPES; a row each."""
+    parser = argparse.ArgumentParser()
+    training.add_arguments(parser)
+    rows = []
+    for name, changes in RECIPES.items():
+        work = args.workdir / name.replace(" ", "_").replace(",", "").replace("'", "")
+        options = ["--data", args.data, "--out", work / "predictor.safetensors", "--workdir", work]
+        options += ["--embeddings", args.embeddings or args.workdir / "embeddings"]
+        options += ["--sam", args.sam, "--device", args.device, "--epochs", args.epochs]
+        trained = training.Training(parser.parse_args([*map(str, options), *changes]))
+        trained.run()
+        about = {"recipe": name, "photographs": len(trained.examples), "held": len(trained.held)}
+        rows.append({**about, **trained.curve[-1]})
+        rows[-1] = {k: round(v, 4) if isinstance(v, float) else v for k, v in rows[-1].items()}
+    return rows
+
+
+def decodes(args: argparse.Namespace) -> list[dict]:
+    """Measure the trials of a kind on held-out photographs; a row each."""
     sam = load_sam(args.sam, device=args.device)
     predictor = load_predictor(args.sam, args.predictor, sam.device)
     data = open_dataset(args.data)
-    held = split(data)[1]
+    held = training.split(data)[1]
     held = held[:: max(1, len(held) // args.photos)][: args.photos]
-    params = AsfParams(args.smoothing, args.confidence, args.spacing)
-    trials = list({"prompts": prompt_trials, "filtering": filtering_trials}[args.kind](params))
+    trials = list({"prompts": prompt_trials, "filtering": filtering_trials}[args.kind](AsfParams()))
     measured = [measure(sam, predictor, data[i], trials) for i in tqdm(held, unit="photo")]
     rows = []
     for k, trial in enumerate(trials):
@@ -146,13 +189,9 @@ def run(args: argparse.Namespace) -> None:
             name: round(float(np.nanmean([m[k][name] for m in measured])), 4)
             for name in measured[0][k]
         }
-        about = {"kind": args.kind, "predictor": predictor.sha256[:12], "photographs": len(held)}
+        about = {"predictor": predictor.sha256[:12], "photographs": len(held)}
         rows.append({**about, **trial.describe(), **means})
-        print(
-            "  ".join(f"{name} {value}" for name, value in rows[-1].items() if value is not None),
-            flush=True,
-        )
-    append(args.out, rows)
+    return rows
 
 
 def append(path: Path, rows: list[dict]) -> None:
@@ -170,16 +209,19 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("kind", choices=("prompts", "filtering"))
+    parser.add_argument("kind", choices=("recipes", "prompts", "filtering"))
     parser.add_argument("--data", required=True, type=Path, help="a folder of `find-masks`")
     parser.add_argument("--predictor", type=Path, help="weights other than the bundled ones")
     parser.add_argument("--sam", default="mobile_sam")
     parser.add_argument("--photos", type=int, default=24, help="held-out photographs to measure on")
-    for name in ("smoothing", "confidence", "spacing"):
-        parser.add_argument(f"--{name}", type=float, default=getattr(AsfParams(), name))
-    parser.add_argument("--out", required=True, type=Path, help="the CSV to add to")
+    parser.add_argument("--embeddings", type=Path, help="folder of the embeddings (recipes)")
+    parser.add_argument("--epochs", type=int, default=10, help="of each recipe")
+    parser.add_argument("--workdir", type=Path, default="runs/recipes", help="of the trainings")
+    parser.add_argument("--out", type=Path, help="the CSV to add to; reports/training/KIND.csv")
     parser.add_argument("--device", default="auto")
-    run(parser.parse_args(argv))
+    args = parser.parse_args(argv)
+    rows = recipes(args) if args.kind == "recipes" else decodes(args)
+    append(args.out or Path("reports/training") / f"{args.kind}.csv", rows)
 
 
 if __name__ == "__main__":
