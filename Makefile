@@ -23,7 +23,7 @@ READY := $(VENV)/.requirements-installed
 RUN := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help study ablation sweeps bench reports test lab app readme clean
+.PHONY: help study ablation sweeps benchmark reports test lab app readme clean
 
 help:  ## this list
 	@echo "Targets:"
@@ -47,9 +47,8 @@ ablation: $(READY)  ## what each part of AoP-SAM gives: the parameters of study
 sweeps: $(READY)  ## what each of the four knobs does: the parameters of study
 	$(REPORT) parameter_sweeps
 
-bench: $(READY)  ## fast decoding against segment_anything's own, technique by technique: DATASET= N= SEED= OUT=
-	$(RUN) -m aopsam_lab.study.bench --out '$(OUT)/bench' \
-	  $(if $(DATASET),--dataset '$(DATASET)') $(if $(N),--n-images '$(N)') $(if $(SEED),--seed '$(SEED)')
+benchmark: $(READY)  ## segment_anything's decoding against ours: SAM= CHECKPOINT= DATASET= DATA= N= SEED= DEVICE= OUT=
+	$(REPORT) benchmark
 
 reports: study ablation sweeps readme  ## all three, and the README's results
 

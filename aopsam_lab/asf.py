@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Chosen on training pictures of the tiny SAM (commit 372a11b), not yet anew for MobileSAM.
+# Chosen on training pictures of the first edition (commit 372a11b), not yet anew for MobileSAM.
 OWN_QUANTILE = 0.1
 RIDGE = 0.05  # added to the covariance's diagonal, in units of its mean, before it is inverted
 EVERY = 2  # the covariance is that of every second row and column: the same masks in less time

@@ -6,7 +6,6 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from functools import lru_cache
 from typing import TypeVar
 
@@ -15,18 +14,6 @@ from torch import Tensor
 
 Result = TypeVar("Result")
 SHARE = 0.5  # of the free memory that a batch is planned to take: what it takes is an estimate
-
-
-@contextmanager
-def one_thread(device: torch.device) -> Iterator[None]:
-    """Many small operations: on a CPU's cores, threads that wait for each other cost more than they bring."""
-    threads = torch.get_num_threads()
-    if device.type == "cpu":
-        torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def fitting_batch(device: torch.device, bytes_each: int, most: int) -> int:

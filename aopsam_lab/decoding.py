@@ -131,9 +131,9 @@ def full_resolution(sam: Sam, encoded: Encoded, low_res: Tensor) -> Tensor:
     return sam.postprocess_masks(low_res[:, None], encoded.input_size, encoded.image.shape[:2])[:, 0]
 
 
-def image_decoder(sam: Sam, encoded: Encoded, precision: str = "float32") -> ImageDecoder:
+def image_decoder(sam: Sam, encoded: Encoded) -> ImageDecoder:
     """The mask decoder of an encoded picture, made at its first use. It draws masks on the picture, not on padding."""
-    key = (sam.mask_decoder, precision)
+    key = sam.mask_decoder
     if key not in encoded.made:
         no_mask = sam.prompt_encoder.no_mask_embed.weight[0]
         grid, size = encoded.embedding.shape[-2:], sam.image_encoder.img_size
@@ -141,7 +141,7 @@ def image_decoder(sam: Sam, encoded: Encoded, precision: str = "float32") -> Ima
         logits = [math.ceil(part * 4 * side / size) + 1 for part, side in zip(encoded.input_size, grid)]
         used = tuple(min(side, math.ceil(n / 4)) for side, n in zip(grid, logits))
         encoded.made[key] = ImageDecoder(
-            sam.mask_decoder, encoded.embedding, encoded.image_pe, no_mask, precision, used
+            sam.mask_decoder, encoded.embedding, encoded.image_pe, no_mask, used
         )
     return encoded.made[key]
 
@@ -166,15 +166,15 @@ def decode_batch(encoded: Encoded) -> int:
 
 
 def decode_and_filter(
-    sam: Sam, encoded: Encoded, prompts: Prompts, index: Tensor, spec: SamSpec, precision: str = "float32"
+    sam: Sam, encoded: Encoded, prompts: Prompts, index: Tensor, spec: SamSpec
 ) -> Found:
     """Decode the prompts ``index`` and keep the masks that pass the predicted-IoU and the stability threshold.
 
-    precision: "float32" or "bf16", see :class:`ImageDecoder`. Masks below the IoU threshold are never drawn, none is
+    Masks below the IoU threshold are never drawn, none is
     resized as a whole, and those that are not stable are forgotten batch by batch: memory grows with the masks kept.
     Where a GPU's memory runs out, batches are halved.
     """
-    decoder, sizes = image_decoder(sam, encoded, precision), full_size(sam, encoded)
+    decoder, sizes = image_decoder(sam, encoded), full_size(sam, encoded)
     masks = slice(1, None) if prompts.multimask else slice(0, 1)
     side = 4 * encoded.embedding.shape[-1]
     empty = encoded.embedding.new_zeros(0)

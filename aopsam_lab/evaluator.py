@@ -91,22 +91,15 @@ def score_matrix(iou: np.ndarray) -> ImageScore:
 def aggregate(miou: Sequence[float], miou_best: Sequence[float], n_truth: Sequence[int]) -> dict[str, float]:
     """Scores of single images -> scores of the data set.
 
-    Returns miou and miou_best (mean over images), miou_truths (mean over all truths, so that images with many of them
-    weigh more), n_images (those with truth), n_skipped (those without, left out of every mean) and n_truth. The means
-    are NaN where no image has truth.
+    Returns miou and miou_best (mean over images with truth, NaN where none has) and n_images (their number).
     """
-    counts = np.asarray(n_truth, dtype=int)
-    scored = counts > 0
-    weights = counts[scored]
+    scored = np.asarray(n_truth, dtype=int) > 0
     means, bests = np.asarray(miou, dtype=float)[scored], np.asarray(miou_best, dtype=float)[scored]
     empty = not scored.any()
     return {
         "miou": float("nan") if empty else float(means.mean()),
         "miou_best": float("nan") if empty else float(bests.mean()),
-        "miou_truths": float("nan") if empty else float(np.average(means, weights=weights)),
         "n_images": int(scored.sum()),
-        "n_skipped": int((~scored).sum()),
-        "n_truth": int(counts.sum()),
     }
 
 

@@ -9,7 +9,7 @@ from importlib import resources
 
 
 def code_fingerprint(names: Iterable[str]) -> str:
-    """sha256 over source files of this package, named from its folder (`data/scenes.py`), whatever their order.
+    """sha256 over source files of this package, named from its folder (`sam/zoo.py`), whatever their order.
 
     Comments, docstrings and layout do not count. Python versions may differ in how they parse, and so in the hash.
     """

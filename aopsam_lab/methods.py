@@ -18,7 +18,6 @@ prompts, decodes and filters each the same way for every method, and shows it th
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
@@ -29,7 +28,6 @@ from torchvision.ops import nms
 
 from aopsam_lab import asf
 from aopsam_lab.asf import AsfParams
-from aopsam_lab.batching import one_thread
 from aopsam_lab.predictor import CELL
 
 if TYPE_CHECKING:
@@ -41,10 +39,9 @@ if TYPE_CHECKING:
 FIRST = 0.3  # the share of the prompts, the strongest, that is decoded before any is eliminated
 ROUNDS = 8  # in which prompts are decoded; after each, what its masks explain is eliminated
 # Predicted IoU of a mask that may explain waiting prompts: a doubtful one explains what is not its
-# own. Chosen for the tiny SAM (commit 372a11b), not yet anew for MobileSAM.
+# own. Chosen for the first edition (commit 372a11b), not yet anew for MobileSAM.
 REFERENCE_IOU = 0.5
 MAX_BOXES = 100
-SMALL = 512  # side of a model frame up to which one thread does the predictor's work: waking another can take ten times as long
 BOX_NMS_THRESH = 0.7  # of two masks whose boxes have a higher IoU the surer one stays, as in segment_anything
 
 
@@ -130,7 +127,6 @@ class FilteredProposal(Proposal):
     floor: bool = True
     first: float = FIRST
     rounds: int = ROUNDS
-    side: int = SMALL
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -144,8 +140,7 @@ class FilteredProposal(Proposal):
 
     def next_round(self) -> Tensor | None:
         if self._seen:
-            with few_threads(self.waiting.device, self.side):
-                self._eliminate(*(torch.cat(parts) for parts in zip(*self._seen)))
+            self._eliminate(*(torch.cat(parts) for parts in zip(*self._seen)))
             self._seen.clear()
         while self._ends:
             chosen = self.waiting[: self._ends.pop(0)].nonzero()[:, 0]
@@ -157,14 +152,13 @@ class FilteredProposal(Proposal):
     def observe(self, found: Found, mask_threshold: float) -> None:
         if not len(found.iou) or not self.waiting.any():
             return
-        with few_threads(self.waiting.device, self.side):
-            sure = best_of_each(found.iou, found.prompt, len(self.prompts))
-            sure = sure[found.iou[sure] >= REFERENCE_IOU]
-            if not len(sure):
-                return
-            rows, columns = (CELL * side for side in self.valid.shape)  # masks have as many cells as the PCM
-            coverage = asf.cell_coverage(asf.on_mask(found.low_res[:, :rows, :columns], sure, mask_threshold))
-            self._seen.append((coverage, found.prompt[sure], found.iou[sure], found.boxes[sure]))
+        sure = best_of_each(found.iou, found.prompt, len(self.prompts))
+        sure = sure[found.iou[sure] >= REFERENCE_IOU]
+        if not len(sure):
+            return
+        rows, columns = (CELL * side for side in self.valid.shape)  # masks have as many cells as the PCM
+        coverage = asf.cell_coverage(asf.on_mask(found.low_res[:, :rows, :columns], sure, mask_threshold))
+        self._seen.append((coverage, found.prompt[sure], found.iou[sure], found.boxes[sure]))
 
     def _eliminate(self, coverage: Tensor, owners: Tensor, iou: Tensor, boxes: Tensor) -> None:
         coverage = coverage * self.valid
@@ -185,11 +179,6 @@ class FilteredProposal(Proposal):
         whole[:, : pems.shape[1], : pems.shape[2]] = pems
         self.pems.extend(whole)
         self.references.extend(zip(owners.tolist(), thresholds.tolist()))
-
-
-def few_threads(device: torch.device, side: int) -> AbstractContextManager:
-    """One thread for a model frame of a side up to SMALL, all of them for a larger one."""
-    return one_thread(device) if side <= SMALL else nullcontext()
 
 
 def best_of_each(iou: Tensor, prompt: Tensor, m: int) -> Tensor:
@@ -264,9 +253,8 @@ class Aop:
     def start(self, encoded: Encoded, models: Models, params: AsfParams) -> Proposal:
         h, w = encoded.embedding.shape[-2:]
         valid = asf.valid_cells(encoded.input_size, encoded.model_image.shape[-1], (CELL * h, CELL * w), encoded.embedding.device)
-        with few_threads(valid.device, encoded.model_image.shape[-1]):
-            pcm = models.predictor.pcm(encoded.model_image, encoded.embedding, valid)
-            return self._sample(encoded, pcm, valid, params)
+        pcm = models.predictor.pcm(encoded.model_image, encoded.embedding, valid)
+        return self._sample(encoded, pcm, valid, params)
 
     def _sample(self, encoded: Encoded, pcm: Tensor, pcm_valid: Tensor, params: AsfParams) -> Proposal:
         if self.adaptive_sampling:
@@ -295,7 +283,6 @@ class Aop:
             floor=not self.literal,
             first=self.first,
             rounds=self.rounds,
-            side=size,
         )
 
 

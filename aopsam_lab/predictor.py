@@ -12,7 +12,6 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from aopsam_lab.sam.tiny_predictor import TinyPredictor
 from aopsam_lab.sam.zoo import WEIGHTS, resolve_device
 
 CELL = 4  # PCM cells along each side of a cell of the embedding
@@ -22,10 +21,7 @@ DROPPED = (
     0.2  # of the embedding's channels while training: against knowing the photographs by heart
 )
 SIGMA = 1.5  # of the Gaussian about a prompt, in PCM cells
-BUNDLED = {
-    "mobile_sam": WEIGHTS / "predictor_mobile_sam.safetensors",
-    "tiny": WEIGHTS / "predictor_tiny.safetensors",
-}
+BUNDLED = {"mobile_sam": WEIGHTS / "predictor_mobile_sam.safetensors"}
 
 
 def _conv(c_in: int, c_out: int, kernel: int = 3, stride: int = 1) -> nn.Sequential:
@@ -171,7 +167,7 @@ def blurred(tops: Tensor, sigma: float) -> Tensor:
 
 def load_predictor(
     name: str = "mobile_sam", path: str | Path | None = None, device: str = "auto"
-) -> PromptPredictor | TinyPredictor:
+) -> PromptPredictor:
     """The bundled Prompt Predictor of a SAM, or one that you trained.
 
     Args:
@@ -201,15 +197,12 @@ def load_predictor(
         with safe_open(str(path), "pt") as file:
             about = file.metadata() or {}
             weights = {key: file.get_tensor(key) for key in file.keys()}
-        if "width" in about:
-            predictor = PromptPredictor(
-                int(about["embed_dim"]),
-                int(about["stride"]),
-                int(about["width"]),
-                any(key.startswith("image.") for key in weights),
-            )
-        else:
-            predictor = TinyPredictor(int(about["embed_dim"]), int(about["stride"]))
+        predictor = PromptPredictor(
+            int(about["embed_dim"]),
+            int(about["stride"]),
+            int(about["width"]),
+            any(key.startswith("image.") for key in weights),
+        )
         predictor.load_state_dict(
             {k: v.float() if v.is_floating_point() else v for k, v in weights.items()}
         )
@@ -221,6 +214,6 @@ def load_predictor(
     predictor.sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
     predictor = predictor.eval().fold().requires_grad_(False).to(resolve_device(device))
     predictor.to(memory_format=torch.channels_last)  # a sixth quicker on a CPU
-    if isinstance(predictor, PromptPredictor):  # but not the matrix product of the embedding
-        predictor.embed.to(memory_format=torch.contiguous_format)
+    # but not the matrix product of the embedding
+    predictor.embed.to(memory_format=torch.contiguous_format)
     return predictor

@@ -5,8 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.ndimage import gaussian_filter
-from skimage.feature import peak_local_max
+from scipy.ndimage import gaussian_filter, maximum_filter
 
 from aopsam_lab import asf
 from aopsam_lab.asf import AsfParams
@@ -30,20 +29,20 @@ def test_smoothing_equals_scipy():
 
 @settings(max_examples=40, deadline=None)
 @given(seed=st.integers(0, 10_000), spacing=st.integers(1, 7), threshold=st.floats(0, 0.99))
-def test_local_maxima_equal_skimage(seed, spacing, threshold):
+def test_local_maxima_are_the_highest_of_their_windows(seed, spacing, threshold):
     x = random_map(seed)
     cells, values = asf.local_maxima(x, threshold, spacing)
-    expected = peak_local_max(
-        x.numpy(), min_distance=spacing, threshold_abs=threshold, exclude_border=False, p_norm=float("inf")
-    )
-    assert {tuple(c) for c in cells.tolist()} == {tuple(c) for c in expected.tolist()}
+    highest = maximum_filter(x.numpy(), 2 * spacing + 1, mode="constant") == x.numpy()
+    expected = np.argwhere(highest & (x.numpy() > threshold))
+    assert sorted(cells.tolist()) == expected.tolist()
     assert (values.diff() <= 0).all()
 
 
 def test_maxima_by_hand():
     x = torch.zeros(7, 9)
     x[1, 1], x[1, 3], x[5, 7], x[5, 1] = 0.9, 0.8, 0.5, 0.5
-    cells, values = asf.local_maxima(x, 0.2, 2)  # (1, 3) lies in the window of (1, 1); ties go row, then column
+    # (1, 3) lies in the window of (1, 1); ties go row, then column
+    cells, values = asf.local_maxima(x, 0.2, 2)
     assert cells.tolist() == [[1, 1], [5, 1], [5, 7]]
     assert values.tolist() == pytest.approx([0.9, 0.5, 0.5])
     assert asf.local_maxima(x, 0.2, 1)[0].tolist() == [[1, 1], [1, 3], [5, 1], [5, 7]]
@@ -58,15 +57,11 @@ def test_plateau_gives_one_prompt_a_window():
 
 
 def test_parameters_scale_with_the_map():
-    torch.manual_seed(0)
     small = torch.zeros(64, 64)
     small[20, 20], small[20, 22], small[50, 9] = 1.0, 0.9, 0.8
     # at a width of 64 a spacing of 8 (of 256) is 2 cells: (20, 22) is in the window of (20, 20)
     assert asf.sample_prompts(small, 0, 0.2, 8)[0].tolist() == [[20, 20], [50, 9]]
     assert asf.sample_prompts(small, 0, 0.2, 4)[0].tolist() == [[20, 20], [20, 22], [50, 9]]
-
-
-def test_a_window_has_the_whole_cells_within_the_spacing():
     x = torch.zeros(160, 160)
     x[80, 80], x[80, 83], x[80, 87], x[40, 40], x[44, 40] = 1.0, 0.9, 0.8, 0.7, 0.6
     # at a width of 160 a spacing of 6 (of 256) is 3.75 cells: three away is within it, four is not
@@ -88,7 +83,9 @@ def test_one_prompt_a_component():
     assert len(asf.component_prompts(torch.zeros(4, 4))[0]) == 0
 
 
-@pytest.mark.parametrize("bad", [dict(smoothing=-1), dict(confidence=1.0), dict(spacing=0), dict(elimination=0)])
+@pytest.mark.parametrize(
+    "bad", [dict(smoothing=-1), dict(confidence=1.0), dict(spacing=0), dict(elimination=0)]
+)
 def test_bad_parameters_are_refused_by_name(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
         AsfParams(**bad)
@@ -100,7 +97,9 @@ def test_bad_parameters_are_refused_by_name(bad):
 def test_valid_cells_stop_at_the_padding():
     valid = asf.valid_cells((128, 256), 256, (4, 4))
     assert valid.tolist() == [[True] * 4] * 2 + [[False] * 4] * 2
-    assert asf.valid_cells((33, 256), 256, (4, 4))[0].all(), "a cell whose centre (32) lies on the picture counts"
+    assert asf.valid_cells((33, 256), 256, (4, 4))[0].all(), (
+        "a cell whose centre (32) lies on the picture counts"
+    )
     assert not asf.valid_cells((32, 256), 256, (4, 4)).any()
 
 
@@ -112,25 +111,20 @@ def test_valid_cells_are_those_whose_centres_lie_on_the_picture(high, wide, rows
 
 
 def two_tone() -> tuple[torch.Tensor, torch.Tensor]:
-    """2 x 2 grid: left cells point one way, right cells the other, plus a large shared direction."""
+    """2 x 2 grid: left cells point one way, right cells the other, plus a large shared
+    direction."""
     features = torch.zeros(2, 2, 2)
     features[0, :, 0], features[0, :, 1], features[1] = 1.0, -1.0, 50.0
     return features, torch.ones(2, 2, dtype=torch.bool)
 
 
-def test_centring_removes_what_all_cells_share():
+def test_centring_removes_what_all_cells_share_and_leaves_padding_out():
     features, valid = two_tone()
     centred = asf.centred_features(features, valid)
-    assert centred[1].abs().max() == 0
-    assert centred[0].tolist() == [[1, -1], [1, -1]]
-
-
-def test_centring_leaves_padding_out():
-    features, valid = two_tone()
+    assert centred[1].abs().max() == 0 and centred[0].tolist() == [[1, -1], [1, -1]]
     valid[1] = False
     features[0, 1] = 100.0
-    centred = asf.centred_features(features, valid)
-    assert centred[0].tolist() == [[1, -1], [0, 0]]
+    assert asf.centred_features(features, valid)[0].tolist() == [[1, -1], [0, 0]]
 
 
 def test_pem_by_hand():
@@ -155,25 +149,45 @@ def test_threshold_is_the_larger_of_mean_and_own_quantile():
     mean = (0.9 + 0.8 + 0.7 + 0.6 + 3 * 0.2) / 7
     coverage = torch.tensor([[[1.0, 0.5, 1.0, 1.0], [0.4, 0, 0, 1.0]]])  # own cells: the first row
     assert asf.elimination_thresholds(pem, coverage, valid, 1.7).item() == pytest.approx(1.7 * mean)
-    assert asf.elimination_thresholds(pem, coverage, valid, 1.0).item() == pytest.approx(0.63)  # 0.1 of the way from 0.6 to 0.9
+    # 0.1 of the way from 0.6 to 0.9
+    assert asf.elimination_thresholds(pem, coverage, valid, 1.0).item() == pytest.approx(0.63)
     assert asf.elimination_thresholds(pem, coverage * 0.3, valid, 1.0).item() == pytest.approx(mean)
+
+
+def filtered(
+    count: int, features: torch.Tensor, cells: torch.Tensor, elimination: float
+) -> FilteredProposal:
+    """Prompts of falling confidence on a grid of 1 x 4 cells."""
+    prompts = Prompts(torch.zeros(count, 2), torch.linspace(0.9, 0.5, count))
+    valid = torch.ones(1, 4, dtype=torch.bool)
+    return FilteredProposal(
+        prompts, cells=cells, valid=valid, features=features, grid=(1, 4), elimination=elimination
+    )
+
+
+def found_masks(
+    logits: torch.Tensor, iou: list[float], boxes: torch.Tensor, prompt: torch.Tensor
+) -> Found:
+    scores = torch.tensor(iou)
+    return Found(logits, scores, scores, boxes, prompt, torch.ones(len(iou), dtype=torch.bool))
 
 
 def test_a_mask_that_fills_no_cell_explains_nothing():
     """Cells at 20, -20, 0 and 90 degrees; a mask on the first two looks most like the third."""
     angles = torch.tensor([[20.0, -20.0, 0.0, 90.0]]).deg2rad()
-    prompts = Prompts(torch.zeros(2, 2), torch.tensor([0.9, 0.8]))
-    waiting = dict(cells=torch.tensor([[0, 0], [0, 2]]), valid=torch.ones(1, 4, dtype=torch.bool), grid=(1, 4), elimination=1.0)
+    features = torch.stack([angles.cos(), angles.sin()])
     for rows, gone in ((4, True), (2, True), (1, False)):  # of four in a cell
-        proposal = FilteredProposal(prompts, features=torch.stack([angles.cos(), angles.sin()]), **waiting)
+        proposal = filtered(2, features, torch.tensor([[0, 0], [0, 2]]), 1.0)
         proposal.waiting[0] = False  # the first prompt has been decoded
         logits = torch.full((1, 4, 16), -1.0)
         logits[0, :rows, :8] = 1
-        one = torch.ones(1)
-        found = Found(logits, one, one, torch.zeros(1, 4), torch.zeros(1, dtype=torch.long), torch.ones(1, dtype=torch.bool))
-        proposal.observe(found, 0.0)
+        proposal.observe(
+            found_masks(logits, [1.0], torch.zeros(1, 4), torch.zeros(1, dtype=torch.long)), 0.0
+        )
         second = proposal.next_round()
-        assert (second is None) == gone and (proposal.eliminated_by[1] == 0) == gone and not proposal.waiting.any()
+        assert (second is None) == gone
+        assert (proposal.eliminated_by[1] == 0) == gone
+        assert not proposal.waiting.any()
         assert len(proposal.pems) == gone
 
 
@@ -181,28 +195,29 @@ def test_each_prompt_has_one_reference_and_a_logit_at_the_threshold_is_off_the_m
     iou, prompt = torch.tensor([0.5, 0.9, 0.7, 0.8]), torch.tensor([4, 4, 1, 1])
     assert best_of_each(iou, prompt, 6).tolist() == [1, 3]
     logits = torch.tensor([[-1.0, 0.0, 0.5], [9.0, 9.0, 9.0], [2.0, -0.1, 0.1]])
-    assert asf.on_mask(logits, torch.tensor([2, 0]), 0.0).tolist() == [[True, False, True], [False, False, True]]
+    assert asf.on_mask(logits, torch.tensor([2, 0]), 0.0).tolist() == [
+        [True, False, True],
+        [False, False, True],
+    ]
 
 
 def test_of_two_masks_in_one_place_the_surer_explains():
     count = math.floor(3 / FIRST)
-    prompts = Prompts(torch.zeros(count, 2), torch.linspace(0.9, 0.5, count))
-    cells = torch.zeros(count, 2, dtype=torch.long)
-    whole = torch.ones(1, 4, dtype=torch.bool)
-    proposal = FilteredProposal(prompts, cells=cells, valid=whole, features=torch.ones(1, 1, 4), grid=(1, 4), elimination=0.5)
+    proposal = filtered(count, torch.ones(1, 1, 4), torch.zeros(count, 2, dtype=torch.long), 0.5)
     assert proposal.next_round().tolist() == [0, 1, 2]
-    iou, boxes = torch.tensor([0.8, 0.9, 0.85]), torch.tensor([[0, 0, 9, 9], [0, 0, 9, 9], [20, 20, 29, 29]])
-    proposal.observe(Found(torch.ones(3, 4, 16), iou, iou, boxes, torch.arange(3), torch.ones(3, dtype=torch.bool)), 0.0)
+    boxes = torch.tensor([[0, 0, 9, 9], [0, 0, 9, 9], [20, 20, 29, 29]])
+    proposal.observe(
+        found_masks(torch.ones(3, 4, 16), [0.8, 0.9, 0.85], boxes, torch.arange(3)), 0.0
+    )
     proposal.next_round()
     assert [prompt for prompt, _ in proposal.references] == [1, 2]
 
 
 def test_doubtful_masks_explain_nothing():
-    prompts, cells = Prompts(torch.zeros(2, 2), torch.tensor([0.9, 0.8])), torch.zeros(2, 2, dtype=torch.long)
-    whole = torch.ones(1, 4, dtype=torch.bool)
-    proposal = FilteredProposal(prompts, cells=cells, valid=whole, features=torch.ones(1, 1, 4), grid=(1, 4), elimination=0.5)
-    first, iou = proposal.next_round(), torch.tensor([REFERENCE_IOU - 0.01])
-    proposal.observe(Found(torch.ones(1, 4, 16), iou, iou, torch.zeros(1, 4), first, torch.ones(1, dtype=torch.bool)), 0.0)
+    proposal = filtered(2, torch.ones(1, 1, 4), torch.zeros(2, 2, dtype=torch.long), 0.5)
+    first = proposal.next_round()
+    doubtful = found_masks(torch.ones(1, 4, 16), [REFERENCE_IOU - 0.01], torch.zeros(1, 4), first)
+    proposal.observe(doubtful, 0.0)
     assert proposal.next_round().tolist() == [1] and not proposal.references
 
 
@@ -235,7 +250,8 @@ def test_elimination_features_are_half_look_half_place():
 
 def test_padding_that_is_left_away_changes_no_features():
     torch.manual_seed(1)
-    look, place, valid = torch.randn(8, 9, 9), torch.randn(8, 9, 9), torch.zeros(9, 9, dtype=torch.bool)
+    look, place = torch.randn(8, 9, 9), torch.randn(8, 9, 9)
+    valid = torch.zeros(9, 9, dtype=torch.bool)
     valid[:6, :7] = True
     whole = asf.elimination_features(look, place, valid)
     part = asf.elimination_features(look[:, :7, :7], place[:, :7, :7], valid[:7, :7])
@@ -292,4 +308,5 @@ def test_coverage_is_the_area_average():
 def test_coverage_equals_average_pooling(seed):
     rng = torch.Generator().manual_seed(seed)
     masks = torch.rand(3, 12, 20, generator=rng) < torch.rand(3, 1, 1, generator=rng)
-    assert torch.equal(asf.cell_coverage(masks), torch.nn.functional.avg_pool2d(masks.float()[:, None], 4)[:, 0])
+    pooled = torch.nn.functional.avg_pool2d(masks.float()[:, None], 4)[:, 0]
+    assert torch.equal(asf.cell_coverage(masks), pooled)

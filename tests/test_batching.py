@@ -12,26 +12,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aopsam_lab import batching
-from aopsam_lab.batching import fitting_batch, halving, in_batches, one_thread
+from aopsam_lab.batching import fitting_batch, halving, in_batches
 from aopsam_lab.decoding import Stopwatch, decode_and_filter, encode
 from aopsam_lab.methods import Prompts
 from aopsam_lab.sam.image_decoder import ImageDecoder
-from aopsam_lab.sam.tiny import build_tiny_sam
 from aopsam_lab.sam.zoo import SamSpec
 
 
-def test_small_operations_have_one_thread_and_later_ones_all_again():
-    threads = torch.get_num_threads()
-    with pytest.raises(KeyError), one_thread(torch.device("cpu")):
-        assert torch.get_num_threads() == 1
-        raise KeyError
-    assert torch.get_num_threads() == threads
-    with one_thread(torch.device("meta")):
-        assert torch.get_num_threads() == threads
-
-
 def device_of(room: int):
-    """A stand-in for a device on which `room` items fit, and the sizes of the batches that it was given."""
+    """A stand-in for a device on which `room` items fit, and the sizes of the batches that it was
+    given."""
     sizes = []
 
     def work(part):
@@ -97,7 +87,12 @@ def test_batches_run_side_by_side_with_a_thread_each(two_threads):
 
     def work(part):
         both.wait(timeout=20)  # passes only while the other batch is at work too
-        return torch.get_num_threads(), torch.is_inference_mode_enabled(), torch.is_grad_enabled(), len(part)
+        return (
+            torch.get_num_threads(),
+            torch.is_inference_mode_enabled(),
+            torch.is_grad_enabled(),
+            len(part),
+        )
 
     with torch.inference_mode():
         assert list(in_batches(torch.arange(8), 100, work)) == [(1, True, False, 4)] * 2
@@ -132,14 +127,18 @@ def test_a_forked_process_makes_threads_of_its_own():
         import os, torch
         from aopsam_lab.batching import in_batches
         torch.set_num_threads(2)
-        def found(): return [x for part in in_batches(torch.arange(6), 2, lambda part: part + 0) for x in part.tolist()]
+        def found():
+            parts = in_batches(torch.arange(6), 2, lambda part: part + 0)
+            return [x for part in parts for x in part.tolist()]
         assert found() == list(range(6))
         child = os.fork()
         if not child:
             os._exit(0 if found() == list(range(6)) else 1)
         assert os.waitpid(child, 0)[1] == 0
     """
-    subprocess.run([sys.executable, "-W", "ignore", "-c", textwrap.dedent(program)], check=True, timeout=60)
+    subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", textwrap.dedent(program)], check=True, timeout=60
+    )
 
 
 def test_the_first_batch_follows_the_free_memory(monkeypatch):
@@ -148,15 +147,16 @@ def test_the_first_batch_follows_the_free_memory(monkeypatch):
     monkeypatch.setattr(batching.torch.cuda, "memory_reserved", lambda _: 3_000)
     monkeypatch.setattr(batching.torch.cuda, "memory_allocated", lambda _: 1_000)
     cuda = torch.device("cuda")
-    assert fitting_batch(cuda, 100, 64) == 50  # half of 8,000 and of the 2,000 that torch keeps unused
+    # half of 8,000 and of the 2,000 that torch keeps unused
+    assert fitting_batch(cuda, 100, 64) == 50
     assert fitting_batch(cuda, 10, 64) == 64
     assert fitting_batch(cuda, 10**9, 64) == 1
 
 
-def test_decoding_goes_on_in_smaller_batches_with_the_same_masks(monkeypatch):
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)  # as on a GPU: one batch after the other
-    torch.manual_seed(0)
-    sam = build_tiny_sam().eval().requires_grad_(False)
+def test_decoding_goes_on_in_smaller_batches_with_the_same_masks(small_sam, monkeypatch):
+    # as on a GPU: one batch after the other
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    sam = small_sam
     encoded = encode(sam, np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8))
     prompts, index = Prompts(torch.rand(20, 2) * 60, torch.ones(20)), torch.arange(20)
     everything = SamSpec("custom", -float("inf"), -float("inf"), "")
@@ -164,11 +164,11 @@ def test_decoding_goes_on_in_smaller_batches_with_the_same_masks(monkeypatch):
     assert len(decode_and_filter(sam, encoded, prompts, index[:0], everything).iou) == 0
     decode, sizes = ImageDecoder.decode, []
 
-    def short_of_memory(self, sparse, dense=None):
+    def short_of_memory(self, sparse):
         sizes.append(len(sparse))
         if len(sparse) > 6:
             raise torch.OutOfMemoryError("CUDA out of memory.")
-        return decode(self, sparse, dense)
+        return decode(self, sparse)
 
     monkeypatch.setattr(ImageDecoder, "decode", short_of_memory)
     found = decode_and_filter(sam, encoded, prompts, index, everything)

@@ -6,29 +6,31 @@ import sys
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
-from safetensors.torch import save_file
 
 from aopsam_lab import cli
-from aopsam_lab.sam.tiny import build_tiny_sam
 
 
-@pytest.fixture(scope="module")
-def untrained(tmp_path_factory):
+@pytest.fixture
+def untrained(weights):
     """Arguments that make a run quick and independent of the bundled weights."""
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("sam") / "tiny.safetensors"
-    thresholds = {"pred_iou_thresh": "0.0", "stability_score_thresh": "0.0"}
-    sam = build_tiny_sam()
-    torch.nn.init.ones_(sam.mask_decoder.iou_prediction_head.layers[-1].bias)  # so some masks pass, whatever the draw
-    save_file(sam.state_dict(), path, metadata=thresholds)
-    return ["--sam", "tiny", "--method", "amg_s", "--checkpoint", str(path), "--device", "cpu"]
+    return [
+        "--sam",
+        "small",
+        "--method",
+        "amg_s",
+        "--checkpoint",
+        weights["checkpoint"],
+        "--device",
+        "cpu",
+    ]
 
 
 def picture(path, side=40):
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.random.default_rng(side).integers(0, 256, (side, side + 8, 3), dtype=np.uint8)).save(path)
+    Image.fromarray(
+        np.random.default_rng(side).integers(0, 256, (side, side + 8, 3), dtype=np.uint8)
+    ).save(path)
     return path
 
 
@@ -38,7 +40,15 @@ def names(folder):
 
 def test_bundled_models_from_a_shell(tmp_path):
     photo = picture(tmp_path / "photo.png", 64)
-    command = [sys.executable, "-m", "aopsam_lab", "segment", str(photo), "--out", str(tmp_path / "out")]
+    command = [
+        sys.executable,
+        "-m",
+        "aopsam_lab",
+        "segment",
+        str(photo),
+        "--out",
+        str(tmp_path / "out"),
+    ]
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     assert "1 of 1 images segmented" in run.stdout and "segmenting" in run.stderr
@@ -50,28 +60,53 @@ def test_good_images_are_written_and_bad_ones_reported(tmp_path, capsys, untrain
     bad = tmp_path / "bad.png"
     bad.write_text("no picture")
     out = tmp_path / "new" / "out"
-    code = cli.main(["segment", str(bad), str(tmp_path / "absent.png"), str(good), "--out", str(out), *untrained])
+    code = cli.main(
+        [
+            "segment",
+            str(bad),
+            str(tmp_path / "absent.png"),
+            str(good),
+            "--out",
+            str(out),
+            *untrained,
+        ]
+    )
     captured = capsys.readouterr()
     assert code == 1
     assert "1 of 3 images segmented" in captured.out
-    assert "bad.png: " in captured.err and "absent.png" in captured.err and "Traceback" not in captured.err
+    assert "bad.png: " in captured.err
+    assert "absent.png" in captured.err
+    assert "Traceback" not in captured.err
     assert names(out) == ["good.json", "good_labels.png", "good_overlay.png"]
     coco = json.loads((out / "good.json").read_text())
     assert coco["images"][0]["file_name"] == good.as_posix() and coco["annotations"]
 
 
 def test_equal_stems_stay_apart(tmp_path, untrained):
-    pictures = [picture(tmp_path / name, side) for name, side in (("a/x.png", 30), ("b/x.png", 34), ("b/X.jpg", 38))]
-    assert cli.main(["segment", *map(str, pictures), "--out", str(tmp_path / "out"), *untrained]) == 0
+    pictures = [
+        picture(tmp_path / name, side)
+        for name, side in (("a/x.png", 30), ("b/x.png", 34), ("b/X.jpg", 38))
+    ]
+    assert (
+        cli.main(["segment", *map(str, pictures), "--out", str(tmp_path / "out"), *untrained]) == 0
+    )
     for stem, path in zip(("x", "x_2", "X_3"), pictures):
         image = json.loads((tmp_path / "out" / f"{stem}.json").read_text())["images"][0]
-        with Image.open(path) as original, Image.open(tmp_path / "out" / f"{stem}_labels.png") as labels:
+        with (
+            Image.open(path) as original,
+            Image.open(tmp_path / "out" / f"{stem}_labels.png") as labels,
+        ):
             assert labels.size == original.size == (image["width"], image["height"])
         assert image["file_name"] == path.as_posix()
 
 
 def test_unique_stems_avoid_what_is_taken():
-    assert cli.unique_stems([*map(cli.Path, ["a.png", "a_2.png", "d/a.png", "a.jpg"])]) == ["a", "a_2", "a_3", "a_4"]
+    assert cli.unique_stems([*map(cli.Path, ["a.png", "a_2.png", "d/a.png", "a.jpg"])]) == [
+        "a",
+        "a_2",
+        "a_3",
+        "a_4",
+    ]
 
 
 def test_folders_and_patterns(tmp_path, monkeypatch):

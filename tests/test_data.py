@@ -1,4 +1,4 @@
-"""COCO-style folders against pycocotools, the rules for what a file leaves open, and rendered scenes as a data set."""
+"""COCO-style folders against pycocotools, and the rules for what a file leaves open."""
 
 from __future__ import annotations
 
@@ -10,13 +10,17 @@ import pytest
 from PIL import Image
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
+from small import write_coco
 
-from aopsam_lab.data import SceneSet, open_dataset
+from aopsam_lab.data import open_dataset
 from aopsam_lab.data.coco import CocoFolder
 
 WIDTH, HEIGHT = 20, 12
 TRIANGLE = [[2.0, 2.0, 15.0, 2.0, 8.0, 10.0]]
-TWO_PARTS = [[1.0, 1.0, 5.0, 1.0, 5.0, 5.0, 1.0, 5.0], [10.0, 6.0, 18.0, 6.0, 18.0, 11.0, 10.0, 11.0]]
+TWO_PARTS = [
+    [1.0, 1.0, 5.0, 1.0, 5.0, 5.0, 1.0, 5.0],
+    [10.0, 6.0, 18.0, 6.0, 18.0, 11.0, 10.0, 11.0],
+]
 
 
 def square(y: int, x: int, side: int) -> np.ndarray:
@@ -41,29 +45,13 @@ def as_list(mask: np.ndarray) -> dict:
 
 def write(folder: Path, segmentations: list[list], **extra) -> Path:
     """A folder of as many images as there are lists; their annotations, `extra` added to each."""
-    (folder / "images").mkdir(parents=True)
-    images, annotations = [], []
+    images, annotations = {}, {}
     for i, own in enumerate(segmentations):
-        rng = np.random.default_rng(i)
         name = f"picture{i}.png"
-        Image.fromarray(rng.integers(0, 255, (HEIGHT, WIDTH, 3), dtype=np.uint8)).save(folder / "images" / name)
-        images.append({"id": i + 1, "file_name": name, "width": WIDTH, "height": HEIGHT})
-        for segmentation in own:
-            annotations.append(
-                {
-                    "id": len(annotations) + 1,
-                    "image_id": i + 1,
-                    "category_id": 1 + i % 2,
-                    "iscrowd": 0,
-                    "segmentation": segmentation,
-                    "area": 1.0,
-                    "bbox": [0, 0, 1, 1],
-                    **extra,
-                }
-            )
-    content = {"images": images, "annotations": annotations, "categories": [{"id": 1}, {"id": 2}]}
-    (folder / "annotations.json").write_text(json.dumps(content))
-    return folder
+        images[name] = np.random.default_rng(i).integers(0, 255, (HEIGHT, WIDTH, 3), dtype=np.uint8)
+        about = {"category_id": 1 + i % 2, "area": 1.0, "bbox": [0, 0, 1, 1], **extra}
+        annotations[name] = [{"segmentation": segmentation, **about} for segmentation in own]
+    return write_coco(folder, images, annotations)
 
 
 def edit(folder: Path, change) -> None:
@@ -98,7 +86,8 @@ def test_what_is_left_out_is_counted(tmp_path):
     assert counts["masks"] == 2  # the square and the triangle
     assert counts["crowd_regions"] == 1
     assert counts["degenerate_polygons"] == 2
-    assert counts["annotations_without_mask"] == 3  # the line, the one without parts, the one beyond the image
+    # the line, the one without parts, the one beyond the image
+    assert counts["annotations_without_mask"] == 3
 
 
 def test_four_numbers_are_no_box(tmp_path):
@@ -162,7 +151,10 @@ def test_a_photograph_taken_sideways(tmp_path):
 
 def test_lvis_names_its_images_by_url(tmp_path):
     folder = write(tmp_path / "set", [[TRIANGLE]])
-    edit(folder, lambda c: c["images"][0].update(coco_url=f"http://host/{c['images'][0].pop('file_name')}"))
+    edit(
+        folder,
+        lambda c: c["images"][0].update(coco_url=f"http://host/{c['images'][0].pop('file_name')}"),
+    )
     assert CocoFolder(folder).ids == ["picture0.png"]
 
 
@@ -173,9 +165,20 @@ def test_lvis_names_its_images_by_url(tmp_path):
         (lambda c: c["images"].append(c["images"][0]), "each needs its own"),
         (lambda c: c["images"][0].update(file_name="../annotations.json"), "outside the folder"),
         (lambda c: c.pop("images"), "not in COCO's instances format"),
-        (lambda c: c["annotations"][0].update(segmentation={"size": [3, 3], "counts": "0"}), "has size"),
-        (lambda c: c["annotations"][0].update(segmentation={"size": [HEIGHT, WIDTH], "counts": [3]}), "add up to 3"),
-        (lambda c: c["annotations"][0].update(segmentation={"size": [HEIGHT, WIDTH]}), "neither a list nor a string"),
+        (
+            lambda c: c["annotations"][0].update(segmentation={"size": [3, 3], "counts": "0"}),
+            "has size",
+        ),
+        (
+            lambda c: c["annotations"][0].update(
+                segmentation={"size": [HEIGHT, WIDTH], "counts": [3]}
+            ),
+            "add up to 3",
+        ),
+        (
+            lambda c: c["annotations"][0].update(segmentation={"size": [HEIGHT, WIDTH]}),
+            "neither a list nor a string",
+        ),
     ],
 )
 def test_bad_files_say_what_is_wrong(tmp_path, change, message):
@@ -193,39 +196,19 @@ def test_a_file_that_is_no_image(tmp_path):
 
 
 def test_no_folder_and_no_annotations(tmp_path):
-    with pytest.raises(FileNotFoundError, match="'photos', 'scenes' or a COCO-style folder"):
+    with pytest.raises(FileNotFoundError, match="'photos' or a COCO-style folder"):
         open_dataset(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match="There is no folder scenes"):
+        open_dataset("scenes")
     with pytest.raises(FileNotFoundError, match="annotations.json"):
         open_dataset(tmp_path)
 
 
 def test_arguments_out_of_range():
     with pytest.raises(ValueError, match="n_images"):
-        open_dataset("scenes", 0)
+        open_dataset("photos", 0)
     with pytest.raises(ValueError, match="seed"):
-        open_dataset("scenes", 1, seed=-1)
-    with pytest.raises(ValueError, match="10000"):
-        open_dataset("scenes", 10_001)
-
-
-def test_which_scenes_a_seed_takes():
-    assert open_dataset("scenes").seeds == list(range(24))
-    assert open_dataset("scenes", 3, seed=2).seeds == [2000, 2001, 2002]
-    assert open_dataset("scenes", 3, seed=19).seeds == [9000, 9001, 9002]
-    assert SceneSet(1500, seed=9).seeds[-1] == 499
-    assert SceneSet(2).fingerprint != SceneSet(3).fingerprint
-    assert SceneSet(2).sample_fingerprint(1) == SceneSet(3).sample_fingerprint(1)
-    assert SceneSet(2).sample_fingerprint(1) != SceneSet(2, size=256).sample_fingerprint(1)
-    assert open_dataset("scenes", 2).describe()["last_scene"] == 1
-
-
-def test_a_scene_as_a_sample():
-    dataset = SceneSet(2, size=64)
-    sample = dataset[1]
-    assert sample.id == dataset.ids[1] == "scene-0001"
-    assert sample.image.shape == (64, 64, 3) and sample.image.dtype == np.uint8
-    assert sample.masks.shape[1:] == (64, 64) and len(sample.masks) == len(sample.points)
-    assert np.array_equal(dataset[1].image, sample.image)
+        open_dataset("photos", 1, seed=-1)
 
 
 def test_code_fingerprints_ignore_comments_and_docstrings(tmp_path, monkeypatch):
@@ -238,6 +221,8 @@ def test_code_fingerprints_ignore_comments_and_docstrings(tmp_path, monkeypatch)
         return fingerprint.code_fingerprint(["a.py"])
 
     plain = of("def f(x):\n    return x + 1\n")
-    assert of('"""About."""\n\n\ndef f(x):\n    """Adds one."""\n    return x + 1  # one\n') == plain
+    assert (
+        of('"""About."""\n\n\ndef f(x):\n    """Adds one."""\n    return x + 1  # one\n') == plain
+    )
     assert of("def f(x):\n    return x + 2\n") != plain
     assert of('def f(x):\n    """Only a docstring."""\n') != plain

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import os
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
+from small import write_coco
 
 from aopsam_lab.data import open_dataset
 from aopsam_lab.detector import (
@@ -43,8 +43,13 @@ def _untrained_state() -> dict[str, torch.Tensor]:
 def untrained(tmp_path_factory) -> Path:
     """Weights that know nothing but let every box through."""
     path = tmp_path_factory.mktemp("weights") / "untrained.safetensors"
-    state = {k: v.half() if v.is_floating_point() and v.ndim > 1 else v for k, v in _untrained_state().items()}
-    save_file(state, path, metadata={"detector": '{"imgsz": 128, "confidence": 1e-06, "overlap": 0.9}'})
+    state = {
+        k: v.half() if v.is_floating_point() and v.ndim > 1 else v
+        for k, v in _untrained_state().items()
+    }
+    save_file(
+        state, path, metadata={"detector": '{"imgsz": 128, "confidence": 1e-06, "overlap": 0.9}'}
+    )
     return path
 
 
@@ -61,7 +66,9 @@ def test_boxes_are_sorted_inside_the_picture_and_at_most_a_hundred(detector, hei
     assert boxes.shape == (len(scores), 4) and len(scores) <= 100
     assert boxes.dtype == np.float32 and scores.dtype == np.float32
     assert (np.diff(scores) <= 0).all()
-    assert (boxes[:, :2] >= 0).all() and (boxes[:, 2] <= width).all() and (boxes[:, 3] <= height).all()
+    assert (boxes[:, :2] >= 0).all()
+    assert (boxes[:, 2] <= width).all()
+    assert (boxes[:, 3] <= height).all()
     assert (boxes[:, 2] > boxes[:, 0]).all() and (boxes[:, 3] > boxes[:, 1]).all()
     assert len(detector.boxes(image, max_boxes=3)[0]) <= 3
 
@@ -74,7 +81,8 @@ def test_same_picture_same_boxes(detector):
 
 
 @pytest.mark.parametrize(
-    "image", [np.zeros((8, 8), np.uint8), np.zeros((8, 8, 3), np.float32), np.zeros((8, 8, 4), np.uint8)]
+    "image",
+    [np.zeros((8, 8), np.uint8), np.zeros((8, 8, 3), np.float32), np.zeros((8, 8, 4), np.uint8)],
 )
 def test_other_arrays_are_refused(detector, image):
     with pytest.raises(ValueError, match="uint8"):
@@ -163,9 +171,17 @@ def test_where_no_safe_reading_can_be_had_a_checkpoint_is_refused(tmp_path, monk
 def test_threads_and_environment_are_left_alone(untrained):
     before = torch.get_num_threads(), dict(os.environ)
     load_detector(untrained, "cpu").boxes(np.zeros((32, 32, 3), np.uint8))
-    after = {name: value for name, value in os.environ.items() if not name.startswith(("YOLO_", "ULTRALYTICS_"))}
+    after = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("YOLO_", "ULTRALYTICS_"))
+    }
     assert torch.get_num_threads() == before[0]
-    assert after == {name: value for name, value in before[1].items() if not name.startswith(("YOLO_", "ULTRALYTICS_"))}
+    assert after == {
+        name: value
+        for name, value in before[1].items()
+        if not name.startswith(("YOLO_", "ULTRALYTICS_"))
+    }
 
 
 _ALONE = """
@@ -197,7 +213,9 @@ def test_neither_home_nor_network_is_touched(tmp_path, untrained):
     root = str(Path(training.__file__).resolve().parents[2])
     environment |= {"HOME": str(home), "TMPDIR": str(temporary), "PYTHONPATH": root}
     command = [sys.executable, "-c", _ALONE, str(untrained)]
-    done = subprocess.run(command, env=environment, cwd=work, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        command, env=environment, cwd=work, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr
     assert "NETWORK" not in done.stdout and f"sync False False config {temporary}" in done.stdout
     assert [list(folder.rglob("*")) for folder in (home, work)] == [[], []]
@@ -293,23 +311,16 @@ def test_trials_are_added_to_a_file_of_the_same_columns(tmp_path):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A COCO-style folder of six images, 60 x 40 pixels; of each two masks, one of them twice."""
-    folder = tmp_path_factory.mktemp("data") / "found"
-    (folder / "images").mkdir(parents=True)
-    images, annotations, rng = [], [], np.random.default_rng(0)
+    images, annotations, rng = {}, {}, np.random.default_rng(0)
+    masks = np.zeros((3, 40, 60), bool)
+    masks[0, 4:24, 6:36], masks[1, 4:24, 6:35], masks[2, 20:38, 40:58] = True, True, True
+    rles = [{**rle, "counts": rle["counts"].decode()} for rle in encode_rle(masks)]
     for k in range(6):
         pixels = rng.integers(0, 80, (40, 60, 3), np.uint8)
-        masks = np.zeros((3, 40, 60), bool)
-        masks[0, 4:24, 6:36], masks[1, 4:24, 6:35], masks[2, 20:38, 40:58] = True, True, True
         pixels[masks[0]], pixels[masks[2]] = (220, 40, 40), (40, 40, 220)
-        Image.fromarray(pixels).save(folder / "images" / f"{k}.png")
-        images.append({"id": k, "file_name": f"{k}.png", "height": 40, "width": 60})
-        for rle in encode_rle(masks):
-            counts = rle["counts"].decode()
-            annotations.append({"id": len(annotations), "image_id": k, "category_id": 1,
-                                "segmentation": {"size": [40, 60], "counts": counts}})  # fmt: skip
-    content = {"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "o"}]}
-    (folder / "annotations.json").write_text(json.dumps(content))
-    return folder
+        images[f"{k}.png"] = pixels
+        annotations[f"{k}.png"] = [{"segmentation": rle} for rle in rles]
+    return write_coco(tmp_path_factory.mktemp("data") / "found", images, annotations)
 
 
 def test_photographs_are_written_in_yolo_layout_and_not_twice(tmp_path, folder):
@@ -381,7 +392,7 @@ def command(tmp_path, folder, monkeypatch):
             "--out", str(tmp_path / "out/detector.safetensors")]  # fmt: skip
 
 
-def test_a_tiny_training_runs_and_exports(tmp_path, command, untrained, capsys):
+def test_a_training_of_a_moment_runs_and_exports(tmp_path, command, untrained, capsys):
     out, trials = tmp_path / "out/detector.safetensors", tmp_path / "trials.csv"
     before = torch.get_num_threads()
     command += ["--start", str(untrained), "--trials", str(trials)]

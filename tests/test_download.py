@@ -11,7 +11,7 @@ from functools import partial
 
 import pytest
 import torch
-from test_official_models import small_vit
+from small import RunsCode, build_small_sam
 
 from aopsam_lab import cli
 from aopsam_lab import download as fetching
@@ -22,7 +22,8 @@ from aopsam_lab.sam.zoo import load_sam
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Serves `content` at any path. `cut`: for each coming answer, after how many bytes to hang up (None: never)."""
+    """Serves `content` at any path. `cut`: for each coming answer, after how many bytes to hang up
+    (None: never)."""
 
     def __init__(self, content: bytes):
         super().__init__(("127.0.0.1", 0), Handler)
@@ -46,7 +47,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         body = server.content[first:]
         self.send_response(206 if first else 200)
         if first:
-            self.send_header("Content-Range", f"bytes {first}-{len(server.content) - 1}/{len(server.content)}")
+            self.send_header(
+                "Content-Range", f"bytes {first}-{len(server.content) - 1}/{len(server.content)}"
+            )
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         limit = server.cut.pop(0) if server.cut else None
@@ -68,7 +71,9 @@ def content():
 def server(content, tmp_path, monkeypatch):
     """A server that passes for the official address of vit_b, and an empty cache folder."""
     server = Server(content)
-    entry = OfficialFile(server.url("sam_vit_b.pth"), hashlib.sha256(content).hexdigest(), len(content), "Apache-2.0")
+    entry = OfficialFile(
+        server.url("sam_vit_b.pth"), hashlib.sha256(content).hexdigest(), len(content), "Apache-2.0"
+    )
     monkeypatch.setitem(OFFICIAL, "vit_b", entry)
     monkeypatch.setenv(fetching.CACHE_VARIABLE, str(tmp_path / "cache"))
     yield server
@@ -84,7 +89,8 @@ def test_a_file_is_fetched_once(server, content, capsys):
     assert cli.main(["download", "vit_b"]) == 0
     assert kept_file("vit_b").read_bytes() == content and files() == ["sam_vit_b.pth"]
     out = capsys.readouterr()
-    assert str(kept_file("vit_b")) in out.out and "3.00M" in out.err  # the bar ends at the full size
+    # the bar ends at the full size
+    assert str(kept_file("vit_b")) in out.out and "3.00M" in out.err
     assert cli.main(["download", "vit_b"]) == 0
     assert server.asked == [None]
 
@@ -136,7 +142,9 @@ def test_a_file_that_is_not_there(server, capsys):
 
 
 def test_no_room(server, monkeypatch):
-    monkeypatch.setattr(fetching.shutil, "disk_usage", lambda _: fetching.shutil._ntuple_diskusage(9, 8, 1_000_000))
+    monkeypatch.setattr(
+        fetching.shutil, "disk_usage", lambda _: fetching.shutil._ntuple_diskusage(9, 8, 1_000_000)
+    )
     with pytest.raises(OSError, match="needs 3 MB and .* has 1 MB free.*AOPSAM_CACHE"):
         download("vit_b", progress=False)
 
@@ -173,23 +181,18 @@ def test_a_second_process_waits_for_the_first(server, content):
 def test_a_tampered_file_is_refused_and_can_be_fetched_anew(server, content):
     download("vit_b", progress=False)
     kept_file("vit_b").write_bytes(content[: len(content) // 2])
-    with pytest.raises(ValueError, match="not the official sam_vit_b.pth.*download vit_b. fetches it anew"):
+    with pytest.raises(
+        ValueError, match="not the official sam_vit_b.pth.*download vit_b. fetches it anew"
+    ):
         load_sam("vit_b", device="cpu")
     assert download("vit_b", progress=False).read_bytes() == content
-
-
-class RunsCode:
-    def __init__(self, marker):
-        self.marker = str(marker)
-
-    def __reduce__(self):
-        return os.mkdir, (self.marker,)
 
 
 def test_an_official_file_that_turns_out_to_hold_code_never_runs(server, tmp_path, monkeypatch):
     torch.save({"model": RunsCode(tmp_path / "ran")}, tmp_path / "evil.pth")
     server.content = (tmp_path / "evil.pth").read_bytes()
-    wanted = hashlib.sha256(server.content).hexdigest()  # as if the official file itself had been replaced
+    # as if the official file itself had been replaced
+    wanted = hashlib.sha256(server.content).hexdigest()
     entry = OfficialFile(OFFICIAL["vit_b"].url, wanted, len(server.content), "")
     monkeypatch.setitem(OFFICIAL, "vit_b", entry)
     with pytest.raises(ValueError, match="Python objects"):
@@ -199,19 +202,23 @@ def test_an_official_file_that_turns_out_to_hold_code_never_runs(server, tmp_pat
 
 def test_load_sam_fetches_and_loads(server, tmp_path, monkeypatch):
     torch.manual_seed(0)
-    monkeypatch.setitem(zoo.MODELS, "vit_b", partial(small_vit, 768, 12))
-    original = small_vit(768, 12)
+    monkeypatch.setitem(zoo.MODELS, "vit_b", partial(build_small_sam, 768, 12))
+    original = build_small_sam(768, 12)
     torch.save(original.state_dict(), tmp_path / "sam.pth")
     server.content = (tmp_path / "sam.pth").read_bytes()
     wanted = hashlib.sha256(server.content).hexdigest()
     entry = OfficialFile(server.url("sam_vit_b.pth"), wanted, len(server.content), "Apache-2.0")
     monkeypatch.setitem(OFFICIAL, "vit_b", entry)
-    with pytest.raises(ValueError, match="sam_vit_b.pth .* MB.: run .python -m aopsam_lab download vit_b"):
+    with pytest.raises(
+        ValueError, match="sam_vit_b.pth .* MB.: run .python -m aopsam_lab download vit_b"
+    ):
         load_sam("vit_b", device="cpu")  # nobody at a terminal, so nothing is fetched unasked
     assert server.asked == []
     sam = load_sam("vit_b", device="cpu", fetch=True)
     assert sam.spec.sha256 == wanted
-    assert all(torch.equal(value, original.state_dict()[key]) for key, value in sam.state_dict().items())
+    assert all(
+        torch.equal(value, original.state_dict()[key]) for key, value in sam.state_dict().items()
+    )
     assert load_sam("vit_b", device="cpu").spec == sam.spec and len(server.asked) == 1
 
 
@@ -246,4 +253,6 @@ def test_where_files_are_kept(monkeypatch, tmp_path):
 def test_the_table_of_official_files():
     assert list(OFFICIAL) == ["vit_b", "vit_l", "vit_h", "yolov8n"]
     for entry in OFFICIAL.values():
-        assert entry.url.startswith("https://") and re.fullmatch("[0-9a-f]{64}", entry.sha256) and entry.size > 1e6
+        assert entry.url.startswith("https://")
+        assert re.fullmatch("[0-9a-f]{64}", entry.sha256)
+        assert entry.size > 1e6

@@ -32,11 +32,23 @@ def test_iou_matrix_by_hand():
     )
 
 
-def test_a_mask_without_pixels_overlaps_nothing():
-    score = evaluator.evaluate([LEFT], [NOTHING])
-    assert (score.miou, score.miou_best, score.matches.tolist()) == (0, 0, [-1])
-    assert evaluator.evaluate([NOTHING], [LEFT]).miou == 0
-    assert evaluator.evaluate([NOTHING], [NOTHING]).miou == 0
+def test_nothing_scores_zero_and_without_ground_truth_it_is_no_number():
+    for truths, found in (
+        ([LEFT], [NOTHING]),
+        ([LEFT], []),
+        ([NOTHING], [LEFT]),
+        ([NOTHING], [NOTHING]),
+    ):
+        score = evaluator.evaluate(truths, found)
+        assert (score.miou, score.miou_best, score.n_truth, score.matches.tolist()) == (
+            0,
+            0,
+            1,
+            [-1],
+        )
+    for found in ([LEFT], []):
+        score = evaluator.evaluate([], found)
+        assert np.isnan(score.miou) and np.isnan(score.miou_best) and score.n_truth == 0
 
 
 def test_masks_of_two_sizes_are_refused():
@@ -45,28 +57,9 @@ def test_masks_of_two_sizes_are_refused():
         evaluator.evaluate([LEFT], [other])
 
 
-def test_no_predictions_score_zero():
-    score = evaluator.evaluate([LEFT, RIGHT], [])
-    assert (score.miou, score.miou_best, score.n_truth) == (0, 0, 2)
-    assert score.matches.tolist() == [-1, -1]
-
-
-def test_no_truth_is_not_a_number_and_is_skipped_and_counted():
-    score = evaluator.evaluate([], [LEFT])
-    assert np.isnan(score.miou) and np.isnan(score.miou_best) and score.n_truth == 0
-    total = evaluator.aggregate([0.5, float("nan")], [0.6, float("nan")], [2, 0])
-    assert total == {
-        "miou": 0.5,
-        "miou_best": 0.6,
-        "miou_truths": 0.5,
-        "n_images": 1,
-        "n_skipped": 1,
-        "n_truth": 2,
-    }
-
-
-def test_nothing_at_all():
-    assert evaluator.evaluate([], []).n_truth == 0
+def test_means_over_images_leave_out_those_without_ground_truth():
+    total = evaluator.aggregate([1.0, 0.0, float("nan")], [1.0, 0.4, float("nan")], [1, 3, 0])
+    assert total == {"miou": 0.5, "miou_best": pytest.approx(0.7), "n_images": 2}
     total = evaluator.aggregate([], [], [])
     assert np.isnan(total["miou"]) and total["n_images"] == 0
 
@@ -92,7 +85,8 @@ def test_highest_iou_goes_first_even_where_that_costs_the_mean():
         ([[0.5, 0.5]], [0]),  # equal: the lower prediction
         ([[0.5], [0.5]], [0, -1]),  # equal: the lower truth
         ([[0.5, 0.5], [0.5, 0.5]], [0, 1]),
-        ([[0.3, 0.5], [0.5, 0.5]], [1, 0]),  # truth 0 before truth 1, though its prediction has the higher index
+        # truth 0 before truth 1, though its prediction has the higher index
+        ([[0.3, 0.5], [0.5, 0.5]], [1, 0]),
         ([[0.5, 0.3], [0.5, 0.0]], [0, -1]),  # truth 0 takes the tie; nothing is left for truth 1
     ],
 )
@@ -100,19 +94,11 @@ def test_ties(iou, matches):
     assert evaluator.greedy_matching(np.array(iou)).tolist() == matches
 
 
-def test_overlapping_masks_each_count():
+def test_overlapping_masks_each_count_and_duplicates_do_not_help():
     # A part within its whole: both are truths, both are found.
-    assert evaluator.evaluate([WHOLE, LEFT], [LEFT, WHOLE]).miou == 1
-    assert evaluator.evaluate([WHOLE, LEFT], [LEFT, WHOLE]).matches.tolist() == [1, 0]
-
-
-def test_duplicate_predictions_do_not_help():
+    score = evaluator.evaluate([WHOLE, LEFT], [LEFT, WHOLE])
+    assert score.miou == 1 and score.matches.tolist() == [1, 0]
     assert evaluator.evaluate([LEFT, RIGHT], [LEFT, LEFT]).miou == pytest.approx(0.5)
-
-
-def test_mean_over_images_and_over_truths():
-    total = evaluator.aggregate([1.0, 0.0], [1.0, 0.4], [1, 3])
-    assert total["miou"] == 0.5 and total["miou_truths"] == 0.25 and total["miou_best"] == pytest.approx(0.7)
 
 
 def test_interval_is_the_same_every_time_and_holds_the_mean():
@@ -128,7 +114,8 @@ def test_interval_covers_about_as_often_as_it_says():
     for _ in range(60):
         _, low, high = evaluator.mean_interval(rng.normal(size=30))
         covered += low <= 0 <= high
-    assert 51 <= covered <= 60  # of 60 draws; 57 expected, three standard deviations of a binomial below
+    # of 60 draws; 57 expected, three standard deviations of a binomial below
+    assert 51 <= covered <= 60
 
 
 def test_intervals_of_few_or_equal_values():
@@ -177,9 +164,12 @@ def test_one_to_one_is_at_most_the_best_match(truths, predictions):
 def test_order_changes_nothing_in_the_mean(truths, predictions, seed):
     iou = evaluator.iou_matrix(encode(truths), encode(predictions))
     overlaps = iou[iou > 0]
-    assume(len(np.unique(overlaps)) == len(overlaps))  # with exact ties the order is what decides, see above
+    # with exact ties the order is what decides, see above
+    assume(len(np.unique(overlaps)) == len(overlaps))
     rng = np.random.default_rng(seed)
-    shuffled = evaluator.evaluate(encode(rng.permutation(truths)), encode(rng.permutation(predictions)))
+    shuffled = evaluator.evaluate(
+        encode(rng.permutation(truths)), encode(rng.permutation(predictions))
+    )
     score = evaluator.score_matrix(iou)
     assert shuffled.n_truth == score.n_truth
     if score.n_truth:
@@ -194,4 +184,7 @@ matrices = st.tuples(st.integers(1, 6), st.integers(1, 6)).flatmap(
 
 @given(iou=matrices)
 def test_more_predictions_never_lower_the_best_match(iou):
-    assert evaluator.score_matrix(iou[:, :-1]).miou_best <= evaluator.score_matrix(iou).miou_best + 1e-12
+    assert (
+        evaluator.score_matrix(iou[:, :-1]).miou_best
+        <= evaluator.score_matrix(iou).miou_best + 1e-12
+    )

@@ -1,4 +1,4 @@
-"""The explorer without a browser: sources, what the page gets, state as traits, messages, and the two-step live answers."""
+"""The explorer without a browser: sources, what the page gets, state, messages, live answers."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import asyncio
 import base64
 import io
 import json
+from dataclasses import replace
 from datetime import datetime, timezone
 
 import nbformat
@@ -21,36 +22,47 @@ from PIL import Image
 import aopsam_lab as aop
 from aopsam_lab import drawing
 from aopsam_lab.asf import AsfParams
-from aopsam_lab.data.scenes import scene
+from aopsam_lab.data.points import pole
 from aopsam_lab.decoding import decode_and_filter
-from aopsam_lab.methods import METHODS, Models
-from aopsam_lab.pipeline import loaded_model, loaded_sam, run_method
+from aopsam_lab.methods import METHODS, Grid, Models
+from aopsam_lab.pipeline import run_method
 from aopsam_lab.rle import decode_rle, encode_rle
 from aopsam_lab.segmentation import STATUSES
 from aopsam_lab.widgets import explorer as explorer_module
 from aopsam_lab.widgets import packing
+from aopsam_lab.widgets import session as session_module
 from aopsam_lab.widgets import sources as sources_module
 from aopsam_lab.widgets.explorer import NOTHING, PINNED
 from aopsam_lab.widgets.sources import MAX_PIXELS, prepared, sources_of
 
-EAGER = AsfParams(confidence=0.1, elimination=1.1)  # many prompts, many eliminated: something to see on a small picture
+EAGER = AsfParams(spacing=16, confidence=0.1, elimination=1.1)  # few prompts, some eliminated
+ENCODED = {}
 
 
-@pytest.fixture(scope="module")
-def sample():
-    return scene(10_003, 160)
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """An image is encoded once for all tests, and the coarse grid has 16 points."""
+
+    def encode(sam, image):
+        key = image.tobytes()
+        ENCODED[key] = ENCODED.get(key) or aop.encode(sam, image)
+        return replace(ENCODED[key])
+
+    monkeypatch.setattr(session_module, "encode", encode)
+    monkeypatch.setitem(METHODS, "amg_s", Grid("amg_s", 4))
 
 
 @pytest.fixture
 def explorer(sample):
-    return aop.explore(sample, sam="tiny", params=EAGER)
+    return aop.explore(sample, params=EAGER)
 
 
-def rows_of(pack: dict) -> np.ndarray:
-    return np.frombuffer(pack["rows"], "<f4").reshape(pack["n"], -1)
+def send(explorer, kind: str, **more) -> None:
+    """A message as the page sends it."""
+    explorer.canvas._handle_custom_msg({"kind": kind, **more}, [])
 
 
-# --- what can be opened ---------------------------------------------------------------------------------------------------
+# --- what can be opened ---
 
 
 def test_pictures_come_from_arrays_files_folders_samples_data_sets_and_mixtures(tmp_path, sample):
@@ -58,15 +70,16 @@ def test_pictures_come_from_arrays_files_folders_samples_data_sets_and_mixtures(
         Image.fromarray(sample.image).save(tmp_path / name)
     assert [s.name for s in sources_of(tmp_path)] == ["a.jpg", "b.png"]
     assert np.array_equal(sources_of(tmp_path / "b.png")[0].read().image, sample.image)
-    assert [s.name for s in sources_of("scenes")][:2] == ["scene-0000", "scene-0001"]
     photos = sources_of("photos")
     assert len(photos) == 28 and photos[18].code == "aop.open_dataset('photos')[18]"
     assert photos[18].name == "000000423617.jpg" and len(photos[18].read().truth) == 12
-    mixed = sources_of({"mine": sample.image, "set": aop.open_dataset("scenes", 2), "files": [tmp_path / "b.png", sample]})
-    assert [s.name for s in mixed] == ["mine", "set: scene-0000", "set: scene-0001", "files: b.png", f"files: {sample.id}"]
+    few = aop.open_dataset("photos", 2)
+    mixed = sources_of({"mine": sample.image, "set": few, "files": [tmp_path / "b.png", sample]})
+    names = ["mine", *(f"set: {name}" for name in few.ids), "files: b.png", f"files: {sample.id}"]
+    assert [s.name for s in mixed] == names
     assert mixed[4].read().truth is sample.masks and mixed[0].read().truth is None
     same = sources_of([sample.image, sample.image])
-    assert [s.name for s in same] == ["picture", "picture 2"] and [s.code for s in same] == ["image[0]", "image[1]"]
+    assert [(s.name, s.code) for s in same] == [("picture", "image[0]"), ("picture 2", "image[1]")]
 
 
 def test_a_huge_picture_is_reduced_with_its_truth_and_says_so():
@@ -81,12 +94,14 @@ def test_a_huge_picture_is_reduced_with_its_truth_and_says_so():
 
 def test_a_huge_file_opens_without_a_warning_in_the_cell(tmp_path, sample, monkeypatch, recwarn):
     Image.fromarray(sample.image).save(tmp_path / "huge.png")
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20_000)  # beyond it Pillow warns, beyond its double it refuses
-    monkeypatch.setattr(sources_module, "MAX_PIXELS", 15_000)
-    opened = aop.explore(tmp_path / "huge.png", sam="tiny")
-    assert "160 x 160 pixels, explored at 122 x 122" in opened.message and opened.segmentation is not None
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10_000)
-    assert "cannot be read as an image" in aop.explore(tmp_path / "huge.png", sam="tiny").message
+    # beyond it Pillow warns, beyond its double it refuses
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 200_000)
+    monkeypatch.setattr(sources_module, "MAX_PIXELS", 150_000)
+    opened = aop.explore(tmp_path / "huge.png", params=EAGER)
+    assert "640 x 427 pixels, explored at 474 x 316" in opened.message
+    assert opened.segmentation is not None
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100_000)
+    assert "cannot be read as an image" in aop.explore(tmp_path / "huge.png").message
     assert not [w for w in recwarn if w.category is Image.DecompressionBombWarning]
 
 
@@ -106,39 +121,42 @@ def test_bad_input_is_said_in_the_message_line_and_the_panel_lives(tmp_path, mak
     what = make(tmp_path)
     if "read as" in words:
         (tmp_path / "text.png").write_text("no picture")
-    opened = aop.explore(what, sam="tiny")
+    opened = aop.explore(what)
     assert words in opened.message and opened.canvas.message == opened.message
     assert opened.segmentation is None and words in repr(opened)
-    opened.canvas._handle_custom_msg({"kind": "ask", "x": 1, "y": 1, "label": 1}, [])  # nothing happens
+    send(opened, "ask", x=1, y=1, label=1)  # nothing happens
     with pytest.raises(ValueError, match=words):
         opened.to_figure()
 
 
 def test_a_bad_picture_among_good_ones_and_a_bad_model(sample):
-    opened = aop.explore([np.zeros((1, 1, 3), np.uint8), sample], sam="tiny")
+    opened = aop.explore([np.zeros((1, 1, 3), np.uint8), sample], params=EAGER)
     assert "too small" in opened.message
     opened.source = 1
     assert opened.message == "" and len(opened.segmentation.masks)
     opened.source = 0
-    assert "too small" in opened.message and opened.segmentation is None and opened.canvas.left == {}
+    assert "too small" in opened.message
+    assert opened.segmentation is None and opened.canvas.left == {}
     assert "no SAM called 'nosuch'" in aop.explore(sample, sam="nosuch").message
     assert "no method 'nosuch'" in aop.explore(sample, method="nosuch").message
 
 
-# --- what the page gets ---------------------------------------------------------------------------------------------------
+# --- what the page gets ---
 
 
 @given(st.integers(1, 9), st.integers(1, 9), st.integers(0, 4), st.randoms(use_true_random=False))
 @settings(max_examples=30, deadline=None)
 def test_packed_masks_hold_each_masks_own_run_lengths(height, width, n, random):
-    masks = np.array([[[random.random() < 0.4 for _ in range(width)] for _ in range(height)] for _ in range(n)], bool)
-    rles = encode_rle(masks.reshape(n, height, width))
+    masks = np.array([random.random() < 0.4 for _ in range(n * height * width)], bool)
+    masks = masks.reshape(n, height, width)
+    rles = encode_rle(masks)
     pack = packing.pack_masks(rles, range(n))
     ends = np.frombuffer(pack["ends"], "<u4")
     parts = [pack["counts"][begin:end] for begin, end in zip([0, *ends], ends)]
     size = (height, width)
-    assert np.array_equal(decode_rle([{"size": size, "counts": part} for part in parts], size), masks.reshape(n, *size))
-    assert np.frombuffer(pack["owners"], "<i4").tolist() == list(range(n)) and len(pack["colours"]) == 3 * n
+    assert np.array_equal(decode_rle([{"size": size, "counts": p} for p in parts], size), masks)
+    assert np.frombuffer(pack["owners"], "<i4").tolist() == list(range(n))
+    assert len(pack["colours"]) == 3 * n
 
 
 @given(st.lists(st.floats(-0.5, 1.5, width=32), min_size=6, max_size=6))
@@ -152,50 +170,50 @@ def test_packed_maps_are_right_to_five_digits(values):
 def test_packed_pictures_are_exact_when_small_and_bounded_when_large(sample):
     small = packing.pack_image(sample.image)
     assert np.array_equal(np.asarray(Image.open(io.BytesIO(small["data"]))), sample.image)
-    noise = np.random.default_rng(0).integers(0, 256, (1500, 2250, 3), np.uint8)  # the worst there is
-    large = packing.pack_image(noise)
+    noise = np.random.default_rng(0).integers(0, 256, (1500, 2250, 3), np.uint8)
+    large = packing.pack_image(noise)  # the worst there is
     assert large["mime"] == "image/jpeg" and len(large["data"]) <= packing.MAX_IMAGE_BYTES
     assert Image.open(io.BytesIO(large["data"])).size == (2250, 1500)
 
 
-def test_the_film_of_rounds_is_what_happened(sample):
-    """Step by step through the method itself: before each round the same prompts wait as the page will show."""
-    sam = loaded_sam("tiny")
-    predictor = loaded_model("predictor", sam)
-    encoded = aop.encode(sam, sample.image)
-    seg = run_method(sam, encoded, "aop", predictor, params=EAGER)
+def test_the_film_of_rounds_is_what_happened(sam, predictor, photo):
+    """Before each round of the method itself the same prompts wait as the page will show."""
+    seg = run_method(sam, photo, "aop", predictor, params=EAGER)
     pack = packing.pack_prompts(seg)
-    rows = rows_of(pack)
+    rows = np.frombuffer(pack["rows"], "<f4").reshape(pack["n"], -1)
     with torch.inference_mode():
-        proposal = METHODS["aop"].start(encoded, Models(predictor), EAGER)
+        proposal = METHODS["aop"].start(photo, Models(predictor), EAGER)
         rounds = 0
         while (index := proposal.next_round()) is not None:
             waiting = proposal.waiting.clone()
             waiting[index] = True  # until they are decoded
             decided = np.where(rows[:, 4] == STATUSES.index("eliminated"), rows[:, 7], rows[:, 3])
             assert np.array_equal(decided >= rounds, waiting.numpy())
-            found = decode_and_filter(sam, encoded, proposal.prompts, index, sam.spec)
+            found = decode_and_filter(sam, photo, proposal.prompts, index, sam.spec)
             proposal.observe(found, sam.mask_threshold)
             rounds += 1
     assert pack["rounds"] == rounds > 1 and (rows[:, 7] >= 0).any()
 
 
-# --- state ----------------------------------------------------------------------------------------------------------------
+# --- state ---
 
 
 def same_result(seg, fresh) -> bool:
     return seg.masks == fresh.masks and seg.prompts.equals(fresh.prompts)
 
 
-def test_settings_give_what_a_fresh_run_gives_and_decode_only_what_is_new(explorer, sample):
-    sam = loaded_sam("tiny")
-    encoded, predictor = aop.encode(sam, sample.image), loaded_model("predictor", sam)
+def test_settings_give_what_a_fresh_run_gives_and_decode_only_what_is_new(
+    explorer, sam, predictor, photo
+):
     seen = []
     explorer.observe(lambda change: seen.append(change["new"]), "segmentation")
-    for params in (EAGER, AsfParams(confidence=0.1, elimination=1.4), AsfParams(smoothing=1, confidence=0.15, spacing=4)):
+    others = replace(EAGER, elimination=1.0), AsfParams(smoothing=1, confidence=0.3, spacing=20)
+    for params in (EAGER, *others):
         explorer.params = params
-        assert same_result(explorer.segmentation, run_method(sam, encoded, "aop", predictor, params=params))
-        assert {name: knob.value for name, knob in explorer._controls.knobs.items()} == pytest.approx(vars(params))
+        fresh = run_method(sam, photo, "aop", predictor, params=params)
+        assert same_result(explorer.segmentation, fresh)
+        knobs = {name: knob.value for name, knob in explorer._controls.knobs.items()}
+        assert knobs == pytest.approx(vars(params))
     assert len(seen) == 2
     explorer.params = EAGER
     assert "(0 new)" in explorer.canvas.left["badge"] and "mIoU" in explorer.canvas.left["badge"]
@@ -207,7 +225,7 @@ def test_selected_prompt_has_its_masks_and_stays_on_its_point(explorer):
     explorer.selected = row
     assert explorer.canvas.selected == row and explorer.canvas.detail["prompt"] == row
     assert explorer.canvas.detail["masks"]["n"] == len(explorer.canvas.detail["lines"]) == 3
-    explorer.params = AsfParams(confidence=0.05, elimination=1.1)
+    explorer.params = replace(EAGER, confidence=0.05)
     after = explorer.segmentation.prompts.iloc[explorer.selected]
     assert (after["x"], after["y"]) == tuple(table.iloc[row][["x", "y"]])
     explorer.method = "amg_s"  # no such point there
@@ -218,7 +236,7 @@ def test_rounds_follow_the_result(explorer):
     rounds = explorer.canvas.left["prompts"]["rounds"]
     assert explorer.round == explorer.canvas.round == explorer._controls.film.max == rounds > 1
     explorer.round = 1
-    explorer.params = AsfParams(confidence=0.05, elimination=1.1)
+    explorer.params = replace(EAGER, confidence=0.05)
     assert explorer.round == 1  # looking at the first round, one stays there
     explorer.method = "amg_s"
     assert explorer._controls.film.max == 1
@@ -226,24 +244,26 @@ def test_rounds_follow_the_result(explorer):
 
 def test_clicks_by_hand_add_a_mask_shift_clicks_refine_it_and_undo_takes_back(explorer, sample):
     before = explorer.segmentation
-    x, y = map(float, sample.points[0])
-    explorer.canvas._handle_custom_msg({"kind": "ask", "x": x, "y": y, "label": 0}, [])
+    x, y, _ = pole(max(sample.masks, key=np.sum))
+    send(explorer, "ask", x=x, y=y, label=0)
     assert "background point belongs to an object" in explorer.message and explorer.manual == []
-    explorer.canvas._handle_custom_msg({"kind": "ask", "x": x, "y": y, "label": 1}, [])
+    send(explorer, "ask", x=x, y=y, label=1)
     one = explorer.segmentation
-    assert explorer.message == "" and len(one.masks) == len(before.masks) + 1 and one.n_decoded == before.n_decoded + 1
+    assert explorer.message == "" and len(one.masks) == len(before.masks) + 1
+    assert one.n_decoded == before.n_decoded + 1
     assert (np.diff(one.scores) <= 0).all()
     mine = one.masks[int((one.mask_prompt == len(before.prompts)).nonzero()[0][0])]
     assert decode_rle([mine], sample.image.shape[:2])[0, int(y), int(x)]
     last = one.prompts.iloc[-1]
     assert (last["x"], last["y"], last["round"], last["status"]) == (x, y, -1, "kept")
-    explorer.canvas._handle_custom_msg({"kind": "ask", "x": 5.0, "y": 5.0, "label": 0}, [])
-    assert explorer.manual == [[(x, y, 1), (5.0, 5.0, 0)]] and len(explorer.segmentation.masks) == len(one.masks)
+    send(explorer, "ask", x=5.0, y=5.0, label=0)
+    assert explorer.manual == [[(x, y, 1), (5.0, 5.0, 0)]]
+    assert len(explorer.segmentation.masks) == len(one.masks)
     assert "manual=[[(" in explorer.canvas.call
-    again = eval(explorer.canvas.call, {"aop": aop, "image": sample})  # the call makes the same state
-    assert again.segmentation.masks == explorer.segmentation.masks
+    again = eval(explorer.canvas.call, {"aop": aop, "image": sample})
+    assert again.segmentation.masks == explorer.segmentation.masks, "the call makes the same state"
     for _ in range(3):
-        explorer.canvas._handle_custom_msg({"kind": "undo"}, [])
+        send(explorer, "undo")
     assert explorer.manual == [] and same_result(explorer.segmentation, before)
 
 
@@ -252,7 +272,7 @@ def test_beside_another_method_or_this_setting_pinned(explorer):
     assert explorer.compared.method == explorer.canvas.right["title"] == "amg_s"
     explorer.compare = PINNED
     pinned = explorer.compared
-    explorer.params = AsfParams(confidence=0.3)
+    explorer.params = replace(EAGER, confidence=0.3)
     assert explorer.compared is pinned and pinned is not explorer.segmentation
     explorer.compare = NOTHING
     assert explorer.compared is None and explorer.canvas.right == {}
@@ -261,7 +281,7 @@ def test_beside_another_method_or_this_setting_pinned(explorer):
 
 
 def test_the_call_says_what_it_is_compared_with(sample):
-    opened = aop.explore(sample, sam="tiny", params=EAGER, compare="amg_s")
+    opened = aop.explore(sample, params=EAGER, compare="amg_s")
     assert opened.compared.method == "amg_s" and "compare='amg_s'" in opened.canvas.call
     again = eval(opened.canvas.call, {"aop": aop, "image": sample})
     assert again.compared.masks == opened.compared.masks
@@ -274,30 +294,38 @@ def test_exports_are_the_segmentations_own(explorer):
     sent = []
     explorer.canvas.send = lambda content, buffers=None: sent.append((content, buffers))
     for what in ("coco", "labels"):
-        explorer.canvas._handle_custom_msg({"kind": "export", "what": what}, [])
+        send(explorer, "export", what=what)
     (coco, [text]), (labels, [png]) = sent
     assert json.loads(text)["annotations"] == explorer.segmentation.to_coco()["annotations"]
     assert coco["name"].endswith(".json") and labels["name"].endswith("_labels.png")
-    expected = drawing.label_image(explorer.segmentation.masks, explorer.segmentation.image.shape[:2])
+    seg = explorer.segmentation
+    expected = drawing.label_image(seg.masks, seg.image.shape[:2])
     assert np.array_equal(np.asarray(Image.open(io.BytesIO(png))), expected)
 
 
 def test_an_uploaded_picture_is_opened_and_a_damaged_one_only_said(explorer, sample):
+    def upload(name: str, data: bytes) -> None:
+        when = datetime(2020, 1, 1, tzinfo=timezone.utc)
+        about = {"type": "image/png", "size": 1, "last_modified": when}
+        file = {"name": name, "content": memoryview(data), **about}
+        explorer._controls.upload.value = (file,)
+
     stream = io.BytesIO()
     Image.fromarray(sample.image[:100]).save(stream, format="PNG")
-    about = {"type": "image/png", "size": 1, "last_modified": datetime(2020, 1, 1, tzinfo=timezone.utc)}
-    explorer._controls.upload.value = ({"name": "mine.png", "content": memoryview(stream.getvalue()), **about},)
-    assert explorer.segmentation.image.shape == (100, 160, 3) and explorer._controls.picker.options[-1][0] == "mine.png"
-    explorer._controls.upload.value = ({"name": "bad.png", "content": memoryview(b"no picture"), **about},)
-    assert explorer.message == "bad.png cannot be read as an image: its format is none that Pillow knows."
-    assert explorer.segmentation.image.shape == (100, 160, 3)
+    upload("mine.png", stream.getvalue())
+    assert explorer.segmentation.image.shape == (100, 640, 3)
+    assert explorer._controls.picker.options[-1][0] == "mine.png"
+    upload("bad.png", b"no picture")
+    said = "bad.png cannot be read as an image: its format is none that Pillow knows."
+    assert explorer.message == said and explorer.segmentation.image.shape == (100, 640, 3)
 
 
 def test_a_segmentation_is_explored_as_it_is(explorer, monkeypatch):
     seg = explorer.segmentation
-    monkeypatch.setattr(explorer_module.Session, "run", lambda *_: pytest.fail("nothing was to be decoded"))
-    opened = seg.explore("tiny")
-    assert opened.segmentation.masks == seg.masks and opened.params == EAGER and opened.message == ""
+    monkeypatch.setattr(session_module.Session, "run", lambda *_: pytest.fail("it decodes"))
+    opened = seg.explore()
+    assert opened.segmentation.masks == seg.masks
+    assert opened.params == EAGER and opened.message == ""
 
 
 def test_the_figure_is_shown_by_a_notebook_without_pyplot(explorer):
@@ -312,19 +340,23 @@ def test_the_notebook_keeps_a_picture_for_where_no_kernel_runs(explorer):
     data = bundle[0] if isinstance(bundle, tuple) else bundle
     image = Image.open(io.BytesIO(base64.b64decode(data["image/png"])))
     assert "application/vnd.jupyter.widget-view+json" in data and image.width > 300
-    cell = nbformat.v4.new_code_cell(outputs=[nbformat.v4.new_output("execute_result", data=data, execution_count=1)])
+    output = nbformat.v4.new_output("execute_result", data=data, execution_count=1)
+    cell = nbformat.v4.new_code_cell(outputs=[output])
     page, _ = HTMLExporter().from_notebook_node(nbformat.v4.new_notebook(cells=[cell]))
     assert "data:image/png;base64," in page and "widget-view+json" not in page
 
 
-# --- live -----------------------------------------------------------------------------------------------------------------
+# --- live ---
 
 
 def test_a_moving_slider_previews_at_once_and_decodes_when_it_rests(explorer, monkeypatch):
-    runs, run = [], explorer_module.Session.run
-    monkeypatch.setattr(
-        explorer_module.Session, "run", lambda self, method, params, *rest: runs.append(params) or run(self, method, params, *rest)
-    )
+    runs, run = [], session_module.Session.run
+
+    def recorded(self, method, params, *rest):
+        runs.append(params)
+        return run(self, method, params, *rest)
+
+    monkeypatch.setattr(session_module.Session, "run", recorded)
     monkeypatch.setattr(explorer_module, "DEBOUNCE", 0.05)
     start = explorer.segmentation
 
@@ -333,15 +365,18 @@ def test_a_moving_slider_previews_at_once_and_decodes_when_it_rests(explorer, mo
         for value in (0.12, 0.14, 0.16, 0.18, 0.3):
             explorer._controls.knobs["confidence"].value = value
             previews.append(explorer.canvas.preview["n"])
-        assert explorer.segmentation is start and explorer.canvas.busy and runs == []  # nothing decoded while it moves
+        assert explorer.segmentation is start and explorer.canvas.busy
+        assert runs == [], "nothing is decoded while it moves"
         while explorer.canvas.busy:
             await asyncio.sleep(0.01)
         return previews
 
     previews = asyncio.run(asyncio.wait_for(drag(), 60))
     assert [params.confidence for params in runs] == [0.3]
-    assert previews == sorted(previews, reverse=True) and previews[-1] == len(explorer.segmentation.prompts)
-    assert explorer.params.confidence == 0.3 and explorer.canvas.preview == {} and explorer.segmentation is not start
+    assert previews == sorted(previews, reverse=True)
+    assert previews[-1] == len(explorer.segmentation.prompts)
+    assert explorer.params.confidence == 0.3 and explorer.canvas.preview == {}
+    assert explorer.segmentation is not start
 
 
 def test_a_newer_setting_stops_the_older_one_between_rounds(explorer, monkeypatch):
@@ -365,7 +400,7 @@ def test_what_fails_in_the_worker_is_said(explorer, monkeypatch):
     def fail(*_):
         raise RuntimeError("out of luck")
 
-    monkeypatch.setattr(explorer_module.Session, "run", fail)
+    monkeypatch.setattr(session_module.Session, "run", fail)
     monkeypatch.setattr(explorer_module, "DEBOUNCE", 0.0)
 
     async def move():

@@ -1,4 +1,5 @@
-"""Masks at the picture's size against segment_anything's resizing, stability score, boxes and pycocotools' RLE."""
+"""Masks at the picture's size against segment_anything's resizing, stability score, boxes and
+pycocotools' RLE."""
 
 import numpy as np
 import pytest
@@ -16,13 +17,16 @@ from aopsam_lab.rle import encode_changes
 @pytest.fixture(params=["as a whole", "cell by cell"], autouse=True)
 def way(request, monkeypatch):
     """Both ways of measuring, whatever the picture's size."""
-    monkeypatch.setattr("aopsam_lab.fullsize.WHOLE_PIXELS", 1 << 30 if request.param == "as a whole" else 0)
+    pixels = 1 << 30 if request.param == "as a whole" else 0
+    monkeypatch.setattr("aopsam_lab.fullsize.WHOLE_PIXELS", pixels)
 
 
 NEAR = 2e-5  # logits this near to a cut may fall to either side: resizing works in float32
 
 
-def stock(logits: torch.Tensor, model: int, input_size: tuple[int, int], image_size: tuple[int, int]) -> torch.Tensor:
+def stock(
+    logits: torch.Tensor, model: int, input_size: tuple[int, int], image_size: tuple[int, int]
+) -> torch.Tensor:
     """``Sam.postprocess_masks`` of (n, L, L) logits."""
     scaled = F.interpolate(logits[:, None], (model, model), mode="bilinear", align_corners=False)
     part = scaled[..., : input_size[0], : input_size[1]]
@@ -30,11 +34,21 @@ def stock(logits: torch.Tensor, model: int, input_size: tuple[int, int], image_s
 
 
 def blobs(low: int, seed: int) -> torch.Tensor:
-    """Logits of smooth and of ragged masks, of one that is empty, one that is full and one that is nowhere sure."""
+    """Logits of smooth and of ragged masks, of one that is empty, one that is full and one that is
+    nowhere sure."""
     generator = torch.Generator().manual_seed(seed)
-    coarse = F.interpolate(torch.randn(3, 1, 6, 6, generator=generator) * 8, (low, low), mode="bicubic")[:, 0]
+    coarse = torch.randn(3, 1, 6, 6, generator=generator) * 8
+    coarse = F.interpolate(coarse, (low, low), mode="bicubic")[:, 0]
     ragged = 3 * torch.randn(1, low, low, generator=generator)
-    return torch.cat([coarse, ragged, torch.full((2, low, low), -5.0), torch.full((1, low, low), 5.0), 0.05 * ragged])
+    return torch.cat(
+        [
+            coarse,
+            ragged,
+            torch.full((2, low, low), -5.0),
+            torch.full((1, low, low), 5.0),
+            0.05 * ragged,
+        ]
+    )
 
 
 def same(logits, model, input_size, image_size, threshold=0.0, offset=1.0) -> None:
@@ -42,7 +56,9 @@ def same(logits, model, input_size, image_size, threshold=0.0, offset=1.0) -> No
     stability, boxes = sizes.measure(logits, threshold, offset)
     rles = sizes.encode(logits, threshold)
     full = stock(logits, model, input_size, image_size)
-    expected, expected_boxes = calculate_stability_score(full, threshold, offset), batched_mask_to_box(full > threshold)
+    expected = calculate_stability_score(full, threshold, offset).nan_to_num(-1)
+    expected_boxes = batched_mask_to_box(full > threshold)
+    stability = stability.nan_to_num(-1)
     for i, pixels in enumerate(full):
         mask = coco_mask.decode(rles[i]).astype(bool)
         near = ((pixels - threshold).abs() < NEAR).numpy()
@@ -50,16 +66,17 @@ def same(logits, model, input_size, image_size, threshold=0.0, offset=1.0) -> No
         if not near.any():
             assert rles[i] == coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))
             assert torch.equal(boxes[i], expected_boxes[i])
-        if not any(((pixels - cut).abs() < NEAR).any() for cut in (threshold - offset, threshold + offset)):
-            assert torch.equal(stability[i].nan_to_num(-1), expected[i].nan_to_num(-1))
+        cuts = (threshold - offset, threshold + offset)
+        if not any(((pixels - cut).abs() < NEAR).any() for cut in cuts):
+            assert torch.equal(stability[i], expected[i])
         few = 20 / pixels.numel() + 1e-6
-        assert float(stability[i].nan_to_num(-1)) == pytest.approx(float(expected[i].nan_to_num(-1)), abs=few)
+        assert float(stability[i]) == pytest.approx(float(expected[i]), abs=few)
 
 
 @pytest.mark.parametrize(
     "low, model, input_size, image_size",
     [
-        (160, 320, (214, 320), (321, 481)),  # tiny SAM, a photograph
+        (160, 320, (214, 320), (321, 481)),  # a photograph
         (160, 320, (320, 213), (600, 400)),
         (256, 1024, (768, 1024), (120, 160)),  # MobileSAM, fewer pixels than logits
         (256, 1024, (1024, 1024), (256, 256)),
@@ -72,20 +89,27 @@ def test_equals_resizing_everything(low, model, input_size, image_size):
     same(blobs(low, seed=1), model, input_size, image_size, threshold=0.5, offset=0.25)
 
 
-@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(
-    st.integers(1, 64), st.integers(1, 64), st.integers(1, 90), st.integers(1, 90), st.sampled_from([16, 32]),
-    st.integers(0, 99)
+    st.integers(1, 64),
+    st.integers(1, 64),
+    st.integers(1, 90),
+    st.integers(1, 90),
+    st.sampled_from([16, 32]),
+    st.integers(0, 99),
 )
 def test_equals_resizing_everything_at_any_size(used_y, used_x, height, width, low, seed):
     same(blobs(low, seed), 64, (used_y, used_x), (height, width))
 
 
 def test_a_box_of_few_pixels_by_hand():
-    """One logit on, doubled to the model frame and then as it is: its own 2 x 2 pixels, as those beside weigh it too
-    little."""
+    """One logit on, doubled to the model frame and then as it is: its own 2 x 2 pixels, as those
+    beside weigh it too little."""
     logits = torch.full((1, 4, 4), -9.0)
-    logits[0, 1, 2] = 12.0  # at 3/4 of each axis: (9 * 12 - 7 * 9) / 16 > 0; at 1/4 and 3/4: (3 * 12 - 13 * 9) / 16 < 0
+    # at 3/4 of each axis: (9 * 12 - 7 * 9) / 16 > 0; at 1/4 and 3/4: (3 * 12 - 13 * 9) / 16 < 0
+    logits[0, 1, 2] = 12.0
     sizes = FullSize((4, 4), 8, (8, 8), (8, 8), logits.device)
     stability, boxes = sizes.measure(logits, 0.0, 1.0)
     assert boxes.tolist() == [[4, 2, 5, 3]] and stability.item() == 1.0
@@ -96,10 +120,12 @@ def test_a_box_of_few_pixels_by_hand():
 def test_unstable_masks_are_left_out():
     logits = blobs(32, seed=7)
     sizes = FullSize((32, 32), 64, (64, 48), (90, 70), logits.device)
-    (stability, boxes), (some, wanted) = sizes.measure(logits, 0.0, 1.0), sizes.measure(logits, 0.0, 1.0, least=0.5)
+    stability, boxes = sizes.measure(logits, 0.0, 1.0)
+    some, wanted = sizes.measure(logits, 0.0, 1.0, least=0.5)
     stable = stability >= 0.5
     assert 0 < stable.sum() < len(logits) and torch.equal(some >= 0.5, stable)
-    assert torch.equal(some[stable], stability[stable]) and torch.equal(wanted[stable], boxes[stable])
+    assert torch.equal(some[stable], stability[stable])
+    assert torch.equal(wanted[stable], boxes[stable])
     assert not wanted[~stable].any()
 
 
@@ -107,8 +133,8 @@ def test_no_least_stability_wants_every_mask():
     logits = torch.full((1, 16, 16), -9.0)
     logits[0, 5, 6] = 9.0  # so small that no cell is surely on it
     sizes = FullSize((16, 16), 64, (64, 64), (50, 50), logits.device)
-    (stability, boxes), (same_stability, same_boxes) = (sizes.measure(logits, 0.0, 1.0, x) for x in (0.0, float("-inf")))
-    assert stability.item() > 0 and torch.equal(stability, same_stability) and torch.equal(boxes, same_boxes)
+    found, same_found = (sizes.measure(logits, 0.0, 1.0, x) for x in (0.0, float("-inf")))
+    assert found[0].item() > 0 and all(map(torch.equal, found, same_found))
 
 
 def test_in_parts_as_in_one(monkeypatch):
@@ -118,7 +144,8 @@ def test_in_parts_as_in_one(monkeypatch):
     monkeypatch.setattr("aopsam_lab.fullsize.CELL_PIXELS", 1 << 7)
     monkeypatch.setattr("aopsam_lab.fullsize.ENCODE_PIXELS", 1 << 14)
     again = sizes.measure(logits, 0.0, 1.0)
-    assert torch.equal(again[0].nan_to_num(), stability.nan_to_num()) and torch.equal(again[1], boxes)
+    assert torch.equal(again[0].nan_to_num(), stability.nan_to_num())
+    assert torch.equal(again[1], boxes)
     assert sizes.encode(logits, 0.0) == rles
 
 
@@ -128,4 +155,5 @@ def test_changes_of_a_mask_worked_by_hand():
     assert encode_changes(np.array([1, 2, 2, 4, 4, 5]), (2, 3)) == expected
     full = coco_mask.encode(np.ones((2, 3), np.uint8, order="F"))
     assert encode_changes(np.array([0, 2, 2, 4, 4, 6]), (2, 3)) == full
-    assert encode_changes(np.array([], dtype=int), (2, 3)) == coco_mask.encode(np.zeros((2, 3), np.uint8, order="F"))
+    empty = coco_mask.encode(np.zeros((2, 3), np.uint8, order="F"))
+    assert encode_changes(np.array([], dtype=int), (2, 3)) == empty

@@ -32,12 +32,8 @@ def test_array_picture_and_path_agree(tmp_path):
         seen = read_image(image)
         assert seen.dtype == np.uint8 and seen.flags["C_CONTIGUOUS"] and seen.flags["WRITEABLE"]
         assert np.array_equal(seen, RGB)
-
-
-def test_the_result_is_a_new_array():
-    image = RGB.copy()
-    read_image(image)[:] = 0
-    assert np.array_equal(image, RGB)
+    read_image(RGB)[:] = 0
+    assert RGB.any(), "the result is a new array"
 
 
 @pytest.mark.parametrize("image", [GREY, GREY[..., None], Image.fromarray(GREY)])
@@ -54,7 +50,8 @@ def test_one_bit_and_booleans():
 
 
 def test_alpha_lies_over_white():
-    rgba = np.array([[[10, 20, 30, 255], [10, 20, 30, 0], [0, 100, 255, 51]]], np.uint8)  # 51 / 255 = 0.2
+    # 51 / 255 = 0.2
+    rgba = np.array([[[10, 20, 30, 255], [10, 20, 30, 0], [0, 100, 255, 51]]], np.uint8)
     expected = [[[10, 20, 30], [255, 255, 255], [204, 224, 255]]]
     assert read_image(rgba).tolist() == expected
     assert read_image(Image.fromarray(rgba)).tolist() == expected
@@ -80,7 +77,9 @@ def test_palette_with_and_without_transparency(tmp_path):
     assert read_image(path).tolist() == [[[200, 0, 0], [255, 255, 255], [0, 0, 90]]]
     path = on_disk(tmp_path, picture, "partly.png", transparency=bytes([255, 0, 51]))
     assert read_image(path).tolist() == [[[200, 0, 0], [255, 255, 255], [204, 204, 222]]]
-    assert read_image(on_disk(tmp_path, picture, "p.gif")).tolist() == [[[200, 0, 0], [0, 150, 0], [0, 0, 90]]]
+    assert read_image(on_disk(tmp_path, picture, "p.gif")).tolist() == [
+        [[200, 0, 0], [0, 150, 0], [0, 0, 90]]
+    ]
 
 
 def test_colour_key(tmp_path):
@@ -90,7 +89,11 @@ def test_colour_key(tmp_path):
 
 
 def test_cmyk(tmp_path):
-    colours = np.array([[[255, 0, 0], [0, 0, 255], [255, 255, 255], [0, 0, 0]]], np.uint8).repeat(8, 0).repeat(8, 1)
+    colours = (
+        np.array([[[255, 0, 0], [0, 0, 255], [255, 255, 255], [0, 0, 0]]], np.uint8)
+        .repeat(8, 0)
+        .repeat(8, 1)
+    )
     picture = Image.fromarray(colours).convert("CMYK")
     assert np.array_equal(read_image(picture), colours)
     path = on_disk(tmp_path, picture, "ink.jpg", quality=100)
@@ -127,8 +130,8 @@ def test_sixteen_bit_files(tmp_path, name):
 def test_big_endian_tiff(tmp_path):
     deep = np.array([[0, 257, 65535], [128 * 257, 1000, 30000]], np.uint16)
     header = b"MM\x00*\x00\x00\x00\x08"
-    entries = [(256, 3, 3), (257, 3, 2), (258, 3, 16), (259, 3, 1), (262, 3, 1), (273, 4, 8 + 2 + 9 * 12 + 4),
-               (277, 3, 1), (278, 3, 2), (279, 4, 12)]  # fmt: skip
+    entries = [(256, 3, 3), (257, 3, 2), (258, 3, 16), (259, 3, 1), (262, 3, 1)]
+    entries += [(273, 4, 8 + 2 + 9 * 12 + 4), (277, 3, 1), (278, 3, 2), (279, 4, 12)]
     directory = len(entries).to_bytes(2, "big")
     for tag, kind, value in entries:
         directory += tag.to_bytes(2, "big") + kind.to_bytes(2, "big") + (1).to_bytes(4, "big")
@@ -138,20 +141,31 @@ def test_big_endian_tiff(tmp_path):
     assert np.array_equal(read_image(path), read_image(deep))
 
 
-@pytest.mark.parametrize(("top", "white"), [(4095, 4095), (1023, 1023), (3000, 4095), (255, 255), (4096, 16383)])
+@pytest.mark.parametrize(
+    ("top", "white"), [(4095, 4095), (1023, 1023), (3000, 4095), (255, 255), (4096, 16383)]
+)
 def test_fewer_bits_in_sixteen(top, white):
     deep = np.array([[0, top // 2, top]], np.uint16)
-    assert read_image(deep)[0, :, 0].tolist() == [round(value * 255 / white) for value in (0, top // 2, top)]
+    assert read_image(deep)[0, :, 0].tolist() == [
+        round(value * 255 / white) for value in (0, top // 2, top)
+    ]
 
 
 @settings(deadline=None)
-@given(arrays(np.uint8, st.tuples(st.integers(1, 6), st.integers(1, 6), st.sampled_from([1, 2, 3, 4]))))
+@given(
+    arrays(np.uint8, st.tuples(st.integers(1, 6), st.integers(1, 6), st.sampled_from([1, 2, 3, 4])))
+)
 def test_other_types_mean_the_same_picture(pixels):
     pixels[0, 0] = 255  # so that the depth is told from the largest value
     expected = read_image(pixels)
     assert expected.shape == (*pixels.shape[:2], 3)
     unit = pixels / 255
-    for same in (pixels.astype(np.uint16) * 257, pixels.astype(np.int64), unit, unit.astype(np.float32)):
+    for same in (
+        pixels.astype(np.uint16) * 257,
+        pixels.astype(np.int64),
+        unit,
+        unit.astype(np.float32),
+    ):
         assert np.array_equal(read_image(same), expected)
 
 
@@ -180,7 +194,9 @@ def test_exif_orientation(tmp_path, orientation, name):
         assert np.array_equal(read_image(picture), grey3(upright))
 
 
-@pytest.mark.parametrize("image", [RGB[:1, :1], GREY[:1, :1], Image.new("RGBA", (1, 1)), np.ones((1, 1))])
+@pytest.mark.parametrize(
+    "image", [RGB[:1, :1], GREY[:1, :1], Image.new("RGBA", (1, 1)), np.ones((1, 1))]
+)
 def test_one_pixel(image):
     assert read_image(image).shape == (1, 1, 3)
 
@@ -210,21 +226,18 @@ def test_what_is_no_image_is_refused(image, message):
 
 
 def test_files_that_are_no_images(tmp_path):
+    whole = io.BytesIO()
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(whole, "JPEG")
+    damaged = {"text.png": b"hello", "none.png": b"", "half.jpg": whole.getvalue()[:2000]}
+    for name, data in damaged.items():
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(ValueError, match=f"{name} cannot be read"):
+            read_image(tmp_path / name)
     with pytest.raises(FileNotFoundError, match="no image file .*absent.png"):
         read_image(tmp_path / "absent.png")
     with pytest.raises(ValueError, match="is a folder"):
         read_image(tmp_path)
-    (tmp_path / "text.png").write_text("hello")
-    with pytest.raises(ValueError, match="text.png cannot be read"):
-        read_image(tmp_path / "text.png")
-    (tmp_path / "none.png").write_bytes(b"")
-    with pytest.raises(ValueError, match="none.png cannot be read"):
-        read_image(tmp_path / "none.png")
-    stream = io.BytesIO()
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(stream, "JPEG")
-    (tmp_path / "half.jpg").write_bytes(stream.getvalue()[: len(stream.getvalue()) // 2])
-    with pytest.raises(ValueError, match="half.jpg cannot be read"):
-        read_image(tmp_path / "half.jpg")
 
 
 def test_float_tiff(tmp_path):

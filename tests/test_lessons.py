@@ -10,8 +10,12 @@ from aopsam_lab.study import PACKAGE_ROOT
 
 LESSONS = sorted((PACKAGE_ROOT / "notebooks" / "lessons").glob("*.ipynb"))
 FEW = {"4_measuring_it": {"n_images": 2, "methods": ["amg_s", "aop"]}}
-QUICK = {"sam": "tiny"}  # the small SAM, on the lessons' own photographs
-FIGURES = {"1_a_click_and_a_grid": 2, "2_the_confidence_map": 2, "3_the_elimination_map": 2, "4_measuring_it": 0}
+FIGURES = {
+    "1_a_click_and_a_grid": 2,
+    "2_the_confidence_map": 2,
+    "3_the_elimination_map": 2,
+    "4_measuring_it": 0,
+}
 SAYS = {
     "1_a_click_and_a_grid": "of 1,024 points gave the",
     "2_the_confidence_map": "peaks above 0.02",
@@ -27,14 +31,16 @@ def test_every_lesson_is_tested():
 
 @pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.stem)
 def test_a_lesson_runs_and_shows_what_it_speaks_of(path, tmp_path):
-    parameters = QUICK | FEW.get(path.stem, {})
+    parameters = FEW.get(path.stem, {})
     done = papermill.execute_notebook(
         path, tmp_path / path.name, parameters, progress_bar=False, cwd=tmp_path
     )
     outputs = [output for cell in done.cells for output in cell.get("outputs", [])]
     assert not [output.text for output in outputs if output.get("name") == "stderr"]
     assert sum("image/png" in output.get("data", {}) for output in outputs) == FIGURES[path.stem]
-    assert SAYS[path.stem] in "".join(output.text for output in outputs if output.output_type == "stream")
+    assert SAYS[path.stem] in "".join(
+        output.text for output in outputs if output.output_type == "stream"
+    )
     if path.stem == "4_measuring_it":
         assert "amg_s" in outputs[-1].text and "against aop" in outputs[-1].text
 

@@ -11,7 +11,7 @@ from aopsam_lab.study import beside_paper, output, paper, sweeps, tables
 NAN = float("nan")
 
 
-# --- what the poster prints -----------------------------------------------------------------------
+# --- what the poster prints ---
 
 
 def test_the_tables_are_whole():
@@ -51,7 +51,7 @@ def test_cells_of_the_ablation_and_of_the_sweeps():
     assert paper.sweep_curve("spacing", 40, 60).empty
 
 
-# --- beside ours ----------------------------------------------------------------------------------
+# --- beside ours ---
 
 
 @pytest.mark.parametrize(
@@ -61,7 +61,6 @@ def test_cells_of_the_ablation_and_of_the_sweeps():
         ("coco-val2017", "COCO"),
         ("lvis-v1-val", "LVIS"),
         ("sa1b", "SA-1B"),
-        ("scenes", None),
         ("holiday", None),
     ],
 )
@@ -94,14 +93,12 @@ def test_ours_beside_the_main_table_in_the_papers_units():
     assert np.isnan(table["inf_lat_s_difference"].iloc[1])  # the paper times no grid
 
 
-@pytest.mark.parametrize(
-    ("sam", "dataset"), [("tiny", "photos"), ("vit_b", "sa1b"), ("vit_h", "scenes")]
-)
+@pytest.mark.parametrize(("sam", "dataset"), [("vit_b", "sa1b"), ("vit_h", "holiday")])
 def test_nothing_stands_beside_what_the_paper_does_not_have(sam, dataset):
     assert paper.side_by_side(summary(aop=0.6), sam, dataset).empty
     text = beside_paper.main_comparison(summary(aop=0.6), facts(sam, dataset))
     assert "<table" not in text and text.count(".") == 1
-    assert (sam if dataset != "scenes" else dataset) in text
+    assert (sam if dataset != "holiday" else dataset) in text
 
 
 def test_the_main_table_as_html():
@@ -126,7 +123,7 @@ def three_images() -> pd.DataFrame:
     return tables.per_image_table(rows)
 
 
-@pytest.mark.parametrize(("dataset", "place"), [("photos", 2), ("lvis-v1-val", 3), ("scenes", 3)])
+@pytest.mark.parametrize(("dataset", "place"), [("photos", 2), ("lvis-v1-val", 3), ("holiday", 3)])
 def test_steps_of_the_ablation(dataset, place):
     per_image = three_images()
     peaks = {"aop_no_as_af": 300.0, "aop_no_af": 1300.0, "aop": 800.0}
@@ -156,7 +153,7 @@ def test_ours_in_the_rows_of_the_ablation_that_match():
     text = beside_paper.ablation(whole, per_image, facts("mobile_sam", "photos"))
     assert text.count("<table") == 2 and "ours, photos" in text and "SAMs differ" in text
     assert "+20.0 [" in text and "-5.0 [-5.0, -5.0]" in text
-    text = beside_paper.ablation(whole, per_image, facts("tiny", "scenes"))
+    text = beside_paper.ablation(whole, per_image, facts("vit_b", "holiday"))
     assert "no data set of the paper matches" in text and "difference" not in text
 
 
@@ -167,7 +164,7 @@ def test_a_step_without_one_of_its_methods_has_no_row_of_ours():
     assert steps["peak_mem_gb"].isna().sum() == 1  # it was not measured
 
 
-# --- the signs of the sweeps ----------------------------------------------------------------------
+# --- the signs of the sweeps ---
 
 
 @pytest.mark.parametrize(

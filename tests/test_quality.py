@@ -2,9 +2,8 @@
 
 import numpy as np
 import pytest
+from small import stock_predictor
 
-from aopsam_lab.data import open_dataset
-from aopsam_lab.decoding import encode
 from aopsam_lab.study import quality
 
 
@@ -15,17 +14,13 @@ def test_hits_and_recall_by_size():
     assert quality.hit(truths, np.zeros((0, 2))).tolist() == [False] * 3
 
 
-def test_prompts_decode_as_the_stock_predictor_does(sam):
-    from segment_anything import SamPredictor
-
-    sample = open_dataset("scenes", 1)[0]
-    stock = SamPredictor(sam)
-    stock.set_image(sample.image)
+def test_prompts_decode_as_the_stock_predictor_does(sam, photo):
+    stock = stock_predictor(sam, photo)
     points, labels = np.array([[[200.0, 150.0], [40.0, 300.0]]]), np.array([[1, 0]])
-    found, iou = quality.decode_prompts(sam, encode(sam, sample.image), points, labels, None, slice(0, 1))
+    found, iou = quality.decode_prompts(sam, photo, points, labels, None, slice(0, 1))
     masks, scores, _ = stock.predict(points[0], labels[0], multimask_output=False)
     assert (found[0] != masks).mean() < 1e-3 and iou[0] == pytest.approx(scores, abs=1e-4)
     box = np.array([[100.0, 80.0, 300.0, 260.0]])
-    found, iou = quality.decode_prompts(sam, encode(sam, sample.image), None, None, box, slice(0, 1))
+    found, iou = quality.decode_prompts(sam, photo, None, None, box, slice(0, 1))
     masks, scores, _ = stock.predict(box=box[0], multimask_output=False)
     assert (found[0] != masks).mean() < 1e-3 and iou[0] == pytest.approx(scores, abs=1e-4)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import ast
-import json
 import re
 import subprocess
 import sys
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
+import nbformat
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -18,15 +18,21 @@ MAX_FILE = 5 * 2**20
 # Spelled in parts, so that this file does not hold what it looks for.
 FOLDERS = ["wo" + "rk/", "ro" + "ot/", "ho" + "me/", "Us" + "ers/"]
 MACHINE_PATHS = re.compile(r"(?<![\w.~$/])/(?:" + "|".join(FOLDERS) + ")")
-REGISTRIES = re.compile("|".join(["index" + "-url", "find" + "-links", "pypi" + r"\.org", "files.python" + "hosted"]))
+REGISTRIES = re.compile(
+    "|".join(["index" + "-url", "find" + "-links", "pypi" + r"\.org", "files.python" + "hosted"])
+)
 
 
 def tracked() -> list[Path]:
     try:
-        listing = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True).stdout
+        listing = subprocess.run(
+            ["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True
+        ).stdout
     except (OSError, subprocess.CalledProcessError):
         pytest.skip("not a git checkout")
-    return [path for name in listing.decode().split("\0") if name and (path := ROOT / name).is_file()]
+    return [
+        path for name in listing.decode().split("\0") if name and (path := ROOT / name).is_file()
+    ]
 
 
 def texts() -> list[tuple[Path, str]]:
@@ -49,14 +55,17 @@ def test_no_machine_paths_or_registry_hosts():
     assert found == []
 
 
-def test_notebooks_are_stripped_and_parameterised():
+def test_notebooks_are_thin_stripped_and_parameterised():
     for path, text in texts():
         if path.suffix != ".ipynb" or path.parts[0] != "notebooks":
             continue
-        cells = json.loads(text)["cells"]
-        for cell in cells:
-            assert not cell.get("outputs") and not cell.get("execution_count"), f"{path} holds outputs: run nbstripout"
-        tags = [tag for cell in cells for tag in cell["metadata"].get("tags", [])]
+        notebook = nbformat.reads(text, as_version=4)
+        nbformat.validate(notebook)
+        code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+        stripped = all(not cell.outputs and cell.execution_count is None for cell in code)
+        assert stripped, f"{path} holds outputs: run nbstripout"
+        assert all(len(cell.source.splitlines()) <= 25 for cell in code), path
+        tags = [tag for cell in code for tag in cell.metadata.get("tags", [])]
         assert tags.count("parameters") == 1, f"{path} needs one cell tagged parameters"
 
 
@@ -72,7 +81,11 @@ def test_tracked_files_are_small():
 
 def test_each_bundled_weights_file_has_its_card():
     weights = [path for path in tracked() if path.parent == ROOT / "aopsam_lab" / "weights"]
-    missing = [path.name for path in weights if path.suffix != ".md" and not path.with_suffix(".md").exists()]
+    missing = [
+        path.name
+        for path in weights
+        if path.suffix != ".md" and not path.with_suffix(".md").exists()
+    ]
     assert missing == []
 
 
@@ -93,7 +106,9 @@ def test_every_module_says_what_it_is():
 
 
 def test_what_is_imported_is_required():
-    required = {re.split(r"[=;]", line)[0].strip().lower().replace("_", "-") for line in requirement_lines()}
+    required = {
+        re.split(r"[=;]", line)[0].strip().lower().replace("_", "-") for line in requirement_lines()
+    }
     distributions = packages_distributions()
     ours = {"aopsam_lab", *(path.stem for path in (ROOT / "tests").glob("*.py"))}
     missing = {}
@@ -111,3 +126,26 @@ def test_what_is_imported_is_required():
             if not offered_by & required:
                 missing[name] = str(path)
     assert missing == {}
+
+
+def test_make_hands_the_data_over():
+    arguments = [
+        "SAM=vit_h",
+        "DATASET=lvis",
+        "DATA=some/where",
+        "PREDICTOR=p.safetensors",
+        "DETECTOR=yolov8n",
+        "N=7",
+    ]
+    run = subprocess.run(
+        ["make", "-n", "study", *arguments], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    printed = " ".join(run.stdout.replace("\\\n", " ").split())
+    wanted = (
+        "--sam 'vit_h'",
+        "--dataset 'lvis:some/where'",
+        "--predictor 'p.safetensors'",
+        "--detector 'yolov8n'",
+    )
+    for part in (*wanted, "--n-images '7'", "main_comparison"):
+        assert part in printed

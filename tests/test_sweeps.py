@@ -1,9 +1,12 @@
-"""The ablation and the sweeps: which settings share what, what their tables say, what survives a kill."""
+"""The ablation and the sweeps: which settings share what, what their tables say, what survives a
+kill."""
 
 from __future__ import annotations
 
+import inspect
 import json
 
+import conftest
 import nbformat
 import numpy as np
 import pandas as pd
@@ -18,34 +21,39 @@ from aopsam_lab.decoding import encode
 from aopsam_lab.pipeline import run_method
 from aopsam_lab.study import PACKAGE_ROOT, figures, page, runner, sweeps, tables
 from aopsam_lab.study.report import run_report
-from aopsam_lab.study.runner import STORE_NAME
+from aopsam_lab.study.runner import run_study
 from aopsam_lab.study.scores import TIMES, row_values
 from aopsam_lab.study.settings import Weights, load_models
 from aopsam_lab.study.sweep_figures import joint_figure, sweep_figure
 from aopsam_lab.study.sweeps import GRIDS, run_ablation, run_sweeps
 
-# Random weights give a map of about one value everywhere: a wide spacing keeps the prompts few.
 FEW = {"confidence": 0.0, "spacing": 60.0}
 SMALL = {"spacing": (40.0, 60.0), "elimination": (1.0, 1.3)}
-QUICK = {**FEW, "grids": SMALL, "budgets": (3,), "timed_images": 1, "memory": False, "progress": False}
+QUICK = {**conftest.QUICK, "grids": SMALL, "budgets": (3,), "timed_images": 1}
 
 
 @pytest.fixture
 def sweep(weights, folder, tmp_path):
     def run(**changes):
-        return run_sweeps(**{"dataset": folder, "n_images": 2, "out": tmp_path / "out", **QUICK, **weights, **changes})
+        own = {"dataset": folder, "n_images": 2, "out": tmp_path / "out", **QUICK, **weights}
+        return run_sweeps(**{**own, **changes})
 
     return run
 
 
-# --- running --------------------------------------------------------------------------------------------------------
+# --- running ---
 
 
 def test_shared_scores_are_those_of_each_setting_alone(sweep, weights, folder):
     shared = sweep().study.per_image.set_index(["method", "image"])
     images, models = open_dataset(folder, 2), load_models(Weights(**weights), ["aop"])
     counts = ["n_truth", "n_masks", "n_sampled", "n_decoded", "n_eliminated"]
-    for name, change in {"default": {}, "spacing 40": {"spacing": 40.0}, "elimination 1": {"elimination": 1.0}}.items():
+    changes = [
+        ("default", {}),
+        ("spacing 40", {"spacing": 40.0}),
+        ("elimination 1", {"elimination": 1}),
+    ]
+    for name, change in changes:
         params = AsfParams(**{**FEW, **change})
         for i in range(2):
             sample, row = images[i], shared.loc[(name, images.ids[i])]
@@ -86,14 +94,16 @@ def test_equal_settings_are_run_once_and_points_decoded_once(sweep, monkeypatch)
 
     monkeypatch.setattr(runner, "DecodeCache", Watched)
     result = sweep(timed_images=0)
-    assert len(caches) == 2 and all(cache.n_served > cache.n_decoded for cache in caches)  # one cache an image
+    # one cache an image
+    assert len(caches) == 2 and all(cache.n_served > cache.n_decoded for cache in caches)
     own = result.study.per_image
-    assert own["method"].nunique() == 5 + 3  # labels; of five settings three differ, each held to one budget
+    # labels; of five settings three differ, each held to one budget
+    assert own["method"].nunique() == 5 + 3
     assert result.study.n_scored == 2 * (3 + 3)
     for equal in ("spacing 60", "elimination 1.3"):
         columns = ["image", "miou", "n_masks", "n_decoded"]
-        pair = [own.loc[own["method"] == name, columns].reset_index(drop=True) for name in ("default", equal)]
-        pd.testing.assert_frame_equal(*pair)
+        pair = [own.loc[own["method"] == name, columns] for name in ("default", equal)]
+        pd.testing.assert_frame_equal(*(rows.reset_index(drop=True) for rows in pair))
 
 
 def test_a_budget_holds_on_every_image(sweep):
@@ -109,72 +119,67 @@ def test_what_is_scored_is_not_scored_again(sweep):
     first, second = sweep(), sweep()
     assert second.study.n_scored == 0 and second.study.n_reused == first.study.n_scored > 0
     pd.testing.assert_frame_equal(first.table, second.table)
-    assert sweep(grids={**SMALL, "smoothing": (1.0,)}, budgets=()).study.n_scored == 3  # two images, one of them timed
+    # two images, one of them timed
+    assert sweep(grids={**SMALL, "smoothing": (1.0,)}, budgets=()).study.n_scored == 3
 
 
-def test_other_weights_or_a_shared_row_never_stand_for_a_timed_one(sweep, other_weights, tmp_path):
-    sweep(grids={}, budgets=(), timed_images=0)
-    assert sweep(grids={}, budgets=(), timed_images=2).study.n_scored == 2
-    assert sweep(grids={}, budgets=(), timed_images=0, predictor=other_weights["predictor"]).study.n_scored == 2
+def test_other_weights_or_a_shared_row_never_stand_for_a_timed_one(sweep, other_weights):
+    alone = {"grids": {}, "budgets": (), "timed_images": 0}
+    sweep(**alone)
+    assert sweep(**{**alone, "timed_images": 2}).study.n_scored == 2
+    assert sweep(**alone, predictor=other_weights["predictor"]).study.n_scored == 2
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"), [({"grids": {"size": (1,)}}, "no knob 'size'"), ({"budgets": (0,)}, "budget")]
+    ("changes", "message"),
+    [({"grids": {"size": (1,)}}, "no knob 'size'"), ({"budgets": (0,)}, "budget")],
 )
 def test_bad_arguments(sweep, changes, message):
     with pytest.raises(ValueError, match=message):
         sweep(**changes)
 
 
-def test_kill_9_and_the_same_table_as_uninterrupted(weights, folder, tmp_path, kill_after, stored_rows):
-    """A real process, killed after some images; a second one completes it, and no row is lost or scored twice."""
-    arguments = {"dataset": str(folder), "n_images": 10, **QUICK, "timed_images": 0, **weights}
-    out = tmp_path / "killed"
-    code = f"from aopsam_lab.study.sweeps import run_sweeps; run_sweeps(**{ {**arguments, 'out': str(out)}!r})"
-    before = kill_after(code, out / STORE_NAME, rows=12)
-    assert 12 <= len(before) < 60 and len(before) % 6 == 0  # whole images: six different settings each
-    resumed = run_sweeps(**arguments, out=out)
-    assert resumed.study.n_reused == len(before) and before.items() <= stored_rows(out / STORE_NAME).items()
-    whole = run_sweeps(**arguments, out=tmp_path / "whole")
-    for name in ("table", "trends", "signs", "budgets"):
-        pd.testing.assert_frame_equal(getattr(resumed, name), getattr(whole, name))
-
-
 def test_the_ablation_has_a_row_a_method_and_its_difference_to_aop(weights, folder, tmp_path):
-    result = run_ablation(
-        dataset=folder, n_images=2, timed_images=1, out=tmp_path, **FEW, **weights, memory=False, progress=False
-    )
+    few = {**conftest.QUICK, "timed_images": 1, **weights}
+    result = run_ablation(dataset=folder, n_images=2, out=tmp_path, **few)
     assert result.summary["method"].tolist() == list(sweeps.ABLATION)
     assert result.differences["method"].tolist() == ["aop_no_as_af", "aop_no_af", "aop_gated"]
-    assert result.summary["mask_lat_s"].gt(0).all() and result.differences["total_ratio"].notna().all()
+    assert result.summary["mask_lat_s"].gt(0).all()
+    assert result.differences["total_ratio"].notna().all()
 
 
-# --- tables ---------------------------------------------------------------------------------------------------------
+# --- tables ---
 
 
 def rows_along(knob: str, values: dict[float, list[float]], **columns) -> pd.DataFrame:
     """per_image rows: at each value of the knob the mIoU of each image."""
-    return tables.per_image_table(
-        [
-            {"image": f"i{i}", "method": sweeps.label(knob, value), "miou": miou, "miou_best": miou, "n_truth": 1,
-             "n_masks": 10 * value, "n_sampled": 10, "n_decoded": 5, "n_eliminated": 0, **columns}
-            for value, mious in values.items()
+    rows = []
+    for value, mious in values.items():
+        own = {"method": sweeps.label(knob, value), "n_truth": 1, "n_masks": 10 * value, **columns}
+        own |= {"n_sampled": 10, "n_decoded": 5, "n_eliminated": 0}
+        rows += [
+            {**own, "image": f"i{i}", "miou": miou, "miou_best": miou}
             for i, miou in enumerate(mious)
         ]
-    )  # fmt: skip
+    return tables.per_image_table(rows)
 
 
 def test_trends_by_hand():
-    falling = {1.0: [0.9, 0.5, 0.6], 2.0: [0.8, 0.4, 0.5], 4.0: [0.6, 0.2, 0.3]}  # 0.1 less a unit on every image
-    trends = sweeps.trend_table(rows_along("smoothing", falling), {"smoothing": (1.0, 2.0, 4.0)}).set_index("column")
-    assert trends.loc["miou", ["change", "change_lo", "change_hi"]].tolist() == pytest.approx([-0.3] * 3)
+    # 0.1 less a unit on every image
+    falling = {1.0: [0.9, 0.5, 0.6], 2.0: [0.8, 0.4, 0.5], 4.0: [0.6, 0.2, 0.3]}
+    trends = sweeps.trend_table(rows_along("smoothing", falling), {"smoothing": (1.0, 2.0, 4.0)})
+    trends = trends.set_index("column")
+    changes = trends.loc["miou", ["change", "change_lo", "change_hi"]].tolist()
+    assert changes == pytest.approx([-0.3] * 3)
     assert trends["trend"].to_dict() == {
         "miou": "falls", "n_masks": "rises", "n_decoded": "undecided", "inf_lat_s": "undecided",
         "mask_lat_s": "undecided", "elim_ratio": "undecided",
     }  # fmt: skip
-    assert trends.loc["n_masks", "change"] == pytest.approx(30) and trends.loc["mask_lat_s", "n_images"] == 0
+    assert trends.loc["n_masks", "change"] == pytest.approx(30)
+    assert trends.loc["mask_lat_s", "n_images"] == 0
     mixed = {1.0: [0.9, 0.5, 0.6, 0.2], 2.0: [0.8, 0.6, 0.7, 0.1]}
-    undecided = sweeps.trend_table(rows_along("smoothing", mixed), {"smoothing": (1.0, 2.0)}).iloc[0]
+    trends = sweeps.trend_table(rows_along("smoothing", mixed), {"smoothing": (1.0, 2.0)})
+    undecided = trends.iloc[0]
     assert undecided["trend"] == "undecided" and undecided["change_lo"] < 0 < undecided["change_hi"]
 
 
@@ -198,17 +203,19 @@ def test_the_front_is_what_nothing_beats(points):
 
 
 def test_the_best_setting_of_a_budget_by_hand():
-    settings = sweeps.limited_settings(
-        sweeps.sweep_settings({"spacing": (5.0, 6.0)}, AsfParams()), budgets=[50]
-    )  # the default is spacing 6
-    assert [setting.label for setting in settings] == ["default, at most 50", "spacing 5, at most 50"]
+    # the default is spacing 6
+    unlimited = sweeps.sweep_settings({"spacing": (5.0, 6.0)}, AsfParams())
+    settings = sweeps.limited_settings(unlimited, budgets=[50])
+    assert [s.label for s in settings] == ["default, at most 50", "spacing 5, at most 50"]
     rows = []
     for setting, mious in zip(settings, ([0.5, 0.3, None], [0.6, 0.4, None])):
         for i, miou in enumerate(mious):
             row = {"image": f"i{i}", "method": setting.label, "miou": miou, "miou_best": miou}
-            rows.append({**row, "n_truth": int(miou is not None), "n_masks": 1, "n_sampled": 80, "n_decoded": 40 + i, "n_eliminated": 0})
+            row |= {"n_truth": int(miou is not None), "n_masks": 1, "n_sampled": 80}
+            rows.append({**row, "n_decoded": 40 + i, "n_eliminated": 0})
     (best,) = sweeps.budget_table(tables.per_image_table(rows), settings).to_dict("records")
-    assert (best["budget"], best["spacing"], best["n_decoded"], best["n_decoded_max"]) == (50, 5.0, 41, 42)
+    columns = ("budget", "spacing", "n_decoded", "n_decoded_max")
+    assert [best[column] for column in columns] == [50, 5.0, 41, 42]
     assert (best["miou"], best["miou_diff"]) == pytest.approx((0.5, 0.1))
     (shown,) = sweeps.budgets_for_people(pd.DataFrame([best])).to_dict("records")
     knobs = "smoothing=2, confidence=0.2, spacing=5, elimination=1.3"
@@ -216,7 +223,7 @@ def test_the_best_setting_of_a_budget_by_hand():
     assert shown["Δ to the default"] == "+10.0 [+10.0, +10.0]"
 
 
-# --- figures and reports ---------------------------------------------------------------------------------------------
+# --- figures and reports ---
 
 
 def made_up_table() -> pd.DataFrame:
@@ -224,7 +231,8 @@ def made_up_table() -> pd.DataFrame:
     for knob, values in GRIDS.items():
         for i, value in enumerate(values):
             default = getattr(AsfParams(), knob) == value
-            row = dict.fromkeys(sweeps.SWEEP_COLUMNS, 0.2 if default else 0.1 * (i + 1) + 0.01 * len(rows))
+            score = 0.2 if default else 0.1 * (i + 1) + 0.01 * len(rows)
+            row = dict.fromkeys(sweeps.SWEEP_COLUMNS, score)
             rows.append({**row, "knob": knob, "value": value, "is_default": default})
     return pd.DataFrame(rows)
 
@@ -232,7 +240,8 @@ def made_up_table() -> pd.DataFrame:
 def test_figures_of_the_sweeps():
     table = made_up_table()
     figure = sweep_figure(table)
-    assert [axes.get_title(loc="left") for axes in figure.axes[:4]] == [f"({a}) {k}" for a, k in zip("abcd", GRIDS)]
+    titles = [axes.get_title(loc="left") for axes in figure.axes[:4]]
+    assert titles == [f"({letter}) {knob}" for letter, knob in zip("abcd", GRIDS)]
     for made in (figure, joint_figure(table), joint_figure(table.assign(total_s=np.nan))):
         assert figures.png(made).startswith(b"\x89PNG")
     labels = [text.get_text() for text in joint_figure(table).axes[0].texts]
@@ -258,41 +267,48 @@ def test_at_values_that_the_paper_does_not_have_ours_stand_alone():
     assert dashed(figure) == [] and len(figure.legends[0].get_texts()) == 1
 
 
-@pytest.mark.parametrize("name", ["ablation", "parameter_sweeps"])
-def test_the_notebooks_are_thin_and_their_parameters_are_the_defaults(name):
-    import inspect
-
+@pytest.mark.parametrize(
+    ("name", "function"),
+    [("main_comparison", run_study), ("ablation", run_ablation), ("parameter_sweeps", run_sweeps)],
+)
+def test_the_parameters_of_the_notebooks_are_the_defaults(name, function):
     notebook = nbformat.read(PACKAGE_ROOT / "notebooks" / f"{name}.ipynb", as_version=4)
-    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    assert all(len(cell.source.splitlines()) <= 25 for cell in code)
-    (tagged,) = [cell for cell in code if "parameters" in cell.metadata.get("tags", [])]
+    (tagged,) = [c for c in notebook.cells if "parameters" in c.metadata.get("tags", [])]
     values: dict = {}
     exec(tagged.source, values)
-    function = run_ablation if name == "ablation" else run_sweeps
-    for parameter in inspect.signature(function).parameters.values():
-        if parameter.name in values:
-            default = parameter.default
-            assert values[parameter.name] == (list(default) if isinstance(default, tuple) else default), parameter.name
+    parameters = inspect.signature(function).parameters
+    asked = "sam checkpoint predictor dataset n_images timed_images seed device out"
+    assert {*asked.split(), "smoothing", "confidence", "spacing", "elimination"} <= values.keys()
+    for key in parameters.keys() & values.keys():
+        default = parameters[key].default
+        assert values[key] == (list(default) if isinstance(default, tuple) else default), key
     if name == "parameter_sweeps":
         assert {knob: tuple(values[f"{knob}s"]) for knob in GRIDS} == GRIDS
 
 
-def test_reports_made_from_another_folder(weights, folder, tmp_path, monkeypatch):
-    """Both notebooks through papermill, and the page that lists them."""
+def test_reports_made_from_another_folder(folder, tmp_path, monkeypatch):
+    """The notebooks through papermill, and the page that lists them."""
     monkeypatch.chdir(tmp_path)
-    few = {"dataset": str(folder), "n_images": 2, "timed_images": 1, **FEW, **weights}
+    few = {"dataset": str(folder), "n_images": 2, "timed_images": 1, "memory": False, **FEW}
     run_report("ablation", {**few, "methods": ["aop_no_af", "aop"]}, "reports")
     grids = {"smoothings": [2], "confidences": [0.0], "spacings": [40, 60], "eliminations": [1.3]}
-    index = run_report("parameter_sweeps", {**few, **grids, "budgets": [3]}, "reports").read_text(encoding="utf-8")
-    for file in ("ablation/ablation.csv", "ablation/ablation_differences.csv", "ablation/ablation.png",
-                 "ablation/examples.png", "parameter_sweeps/parameter_sweeps.csv", "parameter_sweeps/trends.csv", "parameter_sweeps/budgets.csv",
-                 "parameter_sweeps/paper_signs.csv",
-                 "parameter_sweeps/parameter_sweeps.png", "parameter_sweeps/joint.png"):  # fmt: skip
+    index = run_report("parameter_sweeps", {**few, **grids, "budgets": [3]}, "reports")
+    index = index.read_text(encoding="utf-8")
+    ablation = "ablation.csv ablation_differences.csv ablation.png examples.png"
+    joint = (
+        "parameter_sweeps.csv trends.csv budgets.csv paper_signs.csv parameter_sweeps.png joint.png"
+    )
+    files = [f"ablation/{file}" for file in ablation.split()]
+    for file in (*files, *(f"parameter_sweeps/{file}" for file in joint.split())):
         assert (tmp_path / "reports" / file).stat().st_size > 50 and file in index, file
     assert "on the first 1 of these images" in index and "Spacing from 40 to 60" in index
     facts = json.loads((tmp_path / "reports/parameter_sweeps/provenance.json").read_text())
     assert facts["parameters"]["budgets"] == [3]
     table = pd.read_csv(tmp_path / "reports/parameter_sweeps/parameter_sweeps.csv")
-    assert list(table.columns) == list(sweeps.SWEEP_COLUMNS) and table["peak_mem_mb"].gt(0).all()
+    assert list(table.columns) == list(sweeps.SWEEP_COLUMNS) and table["miou"].gt(0).all()
     ablation = (tmp_path / "reports/ablation/ablation.html").read_text(encoding="utf-8")
     assert "AoP-SAM without AF" in ablation
+    quick = {"dataset": str(folder), "n_images": 1, "side": 2, "memory": False}
+    index = run_report("benchmark", quick, "reports").read_text(encoding="utf-8")
+    assert 'src="benchmark/benchmark.png"' in index and "grid 2 x 2." in index
+    assert len(pd.read_csv(tmp_path / "reports/benchmark/benchmark.csv")) == 5

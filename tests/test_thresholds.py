@@ -1,4 +1,5 @@
-"""Looser thresholds: the same prompts filtered again, what is stored of it, and methods at equal masks kept."""
+"""Looser thresholds: the same prompts filtered again, what is stored of it, and methods at equal
+masks kept."""
 
 from __future__ import annotations
 
@@ -11,50 +12,40 @@ import torch
 
 from aopsam_lab import loose_cache
 from aopsam_lab.asf import AsfParams
-from aopsam_lab.data.scenes import render
 from aopsam_lab.decode_cache import DecodeCache
-from aopsam_lab.decoding import decode_and_filter, encode
+from aopsam_lab.decoding import decode_and_filter
 from aopsam_lab.loose_cache import LooseCache, LooseRun
-from aopsam_lab.methods import Models, method_named
+from aopsam_lab.methods import Grid, Models, method_named
 from aopsam_lab.pipeline import run_method
 from aopsam_lab.study import figures, output, page, runner, scores, tables, thresholds
-from aopsam_lab.study.runner import STORE_NAME, run_study
 from aopsam_lab.study.threshold_figure import threshold_figure
+from aopsam_lab.study.thresholds import THRESHOLDS
 
-FEW = {"confidence": 0.0, "spacing": 60.0, "memory": False, "progress": False}
-METHODS = ["aop_no_af", "aop"]
-STRICT = {"pred_iou_thresh": 0.6, "stability_score_thresh": 0.8}
-PAIRS = [(0.6, 0.8), (0.5, 0.7), (0.2, 0.6), (0.4, 0.3)]
-LOOSEST = (0.2, 0.3)
-
-
-@pytest.fixture(scope="module")
-def strict_sam(sam):
-    """The bundled tiny SAM with thresholds high enough that looser ones keep more."""
-    own = sam.spec
-    sam.spec = replace(own, **STRICT)
-    yield sam
-    sam.spec = own
+OWN = (0.88, 0.95)
+PAIRS = [OWN, (0.8, 0.9), (0.5, 0.85), (0.7, 0.6)]
+LOOSEST = (0.5, 0.6)
+FEW_POINTS = AsfParams(spacing=12, confidence=0.05, elimination=1.1)
+GRID = Grid("grid", 6)
 
 
-@pytest.fixture(scope="module")
-def encoded(strict_sam):
-    return encode(strict_sam, render([10_020], 160).images.permute(0, 2, 3, 1).numpy()[0])
+@pytest.fixture
+def encoded(photo):
+    return photo
 
 
 def same_masks(ours: list[dict], theirs: list[dict]) -> bool:
     return [rle["counts"] for rle in ours] == [rle["counts"] for rle in theirs]
 
 
-# --- the cache ----------------------------------------------------------------------------------
+# --- the cache ---
 
 
-@pytest.mark.parametrize("method", ["amg_s", "aop", "aop_no_af"])
-def test_at_sams_own_thresholds_it_is_the_ordinary_run(strict_sam, predictor, encoded, method):
-    loose = LooseRun(LooseCache(strict_sam, encoded, LOOSEST))
-    shared = run_method(strict_sam, encoded, method, predictor, decode=loose)
-    alone = run_method(strict_sam, encoded, method, predictor)
-    own = loose.masks_at([(0.6, 0.8)])[0]
+@pytest.mark.parametrize("method", [GRID, "aop", "aop_no_af"])
+def test_at_sams_own_thresholds_it_is_the_ordinary_run(sam, predictor, encoded, method):
+    loose = LooseRun(LooseCache(sam, encoded, LOOSEST))
+    shared = run_method(sam, encoded, method, predictor, params=FEW_POINTS, decode=loose)
+    alone = run_method(sam, encoded, method, predictor, params=FEW_POINTS)
+    own = loose.masks_at([OWN])[0]
     assert len(own) > 3 and same_masks(own, shared.masks)
     assert shared.prompts["status"].tolist() == alone.prompts["status"].tolist()
     assert shared.n_eliminated == alone.n_eliminated and len(shared.masks) == len(alone.masks)
@@ -63,25 +54,25 @@ def test_at_sams_own_thresholds_it_is_the_ordinary_run(strict_sam, predictor, en
     assert method != "aop" or alone.n_eliminated > 0
 
 
-def test_looser_pairs_are_runs_of_a_sam_with_these_thresholds(strict_sam, encoded):
-    loose = LooseRun(LooseCache(strict_sam, encoded, LOOSEST))
-    run_method(strict_sam, encoded, "amg_s", decode=loose)
+def test_looser_pairs_are_runs_of_a_sam_with_these_thresholds(sam, encoded):
+    loose = LooseRun(LooseCache(sam, encoded, LOOSEST))
+    run_method(sam, encoded, GRID, decode=loose)
     kept = loose.masks_at(PAIRS)
     assert len({len(masks) for masks in kept}) == len(PAIRS)
     for pair, masks in zip(PAIRS, kept):
-        spec = replace(strict_sam.spec, pred_iou_thresh=pair[0], stability_score_thresh=pair[1])
+        spec = replace(sam.spec, pred_iou_thresh=pair[0], stability_score_thresh=pair[1])
 
         def decode(sam, encoded, prompts, index, _, spec=spec):
             return decode_and_filter(sam, encoded, prompts, index, spec)
 
-        alone = run_method(strict_sam, encoded, "amg_s", decode=decode)
+        alone = run_method(sam, encoded, GRID, decode=decode)
         assert len(masks) == len(alone.masks)
         different = scores.mask_scores(alone.masks, masks, None)["miou"]
         assert different == pytest.approx(1, abs=1e-3)
 
 
 def test_each_prompt_is_decoded_once_and_what_is_forgotten_again(
-    strict_sam, predictor, encoded, monkeypatch
+    sam, predictor, encoded, monkeypatch
 ):
     asked = []
 
@@ -90,52 +81,43 @@ def test_each_prompt_is_decoded_once_and_what_is_forgotten_again(
         return decode_and_filter(sam, encoded, prompts, index, spec)
 
     monkeypatch.setattr(loose_cache, "decode_and_filter", counting)
-    cache = LooseCache(strict_sam, encoded, LOOSEST)
+    cache = LooseCache(sam, encoded, LOOSEST)
     runs = {name: LooseRun(cache) for name in ("aop_no_af", "aop")}
     for name, run in runs.items():
-        run_method(strict_sam, encoded, name, predictor, decode=run)
+        run_method(sam, encoded, name, predictor, params=FEW_POINTS, decode=run)
     assert len(asked) == len(set(asked)) > 10
-    small = LooseCache(strict_sam, encoded, LOOSEST, max_bytes=4 * cache.bytes // len(asked))
+    small = LooseCache(sam, encoded, LOOSEST, max_bytes=4 * cache.bytes // len(asked))
     again = LooseRun(small)
-    run_method(strict_sam, encoded, "aop", predictor, decode=again)
+    run_method(sam, encoded, "aop", predictor, params=FEW_POINTS, decode=again)
     assert small.bytes <= small.max_bytes
     for ours, theirs in zip(again.masks_at(PAIRS), runs["aop"].masks_at(PAIRS)):
         assert len(ours) == len(theirs)
 
 
-def test_what_the_cache_refuses(strict_sam, encoded):
-    run = LooseRun(LooseCache(strict_sam, encoded, LOOSEST))
+def test_what_the_cache_refuses(sam, encoded):
+    run = LooseRun(LooseCache(sam, encoded, LOOSEST))
     assert run.masks_at(PAIRS) == [[]] * len(PAIRS)  # nothing decoded yet
     with pytest.raises(ValueError, match="not to the thresholds"):
-        run.masks_at([(0.1, 0.9)])
+        run.masks_at([(0.1, 0.97)])
     with pytest.raises(ValueError, match="another picture"):
-        run_method(strict_sam, encode(strict_sam, encoded.image), "amg_s", decode=run)
+        run_method(sam, replace(encoded), GRID, decode=run)
 
 
 @torch.inference_mode()
-def test_the_highest_predicted_iou_is_that_of_all_masks(strict_sam, encoded):
-    cache = DecodeCache(strict_sam, encoded)
+def test_the_highest_predicted_iou_is_that_of_all_masks(sam, encoded):
+    cache = DecodeCache(sam, encoded)
     prompts = method_named("amg_s").start(encoded, Models(), AsfParams()).prompts
-    found = decode_and_filter(strict_sam, encoded, prompts, torch.arange(6), strict_sam.spec)
+    found = decode_and_filter(sam, encoded, prompts, torch.arange(6), sam.spec)
     for row in range(6):
         every = cache.candidates(prompts, row)
         torch.testing.assert_close(found.best_iou[row], every.iou.max(), rtol=1e-4, atol=1e-4)
 
 
-# --- in a study ---------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def study(weights, folder, tmp_path):
-    def run(**changes):
-        arguments = {"methods": METHODS, "dataset": folder, "n_images": 2, "out": tmp_path / "out"}
-        return run_study(**{**arguments, "timed_images": 0, **FEW, **weights, **changes})
-
-    return run
+# --- in a study ---
 
 
 def test_the_curve_of_a_study_holds_its_ordinary_result(study):
-    result = study()
+    result = study(n_images=2, thresholds=THRESHOLDS)
     curves = result.curves
     assert list(curves.columns) == list(thresholds.CURVE_COLUMNS)
     assert len(curves) == 2 * 2 * 6  # five pairs, and this SAM's own
@@ -147,37 +129,23 @@ def test_the_curve_of_a_study_holds_its_ordinary_result(study):
 
 
 def test_curves_are_kept_and_other_thresholds_are_other_rows(study):
-    first, second = study(), study()
+    some = {"n_images": 2, "thresholds": THRESHOLDS}
+    first, second = study(**some), study(**some)
     assert (second.n_scored, second.n_reused) == (0, 4)
     pd.testing.assert_frame_equal(first.curves, second.curves)
-    assert study(thresholds=()).n_scored == 4 and study(thresholds=()).curves.empty
-    assert study(thresholds=[(0.9, 0.9)]).n_scored == 4
-
-
-def test_kill_9_and_the_same_curves_as_uninterrupted(
-    weights, folder, tmp_path, kill_after, stored_rows
-):
-    arguments = {"methods": METHODS, "dataset": str(folder), "n_images": 4, "timed_images": 0}
-    arguments |= {**FEW, **weights}
-    out = tmp_path / "killed"
-    code = f"from aopsam_lab.study.runner import run_study; run_study(**{ {**arguments, 'out': str(out)}!r})"
-    before = kill_after(code, out / STORE_NAME, rows=2)
-    assert 2 <= len(before) < 8 and len(before) % 2 == 0  # whole images
-    resumed = run_study(**arguments, out=out)
-    assert resumed.n_reused == len(before) and before.items() <= stored_rows(out / STORE_NAME).items()
-    whole = run_study(**arguments, out=tmp_path / "whole")
-    for name in ("per_image", "summary", "curves"):
-        pd.testing.assert_frame_equal(getattr(resumed, name), getattr(whole, name))
+    assert study(n_images=2).n_scored == 4 and study(n_images=2).curves.empty
+    assert study(n_images=2, thresholds=[(0.9, 0.9)]).n_scored == 4
 
 
 def test_coverage_is_there_where_found_masks_are(study, monkeypatch):
-    assert "coverage" not in study().summary
-    shown = study(methods=["aop"])
+    some = {"n_images": 2, "thresholds": THRESHOLDS}
+    assert "coverage" not in study(**some).summary
+    shown = study(methods=["aop"], **some)
     masks = {
         example.id: example.detail["aop"]["masks"] for example in shown.examples
     }  # what a method found itself
     monkeypatch.setattr(runner, "found_masks", lambda images: masks)
-    result = study()
+    result = study(**some)
     assert result.n_scored == 4  # found masks are among what a row depends on
     covered = result.per_image.set_index("method")["coverage"]
     assert covered["aop"].eq(1).all() and covered.between(0, 1).all()
@@ -185,33 +153,41 @@ def test_coverage_is_there_where_found_masks_are(study, monkeypatch):
     shown = tables.results_for_people(result.summary, result.differences)
     assert shown["Coverage %"].str.startswith("100.0").any()
     monkeypatch.setattr(runner, "found_masks", lambda images: {key: [] for key in masks})
-    assert study().per_image["coverage"].isna().all()
+    assert study(**some).per_image["coverage"].isna().all()
 
 
-# --- tables and figure --------------------------------------------------------------------------
+# --- tables and figure ---
 
 
 def made_up(points: dict[str, list[tuple[float, float]]], images: int = 2) -> pd.DataFrame:
-    """Curves from (masks kept, mIoU) at the first thresholds of each method, the same on all images."""
+    """Curves from (masks kept, mIoU) at the first thresholds of each method, the same on all
+    images."""
     rows = []
     for method, own in points.items():
-        for pair, (n_masks, miou) in zip(thresholds.THRESHOLDS, own):
+        for pair, (n_masks, miou) in zip(THRESHOLDS, own):
             for i in range(images):
-                row = {"image": f"i{i}", "method": method, "own": pair == thresholds.THRESHOLDS[0]}
+                row = {"image": f"i{i}", "method": method, "own": pair == THRESHOLDS[0]}
                 row |= dict(zip(thresholds.PAIR, pair)) | {"n_truth": 2 + i, "n_masks": n_masks}
                 rows.append({**row, "miou": miou + 0.1 * i, "ar_1000": 0.3 + 0.1 * i})
     return pd.DataFrame(rows)
 
 
 def test_methods_at_equal_masks_by_hand():
-    curves = made_up({"aop": [(40, 0.4), (60, 0.5), (90, 0.6)], "amg_d": [(50, 0.3), (90, 0.5), (120, 0.6)]})
+    curves = made_up(
+        {"aop": [(40, 0.4), (60, 0.5), (90, 0.6)], "amg_d": [(50, 0.3), (90, 0.5), (120, 0.6)]}
+    )
     equal = thresholds.equal_masks(curves)
     assert equal["n_masks"].tolist() == [50, 90]  # aop never keeps 120
-    assert equal["miou"].tolist() == pytest.approx([0.5, 0.65])  # half-way from 40 to 60; its last place
+    assert equal["miou"].tolist() == pytest.approx(
+        [0.5, 0.65]
+    )  # half-way from 40 to 60; its last place
     assert equal["miou_diff"].tolist() == pytest.approx([0.15, 0.1])
     assert equal["miou_diff_lo"].tolist() == pytest.approx([0.15, 0.1])  # equal on all images
     first, _ = thresholds.equal_sentences(equal)
-    assert "With 50 masks kept an image, as many as AMG-D keeps at the thresholds 0.88 and 0.95" in first
+    assert (
+        "With 50 masks kept an image, as many as AMG-D keeps at the thresholds 0.88 and 0.95"
+        in first
+    )
     assert "50.0% mIoU against 35.0%: a difference of +15.0 [+15.0, +15.0] points." in first
     assert thresholds.equal_masks(curves[curves["method"] == "aop"]).empty
     assert np.isnan(thresholds.equal_masks(curves[curves["image"] == "i0"])["miou_diff_lo"]).all()
@@ -219,9 +195,13 @@ def test_methods_at_equal_masks_by_hand():
 
 def test_images_without_ground_truth_do_not_count():
     curves = made_up({"aop": [(40, 0.4), (60, 0.5)], "amg_d": [(50, 0.3), (55, 0.5)]})
-    empty = curves[curves["image"] == "i0"].assign(image="e", n_truth=0, miou=np.nan, ar_1000=np.nan)
+    empty = curves[curves["image"] == "i0"].assign(
+        image="e", n_truth=0, miou=np.nan, ar_1000=np.nan
+    )
     with_empty = pd.concat([curves, empty.assign(n_masks=999)])
-    pd.testing.assert_frame_equal(thresholds.equal_masks(curves), thresholds.equal_masks(with_empty))
+    pd.testing.assert_frame_equal(
+        thresholds.equal_masks(curves), thresholds.equal_masks(with_empty)
+    )
     summary = thresholds.summary_of_curves(with_empty)
     assert summary["n_images"].eq(2).all()
     assert summary["miou"].tolist() == pytest.approx([0.45, 0.55, 0.35, 0.55])
@@ -250,9 +230,10 @@ def test_the_figure_has_a_panel_a_column_and_a_line_a_method():
 
 
 def test_a_report_shows_the_figure_and_what_it_says(study, tmp_path):
-    result = study(out=tmp_path / "reports" / "main_comparison")
+    result = study(out=tmp_path / "reports" / "main_comparison", thresholds=THRESHOLDS)
     files = result.save()
     assert {"thresholds", "curves", "equal_masks", "threshold_figure"} <= files.keys()
     text = page.write_index(tmp_path / "reports").read_text(encoding="utf-8")
-    assert 'src="main_comparison/thresholds.png"' in text and "main_comparison/thresholds.csv" in text
-    assert output._curve_files(study(thresholds=())) == {}
+    assert 'src="main_comparison/thresholds.png"' in text
+    assert "main_comparison/thresholds.csv" in text
+    assert output._curve_files(study()) == {}

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from small import corners, write_coco
 
 from aopsam_lab import cli
 from aopsam_lab.asf import sample_prompts
@@ -119,29 +120,18 @@ def test_padding_changes_no_number():
 def photos(tmp_path_factory):
     """30 pictures of two bright squares, as `find-masks` writes them: with the clicks that give
     each."""
-    folder = tmp_path_factory.mktemp("photos")
-    (folder / "images").mkdir()
-    images, annotations = [], []
+    images, annotations = {}, {}
     for i in range(30):
         rng = np.random.default_rng(i)
         picture = rng.integers(0, 40, (96, 128, 3), dtype=np.uint8)
-        images.append({"id": i, "file_name": f"{i:02d}.png", "width": 128, "height": 96})
+        name = f"{i:02d}.png"
+        images[name], annotations[name] = picture, []
         for x, y in rng.integers(4, 70, (2, 2)).tolist():
             picture[y : y + 20, x : x + 20] = rng.integers(120, 255, 3)
-            corners = [float(v) for v in (x, y, x + 20, y, x + 20, y + 20, x, y + 20)]
             click = [x + 10.0, y + 10.0]
-            about = {
-                "iscrowd": 0,
-                "segmentation": [corners],
-                "clicks": [click],
-                "point_coords": [click],
-            }
-            annotations.append({"id": len(annotations), "image_id": i, **about})
-        Image.fromarray(picture).save(folder / "images" / f"{i:02d}.png")
-    (folder / "annotations.json").write_text(
-        json.dumps({"images": images, "annotations": annotations})
-    )
-    return folder
+            about = {"clicks": [click], "point_coords": [click]}
+            annotations[name].append({"segmentation": corners(x, y, 20), **about})
+    return write_coco(tmp_path_factory.mktemp("photos"), images, annotations)
 
 
 def test_an_example_lies_in_the_model_frame(small_sam, photos, tmp_path):
@@ -149,11 +139,9 @@ def test_an_example_lies_in_the_model_frame(small_sam, photos, tmp_path):
     cache_embeddings(small_sam, data, tmp_path)
     examples = Examples(data, [0, 1], tmp_path, small_sam, own_prompts)
     image, embedding, target, valid = examples[0]
-    assert (
-        image.shape == (3, 32, 32)
-        and embedding.shape == (32, 8, 8)
-        and embedding.dtype == torch.float16
-    )
+    assert image.shape == (3, 32, 32)
+    assert embedding.shape == (32, 8, 8)
+    assert embedding.dtype == torch.float16
     assert target.shape == (32, 32) and valid[:24].all() and not valid[24:].any()
     x, y = data[0].points[0]
     assert target[int(y / 4), int(x / 4)] == 1
@@ -213,14 +201,15 @@ def test_masks_are_found_once_and_gathered(small_sam, photos, tmp_path, monkeypa
     monkeypatch.setattr(ground_truth, "load_sam", lambda *_: small_sam)
     ground_truth._SAM.clear()
     few = tmp_path / "few"
-    (few / "images").mkdir(parents=True)
-    for name in ("00.png", "01.png"):
-        (few / "images" / name).write_bytes((photos / "images" / name).read_bytes())
     content = json.loads((photos / "annotations.json").read_text())
-    content["images"] = content["images"][:2]
-    content["annotations"] = [a for a in content["annotations"] if a["image_id"] < 2]
+    images = content["images"] = content["images"][:2]
+    ids = [image["id"] for image in images]
+    content["annotations"] = [a for a in content["annotations"] if a["image_id"] in ids]
+    (few / "images").mkdir(parents=True)
+    for image in images:
+        shutil.copy(photos / "images" / image["file_name"], few / "images")
     (few / "annotations.json").write_text(json.dumps(content))
-    out = tmp_path / "found"
+    out, kept = tmp_path / "found", tmp_path / "embeddings"
     arguments = [
         "find-masks",
         str(few),
@@ -229,7 +218,7 @@ def test_masks_are_found_once_and_gathered(small_sam, photos, tmp_path, monkeypa
         "--side",
         "4",
         "--embeddings",
-        str(tmp_path / "embeddings"),
+        str(kept),
     ]
     assert cli.main(arguments) == 0
     written = (out / "records" / "00.json").stat().st_mtime_ns
@@ -238,13 +227,12 @@ def test_masks_are_found_once_and_gathered(small_sam, photos, tmp_path, monkeypa
     assert sum(a["source"] == "people" for a in annotations) == 4
     found = [a for a in annotations if a["source"] == "sam"]
     assert found and all(a["point_coords"][0] in a["clicks"] for a in found)
-    assert np.load(tmp_path / "embeddings" / "00.npy").shape == (32, 8, 8)
+    assert np.load(kept / "00.npy").shape == (32, 8, 8)
     data = open_dataset(out)
     assert len(data) == 2 and len(data[0].clicks) == len(data[0].rles)
     (few / "images" / "01.png").write_bytes(b"no picture")
     ground_truth._SAM.clear()
     (out / "records" / "01.json").unlink()
-    content["images"][1].pop("width"), content["images"][1].pop("height")
     assert cli.main(["find-masks", str(few / "images"), "--out", str(out), "--side", "4"]) == 1
     assert "01.png" in capsys.readouterr().err
 

@@ -87,7 +87,7 @@ class CocoFolder:
         file = self.path / "annotations.json"
         if not self.path.is_dir():
             raise FileNotFoundError(
-                f"There is no folder {self.path}. A data set is 'photos', 'scenes' or a COCO-style "
+                f"There is no folder {self.path}. A data set is 'photos' or a COCO-style "
                 "folder, or coco:PATH, lvis:PATH or sa1b:PATH."
             )
         if not file.is_file():

@@ -1,20 +1,14 @@
-"""One image and its mask decoder: whatever the prompts, decoded the quickest way that gives the stock decoder's
-numbers.
+"""The mask decoder of one image: point and box prompts decoded the quickest way that gives the
+stock decoder's numbers.
 
-| prompts | way |
-|---|---|
-| points, boxes | ``shared.py``: pixels stay with the image |
-| masks, whose embedding adds something else to every pixel; and all in bf16 | ``decoder.py``: projections folded into
-the tokens |
-| any, for a decoder of unknown make | the stock call, with a warning |
+That is `shared.py`. A decoder of a make that it does not know is run as it is, with a warning.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from segment_anything.modeling import MaskDecoder, TwoWayTransformer
@@ -22,10 +16,7 @@ from segment_anything.modeling.common import LayerNorm2d
 from segment_anything.modeling.transformer import Attention, TwoWayAttentionBlock
 from torch import Tensor, nn
 
-from aopsam_lab.sam.decoder import decode_tokens, draw_masks
 from aopsam_lab.sam.shared import SharedDecoder
-
-PRECISIONS = ("float32", "bf16")
 
 
 @dataclass(frozen=True)
@@ -43,14 +34,13 @@ class DecodedPrompts:
 class ImageDecoder:
     """The mask decoder of one image.
 
-    decoder:   a ``MaskDecoder``; its weights are read, not changed.
-    embedding: (1, C, h, w). image_pe: (1, C, h, w), ``PromptEncoder.get_dense_pe()``.
-    no_mask:   (C,), what stands for the mask prompt where there is none.
-    precision: "float32", or "bf16": products in bfloat16, sums over channels and softmax in float32
-               (``torch.autocast``). On a CPU without bfloat16 instructions that is slower, and masks differ a little.
-    used:      (rows, columns) of the embedding, from its first, whose masks matter; None: all. Logits beyond may be 0.
-
-    Raises ValueError for another precision.
+    Args:
+        decoder: a `MaskDecoder`; its weights are read, not changed.
+        embedding: (1, C, h, w).
+        image_pe: (1, C, h, w), `PromptEncoder.get_dense_pe()`.
+        no_mask: (C,), what stands for the mask prompt, as no prompt has one.
+        used: (rows, columns) of the embedding, from its first, whose masks matter; None: all.
+            Logits beyond may be 0.
     """
 
     def __init__(
@@ -59,66 +49,38 @@ class ImageDecoder:
         embedding: Tensor,
         image_pe: Tensor,
         no_mask: Tensor,
-        precision: str = "float32",
         used: tuple[int, int] | None = None,
-    ):
-        if precision not in PRECISIONS:
-            raise ValueError(f"precision is one of {', '.join(PRECISIONS)}, not {precision!r}.")
-        self.decoder, self.embedding, self.image_pe, self.no_mask = decoder, embedding, image_pe, no_mask
-        self.precision, self.used = precision, used
+    ) -> None:
+        self.decoder, self.embedding, self.image_pe = decoder, embedding, image_pe
+        self.no_mask = no_mask
         self.stock = misfit(decoder)
         self._shared = None
-        if not self.stock and precision == "float32":  # made here, as batches of prompts may come from several threads
-            self._shared = SharedDecoder(decoder, embedding, image_pe, no_mask, used)
         if self.stock:
             warnings.warn(f"This mask decoder is run as it is, slowly: {self.stock}.", stacklevel=2)
+        else:  # made here, as batches of prompts may come from several threads
+            self._shared = SharedDecoder(decoder, embedding, image_pe, no_mask, used)
 
     @torch.no_grad()
-    def decode(self, sparse: Tensor, dense: Tensor | None = None) -> DecodedPrompts:
-        """P prompts: their token embeddings (P, t, C) and, for mask prompts, dense embeddings (P, C, h, w)."""
-        with self._products():
-            if self.stock:
-                return self._decode_stock(sparse, self.no_mask.view(1, -1, 1, 1) if dense is None else dense)
-            if dense is not None:  # as many images as prompts, each with one
-                none = torch.zeros_like(self.no_mask)
-                return self._folded(self.embedding + dense, sparse[:, None], none)
-            if self.precision != "float32":
-                return self._folded(self.embedding, sparse[None], self.no_mask)
-            decoded = self._shared.decode(sparse)
-            return DecodedPrompts(decoded.iou, lambda wanted: self._shared.draw(decoded, wanted))
-
-    def _products(self):
-        """Where matrix products are to be in bfloat16, the context that makes them so."""
-        if self.precision == "float32":
-            return nullcontext()
-        return torch.autocast(self.embedding.device.type, torch.bfloat16)
-
-    def _folded(self, embedding: Tensor, sparse: Tensor, dense: Tensor) -> DecodedPrompts:
-        decoded = decode_tokens(self.decoder, embedding, self.image_pe, sparse, dense)
-
-        @torch.no_grad()
-        def draw(wanted: Tensor) -> Tensor:
-            rows = wanted.any(1)
-            with self._products():
-                chosen = replace(decoded, pixels=decoded.pixels[rows], tokens=decoded.tokens[rows])
-                logits = draw_masks(self.decoder, chosen, slice(None))
-            return logits[wanted[rows]].float()
-
-        return DecodedPrompts(decoded.iou.float(), draw)
-
-    def _decode_stock(self, sparse: Tensor, dense: Tensor) -> DecodedPrompts:
-        logits, iou = self.decoder.predict_masks(self.embedding, self.image_pe, sparse, dense)
-        return DecodedPrompts(iou.float(), lambda wanted: logits[wanted].float())
+    def decode(self, sparse: Tensor) -> DecodedPrompts:
+        """Decode P prompts, given by their token embeddings (P, t, C)."""
+        if self._shared is None:
+            dense = self.no_mask.view(1, -1, 1, 1)
+            logits, iou = self.decoder.predict_masks(self.embedding, self.image_pe, sparse, dense)
+            return DecodedPrompts(iou.float(), lambda wanted: logits[wanted].float())
+        decoded = self._shared.decode(sparse)
+        return DecodedPrompts(decoded.iou, lambda wanted: self._shared.draw(decoded, wanted))
 
 
 def misfit(decoder: nn.Module) -> str:
-    """Why a mask decoder is not the one that ``shared.py`` and ``decoder.py`` know, in a few words; "" where it is.
+    """Why a mask decoder is not the one that ``shared.py`` knows, in a few words; "" where it is.
 
-    Known is segment_anything's ``MaskDecoder`` with its two-way transformer of two layers, of any width, heads and
+    Known is segment_anything's ``MaskDecoder`` with its two-way transformer of two layers, of any
+    width, heads and
     number of masks.
     """
     if type(decoder) is not MaskDecoder:
-        return f"it is a {type(decoder).__name__} of {type(decoder).__module__}, not segment_anything's MaskDecoder"
+        name = f"{type(decoder).__name__} of {type(decoder).__module__}"
+        return f"it is a {name}, not segment_anything's MaskDecoder"
     transformer = decoder.transformer
     if type(transformer) is not TwoWayTransformer or len(transformer.layers) != 2:
         return "its transformer is not segment_anything's with two layers"
@@ -128,7 +90,11 @@ def misfit(decoder: nn.Module) -> str:
     for layer in transformer.layers:
         if type(layer) is not TwoWayAttentionBlock or type(layer.norm4) is not nn.LayerNorm:
             return "its layers are not segment_anything's"
-        attentions += [layer.self_attn, layer.cross_attn_token_to_image, layer.cross_attn_image_to_token]
+        attentions += [
+            layer.self_attn,
+            layer.cross_attn_token_to_image,
+            layer.cross_attn_image_to_token,
+        ]
     if any(type(attention) is not Attention for attention in attentions):
         return "its attention is not segment_anything's"
     if len({attention.num_heads for attention in attentions}) != 1:

@@ -16,7 +16,7 @@ The softmax weights of one head sum to 1 over the tokens: a bias added to the pi
 
 Shapes: P prompts, T tokens a prompt, R = P * T rows, H heads of d channels, D = H * d, C channels, N = h * w pixels.
 Weights over the pixels are kept as (P, T * H, N), tables as (D, N) or (C, N): pixels last. For inference only: it
-writes over its own results. Training, whose gradients need each of them, uses ``decoder.py``.
+writes over its own results.
 """
 
 from __future__ import annotations

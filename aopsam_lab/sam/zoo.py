@@ -14,19 +14,17 @@ import torch
 from safetensors import SafetensorError, safe_open
 from segment_anything import sam_model_registry
 from segment_anything.modeling import Sam
-from torch import Tensor, nn
+from torch import Tensor
 
 from aopsam_lab.download import OFFICIAL, ask_to_download, command, download, kept_file
 from aopsam_lab.sam.mobile import build_mobile_sam
-from aopsam_lab.sam.tiny import build_tiny_sam
 
 WEIGHTS = Path(__file__).parent.parent / "weights"
-BUNDLED = {"mobile_sam": WEIGHTS / "mobile_sam.safetensors", "tiny": WEIGHTS / "tiny_sam.safetensors"}
+BUNDLED = {"mobile_sam": WEIGHTS / "mobile_sam.safetensors"}
 DEFAULT = "mobile_sam"
 
 MODELS: dict[str, Callable[[], Sam]] = {
     "mobile_sam": build_mobile_sam,
-    "tiny": build_tiny_sam,
     "vit_b": sam_model_registry["vit_b"],
     "vit_l": sam_model_registry["vit_l"],
     "vit_h": sam_model_registry["vit_h"],
@@ -42,14 +40,12 @@ class SamSpec:
 
     name:    its name in the zoo, or "custom".
     sha256:  of its weights file; "" for a Sam that did not come from a file of the zoo.
-    half:    whether its image encoder works in half precision.
     """
 
     name: str
     pred_iou_thresh: float
     stability_score_thresh: float
     sha256: str
-    half: bool = False
 
 
 def load_sam(
@@ -57,23 +53,28 @@ def load_sam(
     checkpoint: str | os.PathLike | None = None,
     device: str | torch.device = "auto",
     fetch: bool | None = None,
-    half: bool = False,
 ) -> Sam:
-    """A SAM ready for inference: in eval mode, without gradients, on `device`, its `SamSpec` in `.spec`.
+    """A SAM ready for inference: in eval mode, without gradients, its `SamSpec` in `.spec`.
 
-    name:        "mobile_sam" (bundled), "vit_b", "vit_l" or "vit_h"; "tiny" (bundled).
-    checkpoint:  the weights: a file with the official one's keys, such as a fine-tuned model, saved by `torch.save` or
-                 as safetensors. No code in a file is ever run. The metadata of a safetensors file may hold
-                 `pred_iou_thresh` and `stability_score_thresh`; else SamAutomaticMaskGenerator's 0.88 and 0.95 hold.
-                 None: the bundled weights, or the official file in the cache folder (see `aopsam_lab.download`),
-                 which has to have its official sha256.
-    device:      "auto" (the GPU if there is one), "cpu", "cuda", ...
-    fetch:       whether to download an official file that is not there. None: ask, where someone sits at a terminal.
-    half:        run the image encoder in float16, for GPUs; pictures go in and embeddings come out as float32, and
-                 prompts are encoded and masks decoded in float32.
+    Args:
+        name: "mobile_sam" (bundled), "vit_b", "vit_l" or "vit_h".
+        checkpoint: the weights: a file with the official one's keys, such as a fine-tuned model,
+            saved by `torch.save` or as safetensors. No code in a file is ever run. The metadata of
+            a safetensors file may hold `pred_iou_thresh` and `stability_score_thresh`; else
+            SamAutomaticMaskGenerator's 0.88 and 0.95 hold. None: the bundled weights, or the
+            official file in the cache folder (see `aopsam_lab.download`), which has to have its
+            official sha256.
+        device: "auto" (the GPU if there is one), "cpu", "cuda", ...
+        fetch: whether to download an official file that is not there. None: ask, where a person
+            sits at a terminal.
 
-    Raises FileNotFoundError where the file is missing, and ValueError for an unknown name, a model without its file,
-    and a file that is damaged, holds more than weights, or belongs to another model (named where it can be told).
+    Returns:
+        The model on `device`.
+
+    Raises:
+        FileNotFoundError: where the file is missing.
+        ValueError: for an unknown name, a model without its file, and a file that is damaged, holds
+            more than weights, or belongs to another model (named where it can be told).
     """
     if name not in MODELS:
         raise ValueError(f"There is no SAM called {name!r}. Choose one of {', '.join(MODELS)}.")
@@ -85,8 +86,15 @@ def load_sam(
     state, metadata = _read_weights(path)
     found = identify(state)
     if found != name and found is not None:
-        advice = f"Load it with load_sam({found!r}, ...)" if found in MODELS else "That model is not supported"
-        raise ValueError(f"{path} holds the weights of {found}, not of {name}. {advice}, or pass {name}'s own file.")
+        advice = (
+            f"Load it with load_sam({found!r}, ...)"
+            if found in MODELS
+            else "That model is not supported"
+        )
+        raise ValueError(
+            f"{path} holds the weights of {found}, not of {name}. {advice}, or pass {name}'s own "
+            "file."
+        )
     sam = MODELS[name]()
     misfit = _misfit(sam.state_dict(), state)
     if misfit:
@@ -95,74 +103,73 @@ def load_sam(
     sam.spec = SamSpec(
         name=name,
         pred_iou_thresh=_threshold(path, metadata, "pred_iou_thresh", PRED_IOU_THRESH),
-        stability_score_thresh=_threshold(path, metadata, "stability_score_thresh", STABILITY_SCORE_THRESH),
+        stability_score_thresh=_threshold(
+            path, metadata, "stability_score_thresh", STABILITY_SCORE_THRESH
+        ),
         sha256=OFFICIAL[name].sha256 if official else _sha256(path),
-        half=half,
     )
-    sam = sam.requires_grad_(False).to(device).eval()
-    if half:
-        _halve(sam.image_encoder)
-    if name == "tiny" and sam.device.type == "cpu":  # its convolutions, the channels last, take a sixth less time there
-        sam.image_encoder.to(memory_format=torch.channels_last)
-    return sam
-
-
-def _halve(encoder: nn.Module) -> None:
-    """float16 inside, float32 outside."""
-    encoder.half()
-    encoder.register_forward_pre_hook(lambda _, inputs: tuple(x.half() for x in inputs))
-    encoder.register_forward_hook(lambda _, inputs, embedding: embedding.float())
+    return sam.requires_grad_(False).to(device).eval()
 
 
 def official_weights(name: str, fetch: bool | None = None) -> Path:
-    """The official file of a model in the cache folder, fetched where `fetch` is True or a person at a terminal agrees.
+    """The official file of a model in the cache folder.
 
-    Raises ValueError, with what to do, where it is not there and stays so, and where it is there but its sha256 is not
-    the official one; and what `download` raises.
+    It is fetched where `fetch` is True or a person at a terminal agrees.
+
+    Raises:
+        ValueError: with what to do, where it is not there and stays so, or where its sha256 is not
+            the official one; and what `download` raises.
     """
     path = kept_file(name)
     if path.exists():
         if _sha256(path) != OFFICIAL[name].sha256:
             raise ValueError(
-                f"{path} is not the official {path.name}, or no longer: its sha256 differs. `{command(name)}` fetches "
-                "it anew; weights of your own are passed as checkpoint."
+                f"{path} is not the official {path.name}, or no longer: its sha256 differs. "
+                f"`{command(name)}` fetches it anew; weights of your own are passed as checkpoint."
             )
         return path
     if fetch or (fetch is None and ask_to_download(name)):
         return download(name)
     raise ValueError(
-        f"{name} needs its weights {path.name} ({OFFICIAL[name].size / 1e6:,.0f} MB): run `{command(name)}`, or pass "
-        "the path of such a file as checkpoint."
+        f"{name} needs its weights {path.name} ({OFFICIAL[name].size / 1e6:,.0f} MB): "
+        f"run `{command(name)}`, or pass the path of such a file as checkpoint."
     )
 
 
 def spec_of(sam: Sam) -> SamSpec:
-    """The `SamSpec` of a Sam; for one that the caller built, "custom" with SamAutomaticMaskGenerator's thresholds."""
+    """The `SamSpec` of a Sam; for one that the caller built, "custom" with
+    SamAutomaticMaskGenerator's thresholds."""
     return getattr(sam, "spec", SamSpec("custom", PRED_IOU_THRESH, STABILITY_SCORE_THRESH, ""))
 
 
 def resolve_device(device: str | torch.device = "auto") -> torch.device:
-    """"auto" -> the CUDA GPU if there is one, else the CPU. Raises ValueError for a device this machine lacks."""
+    """A device by name; "auto" is the CUDA GPU if there is one, else the CPU.
+
+    Raises:
+        ValueError: for a device that this machine lacks.
+    """
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         chosen = torch.device(device)
         torch.empty(0, device=chosen)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch says "absent" in all these ways
+    # torch says "absent" in all these ways
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"Device {str(device)!r} cannot be used here ({reason}). Use 'auto' or 'cpu'.") from error
+        raise ValueError(
+            f"Device {str(device)!r} cannot be used here ({reason}). Use 'auto' or 'cpu'."
+        ) from error
     return chosen
 
 
 def identify(state: dict[str, Tensor]) -> str | None:
-    """The model whose weights these look like, told from a key of its image encoder; None where none is known."""
+    """The model whose weights these look like, told from a key of its image encoder; None where
+    none is known."""
     patches = state.get("image_encoder.patch_embed.proj.weight")
     if patches is not None:
         return {768: "vit_b", 1024: "vit_l", 1280: "vit_h"}.get(patches.shape[0])
     if "image_encoder.patch_embed.seq.0.c.weight" in state:
         return "mobile_sam"
-    if "image_encoder.stem.0.0.weight" in state:
-        return "tiny"
     if any(key.startswith("image_encoder.trunk.") for key in state):
         return "SAM 2"
     return None
@@ -184,37 +191,59 @@ def _read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
                 metadata = file.metadata() or {}
         else:
             # memory-mapped where the format allows, so that a large model is not held twice
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            state = torch.load(
+                path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
+            )
     except pickle.UnpicklingError as error:
-        damaged = "" if zipfile.is_zipfile(path) else ", or is damaged"  # a whole one is refused for its content
+        # a whole one is refused for its content
+        damaged = "" if zipfile.is_zipfile(path) else ", or is damaged"
         raise ValueError(
-            f"{path} holds Python objects beside weights{damaged}. It was not loaded, as such objects can run code; "
-            "save the state dict alone."
+            f"{path} holds Python objects beside weights{damaged}. It was not loaded, as such "
+            "objects can run code; save the state dict alone."
         ) from error
-    except (SafetensorError, RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError) as error:
+    except (
+        SafetensorError,
+        RuntimeError,
+        EOFError,
+        OSError,
+        ValueError,
+        KeyError,
+        AttributeError,
+    ) as error:
         raise ValueError(_damaged(path, head)) from error
     for wrapper in ("model", "state_dict"):  # how training scripts often wrap them
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
             state = state[wrapper]
-    if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
+    if (
+        not isinstance(state, dict)
+        or not state
+        or not all(isinstance(value, Tensor) for value in state.values())
+    ):
         raise ValueError(f"{path} is no checkpoint: it holds no dictionary of tensors.")
     return state, metadata
 
 
 def _damaged(path: Path, head: bytes) -> str:
     if head.startswith(b"PK") or head[8:] == b"{":
-        return f"{path} is damaged or cut short ({path.stat().st_size} bytes). Download or copy it again."
-    return f"{path} is no checkpoint of torch.save or safetensors, or it is damaged. Download or copy it again."
+        size = path.stat().st_size
+        return f"{path} is damaged or cut short ({size} bytes). Download or copy it again."
+    return (
+        f"{path} is no checkpoint of torch.save or safetensors, or it is damaged. "
+        "Download or copy it again."
+    )
 
 
 def _wanted(name: str) -> str:
     if name in OFFICIAL:
         return f"the official {OFFICIAL[name].name} or one with its keys"
-    return f"a file with the keys of the bundled {BUNDLED[name].name}, or none for the bundled weights"
+    return (
+        f"a file with the keys of the bundled {BUNDLED[name].name}, or none for the bundled weights"
+    )
 
 
 def _misfit(wanted: dict[str, Tensor], given: dict[str, Tensor]) -> str:
-    """How the given weights differ from the wanted in keys and shapes, in a few words; "" where they fit."""
+    """How the given weights differ from the wanted in keys and shapes, in a few words; "" where
+    they fit."""
     missing = [key for key in wanted if key not in given]
     extra = [key for key in given if key not in wanted]
     shaped = [key for key in wanted if key in given and wanted[key].shape != given[key].shape]
@@ -239,7 +268,9 @@ def _threshold(path: Path, metadata: dict[str, str], key: str, default: float) -
     except ValueError:
         value = float("nan")
     if not 0 <= value <= 1:
-        raise ValueError(f"{path}: its metadata has {key} = {text!r}, which is no number from 0 to 1.")
+        raise ValueError(
+            f"{path}: its metadata has {key} = {text!r}, which is no number from 0 to 1."
+        )
     return value
 
 

@@ -35,12 +35,12 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", required=True)
     report = commands.add_parser("report", help="run a notebook and publish it (the main comparison if not named)")
     report.add_argument("name", nargs="?", default="main_comparison", help="a notebook in notebooks/")
-    report.add_argument("--sam", help="mobile_sam, vit_b, vit_l, vit_h or tiny")
+    report.add_argument("--sam", help="mobile_sam, vit_b, vit_l or vit_h")
     report.add_argument("--checkpoint", help="the SAM's weights (default: bundled or official)")
     report.add_argument("--predictor", help="a Prompt Predictor's weights (default: the bundled ones)")
     report.add_argument("--detector", help="a YOLOv8's weights (default: the bundled ones)")
     report.add_argument("--methods", type=lambda text: text.split(","), help="names, separated by commas")
-    report.add_argument("--dataset", help="photos, scenes or the path of a COCO-style folder")
+    report.add_argument("--dataset", help="photos or the path of a COCO-style folder")
     report.add_argument("--n-images", type=int)
     report.add_argument(
         "--timed-images", type=int, help="images on which each setting runs alone, to be timed"

@@ -22,7 +22,6 @@ from pathlib import Path
 import numpy as np
 
 from aopsam_lab.study.settings import Setting, Weights, load_models, package_environment
-from aopsam_lab.study.stock import STOCK, run_stock
 
 MIB = 2**20
 MEMORY_VERSION = 1  # raise it when the way of measuring changes
@@ -75,9 +74,6 @@ def main(request_file: str) -> None:
     before = _start_peak()
     for image in images:
         encoded = encode(models.sam, image)
-        if method == STOCK:
-            run_stock(models.sam, encoded)
-            continue
         run_method(
             models.sam, encoded, method, models.predictor, models.detector, params, max_prompts=request["max_prompts"]
         )

@@ -19,8 +19,8 @@ TITLES = {
     "main_comparison": "Main comparison",
     "ablation": "Ablation: what each part gives",
     "parameter_sweeps": "Parameter sweeps: what each knob does",
+    "benchmark": "Benchmark: the same masks as segment_anything's, in less time",
 }
-BENCH = "bench"  # the folder of `make bench`, which has a page of its own
 FILE_TITLES = (
     ("{name}.html", "the notebook, executed"),
     ("{name}.ipynb", "as .ipynb"),
@@ -78,13 +78,6 @@ def write_index(reports: str | os.PathLike) -> Path:
     names = sorted(path.parent.name for path in reports.glob("*/provenance.json"))
     names.sort(key=lambda name: name != "main_comparison")  # the others after it, by name
     sections = "\n".join(_section(reports / name) for name in names)
-    if (reports / BENCH / "bench.html").exists():
-        sections += (
-            "<section><h2>Exact fast decoding</h2><p>The same masks as segment_anything's, sooner: "
-            f'<a href="{BENCH}/bench.html">'
-            f'each technique against stock</a>.</p><figure><img src="{BENCH}/bench.png" loading="lazy" '
-            'alt="How many times sooner than stock each technique is"></figure></section>'
-        )
     page = f"""<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -121,6 +114,9 @@ def _section(folder: Path) -> str:
         parts.append(_results(folder))
     elif (folder / f"{name}.csv").exists() and (folder / "trends.csv").exists():
         parts.append(_sweeps(folder))
+    elif (folder / f"{name}.png").exists():
+        title = html.escape(TITLES.get(name, name))
+        parts.append(f'<figure><img src="{name}/{name}.png" loading="lazy" alt="{title}"></figure>')
     parts.append(_files(folder))
     parts.append(f"<h3>Provenance</h3>{provenance_list(provenance)}</section>")
     return "\n".join(parts)
@@ -241,16 +237,17 @@ COLUMN_NOTES = (
 def what_was_run(provenance: dict[str, Any]) -> str:
     """One sentence: which model on which pictures, on what machine."""
     parameters, dataset = provenance["parameters"], provenance["dataset"]
-    pictures = (
-        f"{dataset['images']} rendered scenes"
-        if dataset["name"] == "scenes"
-        else (f"{dataset['images']} images of {dataset['name']}")
-    )
+    images = f"{dataset['images']} images of {dataset['name']} (seed {parameters['seed']})"
+    names = ("smoothing", "confidence", "spacing", "elimination", "grid")
+    values = [f"{name} {_short(parameters[name])}" for name in names if name in parameters]
     return (
-        f"SAM “{parameters['sam']}” on {pictures} (seed {parameters['seed']}), {provenance['processor']}; "
-        f"smoothing {parameters['smoothing']:g}, confidence {parameters['confidence']:g}, spacing "
-        f"{parameters['spacing']:g}, elimination {parameters['elimination']:g}.{_timed(parameters)}"
+        f"SAM “{parameters['sam']}” on {images}, {provenance['processor']}; "
+        f"{', '.join(values)}.{_timed(parameters)}"
     )
+
+
+def _short(value: float | str) -> str:
+    return value if isinstance(value, str) else f"{value:g}"
 
 
 def _timed(parameters: dict[str, Any]) -> str:

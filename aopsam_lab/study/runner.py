@@ -38,7 +38,6 @@ from aopsam_lab.study.settings import (
     scoring_code,
     weight_hashes,
 )
-from aopsam_lab.study.stock import STOCK, run_stock
 from aopsam_lab.study.store import Store, make_key
 from aopsam_lab.study.thresholds import THRESHOLDS, Pair
 
@@ -167,8 +166,7 @@ def run_settings(
     for a while meets them all alike; before the first time is taken each method decodes a few
     prompts unmeasured.
     thresholds: pairs (predicted IoU, stability score) at which masks are filtered as well, for
-    `curves`; empty for none. The stock generator shares nothing, has no curve, and is slow: it runs
-    where `settings` names it.
+    `curves`; empty for none.
     """
     images = open_dataset(dataset, n_images, seed)
     models = load_models(weights, list(dict.fromkeys(setting.method for setting in settings)))
@@ -279,8 +277,7 @@ class Study:
         sample = self.images[i]
         if warm_up:
             encoded = encode(self.models.sam, sample.image)
-            for setting in {setting.method: setting for setting in settings if setting.method != STOCK}.values():
-                # the stock generator runs so long that a first time does not show
+            for setting in {setting.method: setting for setting in settings}.values():
                 self._run(encoded, replace(setting, max_prompts=WARM_UP_PROMPTS))
         encoded = encode(self.models.sam, sample.image)
         for setting in settings:
@@ -312,7 +309,7 @@ class Study:
                 found = self._run(encoded, setting, decode=decode, **shared)
                 values = scores.row_values(found, truths, sam_masks)
                 values = {key: value for key, value in values.items() if key not in TIMES}
-                if self.pairs and setting.method != STOCK:
+                if self.pairs:
                     values["curve"] = [
                         {"thresholds": pair, **scores.mask_scores(truths, kept, sam_masks)}
                         for pair, kept in zip(self.pairs, decode.masks_at(self.pairs))
@@ -329,8 +326,6 @@ class Study:
 
     def _run(self, encoded: Any, setting: Setting, **shared: Any) -> Segmentation:
         models = self.models
-        if setting.method == STOCK:
-            return run_stock(models.sam, encoded)
         arguments = {"predictor": models.predictor, "detector": models.detector, **shared}
         method = GRIDS.get(setting.method, setting.method)
         return run_method(

@@ -16,18 +16,17 @@ from aopsam_lab.fingerprint import code_fingerprint
 from aopsam_lab.methods import METHODS as OUR_METHODS
 from aopsam_lab.methods import Grid
 from aopsam_lab.sam.zoo import load_sam, resolve_device, spec_of
-from aopsam_lab.study.stock import STOCK
 
 # regular grids of other sides, to compare as many prompts with
 GRIDS = {f"grid_{side}": Grid(f"grid_{side}", side) for side in (8, 10, 12, 14, 16, 20)}
-METHODS = {**OUR_METHODS, STOCK: Grid(STOCK, 32), **GRIDS}
+METHODS = {**OUR_METHODS, **GRIDS}
 
 # The code that a score or a time depends on. When it changes, rows made with the former code are scored anew.
 SCORING_CODE = (
     "asf.py", "batching.py", "decode_cache.py", "decoding.py", "detector.py", "evaluator.py",
     "fullsize.py", "imaging.py", "loose_cache.py", "methods.py", "pipeline.py", "predictor.py",
-    "recall.py", "rle.py", "sam/decoder.py", "sam/image_decoder.py", "sam/mobile.py",
-    "sam/shared.py", "sam/tiny.py", "sam/tiny_predictor.py", "sam/zoo.py", "study/scores.py", "study/stock.py",
+    "recall.py", "rle.py", "sam/image_decoder.py", "sam/mobile.py", "sam/shared.py", "sam/zoo.py",
+    "study/scores.py",
 )  # fmt: skip
 
 

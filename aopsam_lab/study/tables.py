@@ -41,7 +41,6 @@ TITLES = {
     "aop": "AoP-SAM",
     "aop_gated": "AoP-SAM gated (ours)",
     "aop_raw": "AoP-SAM, literal",
-    "amg_d_stock": "AMG-D, stock",
 }
 
 

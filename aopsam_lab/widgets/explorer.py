@@ -408,8 +408,8 @@ def explore(
     """Open pictures in the explorer; the last line of a notebook's cell.
 
     pictures: an array, a Pillow image, a path, a folder, a COCO-style folder, "photos" (those in
-              the box; a folder of that name is "./photos"), "scenes", a Sample, a data set, a list
-              of them or a dictionary from names to them.
+              the box; a folder of that name is "./photos"), a Sample, a data set, a list of them or a
+              dictionary from names to them.
     sam:      a name for `load_sam`, or a ``Sam``. method, params: where to begin. manual: clicks by hand on the first picture.
     compare:  a method to show beside it.
     What is wrong with any of them is said in the widget's message line.

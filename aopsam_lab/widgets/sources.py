@@ -45,8 +45,7 @@ def sources_of(what, code: str = "image") -> list[Source]:
 
     what: an array, a Pillow image, a path (an image file, a folder of them, a COCO-style folder),
           "photos" (those in the box, with ground truth; a folder of that name is "./photos"),
-          "scenes", a Sample, a data set, a dictionary from names to any of these, or a list of any
-          of these.
+          a Sample, a data set, a dictionary from names to any of these, or a list of any of these.
     Nothing is read yet; `Source.read` raises what :func:`read_image` does. Raises ValueError for a folder without images
     and for an empty list, FileNotFoundError for a path where there is nothing.
     """
@@ -84,7 +83,7 @@ def prepared(image: np.ndarray, truth: np.ndarray | None = None) -> Picture:
 
 def _of_path(path: str | os.PathLike) -> list[Source]:
     folder = Path(path)
-    if path == "photos" or str(path) == "scenes" or (folder / "annotations.json").exists():
+    if path == "photos" or (folder / "annotations.json").exists():
         name = "./photos" if path == Path("photos") else str(path)
         return _of_dataset(open_dataset(path), f"aop.open_dataset({name!r})")
     found, bad = find_images([str(path)])

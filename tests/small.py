@@ -1,0 +1,122 @@
+"""A small Sam with random weights, registered as "small" where this module is imported: quick, also
+in a process that a test starts. And what several tests write or compare with."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from segment_anything import SamPredictor
+from segment_anything.modeling import (
+    ImageEncoderViT,
+    MaskDecoder,
+    PromptEncoder,
+    Sam,
+    TwoWayTransformer,
+)
+
+from aopsam_lab.decoding import Encoded
+from aopsam_lab.predictor import PromptPredictor
+from aopsam_lab.sam.zoo import MODELS
+
+IMG_SIZE, WIDTH, STRIDE = 128, 32, 16
+
+
+def build_small_sam(width: int = 32, heads: int = 4) -> Sam:
+    """A Sam of the usual parts: 128 x 128 pixels in, an embedding of 32 x 8 x 8 out.
+
+    Args:
+        width: channels inside the image encoder; those of an official ViT make it one by its name.
+        heads: of its attention.
+    """
+    side = IMG_SIZE // STRIDE
+    return Sam(
+        image_encoder=ImageEncoderViT(
+            img_size=IMG_SIZE,
+            embed_dim=width,
+            depth=2,
+            num_heads=heads,
+            global_attn_indexes=(1,),
+            out_chans=WIDTH,
+            use_rel_pos=True,
+            window_size=4,
+        ),
+        prompt_encoder=PromptEncoder(
+            embed_dim=WIDTH,
+            image_embedding_size=(side, side),
+            input_image_size=(IMG_SIZE, IMG_SIZE),
+            mask_in_chans=16,
+        ),
+        mask_decoder=MaskDecoder(
+            transformer_dim=WIDTH,
+            transformer=TwoWayTransformer(depth=2, embedding_dim=WIDTH, num_heads=4, mlp_dim=64),
+            iou_head_hidden_dim=32,
+        ),
+    )
+
+
+def write_weights(folder: Path, seed: int) -> dict[str, str]:
+    """A small Sam and a Prompt Predictor for it as files; their paths as `run_study` takes them."""
+    torch.manual_seed(seed)
+    thresholds = {"pred_iou_thresh": "0", "stability_score_thresh": "0"}
+    shape = {"embed_dim": str(WIDTH), "stride": str(STRIDE), "width": "16"}
+    sam = build_small_sam()
+    # so some masks pass, whatever the draw
+    torch.nn.init.ones_(sam.mask_decoder.iou_prediction_head.layers[-1].bias)
+    models = {"sam": (sam, thresholds), "predictor": (PromptPredictor(WIDTH, STRIDE, 16), shape)}
+    for name, (model, about) in models.items():
+        save_file(model.state_dict(), folder / f"{name}.safetensors", metadata=about)
+    paths = {name: str(folder / f"{name}.safetensors") for name in models}
+    return {"sam": "small", "checkpoint": paths["sam"], "predictor": paths["predictor"]}
+
+
+def stock_predictor(sam: Sam, encoded: Encoded) -> SamPredictor:
+    """segment_anything's own predictor, given the embedding of an image."""
+    stock = SamPredictor(sam)
+    stock.features, stock.is_image_set = encoded.embedding, True
+    stock.original_size, stock.input_size = encoded.image.shape[:2], tuple(encoded.input_size)
+    return stock
+
+
+def write_coco(
+    folder: Path,
+    images: dict[str, np.ndarray],
+    annotations: dict[str, list[dict]],
+    file: str = "annotations.json",
+    first: int = 1,
+) -> Path:
+    """A COCO-style folder, or another file of it: of each image its annotations, ids counted."""
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    content = {"images": [], "annotations": [], "categories": [{"id": 1}, {"id": 2}]}
+    for i, (name, image) in enumerate(images.items(), first):
+        Image.fromarray(image).save(folder / "images" / name)
+        size = {"height": image.shape[0], "width": image.shape[1]}
+        content["images"].append({"id": i, "file_name": name, **size})
+        for own in annotations.get(name, []):
+            about = {"id": len(content["annotations"]) + 1, "image_id": i, "category_id": 1}
+            content["annotations"].append({**about, "iscrowd": 0, **own})
+    (folder / file).write_text(json.dumps(content))
+    return folder
+
+
+def corners(x: float, y: float, side: float) -> list[list[float]]:
+    """A square as COCO's polygon."""
+    return [[float(v) for v in (x, y, x + side, y, x + side, y + side, x, y + side)]]
+
+
+class RunsCode:
+    """In a pickle, what makes the folder `marker` when it is read."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = str(marker)
+
+    def __reduce__(self):
+        return os.mkdir, (self.marker,)
+
+
+MODELS["small"] = build_small_sam
