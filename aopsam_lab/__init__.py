@@ -12,13 +12,13 @@ from __future__ import annotations
 import importlib
 
 _EXPORTS = {
-    "segment": "aopsam_lab.pipeline",
-    "encode": "aopsam_lab.decoding",
+    "segment": "aopsam_lab.pipeline.run",
+    "encode": "aopsam_lab.pipeline.decode",
     "explore": "aopsam_lab.widgets.explorer",
-    "run_method": "aopsam_lab.pipeline",
+    "run_method": "aopsam_lab.pipeline.run",
     "AsfParams": "aopsam_lab.asf",
-    "METHODS": "aopsam_lab.methods",
-    "Segmentation": "aopsam_lab.segmentation",
+    "METHODS": "aopsam_lab.pipeline.methods",
+    "Segmentation": "aopsam_lab.pipeline.segmentation",
     "load_sam": "aopsam_lab.sam.zoo",
     "load_predictor": "aopsam_lab.predictor",
     "load_detector": "aopsam_lab.detector",

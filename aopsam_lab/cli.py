@@ -14,9 +14,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from aopsam_lab.asf import AsfParams
-from aopsam_lab.download import CACHE_VARIABLE, OFFICIAL, download
-from aopsam_lab.methods import METHODS
-from aopsam_lab.pipeline import segment
+from aopsam_lab.sam.download import CACHE_VARIABLE, OFFICIAL, download
+from aopsam_lab.pipeline.methods import METHODS
+from aopsam_lab.pipeline.run import segment
 from aopsam_lab.sam.zoo import MODELS, load_sam
 from aopsam_lab.training import ground_truth
 from aopsam_lab.training import predictor as predictor_training

@@ -31,7 +31,7 @@ from safetensors import SafetensorError, safe_open
 from aopsam_lab.sam.zoo import official_weights, resolve_device
 
 ARCHITECTURE = "yolov8n.yaml"
-OFFICIAL_NAME = "yolov8n"  # in aopsam_lab.download
+OFFICIAL_NAME = "yolov8n"  # in aopsam_lab.sam.download
 CLASS_NAMES = {0: "object"}
 # Where the weights do not say. Low confidence is kind to the baseline: a box more costs it time, not mIoU.
 DEFAULTS = {"imgsz": 640, "confidence": 0.05, "overlap": 0.7}
@@ -221,7 +221,7 @@ def load_detector(
 
     Args:
         weights: None for the bundled one-class YOLOv8n, "yolov8n" for the official one
-            (aopsam_lab.download), or a file: .safetensors as training/detector.py writes it, or any
+            (aopsam_lab.sam.download), or a file: .safetensors as training/detector.py writes it, or any
             Ultralytics YOLOv8 detection checkpoint (.pt). Classes are ignored.
         device: "auto", "cpu", "cuda", ...
 

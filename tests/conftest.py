@@ -16,7 +16,7 @@ import torch
 from small import build_small_sam, corners, write_coco, write_weights
 
 from aopsam_lab.data import open_dataset
-from aopsam_lab.decoding import encode
+from aopsam_lab.pipeline.decode import encode
 from aopsam_lab.predictor import load_predictor
 from aopsam_lab.sam.zoo import SamSpec, load_sam
 from aopsam_lab.study import PACKAGE_ROOT

@@ -11,10 +11,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aopsam_lab import batching
-from aopsam_lab.batching import fitting_batch, halving, in_batches
-from aopsam_lab.decoding import Stopwatch, decode_and_filter, encode
-from aopsam_lab.methods import Prompts
+from aopsam_lab.pipeline import batching
+from aopsam_lab.pipeline.batching import fitting_batch, halving, in_batches
+from aopsam_lab.pipeline.decode import Stopwatch, decode_and_filter, encode
+from aopsam_lab.pipeline.methods import Prompts
 from aopsam_lab.sam.image_decoder import ImageDecoder
 from aopsam_lab.sam.zoo import SamSpec
 
@@ -125,7 +125,7 @@ def test_an_error_in_a_batch_reaches_the_caller(two_threads):
 def test_a_forked_process_makes_threads_of_its_own():
     program = """
         import os, torch
-        from aopsam_lab.batching import in_batches
+        from aopsam_lab.pipeline.batching import in_batches
         torch.set_num_threads(2)
         def found():
             parts = in_batches(torch.arange(6), 2, lambda part: part + 0)

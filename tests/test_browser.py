@@ -19,10 +19,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from aopsam_lab import drawing
+from aopsam_lab.masks import drawing
 from aopsam_lab.data import open_dataset
-from aopsam_lab.methods import ROUNDS
-from aopsam_lab.rle import encode_rle
+from aopsam_lab.pipeline.methods import ROUNDS
+from aopsam_lab.masks.rle import encode_rle
 from aopsam_lab.widgets import packing
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -11,12 +11,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aopsam_lab import decode_cache
+from aopsam_lab.pipeline import decode_cache
 from aopsam_lab.asf import AsfParams
-from aopsam_lab.decode_cache import DecodeCache, PcmCache
-from aopsam_lab.decoding import STABILITY_OFFSET, Found, decode_and_filter
-from aopsam_lab.methods import METHODS, Models, method_named
-from aopsam_lab.pipeline import run_method, strongest
+from aopsam_lab.pipeline.decode_cache import DecodeCache, PcmCache
+from aopsam_lab.pipeline.decode import STABILITY_OFFSET, Found, decode_and_filter
+from aopsam_lab.pipeline.methods import METHODS, Models, method_named
+from aopsam_lab.pipeline.run import run_method, strongest
 
 FEW = {"spacing": 16, "confidence": 0.05, "elimination": 1.1}
 CHANGES = ({}, {"smoothing": 1}, {"confidence": 0.2}, {"spacing": 12}, {"elimination": 1.0})

@@ -24,7 +24,7 @@ from aopsam_lab.detector import (
     load_detector,
     read_weights,
 )
-from aopsam_lab.rle import encode_rle
+from aopsam_lab.masks.rle import encode_rle
 from aopsam_lab.training import detector as training
 
 BUNDLED = Path(training.WEIGHTS)

@@ -14,9 +14,9 @@ import torch
 from small import RunsCode, build_small_sam
 
 from aopsam_lab import cli
-from aopsam_lab import download as fetching
+from aopsam_lab.sam import download as fetching
 from aopsam_lab.detector import load_detector
-from aopsam_lab.download import OFFICIAL, OfficialFile, cache_folder, download, kept_file
+from aopsam_lab.sam.download import OFFICIAL, OfficialFile, cache_folder, download, kept_file
 from aopsam_lab.sam import zoo
 from aopsam_lab.sam.zoo import load_sam
 
@@ -151,7 +151,7 @@ def test_no_room(server, monkeypatch):
 
 OTHER_PROCESS = """
 import sys
-from aopsam_lab.download import OFFICIAL, OfficialFile, download
+from aopsam_lab.sam.download import OFFICIAL, OfficialFile, download
 url, sha256, size = sys.argv[1:]
 OFFICIAL["vit_b"] = OfficialFile(url, sha256, int(size), "")
 print("start", flush=True)

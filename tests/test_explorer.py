@@ -20,14 +20,14 @@ from nbconvert import HTMLExporter
 from PIL import Image
 
 import aopsam_lab as aop
-from aopsam_lab import drawing
+from aopsam_lab.masks import drawing
 from aopsam_lab.asf import AsfParams
-from aopsam_lab.data.points import pole
-from aopsam_lab.decoding import decode_and_filter
-from aopsam_lab.methods import METHODS, Grid, Models
-from aopsam_lab.pipeline import run_method
-from aopsam_lab.rle import decode_rle, encode_rle
-from aopsam_lab.segmentation import STATUSES
+from aopsam_lab.masks.points import pole
+from aopsam_lab.pipeline.decode import decode_and_filter
+from aopsam_lab.pipeline.methods import METHODS, Grid, Models
+from aopsam_lab.pipeline.run import run_method
+from aopsam_lab.masks.rle import decode_rle, encode_rle
+from aopsam_lab.pipeline.segmentation import STATUSES
 from aopsam_lab.widgets import explorer as explorer_module
 from aopsam_lab.widgets import packing
 from aopsam_lab.widgets import session as session_module

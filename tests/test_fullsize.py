@@ -10,15 +10,15 @@ from hypothesis import strategies as st
 from pycocotools import mask as coco_mask
 from segment_anything.utils.amg import batched_mask_to_box, calculate_stability_score
 
-from aopsam_lab.fullsize import FullSize
-from aopsam_lab.rle import encode_changes
+from aopsam_lab.masks.fullsize import FullSize
+from aopsam_lab.masks.rle import encode_changes
 
 
 @pytest.fixture(params=["as a whole", "cell by cell"], autouse=True)
 def way(request, monkeypatch):
     """Both ways of measuring, whatever the picture's size."""
     pixels = 1 << 30 if request.param == "as a whole" else 0
-    monkeypatch.setattr("aopsam_lab.fullsize.WHOLE_PIXELS", pixels)
+    monkeypatch.setattr("aopsam_lab.masks.fullsize.WHOLE_PIXELS", pixels)
 
 
 NEAR = 2e-5  # logits this near to a cut may fall to either side: resizing works in float32
@@ -141,8 +141,8 @@ def test_in_parts_as_in_one(monkeypatch):
     logits = blobs(64, seed=5)
     sizes = FullSize((64, 64), 256, (200, 256), (150, 192), logits.device)
     (stability, boxes), rles = sizes.measure(logits, 0.0, 1.0), sizes.encode(logits, 0.0)
-    monkeypatch.setattr("aopsam_lab.fullsize.CELL_PIXELS", 1 << 7)
-    monkeypatch.setattr("aopsam_lab.fullsize.ENCODE_PIXELS", 1 << 14)
+    monkeypatch.setattr("aopsam_lab.masks.fullsize.CELL_PIXELS", 1 << 7)
+    monkeypatch.setattr("aopsam_lab.masks.fullsize.ENCODE_PIXELS", 1 << 14)
     again = sizes.measure(logits, 0.0, 1.0)
     assert torch.equal(again[0].nan_to_num(), stability.nan_to_num())
     assert torch.equal(again[1], boxes)

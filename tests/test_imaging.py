@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from PIL import Image
 
-from aopsam_lab.imaging import read_image
+from aopsam_lab.data.images import read_image
 
 RGB = np.random.default_rng(1).integers(0, 256, (5, 7, 3), dtype=np.uint8)
 GREY = np.arange(35, dtype=np.uint8).reshape(5, 7) * 7

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from pycocotools import mask as coco_mask
 
-from aopsam_lab.rle import decode_rle, encode_rle
+from aopsam_lab.masks.rle import decode_rle, encode_rle
 
 some_masks = arrays(bool, st.tuples(st.integers(0, 4), st.integers(1, 13), st.integers(1, 13)))
 

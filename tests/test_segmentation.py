@@ -11,9 +11,9 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
 from aopsam_lab import files
-from aopsam_lab.drawing import label_image, mask_colours, overlay
-from aopsam_lab.rle import encode_rle
-from aopsam_lab.segmentation import PROMPT_COLUMNS, Segmentation
+from aopsam_lab.masks.drawing import label_image, mask_colours, overlay
+from aopsam_lab.masks.rle import encode_rle
+from aopsam_lab.pipeline.segmentation import PROMPT_COLUMNS, Segmentation
 
 HEIGHT, WIDTH = 24, 40
 
@@ -201,7 +201,7 @@ def test_importing_forces_no_backend():
     import subprocess
     import sys
 
-    code = "import sys, aopsam_lab.segmentation; assert 'matplotlib.pyplot' not in sys.modules"
+    code = "import sys, aopsam_lab.pipeline.segmentation; assert 'matplotlib.pyplot' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

@@ -8,7 +8,6 @@ import re
 import numpy as np
 import pandas as pd
 import pytest
-
 from conftest import METHODS, QUICK
 
 from aopsam_lab.study import PACKAGE_ROOT, figures, settings, tables

@@ -14,11 +14,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aopsam_lab import decode_cache
+from aopsam_lab.pipeline import decode_cache
 from aopsam_lab.asf import AsfParams
 from aopsam_lab.data import open_dataset
-from aopsam_lab.decoding import encode
-from aopsam_lab.pipeline import run_method
+from aopsam_lab.pipeline.decode import encode
+from aopsam_lab.pipeline.run import run_method
 from aopsam_lab.study import PACKAGE_ROOT, figures, page, runner, sweeps, tables
 from aopsam_lab.study.report import run_report
 from aopsam_lab.study.runner import run_study

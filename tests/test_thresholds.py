@@ -10,13 +10,13 @@ import pandas as pd
 import pytest
 import torch
 
-from aopsam_lab import loose_cache
+from aopsam_lab.pipeline import loose_cache
 from aopsam_lab.asf import AsfParams
-from aopsam_lab.decode_cache import DecodeCache
-from aopsam_lab.decoding import decode_and_filter
-from aopsam_lab.loose_cache import LooseCache, LooseRun
-from aopsam_lab.methods import Grid, Models, method_named
-from aopsam_lab.pipeline import run_method
+from aopsam_lab.pipeline.decode_cache import DecodeCache
+from aopsam_lab.pipeline.decode import decode_and_filter
+from aopsam_lab.pipeline.loose_cache import LooseCache, LooseRun
+from aopsam_lab.pipeline.methods import Grid, Models, method_named
+from aopsam_lab.pipeline.run import run_method
 from aopsam_lab.study import figures, output, page, runner, scores, tables, thresholds
 from aopsam_lab.study.threshold_figure import threshold_figure
 from aopsam_lab.study.thresholds import THRESHOLDS

@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 
 from aopsam_lab.data.annotations import LEFT_OUT, GroundTruth, order, packed, truths, upright_size
 from aopsam_lab.data.sample import Sample
-from aopsam_lab.imaging import read_image
+from aopsam_lab.data.images import read_image
 
 
 class CocoFolder:

@@ -16,7 +16,7 @@ from PIL import Image
 
 from aopsam_lab.data.annotations import LEFT_OUT, GroundTruth, order, truths, upright_size
 from aopsam_lab.data.sample import Sample
-from aopsam_lab.imaging import read_image
+from aopsam_lab.data.images import read_image
 
 
 @dataclass(frozen=True)

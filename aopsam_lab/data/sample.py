@@ -6,7 +6,7 @@ from functools import cached_property
 
 import numpy as np
 
-from aopsam_lab.rle import decode_rle, encode_rle
+from aopsam_lab.masks.rle import decode_rle, encode_rle
 
 
 class Sample:
@@ -20,7 +20,7 @@ class Sample:
     points:  N x 2 float32, one prompt point (x, y) per mask in the image frame (pixel centres at +0.5), or None where
              the data set has none.
     clicks:  for each mask the clicks [x, y] that are known to give it, image frame, or None where the data set has none.
-    rles:    N COCO RLE of the same masks, see `aopsam_lab.rle`.
+    rles:    N COCO RLE of the same masks, see `aopsam_lab.masks.rle`.
 
     Raises ValueError where neither masks nor rles are given.
     """

@@ -16,7 +16,7 @@ from segment_anything import sam_model_registry
 from segment_anything.modeling import Sam
 from torch import Tensor
 
-from aopsam_lab.download import OFFICIAL, ask_to_download, command, download, kept_file
+from aopsam_lab.sam.download import OFFICIAL, ask_to_download, command, download, kept_file
 from aopsam_lab.sam.mobile import build_mobile_sam
 
 WEIGHTS = Path(__file__).parent.parent / "weights"
@@ -62,7 +62,7 @@ def load_sam(
             saved by `torch.save` or as safetensors. No code in a file is ever run. The metadata of
             a safetensors file may hold `pred_iou_thresh` and `stability_score_thresh`; else
             SamAutomaticMaskGenerator's 0.88 and 0.95 hold. None: the bundled weights, or the
-            official file in the cache folder (see `aopsam_lab.download`), which has to have its
+            official file in the cache folder (see `aopsam_lab.sam.download`), which has to have its
             official sha256.
         device: "auto" (the GPU if there is one), "cpu", "cuda", ...
         fetch: whether to download an official file that is not there. None: ask, where a person

@@ -18,11 +18,11 @@ from segment_anything.modeling import Sam
 from segment_anything.utils import amg
 from torchvision.ops import nms
 
-from aopsam_lab import decoding
+from aopsam_lab.pipeline import decode as decoding
 from aopsam_lab.asf import AsfParams
-from aopsam_lab.decoding import BOX_NMS_THRESH, STABILITY_OFFSET, Encoded, encode
-from aopsam_lab.methods import Grid, Models
-from aopsam_lab.pipeline import run_method
+from aopsam_lab.pipeline.decode import BOX_NMS_THRESH, STABILITY_OFFSET, Encoded, encode
+from aopsam_lab.pipeline.methods import Grid, Models
+from aopsam_lab.pipeline.run import run_method
 from aopsam_lab.sam.zoo import load_sam, spec_of
 from aopsam_lab.study import memory
 

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from aopsam_lab import drawing
+from aopsam_lab.masks import drawing
 from aopsam_lab.study import tables
 
 if TYPE_CHECKING:

@@ -60,8 +60,8 @@ def main(request_file: str) -> None:
     import torch
 
     from aopsam_lab.asf import AsfParams
-    from aopsam_lab.decoding import encode
-    from aopsam_lab.pipeline import run_method
+    from aopsam_lab.pipeline.decode import encode
+    from aopsam_lab.pipeline.run import run_method
 
     request = json.loads(Path(request_file).read_text())
     method, params = request["method"], AsfParams(**request["params"])

@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from aopsam_lab.asf import AsfParams
 from aopsam_lab.evaluator import mean_interval
 from aopsam_lab.files import write_atomically
-from aopsam_lab.methods import METHODS
+from aopsam_lab.pipeline.methods import METHODS
 from aopsam_lab.study import tables
 from aopsam_lab.study.figures import png
 from aopsam_lab.study.output import to_csv

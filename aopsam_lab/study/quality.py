@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from segment_anything.modeling import Sam
 
-from aopsam_lab.batching import in_batches
-from aopsam_lab.decoding import Encoded, decode_batch, full_resolution, image_decoder
+from aopsam_lab.pipeline.batching import in_batches
+from aopsam_lab.pipeline.decode import Encoded, decode_batch, full_resolution, image_decoder
 
 
 @torch.inference_mode()

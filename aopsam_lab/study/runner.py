@@ -16,12 +16,12 @@ import pandas as pd
 from aopsam_lab.asf import AsfParams
 from aopsam_lab.data import Dataset, open_dataset
 from aopsam_lab.data.found import found_masks
-from aopsam_lab.decode_cache import DecodeCache, PcmCache
-from aopsam_lab.decoding import encode
-from aopsam_lab.loose_cache import LooseCache, LooseRun
-from aopsam_lab.pipeline import run_method
+from aopsam_lab.pipeline.decode_cache import DecodeCache, PcmCache
+from aopsam_lab.pipeline.decode import encode
+from aopsam_lab.pipeline.loose_cache import LooseCache, LooseRun
+from aopsam_lab.pipeline.run import run_method
 from aopsam_lab.sam.zoo import spec_of
-from aopsam_lab.segmentation import Segmentation
+from aopsam_lab.pipeline.segmentation import Segmentation
 from aopsam_lab.study import scores, tables
 from aopsam_lab.study import thresholds as curves
 from aopsam_lab.study.memory import MEMORY_VERSION, measure_peak

@@ -13,8 +13,8 @@ from segment_anything.modeling import Sam
 
 from aopsam_lab.asf import AsfParams
 from aopsam_lab.fingerprint import code_fingerprint
-from aopsam_lab.methods import METHODS as OUR_METHODS
-from aopsam_lab.methods import Grid
+from aopsam_lab.pipeline.methods import METHODS as OUR_METHODS
+from aopsam_lab.pipeline.methods import Grid
 from aopsam_lab.sam.zoo import load_sam, resolve_device, spec_of
 
 # regular grids of other sides, to compare as many prompts with
@@ -23,9 +23,10 @@ METHODS = {**OUR_METHODS, **GRIDS}
 
 # The code that a score or a time depends on. When it changes, rows made with the former code are scored anew.
 SCORING_CODE = (
-    "asf.py", "batching.py", "decode_cache.py", "decoding.py", "detector.py", "evaluator.py",
-    "fullsize.py", "imaging.py", "loose_cache.py", "methods.py", "pipeline.py", "predictor.py",
-    "recall.py", "rle.py", "sam/image_decoder.py", "sam/mobile.py", "sam/shared.py", "sam/zoo.py",
+    "asf.py", "data/images.py", "detector.py", "evaluator.py", "masks/fullsize.py", "masks/rle.py",
+    "pipeline/batching.py", "pipeline/decode.py", "pipeline/decode_cache.py",
+    "pipeline/loose_cache.py", "pipeline/methods.py", "pipeline/run.py", "predictor.py",
+    "recall.py", "sam/image_decoder.py", "sam/mobile.py", "sam/shared.py", "sam/zoo.py",
     "study/scores.py",
 )  # fmt: skip
 

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from aopsam_lab.asf import valid_cells
 from aopsam_lab.data import Dataset
-from aopsam_lab.data.points import pole
+from aopsam_lab.masks.points import pole
 from aopsam_lab.data.sample import Sample
 from aopsam_lab.files import write_atomically
 

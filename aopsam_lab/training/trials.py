@@ -31,11 +31,11 @@ from tqdm import tqdm
 from aopsam_lab.asf import AsfParams
 from aopsam_lab.data import open_dataset
 from aopsam_lab.data.sample import Sample
-from aopsam_lab.decode_cache import DecodeCache, PcmCache
-from aopsam_lab.decoding import encode
+from aopsam_lab.pipeline.decode_cache import DecodeCache, PcmCache
+from aopsam_lab.pipeline.decode import encode
 from aopsam_lab.evaluator import evaluate, iou_matrix
-from aopsam_lab.methods import METHODS, Aop, Grid, Method
-from aopsam_lab.pipeline import run_method
+from aopsam_lab.pipeline.methods import METHODS, Aop, Grid, Method
+from aopsam_lab.pipeline.run import run_method
 from aopsam_lab.predictor import load_predictor
 from aopsam_lab.sam.zoo import load_sam
 from aopsam_lab.training import predictor as training

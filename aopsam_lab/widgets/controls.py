@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import ipywidgets as ui
 
-from aopsam_lab.methods import METHODS
+from aopsam_lab.pipeline.methods import METHODS
 
 NOTHING, PINNED = "nothing", "this setting, pinned"  # what may stand beside the picture, apart from a method
 KNOBS = {  # parameter: least, most, step, what it says

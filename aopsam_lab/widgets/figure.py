@@ -6,7 +6,7 @@ import io
 
 from matplotlib.figure import Figure
 
-from aopsam_lab.segmentation import Segmentation
+from aopsam_lab.pipeline.segmentation import Segmentation
 from aopsam_lab.widgets.packing import COLOUR_MAPS
 
 PANEL = 3.6  # inches, of a square picture

@@ -12,9 +12,9 @@ import cv2
 import matplotlib
 import numpy as np
 
-from aopsam_lab.drawing import mask_colours
-from aopsam_lab.methods import Prompts
-from aopsam_lab.segmentation import STATUSES, Segmentation
+from aopsam_lab.masks.drawing import mask_colours
+from aopsam_lab.pipeline.methods import Prompts
+from aopsam_lab.pipeline.segmentation import STATUSES, Segmentation
 
 MAX_IMAGE_BYTES = 4_000_000
 LOSSLESS_PIXELS = 1_000_000

@@ -16,9 +16,9 @@ from segment_anything.modeling import Sam
 from torch import Tensor
 from torchvision.ops import nms
 
-from aopsam_lab.decode_cache import MAX_BYTES, prompt_key
-from aopsam_lab.decoding import Encoded, Found, decode_and_filter, encoded_masks
-from aopsam_lab.methods import BOX_NMS_THRESH, Prompts
+from aopsam_lab.pipeline.decode_cache import MAX_BYTES, prompt_key
+from aopsam_lab.pipeline.decode import Encoded, Found, decode_and_filter, encoded_masks
+from aopsam_lab.pipeline.methods import BOX_NMS_THRESH, Prompts
 from aopsam_lab.sam.zoo import SamSpec, spec_of
 
 

@@ -11,11 +11,19 @@ import torch
 from segment_anything.modeling import Sam
 
 from aopsam_lab.asf import AsfParams
-from aopsam_lab.decoding import Encoded, Found, Stopwatch, decode_and_filter, encode, encode_early, remove_duplicates
-from aopsam_lab.imaging import read_image
-from aopsam_lab.methods import Method, Models, Prompts, Proposal, method_named
+from aopsam_lab.pipeline.decode import (
+    Encoded,
+    Found,
+    Stopwatch,
+    decode_and_filter,
+    encode,
+    encode_early,
+    remove_duplicates,
+)
+from aopsam_lab.data.images import read_image
+from aopsam_lab.pipeline.methods import Method, Models, Prompts, Proposal, method_named
 from aopsam_lab.sam.zoo import SamSpec, load_sam, resolve_device, spec_of
-from aopsam_lab.segmentation import Segmentation
+from aopsam_lab.pipeline.segmentation import Segmentation
 
 if TYPE_CHECKING:
     from aopsam_lab.detector import Detector
@@ -41,7 +49,7 @@ def run_method(
     """One method on an encoded picture.
 
     method:      a name in METHODS, or a method of your own making.
-    decode:      what decodes and filters a round; a :class:`aopsam_lab.decode_cache.DecodeCache` remembers earlier
+    decode:      what decodes and filters a round; a :class:`aopsam_lab.pipeline.decode_cache.DecodeCache` remembers earlier
                  settings.
     max_prompts: how many prompts may be decoded at most, strongest first (see :func:`strongest`); None: all. Prompts
                  for which nothing was left have the status ``not_reached``.
@@ -159,8 +167,8 @@ def segment(
 ) -> Segmentation:
     """Segment everything in a picture.
 
-    image:      numpy array, PIL image or path; see :func:`aopsam_lab.imaging.read_image` for the formats.
-    method:     a name in :data:`aopsam_lab.methods.METHODS`.
+    image:      numpy array, PIL image or path; see :func:`aopsam_lab.data.images.read_image` for the formats.
+    method:     a name in :data:`aopsam_lab.pipeline.methods.METHODS`.
     sam:        a name for :func:`load_sam`, or a ``Sam``.
     predictor, detector: what the method needs; the bundled ones where not given.
     max_prompts: how many prompts may be decoded at most, strongest first; None: all that the method proposes.

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from aopsam_lab.rle import encode_changes, encode_rle
+from aopsam_lab.masks.rle import encode_changes, encode_rle
 
 # of a picture whose masks a CPU resizes as a whole: at 0.3 M that was twice as quick, at 1 M a little, at 2 M no longer
 WHOLE_PIXELS = 1 << 20

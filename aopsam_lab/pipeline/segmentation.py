@@ -13,9 +13,9 @@ import numpy as np
 import pandas as pd
 from pycocotools import mask as coco_mask
 
-from aopsam_lab import drawing
+from aopsam_lab.masks import drawing
 from aopsam_lab.files import write_atomically
-from aopsam_lab.rle import decode_rle
+from aopsam_lab.masks.rle import decode_rle
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

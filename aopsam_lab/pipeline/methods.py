@@ -31,9 +31,9 @@ from aopsam_lab.asf import AsfParams
 from aopsam_lab.predictor import CELL
 
 if TYPE_CHECKING:
+    from aopsam_lab.pipeline.decode import Encoded, Found
     from aopsam_lab.detector import Detector
     from aopsam_lab.predictor import PromptPredictor
-    from aopsam_lab.decoding import Encoded, Found
 
 # Chosen on training photographs: `python -m aopsam_lab.training.trials filtering`
 FIRST = 0.3  # the share of the prompts, the strongest, that is decoded before any is eliminated

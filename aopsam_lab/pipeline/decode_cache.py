@@ -15,8 +15,8 @@ import torch
 from segment_anything.modeling import Sam
 from torch import Tensor
 
-from aopsam_lab.decoding import Encoded, Found, decode_and_filter
-from aopsam_lab.methods import Prompts
+from aopsam_lab.pipeline.decode import Encoded, Found, decode_and_filter
+from aopsam_lab.pipeline.methods import Prompts
 from aopsam_lab.predictor import PromptPredictor
 from aopsam_lab.sam.zoo import SamSpec
 

@@ -19,9 +19,9 @@ from segment_anything.utils.transforms import ResizeLongestSide
 from torch import Tensor
 from torchvision.ops import nms
 
-from aopsam_lab.batching import fitting_batch, in_batches
-from aopsam_lab.fullsize import FullSize
-from aopsam_lab.methods import BOX_NMS_THRESH, Prompts
+from aopsam_lab.pipeline.batching import fitting_batch, in_batches
+from aopsam_lab.masks.fullsize import FullSize
+from aopsam_lab.pipeline.methods import BOX_NMS_THRESH, Prompts
 from aopsam_lab.sam.image_decoder import ImageDecoder
 from aopsam_lab.sam.zoo import SamSpec
 

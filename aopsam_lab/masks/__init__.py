@@ -1,0 +1,1 @@
+"""Masks: RLE, resizing, drawing, points inside one."""
