@@ -45,11 +45,15 @@ class AsfParams:
 
     def __post_init__(self) -> None:
         if not 0 <= self.smoothing <= 64:
-            raise ValueError(f"smoothing must lie in [0, 64] (cells of a 256-wide PCM), not {self.smoothing}")
+            raise ValueError(
+                f"smoothing must lie in [0, 64] (cells of a 256-wide PCM), not {self.smoothing}"
+            )
         if not 0 <= self.confidence < 1:
             raise ValueError(f"confidence must lie in [0, 1), not {self.confidence}")
         if not 0 < self.spacing <= 128:
-            raise ValueError(f"spacing must lie in (0, 128] (cells of a 256-wide PCM), not {self.spacing}")
+            raise ValueError(
+                f"spacing must lie in (0, 128] (cells of a 256-wide PCM), not {self.spacing}"
+            )
         if not self.elimination > 0:
             raise ValueError(f"elimination must be positive, not {self.elimination}")
 
@@ -75,7 +79,9 @@ def _window_maximum(x: Tensor, reach: int, dim: int) -> Tensor:
     x, width, side = F.pad(x, ends, value=-float("inf")), 1, 2 * reach + 1
     while width < side:
         step = min(width, side - width)
-        x = torch.maximum(x.narrow(dim, 0, x.shape[dim] - step), x.narrow(dim, step, x.shape[dim] - step))
+        x = torch.maximum(
+            x.narrow(dim, 0, x.shape[dim] - step), x.narrow(dim, step, x.shape[dim] - step)
+        )
         width += step
     return x
 
@@ -101,7 +107,9 @@ def local_maxima(score: Tensor, threshold: float, spacing: int) -> tuple[Tensor,
     return cells, values
 
 
-def sample_prompts(pcm: Tensor, smoothing: float = 2.0, confidence: float = 0.2, spacing: float = 6.0) -> tuple[Tensor, Tensor]:
+def sample_prompts(
+    pcm: Tensor, smoothing: float = 2.0, confidence: float = 0.2, spacing: float = 6.0
+) -> tuple[Tensor, Tensor]:
     """Adaptive sampling: peaks of the smoothed PCM (H, W) in [0, 1].
 
     ``smoothing`` and ``spacing`` are in cells of a 256-wide PCM. A window has the whole cells that lie within the spacing: on a map
@@ -109,7 +117,9 @@ def sample_prompts(pcm: Tensor, smoothing: float = 2.0, confidence: float = 0.2,
     of the smoothed map), strongest first.
     """
     scale = pcm.shape[-1] / REFERENCE_WIDTH
-    return local_maxima(smooth(pcm, smoothing * scale), confidence, max(1, int(spacing * scale + 1e-6)))
+    return local_maxima(
+        smooth(pcm, smoothing * scale), confidence, max(1, int(spacing * scale + 1e-6))
+    )
 
 
 def component_prompts(pcm: Tensor, confidence: float = 0.2) -> tuple[Tensor, Tensor]:
@@ -131,16 +141,26 @@ def component_prompts(pcm: Tensor, confidence: float = 0.2) -> tuple[Tensor, Ten
 # --- fine: adaptive filtering --------------------------------------------------------------------------------------------
 
 
-def cells_on_picture(input_size: tuple[int, int], img_size: int, grid: tuple[int, int]) -> tuple[int, int]:
+def cells_on_picture(
+    input_size: tuple[int, int], img_size: int, grid: tuple[int, int]
+) -> tuple[int, int]:
     """(rows, columns) of a grid over the model frame whose cells' centres lie on the picture, not on its padding.
 
     input_size: (height, width) of the picture in the model frame, of which img_size is the side.
     """
     # the centre of cell i lies at (i + 1/2) * img_size / cells; in whole numbers, as it may lie right on the edge
-    return tuple(min(cells, max(0, -((img_size - 2 * side * cells) // (2 * img_size)))) for side, cells in zip(input_size, grid))
+    return tuple(
+        min(cells, max(0, -((img_size - 2 * side * cells) // (2 * img_size))))
+        for side, cells in zip(input_size, grid)
+    )
 
 
-def valid_cells(input_size: tuple[int, int], img_size: int, grid: tuple[int, int], device: torch.device | str = "cpu") -> Tensor:
+def valid_cells(
+    input_size: tuple[int, int],
+    img_size: int,
+    grid: tuple[int, int],
+    device: torch.device | str = "cpu",
+) -> Tensor:
     """(h, w) bool: which cells are those of :func:`cells_on_picture`."""
     rows, columns = cells_on_picture(input_size, img_size, grid)
     valid = torch.zeros(grid, dtype=torch.bool, device=device)
@@ -213,9 +233,13 @@ def on_mask(logits: Tensor, index: Tensor, threshold: float) -> Tensor:
 
 def cell_coverage(masks: Tensor) -> Tensor:
     """Area-average of masks (n, 4h, 4w) bool over the cells of the h x w grid -> (n, h, w) float in [0, 1]."""
-    rows = masks.contiguous().view(torch.int32)  # four bools side by side are the bytes of one number
+    rows = masks.contiguous().view(
+        torch.int32
+    )  # four bools side by side are the bytes of one number
     counts = rows.unflatten(1, (-1, 4)).sum(2, dtype=torch.int32)  # each byte 0 to 4
-    return ((counts * 0x01010101) >> 24).float() / 16  # so multiplied, the top byte is the sum of the four
+    return (
+        (counts * 0x01010101) >> 24
+    ).float() / 16  # so multiplied, the top byte is the sum of the four
 
 
 def filled_cells(coverage: Tensor, valid: Tensor) -> Tensor:
@@ -240,7 +264,9 @@ def elimination_maps(features: Tensor, references: Tensor) -> Tensor:
 
     features: (C, h, w), cells of unit length (or zero, where the PEM is one half). references: (n, C), of unit length.
     """
-    cosines = torch.addmm(references.new_full((1,), NO_COSINE), references, features.flatten(1), alpha=0.5)  # their half, and a half
+    cosines = torch.addmm(
+        references.new_full((1,), NO_COSINE), references, features.flatten(1), alpha=0.5
+    )  # their half, and a half
     return cosines.clamp_(0, 1).unflatten(1, features.shape[1:])
 
 
@@ -261,11 +287,15 @@ def elimination_thresholds(
     if not floor:
         return adaptive
     own = torch.where(filled_cells(coverage, valid), pems, float("nan")).flatten(1)
-    least = torch.nanquantile(own, OWN_QUANTILE, dim=1).nan_to_num(nan=0.0)  # a mask that fills no cell has none
+    least = torch.nanquantile(own, OWN_QUANTILE, dim=1).nan_to_num(
+        nan=0.0
+    )  # a mask that fills no cell has none
     return torch.maximum(adaptive, least)
 
 
-def eliminate(pems: Tensor, thresholds: Tensor, cells: Tensor, gates: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def eliminate(
+    pems: Tensor, thresholds: Tensor, cells: Tensor, gates: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Adaptive filtering: which waiting prompts do the references explain?
 
     pems:       (n, h, w). thresholds: (n,).

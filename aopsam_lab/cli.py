@@ -43,7 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m aopsam_lab", description="Automatic prompts for Segment Anything.")
+    parser = argparse.ArgumentParser(
+        prog="python -m aopsam_lab", description="Automatic prompts for Segment Anything."
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser(
         "segment",
@@ -52,17 +54,40 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     command.set_defaults(run=segment_command)
-    command.add_argument("images", nargs="+", metavar="IMAGE", help="image files, folders of images, or glob patterns")
-    command.add_argument("--out", required=True, type=Path, metavar="DIR", help="where the results go; made if missing")
-    command.add_argument("--method", default="aop", choices=list(METHODS), help="how prompts are found")
+    command.add_argument(
+        "images",
+        nargs="+",
+        metavar="IMAGE",
+        help="image files, folders of images, or glob patterns",
+    )
+    command.add_argument(
+        "--out",
+        required=True,
+        type=Path,
+        metavar="DIR",
+        help="where the results go; made if missing",
+    )
+    command.add_argument(
+        "--method", default="aop", choices=list(METHODS), help="how prompts are found"
+    )
     command.add_argument("--sam", default="mobile_sam", choices=list(MODELS), help="which SAM")
-    command.add_argument("--checkpoint", metavar="FILE", help="SAM weights other than the bundled or official ones")
-    command.add_argument("--predictor", metavar="FILE", help="Prompt Predictor weights other than the bundled ones")
-    command.add_argument("--detector", metavar="FILE", help="YOLOv8 weights other than the bundled: a file, or yolov8n")
+    command.add_argument(
+        "--checkpoint", metavar="FILE", help="SAM weights other than the bundled or official ones"
+    )
+    command.add_argument(
+        "--predictor", metavar="FILE", help="Prompt Predictor weights other than the bundled ones"
+    )
+    command.add_argument(
+        "--detector",
+        metavar="FILE",
+        help="YOLOv8 weights other than the bundled: a file, or yolov8n",
+    )
     command.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
     for parameter in fields(AsfParams):
         text = ASF_HELP[parameter.name]
-        command.add_argument(f"--{parameter.name}", type=float, default=parameter.default, metavar="X", help=text)
+        command.add_argument(
+            f"--{parameter.name}", type=float, default=parameter.default, metavar="X", help=text
+        )
     command = commands.add_parser(
         "download",
         help="fetch official weights",
@@ -70,7 +95,9 @@ def _parser() -> argparse.ArgumentParser:
         "checks their sha256. What was interrupted goes on where it stopped.",
     )
     command.set_defaults(run=download_command)
-    command.add_argument("names", nargs="+", choices=list(OFFICIAL), metavar="NAME", help=", ".join(OFFICIAL))
+    command.add_argument(
+        "names", nargs="+", choices=list(OFFICIAL), metavar="NAME", help=", ".join(OFFICIAL)
+    )
     command = commands.add_parser(
         "find-masks",
         help="find all masks that a SAM can on a folder of photographs: ground truth for a training",
@@ -95,7 +122,9 @@ def segment_command(args: argparse.Namespace) -> int:
 
     Raises ValueError and OSError for what stops all of them: models or settings that do not fit, an unusable folder.
     """
-    params = AsfParams(**{parameter.name: getattr(args, parameter.name) for parameter in fields(AsfParams)})
+    params = AsfParams(
+        **{parameter.name: getattr(args, parameter.name) for parameter in fields(AsfParams)}
+    )
     args.out.mkdir(parents=True, exist_ok=True)
     sam = load_sam(args.sam, args.checkpoint, args.device)
     predictor = detector = None
@@ -111,7 +140,9 @@ def segment_command(args: argparse.Namespace) -> int:
 
     paths, failures = find_images(args.images)
     done = 0
-    for path, stem in tqdm(list(zip(paths, unique_stems(paths))), desc="segmenting", unit="image", dynamic_ncols=True):
+    for path, stem in tqdm(
+        list(zip(paths, unique_stems(paths))), desc="segmenting", unit="image", dynamic_ncols=True
+    ):
         try:
             found = segment(path, args.method, sam, predictor, detector, params)
             found.save(args.out, stem, file_name=path.as_posix())
@@ -120,7 +151,10 @@ def segment_command(args: argparse.Namespace) -> int:
             failures.append((str(path), str(error) or type(error).__name__))
     print(f"{done} of {done + len(failures)} images segmented, results in {args.out}")
     if failures:
-        print("\n".join(["Failed:", *(f"  {name}: {reason}" for name, reason in failures)]), file=sys.stderr)
+        print(
+            "\n".join(["Failed:", *(f"  {name}: {reason}" for name, reason in failures)]),
+            file=sys.stderr,
+        )
     return 1 if failures else 0
 
 
@@ -149,7 +183,11 @@ def find_images(names: Sequence[str]) -> tuple[list[Path], list[tuple[str, str]]
     for name in names:
         path = Path(name)
         if path.is_dir():
-            matches = [p for p in sorted(path.iterdir()) if p.suffix.lower() in endings and not _is_result(p)]
+            matches = [
+                p
+                for p in sorted(path.iterdir())
+                if p.suffix.lower() in endings and not _is_result(p)
+            ]
             reason = "no images in this folder"
         elif path.exists() or not glob.has_magic(name):
             matches = [path]  # where it is missing, reading it says so

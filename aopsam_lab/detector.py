@@ -50,7 +50,11 @@ def process_left_alone() -> Iterator[None]:
     Its `PIL.Image.open` would go and install a package when it meets a file that is no picture.
     """
     image_open, torch_save = Image.open, torch.save
-    threads, cv_threads, printing = torch.get_num_threads(), cv2.getNumThreads(), np.get_printoptions()
+    threads, cv_threads, printing = (
+        torch.get_num_threads(),
+        cv2.getNumThreads(),
+        np.get_printoptions(),
+    )
     environment = dict(os.environ)
     try:
         yield
@@ -61,7 +65,9 @@ def process_left_alone() -> Iterator[None]:
         np.set_printoptions(**printing)
         for name in os.environ.keys() - environment.keys() - _OFFLINE.keys():
             del os.environ[name]
-        os.environ.update({name: value for name, value in environment.items() if name not in _OFFLINE})
+        os.environ.update(
+            {name: value for name, value in environment.items() if name not in _OFFLINE}
+        )
 
 
 def import_ultralytics() -> ModuleType:
@@ -83,7 +89,9 @@ def import_ultralytics() -> ModuleType:
                 "The OAS methods need Ultralytics YOLO: pip install ultralytics-opencv-headless (AGPL-3.0)"
             ) from error
         settings = ultralytics.settings
-        off = {name: False for name, value in settings.items() if value is True}  # statistics and every integration
+        off = {
+            name: False for name, value in settings.items() if value is True
+        }  # statistics and every integration
         dict.update(settings, off)  # in memory only: its own update() would write the file
         from ultralytics.utils import events
 
@@ -98,7 +106,14 @@ class Detector:
     options has that, the least confidence and NMS's overlap (IoU).
     """
 
-    def __init__(self, model: torch.nn.Module, name: str, sha256: str, options: dict[str, float], device: torch.device):
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        name: str,
+        sha256: str,
+        options: dict[str, float],
+        device: torch.device,
+    ):
         with process_left_alone():
             from ultralytics.models.yolo.detect import DetectionPredictor
 
@@ -123,9 +138,13 @@ class Detector:
         Raises: ValueError for another kind of array.
         """
         if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
-            raise ValueError(f"a detector takes H x W x 3 uint8 pictures, not {image.shape} {image.dtype}")
+            raise ValueError(
+                f"a detector takes H x W x 3 uint8 pictures, not {image.shape} {image.dtype}"
+            )
         height, width = image.shape[:2]
-        found = self._predictor([np.ascontiguousarray(image[..., ::-1])])[0].boxes  # Ultralytics reads BGR
+        found = self._predictor([np.ascontiguousarray(image[..., ::-1])])[
+            0
+        ].boxes  # Ultralytics reads BGR
         boxes = found.xyxy.float().cpu().numpy().clip(0, np.array([width, height] * 2, np.float32))
         scores = found.conf.float().cpu().numpy()
         real = np.flatnonzero((boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1]))
@@ -141,11 +160,17 @@ def _from_safetensors(path: Path) -> tuple[torch.nn.Module, dict[str, float]]:
             state = {name: file.get_tensor(name) for name in file.keys()}
             options = {**DEFAULTS, **json.loads((file.metadata() or {}).get("detector", "{}"))}
     except (SafetensorError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is not a readable safetensors file ({error}); give detector weights") from error
+        raise ValueError(
+            f"{path} is not a readable safetensors file ({error}); give detector weights"
+        ) from error
     model = DetectionModel(ARCHITECTURE, nc=len(CLASS_NAMES), verbose=False)
     wanted = model.state_dict()
-    if wanted.keys() != state.keys() or any(wanted[name].shape != state[name].shape for name in state):
-        raise ValueError(f"{path} does not hold one-class YOLOv8n weights; give the bundled file, or a YOLOv8 .pt file")
+    if wanted.keys() != state.keys() or any(
+        wanted[name].shape != state[name].shape for name in state
+    ):
+        raise ValueError(
+            f"{path} does not hold one-class YOLOv8n weights; give the bundled file, or a YOLOv8 .pt file"
+        )
     model.load_state_dict({name: tensor.to(wanted[name].dtype) for name, tensor in state.items()})
     model.names = dict(CLASS_NAMES)
     return model, options

@@ -39,10 +39,14 @@ def iou_matrix(truths: Sequence[dict], predictions: Sequence[dict]) -> np.ndarra
     """
     sizes = {tuple(rle["size"]) for rle in (*truths, *predictions)}
     if len(sizes) > 1:
-        raise ValueError(f"Masks of one image must share one size (height, width); got {sorted(sizes)}.")
+        raise ValueError(
+            f"Masks of one image must share one size (height, width); got {sorted(sizes)}."
+        )
     if not truths or not predictions:
         return np.zeros((len(truths), len(predictions)))
-    return np.asarray(coco_mask.iou(list(predictions), list(truths), [0] * len(truths)), dtype=float).T
+    return np.asarray(
+        coco_mask.iou(list(predictions), list(truths), [0] * len(truths)), dtype=float
+    ).T
 
 
 def greedy_matching(iou: np.ndarray) -> np.ndarray:
@@ -88,7 +92,9 @@ def score_matrix(iou: np.ndarray) -> ImageScore:
     )
 
 
-def aggregate(miou: Sequence[float], miou_best: Sequence[float], n_truth: Sequence[int]) -> dict[str, float]:
+def aggregate(
+    miou: Sequence[float], miou_best: Sequence[float], n_truth: Sequence[int]
+) -> dict[str, float]:
     """Scores of single images -> scores of the data set.
 
     Returns miou and miou_best (mean over images with truth, NaN where none has) and n_images (their number).
@@ -133,12 +139,16 @@ def mean_interval(values: Sequence[float], seed: int = 0) -> tuple[float, float,
     return mean, low, high
 
 
-def paired_difference(values: Sequence[float], reference: Sequence[float], seed: int = 0) -> tuple[float, float, float]:
+def paired_difference(
+    values: Sequence[float], reference: Sequence[float], seed: int = 0
+) -> tuple[float, float, float]:
     """`values` minus `reference`, image by image: (mean, low, high) of the paired 95% interval.
 
     Raises ValueError where the two are not of the same images.
     """
     values, reference = np.asarray(values, dtype=float), np.asarray(reference, dtype=float)
     if values.shape != reference.shape:
-        raise ValueError(f"A paired difference needs the same images: {len(values)} values, {len(reference)} others.")
+        raise ValueError(
+            f"A paired difference needs the same images: {len(values)} values, {len(reference)} others."
+        )
     return mean_interval(values - reference, seed)

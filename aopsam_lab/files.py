@@ -8,7 +8,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 
-def write_atomically(path: str | os.PathLike, data: bytes | str | Iterable[bytes | memoryview]) -> Path:
+def write_atomically(
+    path: str | os.PathLike, data: bytes | str | Iterable[bytes | memoryview]
+) -> Path:
     """Write `data` (text as UTF-8; pieces one after another) to `path`, making its folder.
 
     The bytes go to a hidden file beside it that then takes its name: no reader, and no run that is killed, ever meets

@@ -206,7 +206,7 @@ def test_the_notebook_runs_and_shows_the_picture(lab):
 
 
 def numbers(badge: str) -> tuple[int, int]:
-    """"aop 35 decoded of 47 (0 new) ..." -> 35, 47."""
+    """ "aop 35 decoded of 47 (0 new) ..." -> 35, 47."""
     words = badge.split()
     return int(words[words.index("decoded") - 1]), int(words[words.index("of") + 1])
 

@@ -53,5 +53,3 @@ def test_its_embedding_and_masks_are_those_of_the_mobile_sam_package(sam):
     }
     for found, expected in zip(ours.predict(**point), theirs.predict(**point)):
         assert np.allclose(found, expected, atol=1e-4)
-
-

@@ -30,7 +30,9 @@ TRIANGLE = [[5.0, 5.0, 25.0, 8.0, 12.0, 27.0]]
 
 def picture(path, seed=0):
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8)).save(path)
+    Image.fromarray(
+        np.random.default_rng(seed).integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8)
+    ).save(path)
 
 
 def rle(mask) -> dict:
@@ -50,7 +52,9 @@ def coco_json(path, images, annotations):
     content = {
         "info": {},
         "images": [{"id": i, **size, **names} for i, names in enumerate(images)],
-        "annotations": [{"id": n, "category_id": 1, **entry} for n, entry in enumerate(annotations)],
+        "annotations": [
+            {"id": n, "category_id": 1, **entry} for n, entry in enumerate(annotations)
+        ],
         "categories": [{"id": 1, "name": "thing"}],
     }
     path.write_text(json.dumps(content))
@@ -120,33 +124,55 @@ def test_lvis_takes_its_pictures_from_both_folders_of_coco(tmp_path):
 
 def polygons():
     coordinate = st.floats(-5, 45, allow_nan=False).map(lambda x: round(x, 2))
-    return st.lists(st.lists(coordinate, min_size=6, max_size=12).map(lambda p: p[: len(p) // 2 * 2]), max_size=3)
+    return st.lists(
+        st.lists(coordinate, min_size=6, max_size=12).map(lambda p: p[: len(p) // 2 * 2]),
+        max_size=3,
+    )
 
 
 @given(st.lists(polygons(), max_size=3))
 @settings(max_examples=60, deadline=None)
 def test_masks_are_those_of_pycocotools(segmentations):
-    annotations = [{"id": i, "image_id": 0, "segmentation": s, "area": 1} for i, s in enumerate(segmentations)]
+    annotations = [
+        {"id": i, "image_id": 0, "segmentation": s, "area": 1} for i, s in enumerate(segmentations)
+    ]
     oracle = COCO()
-    oracle.dataset = {"images": [{"id": 0, "height": HEIGHT, "width": WIDTH}], "annotations": annotations}
+    oracle.dataset = {
+        "images": [{"id": 0, "height": HEIGHT, "width": WIDTH}],
+        "annotations": annotations,
+    }
     oracle.createIndex()
-    expected = [oracle.annToMask(annotation).astype(bool) for annotation in annotations if annotation["segmentation"]]
+    expected = [
+        oracle.annToMask(annotation).astype(bool)
+        for annotation in annotations
+        if annotation["segmentation"]
+    ]
     rles, *_ = truths(map(packed, annotations), HEIGHT, WIDTH, "here", Counter())
     found = Sample("", np.zeros((HEIGHT, WIDTH, 3), np.uint8), rles=rles).masks
     expected = [mask for mask in expected if mask.any()]
-    assert len(found) == len(expected) and all(np.array_equal(a, b) for a, b in zip(found, expected))
+    assert len(found) == len(expected) and all(
+        np.array_equal(a, b) for a, b in zip(found, expected)
+    )
 
 
 def test_what_is_no_number_is_no_polygon():
     segmentation = [["a"] * 6, TRIANGLE[0], 3, {"x": 1}]
     left_out = Counter()
-    rles, points, _ = truths([packed({"segmentation": segmentation})], HEIGHT, WIDTH, "here", left_out)
+    rles, points, _ = truths(
+        [packed({"segmentation": segmentation})], HEIGHT, WIDTH, "here", left_out
+    )
     assert len(rles) == 1 and points is None and left_out["degenerate_polygons"] == 3
 
 
 def sa1b_json(name, masks, **changes) -> bytes:
     content = {
-        "image": {"image_id": 1, "width": WIDTH, "height": HEIGHT, "file_name": f"{name}.jpg", **changes},
+        "image": {
+            "image_id": 1,
+            "width": WIDTH,
+            "height": HEIGHT,
+            "file_name": f"{name}.jpg",
+            **changes,
+        },
         "annotations": [
             {
                 "id": i,
@@ -154,7 +180,9 @@ def sa1b_json(name, masks, **changes) -> bytes:
                 "area": int(mask.sum()),
                 "segmentation": rle(mask),
                 "predicted_iou": 0.9,
-                "point_coords": [[float(np.nonzero(mask)[1][0]) + 0.5, float(np.nonzero(mask)[0][0]) + 0.5]],
+                "point_coords": [
+                    [float(np.nonzero(mask)[1][0]) + 0.5, float(np.nonzero(mask)[0][0]) + 0.5]
+                ],
                 "crop_box": [0, 0, WIDTH, HEIGHT],
                 "stability_score": 0.95,
             }
@@ -203,8 +231,13 @@ def test_sa1b_is_the_same_packed_and_unpacked(tmp_path):
     random.Random(0).shuffle(shuffled)
     write_shard(tmp_path / "packed" / "sa_000000.tar", dict(shuffled[:half]))
     write_shard(tmp_path / "packed" / "sa_000001.tar", dict(shuffled[half:]))
-    plain, tar = open_dataset(f"sa1b:{tmp_path / 'plain'}", 5, seed=3), Sa1b(tmp_path / "packed", 5, seed=3)
-    assert plain.ids == tar.ids and len(set(plain.ids)) == 5 and plain.fingerprint == tar.fingerprint
+    plain, tar = (
+        open_dataset(f"sa1b:{tmp_path / 'plain'}", 5, seed=3),
+        Sa1b(tmp_path / "packed", 5, seed=3),
+    )
+    assert (
+        plain.ids == tar.ids and len(set(plain.ids)) == 5 and plain.fingerprint == tar.fingerprint
+    )
     assert Sa1b(tmp_path / "plain", 3, seed=3).ids == plain.ids[:3]
     assert Sa1b(tmp_path / "plain", 5, seed=4).ids != plain.ids
     for i in range(5):
@@ -225,8 +258,16 @@ def test_what_is_missing_in_sa1b_is_counted(tmp_path):
     dataset = Sa1b(tmp_path)
     assert sorted(dataset.ids) == NAMES[2:]
     counts = dataset.describe()
-    assert (counts["missing_images"], counts["missing_annotation_files"], counts["duplicate_images"]) == (1, 1, 1)
-    assert counts["images_without_masks"] == 1 and counts["masks"] == 8 and counts["images_available"] == 5
+    assert (
+        counts["missing_images"],
+        counts["missing_annotation_files"],
+        counts["duplicate_images"],
+    ) == (1, 1, 1)
+    assert (
+        counts["images_without_masks"] == 1
+        and counts["masks"] == 8
+        and counts["images_available"] == 5
+    )
     empty = dataset[dataset.ids.index("sa_3")]
     assert empty.masks.shape == (0, HEIGHT, WIDTH) and empty.points is None
 

@@ -35,10 +35,14 @@ def test_views_and_a_large_odd_mask():
     generator = torch.Generator().manual_seed(3)
     masks = torch.rand(2, 517, 1031, generator=generator) > 0.5
     assert encode_rle(masks) == oracle(masks.numpy())
-    assert encode_rle(masks.transpose(1, 2)[:, ::3]) == oracle(masks.numpy().transpose(0, 2, 1)[:, ::3])
+    assert encode_rle(masks.transpose(1, 2)[:, ::3]) == oracle(
+        masks.numpy().transpose(0, 2, 1)[:, ::3]
+    )
 
 
-@pytest.mark.parametrize("bad", [torch.zeros(2, 3).bool(), torch.zeros(1, 2, 3), torch.zeros(1, 0, 3).bool()])
+@pytest.mark.parametrize(
+    "bad", [torch.zeros(2, 3).bool(), torch.zeros(1, 2, 3), torch.zeros(1, 0, 3).bool()]
+)
 def test_bad_masks_are_refused(bad):
     with pytest.raises(ValueError, match="encode_rle needs"):
         encode_rle(bad)

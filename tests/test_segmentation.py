@@ -19,7 +19,13 @@ HEIGHT, WIDTH = 24, 40
 
 
 def prompt_rows(rows: list[dict]) -> pd.DataFrame:
-    default = {"confidence": 0.5, "round": -1, "by": -1, "pem": np.nan, **dict.fromkeys(PROMPT_COLUMNS[7:], np.nan)}
+    default = {
+        "confidence": 0.5,
+        "round": -1,
+        "by": -1,
+        "pem": np.nan,
+        **dict.fromkeys(PROMPT_COLUMNS[7:], np.nan),
+    }
     return pd.DataFrame([{**default, **row} for row in rows], columns=list(PROMPT_COLUMNS))
 
 
@@ -35,7 +41,16 @@ def example() -> Segmentation:
             {"x": 6.5, "y": 4.5, "round": 0, "status": "kept"},
             {"x": 7.5, "y": 5.5, "status": "eliminated", "by": 1, "pem": 0.8},
             {"x": 1.5, "y": 1.5, "round": 0, "status": "low_iou"},
-            {"x": 34.0, "y": 21.0, "round": 1, "status": "kept", "x0": 28.0, "y0": 18.0, "x1": 40.0, "y1": 24.0},
+            {
+                "x": 34.0,
+                "y": 21.0,
+                "round": 1,
+                "status": "kept",
+                "x0": 28.0,
+                "y0": 18.0,
+                "x1": 40.0,
+                "y1": 24.0,
+            },
             {"x": 35.0, "y": 21.0, "round": 1, "status": "duplicate"},
             {"x": 2.0, "y": 22.0, "round": 1, "status": "unstable"},
         ]
@@ -79,7 +94,9 @@ def test_to_array_is_the_decoded_rle():
     seg = example()
     masks = seg.to_array()
     assert masks.shape == (3, HEIGHT, WIDTH) and masks.dtype == bool
-    assert np.array_equal(masks, np.stack([coco_mask.decode(rle) for rle in seg.masks]).astype(bool))
+    assert np.array_equal(
+        masks, np.stack([coco_mask.decode(rle) for rle in seg.masks]).astype(bool)
+    )
     assert masks[0].sum() == 4 * 5
 
 
@@ -92,7 +109,9 @@ def test_records_have_the_generators_keys_and_values():
     assert record["bbox"] == [10, 5, 4, 3]  # inclusive maxima, as batched_mask_to_box gives them
     assert record["point_coords"] == [[12.5, 7.5]]
     assert record["crop_box"] == [0, 0, WIDTH, HEIGHT]
-    assert record["predicted_iou"] == pytest.approx(0.9) and record["stability_score"] == pytest.approx(0.99)
+    assert record["predicted_iou"] == pytest.approx(0.9) and record[
+        "stability_score"
+    ] == pytest.approx(0.99)
 
 
 def test_supervision_reads_the_records():
@@ -112,9 +131,13 @@ def test_coco_round_trip(tmp_path):
     coco = COCO(path)
     assert coco.imgs == {7: {"id": 7, "file_name": "photo.jpg", "width": WIDTH, "height": HEIGHT}}
     annotations = coco.loadAnns(coco.getAnnIds(imgIds=7, iscrowd=False))
-    assert np.array_equal(np.stack([coco.annToMask(a) for a in annotations]).astype(bool), seg.to_array())
+    assert np.array_equal(
+        np.stack([coco.annToMask(a) for a in annotations]).astype(bool), seg.to_array()
+    )
     assert [a["area"] for a in annotations] == seg.to_array().sum((1, 2)).tolist()
-    assert annotations[0]["bbox"] == [10, 5, 4, 3] and annotations[2]["point_coords"] == [[34.0, 21.0]]
+    assert annotations[0]["bbox"] == [10, 5, 4, 3] and annotations[2]["point_coords"] == [
+        [34.0, 21.0]
+    ]
 
 
 def test_label_image_puts_small_masks_on_top():

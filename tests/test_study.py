@@ -1,5 +1,4 @@
-"""The study: what is kept, what is scored again, what survives a kill, and what is written of it.
-"""
+"""The study: what is kept, what is scored again, what survives a kill, and what is written of it."""
 
 from __future__ import annotations
 

@@ -183,8 +183,7 @@ def test_the_training_learns_stops_and_goes_on(small_sam, photos, tmp_path, monk
         data, predictor.split(data)[1], tmp_path / "work/embeddings", small_sam, own_prompts
     )
     counts = [
-        len(sample_prompts(predictor.predicted(made, examples, i))[0])
-        for i in range(len(examples))
+        len(sample_prompts(predictor.predicted(made, examples, i))[0]) for i in range(len(examples))
     ]
     assert np.mean(counts) == pytest.approx(6, abs=2), "calibrated"
 

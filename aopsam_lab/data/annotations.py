@@ -60,7 +60,11 @@ def truths(
 
 def packed(annotation: dict) -> dict:
     """An annotation with only what `truths` reads, its numbers as arrays: a tenth of the memory of Python's floats."""
-    kept = {key: annotation[key] for key in ("id", "iscrowd", "point_coords", "clicks") if annotation.get(key)}
+    kept = {
+        key: annotation[key]
+        for key in ("id", "iscrowd", "point_coords", "clicks")
+        if annotation.get(key)
+    }
     segmentation = annotation.get("segmentation")
     if isinstance(segmentation, list):
         segmentation = [_packed_part(part) for part in segmentation]
@@ -74,15 +78,23 @@ def _packed_part(part) -> array | list:
         return []
 
 
-def _encode(annotation: dict, height: int, width: int, where: str, left_out: Counter[str]) -> dict | None:
+def _encode(
+    annotation: dict, height: int, width: int, where: str, left_out: Counter[str]
+) -> dict | None:
     """One annotation's compressed RLE, None where it has no mask."""
     segmentation = annotation.get("segmentation")
     if isinstance(segmentation, dict):
-        return _whole_rle(segmentation, height, width, f"annotation {annotation.get('id')} of {where}")
+        return _whole_rle(
+            segmentation, height, width, f"annotation {annotation.get('id')} of {where}"
+        )
     if not segmentation:
         return None
     # pycocotools reads four numbers as a box, so parts that are no polygon have to go before it sees them.
-    parts = [list(p) for p in segmentation if isinstance(p, (list, array)) and len(p) >= 6 and len(p) % 2 == 0]
+    parts = [
+        list(p)
+        for p in segmentation
+        if isinstance(p, (list, array)) and len(p) >= 6 and len(p) % 2 == 0
+    ]
     left_out["degenerate_polygons"] += len(segmentation) - len(parts)
     if not parts:
         return None
@@ -91,11 +103,15 @@ def _encode(annotation: dict, height: int, width: int, where: str, left_out: Cou
 
 def _whole_rle(rle: dict, height: int, width: int, where: str) -> dict:
     if list(rle.get("size", [])) != [height, width]:
-        raise ValueError(f"The mask of {where} has size {rle.get('size')}, its image {[height, width]}.")
+        raise ValueError(
+            f"The mask of {where} has size {rle.get('size')}, its image {[height, width]}."
+        )
     counts = rle.get("counts")
     if isinstance(counts, list):
         if sum(counts) != height * width:
-            raise ValueError(f"The counts of {where} add up to {sum(counts)} pixels, not {height} x {width}.")
+            raise ValueError(
+                f"The counts of {where} add up to {sum(counts)} pixels, not {height} x {width}."
+            )
         return coco_mask.frPyObjects(rle, height, width)
     if not isinstance(counts, str):
         raise ValueError(f"The counts of {where} are neither a list nor a string.")
@@ -109,10 +125,17 @@ def upright_size(data: bytes, where: str) -> tuple[int, int]:
     """
     try:
         with Image.open(io.BytesIO(data)) as picture:
-            turned = picture.getexif().get(0x0112, 1) in (5, 6, 7, 8)  # EXIF orientations that swap the sides
+            turned = picture.getexif().get(0x0112, 1) in (
+                5,
+                6,
+                7,
+                8,
+            )  # EXIF orientations that swap the sides
             width, height = picture.size[::-1] if turned else picture.size
     except OSError as error:  # what is no picture, and one that ends within its header
-        raise ValueError(f"{where} cannot be read as an image. Replace it or take it out of the folder.") from error
+        raise ValueError(
+            f"{where} cannot be read as an image. Replace it or take it out of the folder."
+        ) from error
     return height, width
 
 

@@ -40,7 +40,9 @@ class CocoFolder:
         records, annotations = self._read()
         present = [record for record in records if (self._root / record["path"]).is_file()]
         if not present:
-            raise FileNotFoundError(f"None of the {len(records)} images that {self._file} names is in {self._root}.")
+            raise FileNotFoundError(
+                f"None of the {len(records)} images that {self._file} names is in {self._root}."
+            )
         self._counts["missing_images"] = len(records) - len(present)
         self._available = len(present)
         present.sort(key=lambda record: order(seed, record["path"]))
@@ -91,13 +93,17 @@ class CocoFolder:
                 "folder, or coco:PATH, lvis:PATH or sa1b:PATH."
             )
         if not file.is_file():
-            raise FileNotFoundError(f"{self.path} has no annotations.json; a COCO-style folder has it beside images/.")
+            raise FileNotFoundError(
+                f"{self.path} has no annotations.json; a COCO-style folder has it beside images/."
+            )
         return file, self.path / "images", self.path.resolve().name
 
     @staticmethod
     def _image_path(record: dict) -> str:
         """An image's path below the image folder: COCO's file_name; LVIS has only coco_url, which ends in it."""
-        return record["file_name"] if "file_name" in record else record["coco_url"].rsplit("/", 1)[-1]
+        return (
+            record["file_name"] if "file_name" in record else record["coco_url"].rsplit("/", 1)[-1]
+        )
 
     def _read(self) -> tuple[list[dict], dict[int, list[dict]]]:
         """The images, each with its `path`, and their annotations by image id."""
@@ -113,11 +119,22 @@ class CocoFolder:
         try:
             with self._file.open(encoding="utf-8") as file:
                 content = json.load(file, object_hook=keep)
-            records = [{**record, "path": _below(self._image_path(record))} for record in content["images"]]
+            records = [
+                {**record, "path": _below(self._image_path(record))} for record in content["images"]
+            ]
             if not all(annotation is True for annotation in content["annotations"]):
                 raise KeyError("image_id")
-            ids, paths = Counter(record["id"] for record in records), Counter(record["path"] for record in records)
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+            ids, paths = (
+                Counter(record["id"] for record in records),
+                Counter(record["path"] for record in records),
+            )
+        except (
+            json.JSONDecodeError,
+            UnicodeDecodeError,
+            KeyError,
+            TypeError,
+            AttributeError,
+        ) as error:
             raise ValueError(
                 f"{self._file} is not in COCO's instances format: {type(error).__name__} {error}."
             ) from error
@@ -160,7 +177,9 @@ class Coco(CocoFolder):
     def _locate(self) -> tuple[Path, Path, str]:
         file = _annotation_file(self.path, self.default, self.kind)
         split = file.stem.removeprefix("instances_")
-        folders = [root / name for root in _roots(file) for name in (split, f"images/{split}", "images")]
+        folders = [
+            root / name for root in _roots(file) for name in (split, f"images/{split}", "images")
+        ]
         return file, _first_folder(folders, file), f"coco-{split}"
 
 
@@ -176,9 +195,17 @@ class Lvis(CocoFolder):
 
     def _locate(self) -> tuple[Path, Path, str]:
         file = _annotation_file(self.path, self.default, self.kind)
-        roots = [folder for root in _roots(file) for folder in (root, root / "images", root / "coco")]
-        found = [root for root in roots if (root / "train2017").is_dir() or (root / "val2017").is_dir()]
-        return file, _first_folder(found or [roots[0] / "val2017"], file), file.stem.replace("_", "-")
+        roots = [
+            folder for root in _roots(file) for folder in (root, root / "images", root / "coco")
+        ]
+        found = [
+            root for root in roots if (root / "train2017").is_dir() or (root / "val2017").is_dir()
+        ]
+        return (
+            file,
+            _first_folder(found or [roots[0] / "val2017"], file),
+            file.stem.replace("_", "-"),
+        )
 
     @staticmethod
     def _image_path(record: dict) -> str:
@@ -206,12 +233,16 @@ def _first_folder(folders: list[Path], file: Path) -> Path:
     for folder in folders:
         if folder.is_dir():
             return folder
-    raise FileNotFoundError(f"The pictures of {file} are in none of {', '.join(map(str, folders))}.")
+    raise FileNotFoundError(
+        f"The pictures of {file} are in none of {', '.join(map(str, folders))}."
+    )
 
 
 def _below(name: str) -> str:
     """A path that stays below its folder."""
     parts = PurePosixPath(name.replace("\\", "/"))
     if parts.is_absolute() or ".." in parts.parts:
-        raise ValueError(f"The image {name!r} lies outside the folder images/; its file_name must stay below it.")
+        raise ValueError(
+            f"The image {name!r} lies outside the folder images/; its file_name must stay below it."
+        )
     return str(parts)

@@ -36,7 +36,9 @@ def read_image(image: np.ndarray | Image.Image | str | os.PathLike) -> np.ndarra
         return _from_pillow(image)
     if isinstance(image, np.ndarray):
         return _from_array(image)
-    raise ValueError(f"An image is a NumPy array, a Pillow image or a path, not a {type(image).__name__}.")
+    raise ValueError(
+        f"An image is a NumPy array, a Pillow image or a path, not a {type(image).__name__}."
+    )
 
 
 def _from_file(path: Path) -> np.ndarray:
@@ -52,7 +54,9 @@ def _from_file(path: Path) -> np.ndarray:
             picture.load()
             return _from_pillow(picture)
     except UnidentifiedImageError:  # its own text names a buffer in memory
-        raise ValueError(f"{path} cannot be read as an image: its format is none that Pillow knows.") from None
+        raise ValueError(
+            f"{path} cannot be read as an image: its format is none that Pillow knows."
+        ) from None
     except Exception as error:  # Pillow's readers raise many kinds on damaged files: struct.error, SyntaxError, ...
         raise ValueError(f"{path} cannot be read as an image: {error}") from error
 
@@ -61,7 +65,9 @@ def _from_pillow(picture: Image.Image) -> np.ndarray:
     if 0 in picture.size:
         raise ValueError(f"The image is empty: {picture.width} x {picture.height} pixels.")
     picture = ImageOps.exif_transpose(picture)
-    if picture.mode.startswith("I") or picture.mode == "F":  # 16 or 32 bits: Pillow's own conversion would clip
+    if (
+        picture.mode.startswith("I") or picture.mode == "F"
+    ):  # 16 or 32 bits: Pillow's own conversion would clip
         return _from_array(np.asarray(picture))
     if picture.has_transparency_data:
         if picture.mode == "La":  # premultiplied grey converts to RGBA only by way of LA
@@ -74,7 +80,9 @@ def _from_array(pixels: np.ndarray) -> np.ndarray:
     shape = pixels.shape
     if pixels.ndim not in (2, 3) or (pixels.ndim == 3 and shape[2] not in (1, 2, 3, 4)):
         hint = " Move its channels last." if pixels.ndim == 3 and shape[0] in (1, 3, 4) else ""
-        raise ValueError(f"An image array is H x W, or H x W x 1, 2, 3 or 4 channels; this has shape {shape}.{hint}")
+        raise ValueError(
+            f"An image array is H x W, or H x W x 1, 2, 3 or 4 channels; this has shape {shape}.{hint}"
+        )
     if pixels.size == 0:
         raise ValueError(f"The image array is empty: shape {shape}.")
     pixels = _to_uint8(pixels if pixels.ndim == 3 else pixels[..., None])
@@ -100,7 +108,9 @@ def _to_uint8(pixels: np.ndarray) -> np.ndarray:
     if np.issubdtype(pixels.dtype, np.integer):
         low, high = int(pixels.min()), int(pixels.max())
         if low < 0 or high >= 2**32:
-            raise ValueError(f"Integer pixels run from 0 to {2**32 - 1} at most; these run from {low} to {high}.")
+            raise ValueError(
+                f"Integer pixels run from 0 to {2**32 - 1} at most; these run from {low} to {high}."
+            )
         white = next(2**depth - 1 for depth in _DEPTHS if high < 2**depth)
         return np.round(pixels.astype(np.float64) * (255 / white)).astype(np.uint8)
     raise ValueError(f"Image arrays hold booleans, integers or floats, not {pixels.dtype}.")

@@ -61,9 +61,14 @@ class Sa1b:
         images, notes, self._duplicates = _index(self.path)
         whole = images.keys() & notes.keys()
         if not whole:
-            raise FileNotFoundError(f"There is no sa_*.jpg with its .json in {self.path}, nor in a .tar there.")
+            raise FileNotFoundError(
+                f"There is no sa_*.jpg with its .json in {self.path}, nor in a .tar there."
+            )
         self._available = len(whole)
-        self._missing_images, self._missing_notes = len(notes.keys() - whole), len(images.keys() - whole)
+        self._missing_images, self._missing_notes = (
+            len(notes.keys() - whole),
+            len(images.keys() - whole),
+        )
         self.ids = sorted(whole, key=lambda name: order(seed, name))[:n_images]
         self._images = [images[name] for name in self.ids]
         self._notes = [notes[name] for name in self.ids]
@@ -79,7 +84,9 @@ class Sa1b:
         try:
             image = read_image(Image.open(io.BytesIO(data)))
         except OSError as error:
-            raise ValueError(f"{self.ids[i]} of {self.path} is damaged: {error}. Download it again.") from error
+            raise ValueError(
+                f"{self.ids[i]} of {self.path} is damaged: {error}. Download it again."
+            ) from error
         return Sample(self.ids[i], image, points=points, rles=rles)
 
     def sample_fingerprint(self, i: int) -> str:
@@ -93,12 +100,16 @@ class Sa1b:
     @cached_property
     def fingerprint(self) -> str:
         """A hash of all samples' bytes; read when first asked for."""
-        return hashlib.sha256("\n".join(map(self.sample_fingerprint, range(len(self)))).encode()).hexdigest()
+        return hashlib.sha256(
+            "\n".join(map(self.sample_fingerprint, range(len(self)))).encode()
+        ).hexdigest()
 
     def describe(self) -> dict[str, str | int]:
         """Name, fingerprint and counts, as CocoFolder's; the images taken are all read for it."""
         left_out: Counter[str] = Counter()
-        masks = [len(self._truths(i, self._images[i].read(), left_out).rles) for i in range(len(self))]
+        masks = [
+            len(self._truths(i, self._images[i].read(), left_out).rles) for i in range(len(self))
+        ]
         return {
             "name": self.name,
             "fingerprint": self.fingerprint,
@@ -120,9 +131,13 @@ class Sa1b:
             said = content["image"]["height"], content["image"]["width"]
             annotations = content["annotations"]
         except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-            raise ValueError(f"The JSON of {where} is not SA-1B's: {type(error).__name__} {error}.") from error
+            raise ValueError(
+                f"The JSON of {where} is not SA-1B's: {type(error).__name__} {error}."
+            ) from error
         if said != (height, width):
-            raise ValueError(f"{where} is {width} x {height} pixels, but its JSON says {said[1]} x {said[0]}.")
+            raise ValueError(
+                f"{where} is {width} x {height} pixels, but its JSON says {said[1]} x {said[0]}."
+            )
         return truths(annotations, height, width, where, left_out)
 
 
@@ -158,5 +173,7 @@ def _members(shard: Path) -> list[tuple[str, _Bytes]]:
                     found.append((name, _Bytes(shard, member.offset_data, member.size)))
                 archive.members = []  # tarfile would keep them all
     except tarfile.TarError as error:
-        raise ValueError(f"{shard} is not a whole, uncompressed tar file ({error}). Download it again.") from error
+        raise ValueError(
+            f"{shard} is not a whole, uncompressed tar file ({error}). Download it again."
+        ) from error
     return found

@@ -24,7 +24,9 @@ def mask_colours(n: int) -> np.ndarray:
     for change in (0.0, 0.18, -0.16):
         for rgb in base:
             hue, light, saturation = colorsys.rgb_to_hls(*rgb)
-            colours.append(colorsys.hls_to_rgb(hue, min(max(light + change, 0.15), 0.9), saturation))
+            colours.append(
+                colorsys.hls_to_rgb(hue, min(max(light + change, 0.15), 0.9), saturation)
+            )
     table = np.round(np.array(colours) * 255).astype(np.uint8)
     return table[np.arange(n) % len(table)]
 
@@ -36,7 +38,9 @@ def label_image(masks: Sequence[dict], size: tuple[int, int]) -> np.ndarray:
     top. Raises ValueError for more masks than 16 bits can number.
     """
     if len(masks) > MAX_LABELS:
-        raise ValueError(f"A 16-bit label image holds at most {MAX_LABELS} masks, not {len(masks)}.")
+        raise ValueError(
+            f"A 16-bit label image holds at most {MAX_LABELS} masks, not {len(masks)}."
+        )
     labels = np.zeros(size, dtype=np.uint16, order="F")  # as masks decode: columns first
     for i in painting_order(masks):
         pixels, (x, y) = _cut_out(masks[i])
@@ -76,5 +80,7 @@ def _cut_out(mask: dict) -> tuple[np.ndarray, tuple[int, int]]:
 def png_bytes(pixels: np.ndarray) -> bytes:
     """A PNG of H x W x 3 uint8, or of H x W uint8 or uint16."""
     stream = io.BytesIO()
-    Image.fromarray(pixels).save(stream, format="PNG", compress_level=3)  # as small within a tenth, in half the time
+    Image.fromarray(pixels).save(
+        stream, format="PNG", compress_level=3
+    )  # as small within a tenth, in half the time
     return stream.getvalue()

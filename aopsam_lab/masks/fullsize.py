@@ -54,7 +54,9 @@ class Axis:
         place = torch.arange(pixels, device=device)
         begins = torch.ones_like(base, dtype=torch.bool)
         begins[1:] = base[1:] != base[:-1]
-        since = place - torch.where(begins, place, 0).cummax(0).values  # pixels since the last change of base
+        since = (
+            place - torch.where(begins, place, 0).cummax(0).values
+        )  # pixels since the last change of base
         # at the picture's edges many more pixels share their logits: as several cells of the usual size
         inner = begins.nonzero()[1:, 0].diff()
         usual = int(inner.max()) if len(inner) else int(since.max()) + 1
@@ -81,11 +83,17 @@ class FullSize:
     """
 
     def __init__(
-        self, low: tuple[int, int], model: int, input_size: tuple[int, int], image_size: tuple[int, int], device:
-        torch.device
+        self,
+        low: tuple[int, int],
+        model: int,
+        input_size: tuple[int, int],
+        image_size: tuple[int, int],
+        device: torch.device,
     ):
         self.model, self.input_size, self.image_size = model, input_size, image_size
-        self.y, self.x = (Axis.of(low[i], model, input_size[i], image_size[i], device) for i in range(2))
+        self.y, self.x = (
+            Axis.of(low[i], model, input_size[i], image_size[i], device) for i in range(2)
+        )
 
     def measure(
         self, logits: Tensor, threshold: float, offset: float, least: float = 0.0
@@ -109,9 +117,15 @@ class FullSize:
         if len(hopeful) < len(logits):
             part = tuple(x[hopeful] for x in part)
         stability = logits.new_full((len(logits),), float("nan"))
-        stability[hopeful] = (self._area(*part, threshold + offset) / self._area(*part, threshold - offset)).float()
+        stability[hopeful] = (
+            self._area(*part, threshold + offset) / self._area(*part, threshold - offset)
+        ).float()
         boxes = torch.zeros(len(logits), 4, dtype=torch.long, device=logits.device)
-        wanted = (stability >= least).nonzero()[:, 0] if least else torch.arange(len(logits), device=logits.device)
+        wanted = (
+            (stability >= least).nonzero()[:, 0]
+            if least
+            else torch.arange(len(logits), device=logits.device)
+        )
         boxes[wanted] = self._boxes(logits[wanted], smallest[wanted], greatest[wanted], threshold)
         return stability, boxes
 
@@ -119,9 +133,14 @@ class FullSize:
         self, logits: Tensor, threshold: float, offset: float, least: float
     ) -> tuple[Tensor, Tensor]:
         """As :meth:`measure`, by resizing each mask."""
-        stability, boxes = logits.new_full((len(logits),), float("nan")), torch.zeros(len(logits), 4, dtype=torch.long)
+        stability, boxes = (
+            logits.new_full((len(logits),), float("nan")),
+            torch.zeros(len(logits), 4, dtype=torch.long),
+        )
         for i, whole in enumerate(self._whole(logits)):
-            inner, outer = (np.count_nonzero(whole > cut) for cut in (threshold + offset, threshold - offset))
+            inner, outer = (
+                np.count_nonzero(whole > cut) for cut in (threshold + offset, threshold - offset)
+            )
             stability[i] = inner / outer if outer else float("nan")
             if stability[i] >= least or not least:
                 x, y, w, h = cv2.boundingRect((whole > threshold).view(np.uint8))
@@ -130,13 +149,17 @@ class FullSize:
 
     def _as_a_whole(self, logits: Tensor) -> bool:
         """Whether resizing each mask as a whole is the quicker way."""
-        return logits.device.type == "cpu" and self.image_size[0] * self.image_size[1] <= WHOLE_PIXELS
+        return (
+            logits.device.type == "cpu" and self.image_size[0] * self.image_size[1] <= WHOLE_PIXELS
+        )
 
     def _whole(self, logits: Tensor) -> Iterator[np.ndarray]:
         """One mask after the other at the picture's size, (H, W) logits."""
         high, wide = self.input_size
         for mask in logits.numpy():
-            scaled = cv2.resize(mask, (self.model, self.model), interpolation=cv2.INTER_LINEAR)[:high, :wide]
+            scaled = cv2.resize(mask, (self.model, self.model), interpolation=cv2.INTER_LINEAR)[
+                :high, :wide
+            ]
             yield cv2.resize(scaled, self.image_size[::-1], interpolation=cv2.INTER_LINEAR)
 
     def _pixels(self, cells: Tensor) -> Tensor:
@@ -149,11 +172,16 @@ class FullSize:
         full = smallest > cut
         area = self._pixels(full)
         for cells in self._parts((~full & (greatest > cut)).nonzero()):
-            counts = sum((values > cut).sum(0, dtype=torch.uint8).float() for values in self._rows(logits, cells))
+            counts = sum(
+                (values > cut).sum(0, dtype=torch.uint8).float()
+                for values in self._rows(logits, cells)
+            )
             area = area.index_add(0, cells[:, 0], counts.double())
         return area
 
-    def _boxes(self, logits: Tensor, smallest: Tensor, greatest: Tensor, threshold: float) -> Tensor:
+    def _boxes(
+        self, logits: Tensor, smallest: Tensor, greatest: Tensor, threshold: float
+    ) -> Tensor:
         """Boxes of masks, see :meth:`measure`. Only cells beyond the outermost full ones can make a box larger."""
         full = smallest > threshold
         on_x = full.any(1).repeat_interleave(self.x.size, 1)  # (n, W): columns with anything on
@@ -161,7 +189,9 @@ class FullSize:
         beyond = _beyond(full.any(2))[:, :, None] | _beyond(full.any(1))[:, None]
         for cells in self._parts((beyond & ~full & (greatest > threshold)).nonzero()):
             mask, i, j = cells.unbind(1)
-            on_columns = torch.zeros(len(self.x.weights), len(cells), dtype=torch.bool, device=logits.device)
+            on_columns = torch.zeros(
+                len(self.x.weights), len(cells), dtype=torch.bool, device=logits.device
+            )
             for r, values in enumerate(self._rows(logits, cells)):
                 on = values > threshold
                 on_columns |= on
@@ -178,7 +208,11 @@ class FullSize:
         Run lengths go down the columns. A run begins or ends between two pixels of one open cell, or between cells.
         """
         if self._as_a_whole(logits):
-            return [rle for whole in self._whole(logits) for rle in encode_rle((whole > threshold)[None])]
+            return [
+                rle
+                for whole in self._whole(logits)
+                for rle in encode_rle((whole > threshold)[None])
+            ]
         step = max(1, ENCODE_PIXELS // (len(self.y.size) * self.image_size[1]))
         return [rle for part in logits.split(step) for rle in self._encode(part, threshold)]
 
@@ -194,7 +228,9 @@ class FullSize:
         changes = []
         for cells in self._parts(open_cells):
             mask, i, j = cells.unbind(1)
-            column = self.x.start[j] + torch.arange(len(self.x.weights), device=logits.device)[:, None]  # (g_x, u)
+            column = (
+                self.x.start[j] + torch.arange(len(self.x.weights), device=logits.device)[:, None]
+            )  # (g_x, u)
             origin = mask * span + column * height + self.y.start[i]
             last = None
             for r, values in enumerate(self._rows(logits, cells)):
@@ -209,19 +245,24 @@ class FullSize:
             at = ((mask * len(self.y.size) + i) * width + column)[present]
             top.view(-1)[at], bottom.view(-1)[at] = first[present], last[present]
         outside = top.new_zeros(n, 1, width)
-        mask, i, column = (torch.cat([top, outside], 1) != torch.cat([outside, bottom], 1)).nonzero(as_tuple=True)
+        mask, i, column = (torch.cat([top, outside], 1) != torch.cat([outside, bottom], 1)).nonzero(
+            as_tuple=True
+        )
         starts = torch.cat([self.y.start, self.y.start.new_tensor([height])])
         changes.append(mask * span + column * height + starts[i])
         found = torch.cat(changes).cpu().numpy()
         found.sort()
         bounds = np.searchsorted(found, np.arange(1, n) * span)
         return [
-            encode_changes(ends - k * span, self.image_size) for k, ends in enumerate(np.split(found, bounds))
+            encode_changes(ends - k * span, self.image_size)
+            for k, ends in enumerate(np.split(found, bounds))
         ]
 
     def _bounds(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """(n, Gy, Gx), the least and the greatest of the logits that each cell's pixels are made of."""
-        return tuple(_windows(logits, self.y, self.x, pick) for pick in (torch.minimum, torch.maximum))
+        return tuple(
+            _windows(logits, self.y, self.x, pick) for pick in (torch.minimum, torch.maximum)
+        )
 
     def _parts(self, cells: Tensor) -> tuple[Tensor, ...]:
         """Cells so few at a time that what is worked out of them stays in cache."""
@@ -233,7 +274,12 @@ class FullSize:
         mask, i, j = cells.unbind(1)
         flat, stride = logits.reshape(-1), logits.shape[-1]
         at = mask * logits[0].numel() + y.base[i] * stride + x.base[j]
-        window = torch.stack([torch.stack([flat[at + a * stride + b] for b in range(x.reach)]) for a in range(y.reach)])
+        window = torch.stack(
+            [
+                torch.stack([flat[at + a * stride + b] for b in range(x.reach)])
+                for a in range(y.reach)
+            ]
+        )
         weights_x = x.weights[:, :, j].transpose(0, 1)  # (k, g_x, u)
         for weights_y in y.weights[:, :, i]:  # (k, u)
             yield _mix(weights_x, _mix(weights_y[:, None], window)[:, None])

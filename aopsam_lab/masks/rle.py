@@ -22,11 +22,17 @@ def encode_rle(masks: torch.Tensor | np.ndarray) -> list[dict]:
     if isinstance(masks, torch.Tensor):
         masks = masks.detach().cpu().numpy()
     if masks.ndim != 3 or masks.dtype != np.bool_:
-        raise ValueError(f"encode_rle needs n x H x W booleans, got {masks.dtype} of shape {tuple(masks.shape)}.")
+        raise ValueError(
+            f"encode_rle needs n x H x W booleans, got {masks.dtype} of shape {tuple(masks.shape)}."
+        )
     if len(masks) and 0 in masks.shape[1:]:
-        raise ValueError(f"encode_rle needs masks of at least one pixel, got shape {tuple(masks.shape)}.")
+        raise ValueError(
+            f"encode_rle needs masks of at least one pixel, got shape {tuple(masks.shape)}."
+        )
     pixels = np.ascontiguousarray(masks).view(np.uint8)
-    return [coco_mask.encode(cv2.transpose(mask).T) for mask in pixels]  # .T of the W x H array: H x W, columns first
+    return [
+        coco_mask.encode(cv2.transpose(mask).T) for mask in pixels
+    ]  # .T of the W x H array: H x W, columns first
 
 
 def encode_changes(ends: np.ndarray, size: tuple[int, int]) -> dict:
@@ -41,7 +47,9 @@ def encode_changes(ends: np.ndarray, size: tuple[int, int]) -> dict:
     ends = np.delete(ends, np.concatenate([again, again + 1]))
     counts = np.diff(ends, prepend=0, append=height * width)
     counts = counts[: len(counts) - (counts[-1] == 0)]
-    return coco_mask.frPyObjects({"size": [height, width], "counts": counts.astype(np.uint32)}, height, width)
+    return coco_mask.frPyObjects(
+        {"size": [height, width], "counts": counts.astype(np.uint32)}, height, width
+    )
 
 
 def decode_rle(rles: Sequence[dict], size: tuple[int, int]) -> np.ndarray:

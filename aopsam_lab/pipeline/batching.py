@@ -24,11 +24,15 @@ def fitting_batch(device: torch.device, bytes_each: int, most: int) -> int:
     if device.type != "cuda":
         return most
     free, _ = torch.cuda.mem_get_info(device)
-    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # torch's own, free to it
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(
+        device
+    )  # torch's own, free to it
     return max(1, min(most, int((free + unused) * SHARE / bytes_each)))
 
 
-def in_batches(items: Tensor, size: int, work: Callable[[Tensor], Result], least: int = 1) -> Iterator[Result]:
+def in_batches(
+    items: Tensor, size: int, work: Callable[[Tensor], Result], least: int = 1
+) -> Iterator[Result]:
     """`work(part)` of `items`, at most `size` at a time, results in the items' order.
 
     On a CPU as many batches run side by side as torch has threads, each with one of them: a batch of small products
@@ -37,11 +41,18 @@ def in_batches(items: Tensor, size: int, work: Callable[[Tensor], Result], least
     """
     threads = torch.get_num_threads() if items.device.type == "cpu" else 1
     turns = -(-len(items) // (size * threads))
-    parts = items.split(min(size, max(least, -(-len(items) // (turns * threads))))) if len(items) else ()
+    parts = (
+        items.split(min(size, max(least, -(-len(items) // (turns * threads)))))
+        if len(items)
+        else ()
+    )
     if threads == 1 or len(parts) < 2:
         yield from halving(items, size, work)
         return
-    inference, grad = torch.is_inference_mode_enabled(), torch.is_grad_enabled()  # both belong to the calling thread
+    inference, grad = (
+        torch.is_inference_mode_enabled(),
+        torch.is_grad_enabled(),
+    )  # both belong to the calling thread
 
     def run(part: Tensor) -> Result:
         with torch.inference_mode(inference), torch.set_grad_enabled(grad):
@@ -56,7 +67,9 @@ def _workers(threads: int) -> ThreadPoolExecutor:
     all_there = threading.Barrier(threads)
 
     def start() -> None:
-        torch.set_num_threads(1)  # of this thread, and the default of those that torch does not know yet
+        torch.set_num_threads(
+            1
+        )  # of this thread, and the default of those that torch does not know yet
         torch.get_num_threads()  # now it knows this one
         all_there.wait()
 
@@ -67,7 +80,9 @@ def _workers(threads: int) -> ThreadPoolExecutor:
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_workers.cache_clear)  # a forked process has no threads but its own
+    os.register_at_fork(
+        after_in_child=_workers.cache_clear
+    )  # a forked process has no threads but its own
 
 
 def halving(items: Tensor, size: int, work: Callable[[Tensor], Result]) -> Iterator[Result]:

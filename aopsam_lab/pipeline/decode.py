@@ -93,7 +93,14 @@ def encode(sam: Sam, image: np.ndarray) -> Encoded:
         pixels = torch.as_tensor(scaled, device=sam.device).permute(2, 0, 1)[None].contiguous()
         model_image = sam.preprocess(pixels)
         embedding = sam.image_encoder(model_image).contiguous()
-    return Encoded(image, model_image, embedding, sam.prompt_encoder.get_dense_pe(), scaled.shape[:2], watch.seconds["encode"])
+    return Encoded(
+        image,
+        model_image,
+        embedding,
+        sam.prompt_encoder.get_dense_pe(),
+        scaled.shape[:2],
+        watch.seconds["encode"],
+    )
 
 
 @dataclass
@@ -128,7 +135,9 @@ def _sparse_tokens(sam: Sam, encoded: Encoded, prompts: Prompts, index: Tensor) 
 
 def full_resolution(sam: Sam, encoded: Encoded, low_res: Tensor) -> Tensor:
     """Logits (n, 4h, 4w), model frame -> (n, H, W), image frame, as ``Sam.postprocess_masks``."""
-    return sam.postprocess_masks(low_res[:, None], encoded.input_size, encoded.image.shape[:2])[:, 0]
+    return sam.postprocess_masks(low_res[:, None], encoded.input_size, encoded.image.shape[:2])[
+        :, 0
+    ]
 
 
 def image_decoder(sam: Sam, encoded: Encoded) -> ImageDecoder:
@@ -138,7 +147,9 @@ def image_decoder(sam: Sam, encoded: Encoded) -> ImageDecoder:
         no_mask = sam.prompt_encoder.no_mask_embed.weight[0]
         grid, size = encoded.embedding.shape[-2:], sam.image_encoder.img_size
         # a pixel at the picture's edge is resized from the logits on it and from the next beyond
-        logits = [math.ceil(part * 4 * side / size) + 1 for part, side in zip(encoded.input_size, grid)]
+        logits = [
+            math.ceil(part * 4 * side / size) + 1 for part, side in zip(encoded.input_size, grid)
+        ]
         used = tuple(min(side, math.ceil(n / 4)) for side, n in zip(grid, logits))
         encoded.made[key] = ImageDecoder(
             sam.mask_decoder, encoded.embedding, encoded.image_pe, no_mask, used
@@ -188,7 +199,9 @@ def decode_and_filter(
         if not wanted.any():
             return best, none
         low_res = decoded.draw(wanted)
-        stability, boxes = sizes.measure(low_res, sam.mask_threshold, STABILITY_OFFSET, spec.stability_score_thresh)
+        stability, boxes = sizes.measure(
+            low_res, sam.mask_threshold, STABILITY_OFFSET, spec.stability_score_thresh
+        )
         stable = stability >= spec.stability_score_thresh  # an empty mask has NaN and fails
         owner = part.repeat_interleave(wanted.sum(1))
         fields = (low_res, decoded.iou[wanted], stability, boxes, owner)
@@ -208,7 +221,9 @@ def encode_early(sam: Sam, encoded: Encoded, found: list[Found]) -> None:
     """
     waiting = [part for part in found if part.masks is None]
     height, width = encoded.image.shape[:2]
-    if sum(part.low_res.nbytes for part in waiting) > max(KEPT_LOGITS, KEPT_MASKS * height * width * 4):
+    if sum(part.low_res.nbytes for part in waiting) > max(
+        KEPT_LOGITS, KEPT_MASKS * height * width * 4
+    ):
         for part in waiting:
             every = torch.arange(len(part.iou), device=part.iou.device)
             part.masks = encoded_masks(sam, encoded, part.low_res, every)
@@ -220,7 +235,9 @@ def encode_early(sam: Sam, encoded: Encoded, found: list[Found]) -> None:
 def encoded_masks(sam: Sam, encoded: Encoded, low_res: Tensor, index: Tensor) -> list[dict]:
     """RLE of the masks ``index``, in its order."""
     sizes = full_size(sam, encoded)
-    parts = in_batches(index, max(1, len(index)), lambda part: sizes.encode(low_res[part], sam.mask_threshold))
+    parts = in_batches(
+        index, max(1, len(index)), lambda part: sizes.encode(low_res[part], sam.mask_threshold)
+    )
     return [rle for part in parts for rle in part]
 
 
@@ -229,9 +246,16 @@ def remove_duplicates(sam: Sam, encoded: Encoded, found: list[Found]) -> dict:
     n = sum(len(part.iou) for part in found)
     if not n:
         none = np.zeros(0, np.float32)
-        return dict(masks=[], scores=none, stability=none, boxes=none.reshape(0, 4), mask_prompt=none.astype(int))
+        return dict(
+            masks=[],
+            scores=none,
+            stability=none,
+            boxes=none.reshape(0, 4),
+            mask_prompt=none.astype(int),
+        )
     iou, stability, boxes, prompt = (
-        torch.cat([getattr(part, name) for part in found]) for name in ("iou", "stability", "boxes", "prompt")
+        torch.cat([getattr(part, name) for part in found])
+        for name in ("iou", "stability", "boxes", "prompt")
     )
     keep = nms(boxes.float(), iou, BOX_NMS_THRESH)  # best first
     # round by round: all logits in one tensor would be there twice
@@ -244,5 +268,7 @@ def remove_duplicates(sam: Sam, encoded: Encoded, found: list[Found]) -> dict:
             masks += [part.masks[i] for i in own.tolist()]
         first += len(part.iou)
     masks = [masks[i] for i in order.indices.argsort().tolist()]
-    scores, stability, boxes, prompt = (x[keep].cpu().numpy() for x in (iou.float(), stability.float(), boxes.float(), prompt))
+    scores, stability, boxes, prompt = (
+        x[keep].cpu().numpy() for x in (iou.float(), stability.float(), boxes.float(), prompt)
+    )
     return dict(masks=masks, scores=scores, stability=stability, boxes=boxes, mask_prompt=prompt)

@@ -39,10 +39,14 @@ class DecodeCache:
         self.n_decoded = self.n_served = self.bytes = 0
         self._known: OrderedDict[Hashable, tuple[dict[str, Tensor], Tensor]] = OrderedDict()
 
-    def __call__(self, sam: Sam, encoded: Encoded, prompts: Prompts, index: Tensor, spec: SamSpec) -> Found:
+    def __call__(
+        self, sam: Sam, encoded: Encoded, prompts: Prompts, index: Tensor, spec: SamSpec
+    ) -> Found:
         """As :func:`decode_and_filter`. Raises ValueError for another picture or model than the cache was made for."""
         if sam is not self.sam or encoded is not self.encoded:
-            raise ValueError("this cache belongs to another picture or model: make a DecodeCache for each picture")
+            raise ValueError(
+                "this cache belongs to another picture or model: make a DecodeCache for each picture"
+            )
         keys = [prompt_key(prompts, row, spec) for row in index.tolist()]
         known = {key: self._known[key] for key in keys if key in self._known}
         new = [i for i, key in enumerate(keys) if key not in known]
@@ -57,8 +61,16 @@ class DecodeCache:
 
     def candidates(self, prompts: Prompts, row: int) -> Found:
         """All masks of the prompt ``row`` before any threshold, in the decoder's order, without those of no pixel."""
-        everything = replace(self.sam.spec, pred_iou_thresh=float("-inf"), stability_score_thresh=float("-inf"))
-        return self(self.sam, self.encoded, prompts, torch.tensor([row], device=prompts.points.device), everything)
+        everything = replace(
+            self.sam.spec, pred_iou_thresh=float("-inf"), stability_score_thresh=float("-inf")
+        )
+        return self(
+            self.sam,
+            self.encoded,
+            prompts,
+            torch.tensor([row], device=prompts.points.device),
+            everything,
+        )
 
     def _remember(self, entries: dict[Hashable, tuple[dict[str, Tensor], Tensor]]) -> None:
         for key, entry in entries.items():
@@ -81,7 +93,9 @@ class PcmCache:
     def pcm(self, image: Tensor, embedding: Tensor, valid: Tensor) -> Tensor:
         """As :meth:`PromptPredictor.pcm`. Raises ValueError for another picture than the cache was made for."""
         if image is not self.encoded.model_image or embedding is not self.encoded.embedding:
-            raise ValueError("this cache belongs to another picture: make a PcmCache for each encoded picture")
+            raise ValueError(
+                "this cache belongs to another picture: make a PcmCache for each encoded picture"
+            )
         if self._pcm is None:
             self._pcm = self.predictor.pcm(image, embedding, valid)
         return self._pcm

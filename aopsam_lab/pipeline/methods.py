@@ -42,7 +42,9 @@ ROUNDS = 8  # in which prompts are decoded; after each, what its masks explain i
 # own. Chosen for the first edition (commit 372a11b), not yet anew for MobileSAM.
 REFERENCE_IOU = 0.5
 MAX_BOXES = 100
-BOX_NMS_THRESH = 0.7  # of two masks whose boxes have a higher IoU the surer one stays, as in segment_anything
+BOX_NMS_THRESH = (
+    0.7  # of two masks whose boxes have a higher IoU the surer one stays, as in segment_anything
+)
 
 
 @dataclass
@@ -135,8 +137,12 @@ class FilteredProposal(Proposal):
         start = math.ceil(self.first * m)
         more = self.rounds - 1
         # where each round ends among the prompts, strongest first
-        self._ends = [start] + [start + math.ceil((m - start) * (i + 1) / more) for i in range(more)]
-        self._seen: list[tuple[Tensor, ...]] = []  # of masks that may explain what waits: coverage, prompt, IoU, box
+        self._ends = [start] + [
+            start + math.ceil((m - start) * (i + 1) / more) for i in range(more)
+        ]
+        self._seen: list[
+            tuple[Tensor, ...]
+        ] = []  # of masks that may explain what waits: coverage, prompt, IoU, box
 
     def next_round(self) -> Tensor | None:
         if self._seen:
@@ -156,8 +162,12 @@ class FilteredProposal(Proposal):
         sure = sure[found.iou[sure] >= REFERENCE_IOU]
         if not len(sure):
             return
-        rows, columns = (CELL * side for side in self.valid.shape)  # masks have as many cells as the PCM
-        coverage = asf.cell_coverage(asf.on_mask(found.low_res[:, :rows, :columns], sure, mask_threshold))
+        rows, columns = (
+            CELL * side for side in self.valid.shape
+        )  # masks have as many cells as the PCM
+        coverage = asf.cell_coverage(
+            asf.on_mask(found.low_res[:, :rows, :columns], sure, mask_threshold)
+        )
         self._seen.append((coverage, found.prompt[sure], found.iou[sure], found.boxes[sure]))
 
     def _eliminate(self, coverage: Tensor, owners: Tensor, iou: Tensor, boxes: Tensor) -> None:
@@ -169,10 +179,16 @@ class FilteredProposal(Proposal):
         coverage, owners = coverage[distinct], owners[distinct]
         waiting = self.waiting.nonzero()[:, 0]
         pems = asf.elimination_maps(self.features, asf.reference_features(self.features, coverage))
-        thresholds = asf.elimination_thresholds(pems, coverage, self.valid, self.elimination, self.floor)
-        by, value = asf.eliminate(pems, thresholds, self.cells[waiting], asf.dilate(coverage) if self.gated else None)
+        thresholds = asf.elimination_thresholds(
+            pems, coverage, self.valid, self.elimination, self.floor
+        )
+        by, value = asf.eliminate(
+            pems, thresholds, self.cells[waiting], asf.dilate(coverage) if self.gated else None
+        )
         gone = by >= 0
-        self.eliminated_by[waiting[gone]] = len(self.pems) + by[gone]  # after those of earlier rounds
+        self.eliminated_by[waiting[gone]] = (
+            len(self.pems) + by[gone]
+        )  # after those of earlier rounds
         self.pem_value[waiting[gone]] = value[gone]
         self.waiting[waiting[gone]] = False
         whole = pems.new_full((len(pems), *self.grid), asf.NO_COSINE)
@@ -208,7 +224,11 @@ class Grid:
 
     def start(self, encoded: Encoded, models: Models, params: AsfParams) -> Proposal:
         h, w = encoded.image.shape[:2]
-        grid = torch.from_numpy(build_point_grid(self.side) * [w, h]).float().to(encoded.embedding.device)
+        grid = (
+            torch.from_numpy(build_point_grid(self.side) * [w, h])
+            .float()
+            .to(encoded.embedding.device)
+        )
         return Proposal(Prompts(grid, torch.ones(len(grid), device=grid.device)))
 
 
@@ -223,7 +243,8 @@ class DetectorPrompts:
 
     def start(self, encoded: Encoded, models: Models, params: AsfParams) -> Proposal:
         boxes, scores = (
-            torch.as_tensor(x, device=encoded.embedding.device) for x in models.detector.boxes(encoded.image, MAX_BOXES)
+            torch.as_tensor(x, device=encoded.embedding.device)
+            for x in models.detector.boxes(encoded.image, MAX_BOXES)
         )
         centres = (boxes[:, :2] + boxes[:, 2:]) / 2
         if self.as_points:
@@ -247,35 +268,52 @@ class Aop:
 
     @property
     def uses(self) -> tuple[str, ...]:
-        sampling = ("smoothing", "confidence", "spacing") if self.adaptive_sampling else ("confidence",)
+        sampling = (
+            ("smoothing", "confidence", "spacing") if self.adaptive_sampling else ("confidence",)
+        )
         return sampling + (("elimination",) if self.filtering else ())
 
     def start(self, encoded: Encoded, models: Models, params: AsfParams) -> Proposal:
         h, w = encoded.embedding.shape[-2:]
-        valid = asf.valid_cells(encoded.input_size, encoded.model_image.shape[-1], (CELL * h, CELL * w), encoded.embedding.device)
+        valid = asf.valid_cells(
+            encoded.input_size,
+            encoded.model_image.shape[-1],
+            (CELL * h, CELL * w),
+            encoded.embedding.device,
+        )
         pcm = models.predictor.pcm(encoded.model_image, encoded.embedding, valid)
         return self._sample(encoded, pcm, valid, params)
 
-    def _sample(self, encoded: Encoded, pcm: Tensor, pcm_valid: Tensor, params: AsfParams) -> Proposal:
+    def _sample(
+        self, encoded: Encoded, pcm: Tensor, pcm_valid: Tensor, params: AsfParams
+    ) -> Proposal:
         if self.adaptive_sampling:
-            cells, confidence = asf.sample_prompts(pcm, params.smoothing, params.confidence, params.spacing)
+            cells, confidence = asf.sample_prompts(
+                pcm, params.smoothing, params.confidence, params.spacing
+            )
         else:
             cells, confidence = asf.component_prompts(pcm, params.confidence)
         # a smoothed map can peak just outside the picture; such a prompt would lie on padding
         inside = pcm_valid[cells[:, 0], cells[:, 1]]
         cells, confidence = cells[inside], confidence[inside]
         size, grid = encoded.model_image.shape[-1], encoded.embedding.shape[-2:]
-        prompts = Prompts(encoded.to_image((cells.flip(1) + 0.5) * (size / pcm.shape[-1])), confidence)
+        prompts = Prompts(
+            encoded.to_image((cells.flip(1) + 0.5) * (size / pcm.shape[-1])), confidence
+        )
         if not self.filtering:
             return Proposal(prompts, pcm)
-        rows, columns = (-(-part // CELL) for part in asf.cells_on_picture(encoded.input_size, size, pcm.shape))
+        rows, columns = (
+            -(-part // CELL) for part in asf.cells_on_picture(encoded.input_size, size, pcm.shape)
+        )
         valid = asf.valid_cells(encoded.input_size, size, grid, pcm.device)[:rows, :columns]
         look, place = (x[0, :, :rows, :columns] for x in (encoded.embedding, encoded.image_pe))
         return FilteredProposal(
             prompts,
             pcm,
             cells=cells // CELL,
-            features=asf.raw_features(look, valid) if self.literal else asf.elimination_features(look, place, valid),
+            features=asf.raw_features(look, valid)
+            if self.literal
+            else asf.elimination_features(look, place, valid),
             valid=valid,
             grid=tuple(grid),
             elimination=params.elimination,

@@ -57,11 +57,15 @@ def run_method(
     """
     chosen = method_named(method)
     if max_prompts is not None and (max_prompts < 1 or int(max_prompts) != max_prompts):
-        raise ValueError(f"max_prompts must be a whole number of 1 or more, or None for no limit, not {max_prompts}")
+        raise ValueError(
+            f"max_prompts must be a whole number of 1 or more, or None for no limit, not {max_prompts}"
+        )
     left = float("inf") if max_prompts is None else int(max_prompts)
     models = Models(predictor, detector)
     if chosen.needs and getattr(models, chosen.needs) is None:
-        raise ValueError(f"method {chosen.name!r} needs a {chosen.needs}: pass {chosen.needs}=load_{chosen.needs}(...)")
+        raise ValueError(
+            f"method {chosen.name!r} needs a {chosen.needs}: pass {chosen.needs}=load_{chosen.needs}(...)"
+        )
     spec = spec_of(sam)
     watch = Stopwatch(encoded.embedding.device)
     if decode is decode_and_filter:  # a run that shares nothing makes its own, and takes its time
@@ -87,7 +91,11 @@ def run_method(
             index = proposal.next_round()
     with watch("mask"):
         result = remove_duplicates(sam, encoded, [found for parts in rounds for _, found in parts])
-    seconds = {"encode": encoded.seconds, "infer": watch.seconds["infer"], "mask": watch.seconds["mask"]}
+    seconds = {
+        "encode": encoded.seconds,
+        "infer": watch.seconds["infer"],
+        "mask": watch.seconds["mask"],
+    }
     seconds["total"] = sum(seconds.values())
     table = _prompt_table(proposal, rounds, result["mask_prompt"], spec.pred_iou_thresh)
     eliminated = proposal.eliminated_by >= 0
@@ -181,7 +189,9 @@ def segment(
         predictor = loaded_model(needs, sam)
     if needs == "detector" and detector is None:
         detector = loaded_model(needs, sam)
-    return run_method(sam, encode(sam, picture), method, predictor, detector, params, max_prompts=max_prompts)
+    return run_method(
+        sam, encode(sam, picture), method, predictor, detector, params, max_prompts=max_prompts
+    )
 
 
 def loaded_sam(sam: str | Sam, device: str = "auto") -> Sam:

@@ -75,7 +75,9 @@ class Segmentation:
     prompts: pd.DataFrame
     pcm: np.ndarray | None = None
     pems: np.ndarray | None = None
-    references: pd.DataFrame = field(default_factory=lambda: pd.DataFrame({"prompt": [], "threshold": []}))
+    references: pd.DataFrame = field(
+        default_factory=lambda: pd.DataFrame({"prompt": [], "threshold": []})
+    )
     seconds: dict[str, float] = field(default_factory=dict)
     method: str = ""
     params: dict = field(default_factory=dict)
@@ -87,18 +89,24 @@ class Segmentation:
 
     def __post_init__(self) -> None:
         if self.image.ndim != 3 or self.image.shape[2] != 3 or self.image.dtype != np.uint8:
-            raise ValueError(f"image must be H x W x 3 uint8, got {self.image.dtype} of shape {self.image.shape}.")
+            raise ValueError(
+                f"image must be H x W x 3 uint8, got {self.image.dtype} of shape {self.image.shape}."
+            )
         n = len(self.masks)
         shapes = {"scores": (n,), "stability": (n,), "boxes": (n, 4), "mask_prompt": (n,)}
         for name, shape in shapes.items():
             if getattr(self, name).shape != shape:
-                raise ValueError(f"{name} must have shape {shape} for {n} masks, got {getattr(self, name).shape}.")
+                raise ValueError(
+                    f"{name} must have shape {shape} for {n} masks, got {getattr(self, name).shape}."
+                )
         missing = [name for name in PROMPT_COLUMNS if name not in self.prompts]
         if missing:
             raise ValueError(f"prompts lacks the columns {', '.join(missing)}.")
         unknown = set(self.prompts["status"]) - set(STATUSES)
         if unknown:
-            raise ValueError(f"prompts has the status {unknown.pop()!r}; it must be one of {', '.join(STATUSES)}.")
+            raise ValueError(
+                f"prompts has the status {unknown.pop()!r}; it must be one of {', '.join(STATUSES)}."
+            )
 
     def __repr__(self) -> str:
         height, width = self.image.shape[:2]
@@ -170,14 +178,18 @@ class Segmentation:
         """
         n = 0 if self.pems is None else len(self.pems)
         if n == 0:
-            raise ValueError(f"Method {self.method!r} made no PEM here; one with adaptive filtering, as 'aop', does.")
+            raise ValueError(
+                f"Method {self.method!r} made no PEM here; one with adaptive filtering, as 'aop', does."
+            )
         if i is None:
             return self.pems.max(axis=0)
         if not 0 <= i < n:
             raise ValueError(f"There is no reference {i}: this image has {n}, numbered from 0.")
         return self.pems[i]
 
-    def save(self, folder: str | os.PathLike, stem: str, file_name: str | None = None) -> dict[str, Path]:
+    def save(
+        self, folder: str | os.PathLike, stem: str, file_name: str | None = None
+    ) -> dict[str, Path]:
         """Write `<stem>_labels.png`, `<stem>_overlay.png` and `<stem>.json` to `folder` (made if missing).
 
         labels: 16-bit grey, i + 1 where mask i lies, larger masks below smaller ones; json: `to_coco` with `file_name`
@@ -242,13 +254,23 @@ class Segmentation:
         marker, colour, text = FATES[status]
         edge = {"linewidths": 1.4} if marker in "x+" else {"edgecolors": "black", "linewidths": 0.7}
         label = f"{text} ({len(rows)})"
-        area = float(np.clip(2600 / len(self.prompts), 7, 26))  # points squared: room to see under a dense grid
-        drawn = ax.scatter(rows["x"], rows["y"], s=area, marker=marker, c=colour, label=label, zorder=3, **edge)
-        if marker in "x+":  # a cross has no edge of its own: a dark rim keeps it visible on bright pixels
-            drawn.set_path_effects([patheffects.Stroke(linewidth=2.6, foreground="black"), patheffects.Normal()])
+        area = float(
+            np.clip(2600 / len(self.prompts), 7, 26)
+        )  # points squared: room to see under a dense grid
+        drawn = ax.scatter(
+            rows["x"], rows["y"], s=area, marker=marker, c=colour, label=label, zorder=3, **edge
+        )
+        if (
+            marker in "x+"
+        ):  # a cross has no edge of its own: a dark rim keeps it visible on bright pixels
+            drawn.set_path_effects(
+                [patheffects.Stroke(linewidth=2.6, foreground="black"), patheffects.Normal()]
+            )
         for box in rows[["x0", "y0", "x1", "y1"]].dropna().itertuples(index=False):
             size = (box.x1 - box.x0, box.y1 - box.y0)
-            ax.add_patch(Rectangle((box.x0, box.y0), *size, fill=False, ec=colour, lw=0.9, zorder=2))
+            ax.add_patch(
+                Rectangle((box.x0, box.y0), *size, fill=False, ec=colour, lw=0.9, zorder=2)
+            )
 
 
 def _xywh(box: np.ndarray) -> list[float]:

@@ -90,7 +90,9 @@ def download(name: str, progress: bool = True) -> Path:
     cannot be fetched; OSError where the folder cannot be written or lacks the room.
     """
     if name not in OFFICIAL:
-        raise ValueError(f"There are no official weights {name!r}. Choose one of {', '.join(OFFICIAL)}.")
+        raise ValueError(
+            f"There are no official weights {name!r}. Choose one of {', '.join(OFFICIAL)}."
+        )
     import pooch
     from filelock import FileLock
 
@@ -144,7 +146,13 @@ def _resuming(part: Path, size: int, progress: bool) -> Callable:
         if part.exists() and part.stat().st_size > size:
             part.unlink()
         done = part.stat().st_size if part.exists() else 0
-        look = {"unit": "B", "unit_scale": True, "desc": part.stem, "disable": not progress, "dynamic_ncols": True}
+        look = {
+            "unit": "B",
+            "unit_scale": True,
+            "desc": part.stem,
+            "disable": not progress,
+            "dynamic_ncols": True,
+        }
         with tqdm(total=size, initial=done, **look) as bar:
             for attempt in range(1, ATTEMPTS + 1):
                 try:
@@ -154,7 +162,9 @@ def _resuming(part: Path, size: int, progress: bool) -> Callable:
                     answer = error.response
                     if attempt < ATTEMPTS and answer is None:  # a server that answers "no" means it
                         continue
-                    reason = type(error).__name__ if answer is None else f"HTTP {answer.status_code}"
+                    reason = (
+                        type(error).__name__ if answer is None else f"HTTP {answer.status_code}"
+                    )
                     got = part.stat().st_size if part.exists() else 0
                     raise ConnectionError(
                         f"{url} could not be fetched ({reason}; {got:,} of {size:,} bytes are here). Run the same "
@@ -176,7 +186,9 @@ def _fetch_rest(url: str, part: Path, size: int, bar) -> None:
     headers = {"Accept-Encoding": "identity", **({"Range": f"bytes={have}-"} if have else {})}
     with requests.get(url, stream=True, headers=headers, timeout=(15, 60)) as response:
         response.raise_for_status()
-        resumed = response.status_code == 206 and response.headers.get("Content-Range", "").startswith(f"bytes {have}-")
+        resumed = response.status_code == 206 and response.headers.get(
+            "Content-Range", ""
+        ).startswith(f"bytes {have}-")
         if not resumed:
             have = 0  # this server begins at the beginning
         bar.update(have - bar.n)

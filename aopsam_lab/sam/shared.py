@@ -46,7 +46,9 @@ def _over_pixels(rows: Tensor, table: Tensor, heads: int, out: Tensor, add: bool
 def _from_pixels(weights: Tensor, table: Tensor, heads: int) -> Tensor:
     """Head by head ``weights @ table^T``: (P, T * H, N), (D, N) -> (R, D)."""
     n = table.shape[-1]
-    seen = torch.bmm(weights.view(-1, heads, n).transpose(0, 1), table.view(heads, -1, n).transpose(1, 2))  # (H, R, d)
+    seen = torch.bmm(
+        weights.view(-1, heads, n).transpose(0, 1), table.view(heads, -1, n).transpose(1, 2)
+    )  # (H, R, d)
     return seen.transpose(0, 1).flatten(1)
 
 
@@ -54,14 +56,18 @@ def _to_channels(rows: Tensor, weight: Tensor, heads: int, prompts: int) -> Tens
     """Head by head ``rows @ weight``: (R, D), (D, C) -> (P, T * H, C)."""
     r, c = len(rows), weight.shape[-1]
     out = rows.new_empty(r, heads, c)
-    torch.bmm(rows.view(r, heads, -1).transpose(0, 1), weight.view(heads, -1, c), out=out.transpose(0, 1))
+    torch.bmm(
+        rows.view(r, heads, -1).transpose(0, 1), weight.view(heads, -1, c), out=out.transpose(0, 1)
+    )
     return out.view(prompts, -1, c)
 
 
 def _from_channels(rows: Tensor, weight: Tensor, heads: int) -> Tensor:
     """Head by head ``rows @ weight^T``: (P, T * H, C), (D, C) -> (R, D)."""
     c = rows.shape[-1]
-    out = torch.bmm(rows.view(-1, heads, c).transpose(0, 1), weight.view(heads, -1, c).transpose(1, 2))  # (H, R, d)
+    out = torch.bmm(
+        rows.view(-1, heads, c).transpose(0, 1), weight.view(heads, -1, c).transpose(1, 2)
+    )  # (H, R, d)
     return out.transpose(0, 1).flatten(1)
 
 
@@ -127,13 +133,18 @@ class SharedDecoder:
         x = embedding[0].flatten(1).T + dense  # (N, C)
         pos = image_pe[0].flatten(1).T
 
-        def table(attn: Attention, name: str, pixels: Tensor, bias: bool = False) -> Tensor:  # (D, N)
+        def table(
+            attn: Attention, name: str, pixels: Tensor, bias: bool = False
+        ) -> Tensor:  # (D, N)
             projection = getattr(attn, name)
             projected = projection.weight @ pixels.T
             return projected + projection.bias[:, None] if bias else projected
 
         to_image, to_tokens = layer0.cross_attn_token_to_image, layer0.cross_attn_image_to_token
-        self.key0, self.value0 = table(to_image, "k_proj", x + pos), table(to_image, "v_proj", x, bias=True)
+        self.key0, self.value0 = (
+            table(to_image, "k_proj", x + pos),
+            table(to_image, "v_proj", x, bias=True),
+        )
         self.query0 = table(to_tokens, "q_proj", x + pos, bias=True)
         # layer 0's update: x + A1 (V1 W_o) + its bias, and the LayerNorm over it
         x = _centred(x + to_tokens.out_proj.bias)
@@ -153,7 +164,11 @@ class SharedDecoder:
         self.out01c = _centred(self.out01)
         self.out1 = _centred(to_tokens.out_proj.weight.T)
         self.out_bias1 = _centred(self.bias1 + to_tokens.out_proj.bias)
-        self.square1, self.cross01, self.cross1 = x.square().sum(-1), self.out01c @ x.T, self.out1 @ x.T
+        self.square1, self.cross01, self.cross1 = (
+            x.square().sum(-1),
+            self.out01c @ x.T,
+            self.out1 @ x.T,
+        )
         self.bias_cross1 = x @ self.out_bias1  # (N,)
         self.scale2, self.bias2 = layer1.norm4.weight, layer1.norm4.bias
         x = x * self.scale2
@@ -177,13 +192,17 @@ class SharedDecoder:
         decoder = self.decoder
         p = len(sparse)
         outputs = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight])
-        token_pe = torch.cat([outputs.expand(p, -1, -1), sparse.to(outputs.dtype)], dim=1)  # (P, T, C)
+        token_pe = torch.cat(
+            [outputs.expand(p, -1, -1), sparse.to(outputs.dtype)], dim=1
+        )  # (P, T, C)
         t, n = token_pe.shape[1], self.key0.shape[1]
         layer0, layer1 = decoder.transformer.layers
         heads = layer0.cross_attn_token_to_image.num_heads
         scores, work = (token_pe.new_empty(p, t * heads, n) for _ in range(2))
 
-        def queries(projection: torch.nn.Linear, x: Tensor) -> Tensor:  # (R, D), scaled for the softmax
+        def queries(
+            projection: torch.nn.Linear, x: Tensor
+        ) -> Tensor:  # (R, D), scaled for the softmax
             rows = projection(x).flatten(0, 1)
             return rows.mul_((rows.shape[-1] // heads) ** -0.5)
 
@@ -200,7 +219,9 @@ class SharedDecoder:
         value = attn.v_proj(tokens).flatten(0, 1)
         u0 = _to_channels(value, self.out0, heads, p)
         _over_pixels(2 * value, self.cross0, heads, work)
-        square = self.square0 + _rows_dot(work.baddbmm_(u0 @ u0.mT, a1), a1)  # |x + A1 U|^2, expanded
+        square = self.square0 + _rows_dot(
+            work.baddbmm_(u0 @ u0.mT, a1), a1
+        )  # |x + A1 U|^2, expanded
         c = u0.shape[-1]
         r1 = torch.rsqrt(square / c + layer0.norm4.eps)  # (P, 1, N)
         u1 = u0 * layer0.norm4.weight
@@ -231,7 +252,9 @@ class SharedDecoder:
         # |r1 (z + A1 U1) + A2 U2|^2, expanded; both of its halves by rows of A1 and of A2
         _over_pixels(2 * value1, self.cross01, heads, work)
         square = self.square1 + _rows_dot(work.baddbmm_(u1 @ u1.mT, a1), a1)
-        _over_pixels(value, self.cross1, heads, work).baddbmm_(u2 @ u1.mT, a1).mul_(2 * r1).baddbmm_(u2 @ u2.mT, a2)
+        _over_pixels(value, self.cross1, heads, work).baddbmm_(u2 @ u1.mT, a1).mul_(
+            2 * r1
+        ).baddbmm_(u2 @ u2.mT, a2)
         square = square * r1.square() + 2 * r1 * self.bias_cross1 + _rows_dot(work, a2)
         r2 = torch.rsqrt(square / c + layer1.norm4.eps)
         u1, u2 = u1 * self.scale2, u2 * self.scale2
@@ -241,10 +264,14 @@ class SharedDecoder:
         # the last attention: what it makes of the prompt's own tokens, nothing reads
         attn = decoder.transformer.final_attn_token_to_image
         tokens, token_pe = (x[:, : outputs.shape[0]] for x in (tokens, token_pe))
-        scores, work = (x.view(-1)[: p * outputs.shape[0] * heads * n].view(p, -1, n) for x in (scores, work))
+        scores, work = (
+            x.view(-1)[: p * outputs.shape[0] * heads * n].view(p, -1, n) for x in (scores, work)
+        )
         q = queries(attn.q_proj, tokens + token_pe)
         folded = _to_channels(q, attn.k_proj.weight, heads, p)
-        _over_pixels(q, self.key2, heads, scores).mul_(r12).baddbmm_(folded @ u1.mT, a1).baddbmm_(folded @ u2.mT, a2)
+        _over_pixels(q, self.key2, heads, scores).mul_(r12).baddbmm_(folded @ u1.mT, a1).baddbmm_(
+            folded @ u2.mT, a2
+        )
         _over_pixels(q, self.key_pos2, heads, scores, add=True)
         weights = torch.softmax(scores, -1, out=work)
         by_channel = (torch.bmm(weights, a1.mT) @ u1).baddbmm_(torch.bmm(weights, a2.mT), u2)
@@ -252,7 +279,9 @@ class SharedDecoder:
         seen += _from_channels(by_channel, attn.v_proj.weight, heads)
         seen += attn.v_proj.weight @ self.bias2 + attn.v_proj.bias
         tokens = decoder.transformer.norm_final_attn(tokens + attn.out_proj(seen).view_as(tokens))
-        return SharedDecoded(decoder.iou_prediction_head(tokens[:, 0]), tokens[:, 1:], r12, a1, a2, u1, u2)
+        return SharedDecoded(
+            decoder.iou_prediction_head(tokens[:, 0]), tokens[:, 1:], r12, a1, a2, u1, u2
+        )
 
     @torch.no_grad()
     def draw(self, decoded: SharedDecoded, wanted: Tensor) -> Tensor:
@@ -260,26 +289,42 @@ class SharedDecoder:
         decoder, (height, width), (h, w) = self.decoder, self.grid, self.used
         _, norm, act1, up2, act2 = decoder.output_upscaling
         nets = decoder.output_hypernetworks_mlps
-        hyper = torch.stack([net(decoded.tokens[:, i]) for i, net in enumerate(nets)], 1)  # (P, M, C/8)
+        hyper = torch.stack(
+            [net(decoded.tokens[:, i]) for i, net in enumerate(nets)], 1
+        )  # (P, M, C/8)
         weight2 = up2.weight.permute(2, 3, 1, 0).flatten(0, 2)  # (dy dx C/8, C/4)
         bias2 = up2.bias.repeat(4)[:, None]
         n, channels = h * w, len(weight2) // 4
         logits = hyper.new_empty(int(wanted.sum()), 4 * height, 4 * width)
         logits[:, 4 * h :], logits[:, : 4 * h, 4 * w :] = 0, 0
-        places = logits[:, : 4 * h, : 4 * w].unflatten(2, (w, 4)).unflatten(1, (h, 4))  # (k, y, dy, x, dx)
+        places = (
+            logits[:, : 4 * h, : 4 * w].unflatten(2, (w, 4)).unflatten(1, (h, 4))
+        )  # (k, y, dy, x, dx)
         halves = (decoded.values1, decoded.attention1), (decoded.values2, decoded.attention2)
         rows, done = wanted.any(1).nonzero()[:, 0], 0
-        for some in rows.split(DRAWN_AT_A_TIME.get(rows.device.type, len(rows))) if len(rows) else ():
-            x = torch.addcmul(self.up_bias, self.up, self._on_used(decoded.scale[some]).flatten(2))  # (p, C, n)
+        for some in (
+            rows.split(DRAWN_AT_A_TIME.get(rows.device.type, len(rows))) if len(rows) else ()
+        ):
+            x = torch.addcmul(
+                self.up_bias, self.up, self._on_used(decoded.scale[some]).flatten(2)
+            )  # (p, C, n)
             for values, attention in halves:
-                for part, value, i in zip(x, self.up_weight @ values[some].mT, some.tolist()):  # no copies of the attention
+                for part, value, i in zip(
+                    x, self.up_weight @ values[some].mT, some.tolist()
+                ):  # no copies of the attention
                     part.addmm_(value, self._on_used(attention[i]).flatten(1))
             x = act1(_channel_norm(norm, x.view(len(some) * 4, -1, n)))  # (p 4, C/4, n)
             x = act2(torch.matmul(weight2, x).add_(bias2))  # (p 4, 4 C/8, n)
-            x = torch.matmul(hyper[some].unsqueeze(1), x.view(len(some), 16, channels, n))  # (p, 16, M, n)
+            x = torch.matmul(
+                hyper[some].unsqueeze(1), x.view(len(some), 16, channels, n)
+            )  # (p, 16, M, n)
             # of the two upscalings dy dx dy dx -> dy dy dx dx, of those marked
-            chosen = x.view(len(some), 2, 2, 2, 2, -1, h, w).permute(0, 5, 1, 3, 2, 4, 6, 7)[wanted[some]]
-            places[done : done + len(chosen)] = chosen.reshape(-1, 4, 4, h, w).permute(0, 3, 1, 4, 2)
+            chosen = x.view(len(some), 2, 2, 2, 2, -1, h, w).permute(0, 5, 1, 3, 2, 4, 6, 7)[
+                wanted[some]
+            ]
+            places[done : done + len(chosen)] = chosen.reshape(-1, 4, 4, h, w).permute(
+                0, 3, 1, 4, 2
+            )
             done += len(chosen)
         return logits
 

@@ -4,4 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-PACKAGE_ROOT = Path(__file__).resolve().parents[2]  # the folder that holds the package, and in a checkout notebooks/
+PACKAGE_ROOT = (
+    Path(__file__).resolve().parents[2]
+)  # the folder that holds the package, and in a checkout notebooks/

@@ -31,15 +31,25 @@ def main(arguments: list[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """What is not given on the command line is left as the notebook's own parameters have it."""
-    top = argparse.ArgumentParser(prog="python -m aopsam_lab.study", description="Make the reports.")
+    top = argparse.ArgumentParser(
+        prog="python -m aopsam_lab.study", description="Make the reports."
+    )
     commands = top.add_subparsers(dest="command", required=True)
-    report = commands.add_parser("report", help="run a notebook and publish it (the main comparison if not named)")
-    report.add_argument("name", nargs="?", default="main_comparison", help="a notebook in notebooks/")
+    report = commands.add_parser(
+        "report", help="run a notebook and publish it (the main comparison if not named)"
+    )
+    report.add_argument(
+        "name", nargs="?", default="main_comparison", help="a notebook in notebooks/"
+    )
     report.add_argument("--sam", help="mobile_sam, vit_b, vit_l or vit_h")
     report.add_argument("--checkpoint", help="the SAM's weights (default: bundled or official)")
-    report.add_argument("--predictor", help="a Prompt Predictor's weights (default: the bundled ones)")
+    report.add_argument(
+        "--predictor", help="a Prompt Predictor's weights (default: the bundled ones)"
+    )
     report.add_argument("--detector", help="a YOLOv8's weights (default: the bundled ones)")
-    report.add_argument("--methods", type=lambda text: text.split(","), help="names, separated by commas")
+    report.add_argument(
+        "--methods", type=lambda text: text.split(","), help="names, separated by commas"
+    )
     report.add_argument("--dataset", help="photos or the path of a COCO-style folder")
     report.add_argument("--n-images", type=int)
     report.add_argument(
@@ -53,7 +63,9 @@ def parser() -> argparse.ArgumentParser:
     readme = commands.add_parser("readme", help="write the results into the README")
     readme.add_argument("--readme", default="README.md")
     for command in (report, index, readme):
-        command.add_argument("--reports", default="reports", help="the folder of all reports (default: reports)")
+        command.add_argument(
+            "--reports", default="reports", help="the folder of all reports (default: reports)"
+        )
     return top
 
 

@@ -56,7 +56,16 @@ def tradeoff_figure(summary: pd.DataFrame) -> Figure:
         filled = method == tables.REFERENCE
         size, face = (95, colour) if filled else (52, "white")
         order = 3 if filled else 3.5  # the large mark must not hide a small one
-        axes.scatter(x[i], y[i], s=size, marker=marker, color=face, edgecolors=colour, linewidths=1.6, zorder=order)
+        axes.scatter(
+            x[i],
+            y[i],
+            s=size,
+            marker=marker,
+            color=face,
+            edgecolors=colour,
+            linewidths=1.6,
+            zorder=order,
+        )
     ends = np.concatenate([low, high, y])
     ends = ends[np.isfinite(ends)]
     if len(ends):
@@ -89,9 +98,15 @@ def examples_figure(examples: Sequence[Example], methods: Sequence[str]) -> Figu
     columns = 1 + len(methods)
     heights = [example.image.shape[0] / example.image.shape[1] for example in examples]
     width = 3.5
-    figure = Figure(figsize=(width * columns, width * sum(heights) + 0.5 * len(examples)), dpi=110, facecolor="white")
+    figure = Figure(
+        figsize=(width * columns, width * sum(heights) + 0.5 * len(examples)),
+        dpi=110,
+        facecolor="white",
+    )
     figure.set_layout_engine("constrained", w_pad=0.04, h_pad=0.05)
-    grid = figure.subplots(len(examples), columns, squeeze=False, gridspec_kw={"height_ratios": heights})
+    grid = figure.subplots(
+        len(examples), columns, squeeze=False, gridspec_kw={"height_ratios": heights}
+    )
     for row, example in zip(grid, examples):
         _picture(row[0], example.image, example.truths, f"truth\n{len(example.truths)} masks")
         for axes, method in zip(row[1:], methods):
@@ -99,13 +114,27 @@ def examples_figure(examples: Sequence[Example], methods: Sequence[str]) -> Figu
             if found is None:
                 _picture(axes, example.image, [], f"{tables.title(method)}\nnot run on this image")
                 continue
-            decoded = sum(status not in ("eliminated", "not_reached") for _, _, status in found["prompts"])
+            decoded = sum(
+                status not in ("eliminated", "not_reached") for _, _, status in found["prompts"]
+            )
             text = f"{tables.title(method)}\n{len(found['masks'])} masks, {decoded} prompts decoded"  # on one line they met the next
             _picture(axes, example.image, found["masks"], text)
             for status, colour in _PROMPT_COLOURS.items():
-                points = np.array([p[:2] for p in found["prompts"] if p[2] == status], dtype=float).reshape(-1, 2)
-                marker = {"marker": "x"} if status == "eliminated" else {"marker": "o", "edgecolors": "black"}
-                axes.scatter(*points.T, s=11, c=colour, linewidths=0.8 if status == "eliminated" else 0.6, **marker)
+                points = np.array(
+                    [p[:2] for p in found["prompts"] if p[2] == status], dtype=float
+                ).reshape(-1, 2)
+                marker = (
+                    {"marker": "x"}
+                    if status == "eliminated"
+                    else {"marker": "o", "edgecolors": "black"}
+                )
+                axes.scatter(
+                    *points.T,
+                    s=11,
+                    c=colour,
+                    linewidths=0.8 if status == "eliminated" else 0.6,
+                    **marker,
+                )
     return figure
 
 
@@ -117,7 +146,10 @@ def png(figure: Figure) -> bytes:
 
 
 def place_labels(
-    boxes: np.ndarray, marks: np.ndarray, obstacles: np.ndarray, bounds: tuple[float, float, float, float]
+    boxes: np.ndarray,
+    marks: np.ndarray,
+    obstacles: np.ndarray,
+    bounds: tuple[float, float, float, float],
 ) -> np.ndarray:
     """Where to put n labels so that they cover neither each other nor any mark.
 
@@ -165,7 +197,11 @@ def _covered(rectangle: tuple[float, float, float, float], others: np.ndarray) -
 
 
 def label_marks(
-    figure: Figure, axes: Axes, labels: Sequence[tuple[str, str, bool]], marks: np.ndarray, lines: np.ndarray
+    figure: Figure,
+    axes: Axes,
+    labels: Sequence[tuple[str, str, bool]],
+    marks: np.ndarray,
+    lines: np.ndarray,
 ) -> None:
     """Name marks beside them; a thin line leads to names that had to move away.
 
@@ -177,10 +213,14 @@ def label_marks(
     texts = []
     for name, colour, bold in labels:
         weight = "bold" if bold else "normal"
-        text = axes.text(0, 0, name, fontsize=9, color=colour, fontweight=weight, va="bottom", zorder=4)
+        text = axes.text(
+            0, 0, name, fontsize=9, color=colour, fontweight=weight, va="bottom", zorder=4
+        )
         text.set_path_effects([withStroke(linewidth=2.5, foreground="white")])
         texts.append(text)
-    boxes = np.array([[b.width, b.height] for b in (text.get_window_extent(renderer) for text in texts)])
+    boxes = np.array(
+        [[b.width, b.height] for b in (text.get_window_extent(renderer) for text in texts)]
+    )
     to_pixels = axes.transData.transform
     marks = to_pixels(marks)
     radius = 6 * figure.dpi / 72
@@ -221,7 +261,9 @@ def clean(axes: Axes) -> None:
 
 def _picture(axes: Axes, image: np.ndarray, masks: list[dict], text: str) -> None:
     height, width = image.shape[:2]
-    axes.imshow(drawing.overlay(image, masks), extent=(0, width, height, 0), interpolation="nearest")
+    axes.imshow(
+        drawing.overlay(image, masks), extent=(0, width, height, 0), interpolation="nearest"
+    )
     axes.set(xticks=[], yticks=[], xlim=(0, width), ylim=(height, 0))
     for spine in axes.spines.values():
         spine.set_visible(False)

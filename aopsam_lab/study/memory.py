@@ -51,7 +51,9 @@ def measure_peak(setting: Setting, weights: Weights, images: Sequence[np.ndarray
         command = [sys.executable, "-m", "aopsam_lab.study.memory", str(request)]
         run = subprocess.run(command, capture_output=True, text=True, env=package_environment())
         if run.returncode or not answer.exists():
-            raise RuntimeError(f"Measuring the memory of {setting.method} failed: {run.stderr.strip()[-800:]}")
+            raise RuntimeError(
+                f"Measuring the memory of {setting.method} failed: {run.stderr.strip()[-800:]}"
+            )
         return float(json.loads(answer.read_text()))
 
 
@@ -75,7 +77,13 @@ def main(request_file: str) -> None:
     for image in images:
         encoded = encode(models.sam, image)
         run_method(
-            models.sam, encoded, method, models.predictor, models.detector, params, max_prompts=request["max_prompts"]
+            models.sam,
+            encoded,
+            method,
+            models.predictor,
+            models.detector,
+            params,
+            max_prompts=request["max_prompts"],
         )
     peak = torch.cuda.max_memory_allocated(models.device) if cuda else _peak() - before
     Path(request["answer"]).write_text(json.dumps(max(peak, 0) / MIB))

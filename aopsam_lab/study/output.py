@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 SHOWN_METHODS = ("aop", "amg_d")  # whose masks are drawn
 
 
-def save_result(result: StudyResult, name: str, shown: Sequence[str] = SHOWN_METHODS) -> dict[str, Path]:
+def save_result(
+    result: StudyResult, name: str, shown: Sequence[str] = SHOWN_METHODS
+) -> dict[str, Path]:
     """Write a result to its folder; the paths by what they hold. shown: methods whose masks are drawn, if run.
 
     `<name>.csv` (summary), `<name>_differences.csv`, `per_image.csv`, `<name>.png` (the figure), `examples.png` and
@@ -42,7 +44,10 @@ def save_result(result: StudyResult, name: str, shown: Sequence[str] = SHOWN_MET
         "provenance": ("provenance.json", json.dumps(result.provenance, indent=2) + "\n"),
         **_curve_files(result),
     }
-    return {key: write_atomically(result.out / file, content) for key, (file, content) in contents.items()}
+    return {
+        key: write_atomically(result.out / file, content)
+        for key, (file, content) in contents.items()
+    }
 
 
 def _curve_files(result: StudyResult) -> dict[str, tuple[str, str | bytes]]:
@@ -76,7 +81,10 @@ def save_sweeps(result: SweepResult, name: str) -> dict[str, Path]:
         "joint": ("joint.png", figures.png(joint_figure(result.table))),
         "provenance": ("provenance.json", json.dumps(result.study.provenance, indent=2) + "\n"),
     }
-    return {key: write_atomically(result.study.out / file, content) for key, (file, content) in contents.items()}
+    return {
+        key: write_atomically(result.study.out / file, content)
+        for key, (file, content) in contents.items()
+    }
 
 
 def to_csv(table: pd.DataFrame) -> str:
@@ -104,8 +112,13 @@ def html_table(table: pd.DataFrame, highlight: str | None = None, text_columns: 
     lines = [f"<table><thead><tr>{head}</tr></thead><tbody>"]
     for row in table.itertuples(index=False):
         own = ' class="own"' if highlight is not None and row[0] == highlight else ""
-        cells = "".join(f'<td class="{a}">{html.escape(str(value))}</td>' for a, value in zip(align[1:], row[1:]))
-        lines.append(f'<tr{own}><th scope="row" class="{align[0]}">{html.escape(str(row[0]))}</th>{cells}</tr>')
+        cells = "".join(
+            f'<td class="{a}">{html.escape(str(value))}</td>'
+            for a, value in zip(align[1:], row[1:])
+        )
+        lines.append(
+            f'<tr{own}><th scope="row" class="{align[0]}">{html.escape(str(row[0]))}</th>{cells}</tr>'
+        )
     return "\n".join([*lines, "</tbody></table>"])
 
 

@@ -124,9 +124,16 @@ def _section(folder: Path) -> str:
 
 def _results(folder: Path) -> str:
     name = folder.name
-    summary, differences = pd.read_csv(folder / f"{name}.csv"), pd.read_csv(folder / f"{name}_differences.csv")
-    table = html_table(tables.results_for_people(summary, differences), highlight=tables.title(tables.REFERENCE))
-    sentences = "".join(f"<li>{html.escape(text)}</li>" for text in tables.findings(summary, differences))
+    summary, differences = (
+        pd.read_csv(folder / f"{name}.csv"),
+        pd.read_csv(folder / f"{name}_differences.csv"),
+    )
+    table = html_table(
+        tables.results_for_people(summary, differences), highlight=tables.title(tables.REFERENCE)
+    )
+    sentences = "".join(
+        f"<li>{html.escape(text)}</li>" for text in tables.findings(summary, differences)
+    )
     examples = ""
     if (folder / "examples.png").exists():
         examples = (
@@ -175,7 +182,9 @@ def _sweeps(folder: Path) -> str:
 
     name = folder.name
     table = pd.read_csv(folder / f"{name}.csv")
-    trends = pd.read_csv(folder / "trends.csv", keep_default_na=False, na_values={"change_lo": "", "change_hi": ""})
+    trends = pd.read_csv(
+        folder / "trends.csv", keep_default_na=False, na_values={"change_lo": "", "change_hi": ""}
+    )
     knobs = "\n".join(
         f'<h3>{html.escape(knob.capitalize())}</h3><div class="results">'
         f"{html_table(sweeps.knob_for_people(table, knob), highlight=_default_value(table, knob))}</div>"

@@ -59,13 +59,17 @@ def git_state(root: Path) -> tuple[str, bool | str]:
         return UNKNOWN, UNKNOWN
     commit = _git(root, "rev-parse", "HEAD")
     # Writing the reports changes tracked files: that is the result, not the code that made it.
-    changed = _git(root, "status", "--porcelain", "--untracked-files=no", "--", ".", ":!reports", ":!README.md")
+    changed = _git(
+        root, "status", "--porcelain", "--untracked-files=no", "--", ".", ":!reports", ":!README.md"
+    )
     return commit or UNKNOWN, UNKNOWN if changed is None else bool(changed)
 
 
 def _git(root: Path, *arguments: str) -> str | None:
     try:
-        run = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=30)
+        run = subprocess.run(
+            ["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=30
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None
     return run.stdout.strip() if run.returncode == 0 else None
@@ -78,7 +82,9 @@ def _cpu_model() -> str:
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
     if platform.system() == "Darwin":
-        run = subprocess.run(["sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True)
+        run = subprocess.run(
+            ["sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True
+        )
         if run.returncode == 0:
             return run.stdout.strip()
     return platform.processor() or platform.machine()

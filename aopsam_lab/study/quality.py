@@ -12,7 +12,12 @@ from aopsam_lab.pipeline.decode import Encoded, decode_batch, full_resolution, i
 
 @torch.inference_mode()
 def decode_prompts(
-    sam: Sam, encoded: Encoded, points: np.ndarray | None, labels: np.ndarray | None, boxes: np.ndarray | None, masks: slice
+    sam: Sam,
+    encoded: Encoded,
+    points: np.ndarray | None,
+    labels: np.ndarray | None,
+    boxes: np.ndarray | None,
+    masks: slice,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Masks (P, M, H, W) bool and predicted IoUs (P, M) of P prompts, each with K points or one box.
 
@@ -27,7 +32,9 @@ def decode_prompts(
             at = encoded.to_model(torch.as_tensor(points[part], dtype=torch.float32, device=device))
             prompt = dict(points=(at, torch.as_tensor(labels[part], device=device)), boxes=None)
         else:
-            corners = torch.as_tensor(boxes[part], dtype=torch.float32, device=device).unflatten(1, (2, 2))
+            corners = torch.as_tensor(boxes[part], dtype=torch.float32, device=device).unflatten(
+                1, (2, 2)
+            )
             prompt = dict(points=None, boxes=encoded.to_model(corners).flatten(1))
         sparse = sam.prompt_encoder(**prompt, masks=None)[0]
         decoded = decoder.decode(sparse)
@@ -44,8 +51,13 @@ def decode_prompts(
 
 def ious(found: np.ndarray, truths: np.ndarray) -> np.ndarray:
     """(P, M, H, W) bool against (P, H, W) bool -> (P, M)."""
-    found, truth = np.packbits(found.reshape(*found.shape[:2], -1), -1), np.packbits(truths.reshape(len(truths), 1, -1), -1)
-    both, either = (np.bitwise_count(x).sum(-1, dtype=np.int64) for x in (found & truth, found | truth))
+    found, truth = (
+        np.packbits(found.reshape(*found.shape[:2], -1), -1),
+        np.packbits(truths.reshape(len(truths), 1, -1), -1),
+    )
+    both, either = (
+        np.bitwise_count(x).sum(-1, dtype=np.int64) for x in (found & truth, found | truth)
+    )
     return both / np.maximum(either, 1)
 
 

@@ -13,10 +13,21 @@ from aopsam_lab.study import tables
 from aopsam_lab.study.page import what_was_run
 
 START, END = "<!-- results: main_comparison -->", "<!-- end of results -->"
-COLUMNS = ("Method", "mIoU %", "Δ to AoP-SAM", "Prompts decoded", "Masks", "Inf_Lat ms", "Mask_Lat ms", "Peak MiB")
+COLUMNS = (
+    "Method",
+    "mIoU %",
+    "Δ to AoP-SAM",
+    "Prompts decoded",
+    "Masks",
+    "Inf_Lat ms",
+    "Mask_Lat ms",
+    "Peak MiB",
+)
 
 
-def update_readme(readme: str | os.PathLike = "README.md", reports: str | os.PathLike = "reports") -> Path:
+def update_readme(
+    readme: str | os.PathLike = "README.md", reports: str | os.PathLike = "reports"
+) -> Path:
     """Replace what stands between the comment lines START and END in the README by the table of the main comparison.
 
     Raises FileNotFoundError without the README or the report, ValueError where the two lines are not there once each.
@@ -25,10 +36,14 @@ def update_readme(readme: str | os.PathLike = "README.md", reports: str | os.Pat
     if not readme.is_file():
         raise FileNotFoundError(f"There is no {readme}.")
     if not (folder / "main_comparison.csv").is_file():
-        raise FileNotFoundError(f"{folder} holds no main_comparison.csv yet. Run `make study` first.")
+        raise FileNotFoundError(
+            f"{folder} holds no main_comparison.csv yet. Run `make study` first."
+        )
     text = readme.read_text(encoding="utf-8")
     if text.count(START) != 1 or text.count(END) != 1 or text.index(START) > text.index(END):
-        raise ValueError(f"{readme} must have the line {START} once and after it the line {END} once.")
+        raise ValueError(
+            f"{readme} must have the line {START} once and after it the line {END} once."
+        )
     before, after = text[: text.index(START)], text[text.index(END) :]
     return write_atomically(readme, f"{before}{START}\n{results_markdown(folder)}\n{after}")
 
@@ -39,7 +54,9 @@ def results_markdown(folder: Path) -> str:
     differences = pd.read_csv(folder / "main_comparison_differences.csv")
     provenance = json.loads((folder / "provenance.json").read_text(encoding="utf-8"))
     table = tables.results_for_people(summary, differences)[list(COLUMNS)]
-    return f"{markdown_table(table)}\n\n{what_was_run(provenance)} Commit {provenance['commit'][:10]}."
+    return (
+        f"{markdown_table(table)}\n\n{what_was_run(provenance)} Commit {provenance['commit'][:10]}."
+    )
 
 
 def markdown_table(table: pd.DataFrame) -> str:

@@ -18,7 +18,9 @@ from aopsam_lab.study.page import write_index
 from aopsam_lab.study.settings import package_environment
 
 
-def run_report(name: str, parameters: Mapping[str, Any], reports: str | os.PathLike = "reports") -> Path:
+def run_report(
+    name: str, parameters: Mapping[str, Any], reports: str | os.PathLike = "reports"
+) -> Path:
     """Execute `notebooks/<name>.ipynb` into `reports/<name>/` and rewrite `reports/index.html`; the latter's path.
 
     Written are the executed notebook, the same as HTML, and what the notebook itself writes to its `out`, which is that
@@ -31,7 +33,9 @@ def run_report(name: str, parameters: Mapping[str, Any], reports: str | os.PathL
 
     source = PACKAGE_ROOT / "notebooks" / f"{name}.ipynb"
     if not source.is_file():
-        raise FileNotFoundError(f"There is no notebook {source}. Reports are made from a checkout of the project.")
+        raise FileNotFoundError(
+            f"There is no notebook {source}. Reports are made from a checkout of the project."
+        )
     folder = Path(reports) / name
     folder.mkdir(parents=True, exist_ok=True)
     target, failed = folder / f"{name}.ipynb", folder / f"{name}.failed.ipynb"
@@ -45,7 +49,9 @@ def run_report(name: str, parameters: Mapping[str, Any], reports: str | os.PathL
                 progress_bar=False,  # the notebook's own bar says more
                 stdout_file=sys.stderr,
                 stderr_file=sys.stderr,
-                extra_arguments=["--log-level=ERROR"],  # the kernel would warn that it listens on the local machine
+                extra_arguments=[
+                    "--log-level=ERROR"
+                ],  # the kernel would warn that it listens on the local machine
             )
         notebook = nbformat.read(running, as_version=4)
     except PapermillExecutionError as error:
@@ -84,18 +90,24 @@ def tidy(notebook: nbformat.NotebookNode) -> None:
 
 def last_states(text: str) -> str:
     """Text as a terminal would leave it: of what carriage returns overwrote in a line, only the last."""
-    return "\n".join(re.split(r"\r(?!$)", line.rstrip("\r"))[-1].rstrip() for line in text.split("\n"))
+    return "\n".join(
+        re.split(r"\r(?!$)", line.rstrip("\r"))[-1].rstrip() for line in text.split("\n")
+    )
 
 
 def to_html(notebook: nbformat.NotebookNode, title: str) -> str:
     """The notebook as one HTML file that loads nothing from outside."""
     from nbconvert import HTMLExporter
 
-    exporter = HTMLExporter(template_name="lab", mathjax_url="", require_js_url="", mermaid_js_url="")
+    exporter = HTMLExporter(
+        template_name="lab", mathjax_url="", require_js_url="", mermaid_js_url=""
+    )
     exporter.embed_images = True
     body, _ = exporter.from_notebook_node(notebook, resources={"metadata": {"name": title}})
     # The template's loader of diagrams names a server, though nothing here has any diagram.
-    return re.sub(r'<script type="module">(?:(?!</script>).)*mermaid.*?</script>', "", body, flags=re.DOTALL)
+    return re.sub(
+        r'<script type="module">(?:(?!</script>).)*mermaid.*?</script>', "", body, flags=re.DOTALL
+    )
 
 
 @contextmanager

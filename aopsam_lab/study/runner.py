@@ -50,7 +50,9 @@ WARM_UP_PROMPTS = 64  # decoded before the first time is taken
 STORE_NAME = "results.sqlite"
 EXAMPLE_IMAGES = 3  # of the first images masks and prompts are kept as well, to be shown
 MEMORY_IMAGES = 2
-MEMORY_AT_ONCE = 2  # processes whose memory is measured side by side: each takes long to start, and is not timed
+MEMORY_AT_ONCE = (
+    2  # processes whose memory is measured side by side: each takes long to start, and is not timed
+)
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,9 @@ class StudyResult:
     n_reused: int
     out: Path
 
-    def save(self, name: str = "main_comparison", shown: Sequence[str] | None = None) -> dict[str, Path]:
+    def save(
+        self, name: str = "main_comparison", shown: Sequence[str] | None = None
+    ) -> dict[str, Path]:
         """Write the tables as CSV, the figures as PNG and the provenance as JSON to `out`; their paths by name.
 
         shown: the methods whose masks are drawn; None: AoP-SAM's and the dense grid's.
@@ -133,7 +137,9 @@ def run_study(
     """
     methods = [methods] if isinstance(methods, str) else list(methods)
     check_methods(methods)
-    params = AsfParams(smoothing=smoothing, confidence=confidence, spacing=spacing, elimination=elimination)
+    params = AsfParams(
+        smoothing=smoothing, confidence=confidence, spacing=spacing, elimination=elimination
+    )
     weights = Weights.of(sam, checkpoint, predictor, detector, device)
     settings = [Setting(method, method, params) for method in methods]
     return run_settings(
@@ -195,7 +201,9 @@ def run_settings(
                 **curves.described(pairs),
                 "seed": seed,
                 "device": weights.device,
-                **dataclasses.asdict(next((s for s in settings if s.label == reference), settings[0]).params),
+                **dataclasses.asdict(
+                    next((s for s in settings if s.label == reference), settings[0]).params
+                ),
             },
             "dataset": images.describe(),
             "seeds": {"dataset": seed, "bootstrap": tables.BOOTSTRAP_SEED},
@@ -244,9 +252,13 @@ class Study:
             inputs |= {"together": True, "thresholds": self.pairs}
         return inputs
 
-    def score(self, settings: Sequence[Setting], n_images: int | None = None) -> list[dict[str, Any]]:
+    def score(
+        self, settings: Sequence[Setting], n_images: int | None = None
+    ) -> list[dict[str, Any]]:
         """Rows of all settings, each run alone and timed, on the first images (None: on all)."""
-        return self._rows(settings, len(self.images) if n_images is None else n_images, together=False)
+        return self._rows(
+            settings, len(self.images) if n_images is None else n_images, together=False
+        )
 
     def score_together(self, settings: Sequence[Setting]) -> list[dict[str, Any]]:
         """Rows of all settings on all images, without times, whatever settings have in common computed once.
@@ -255,11 +267,17 @@ class Study:
         """
         return self._rows(settings, len(self.images), together=True)
 
-    def _rows(self, settings: Sequence[Setting], n_images: int, together: bool) -> list[dict[str, Any]]:
+    def _rows(
+        self, settings: Sequence[Setting], n_images: int, together: bool
+    ) -> list[dict[str, Any]]:
         wanted = [
-            (i, setting, make_key(self.inputs(setting, i, together))) for i in range(n_images) for setting in settings
+            (i, setting, make_key(self.inputs(setting, i, together)))
+            for i in range(n_images)
+            for setting in settings
         ]
-        missing = {key: (i, setting) for i, setting, key in wanted if key not in self.store}  # equal settings: once
+        missing = {
+            key: (i, setting) for i, setting, key in wanted if key not in self.store
+        }  # equal settings: once
         total = len({key for _, _, key in wanted})
         text = "scoring together" if together else "scoring"
         with self.bar(total=total, initial=total - len(missing), desc=text, unit="row") as bar:
@@ -268,10 +286,15 @@ class Study:
                 if together:
                     self._score_image_together(i, pending, bar)
                 else:
-                    self._score_image(i, pending[i % len(pending) :] + pending[: i % len(pending)], n == 0, bar)
+                    self._score_image(
+                        i, pending[i % len(pending) :] + pending[: i % len(pending)], n == 0, bar
+                    )
         self.n_scored += len(missing)
         self.n_reused += total - len(missing)
-        return [{"image": self.images.ids[i], "method": s.label, **self.store.scores(key)} for i, s, key in wanted]
+        return [
+            {"image": self.images.ids[i], "method": s.label, **self.store.scores(key)}
+            for i, s, key in wanted
+        ]
 
     def _score_image(self, i: int, settings: Sequence[Setting], warm_up: bool, bar: Any) -> None:
         sample = self.images[i]
@@ -317,7 +340,9 @@ class Study:
                 detail = scores.detail(found) if i < EXAMPLE_IMAGES else None
             if setting.max_prompts is None:
                 unlimited[which] = values, detail
-            rows.append((self.inputs(setting, i, together=True), sample.id, setting.method, values, detail))
+            rows.append(
+                (self.inputs(setting, i, together=True), sample.id, setting.method, values, detail)
+            )
             bar.update()
         self.store.add_together(rows)
 
@@ -329,7 +354,12 @@ class Study:
         arguments = {"predictor": models.predictor, "detector": models.detector, **shared}
         method = GRIDS.get(setting.method, setting.method)
         return run_method(
-            models.sam, encoded, method, params=setting.params, max_prompts=setting.max_prompts, **arguments
+            models.sam,
+            encoded,
+            method,
+            params=setting.params,
+            max_prompts=setting.max_prompts,
+            **arguments,
         )
 
     def memory(self, settings: Sequence[Setting], weights: Weights) -> dict[str, float]:
@@ -338,7 +368,10 @@ class Study:
         fingerprint = " ".join(map(self.images.sample_fingerprint, first))
 
         def memory_inputs(setting: Setting) -> dict[str, Any]:
-            return {**row_inputs(setting, self.models, self.machine, fingerprint), "memory_version": MEMORY_VERSION}
+            return {
+                **row_inputs(setting, self.models, self.machine, fingerprint),
+                "memory_version": MEMORY_VERSION,
+            }
 
         wanted = {setting.label: memory_inputs(setting) for setting in settings}
         missing = {
@@ -372,7 +405,8 @@ class Study:
             }
             for found in detail.values():
                 found["masks"] = [
-                    {"size": found["size"], "counts": counts.encode("ascii")} for counts in found["masks"]
+                    {"size": found["size"], "counts": counts.encode("ascii")}
+                    for counts in found["masks"]
                 ]
             examples.append(Example(sample.id, sample.image, sample.rles, detail))
         return examples

@@ -51,7 +51,9 @@ class Weights:
         device: str = "auto",
     ) -> Weights:
         """From paths of any kind."""
-        paths = (None if path is None else os.fspath(path) for path in (checkpoint, predictor, detector))
+        paths = (
+            None if path is None else os.fspath(path) for path in (checkpoint, predictor, detector)
+        )
         return cls(sam, *paths, device)
 
 

@@ -55,7 +55,9 @@ class Store:
             self._connection.executescript(_SCHEMA)
             self._connection.execute("SELECT key, vals, detail FROM scores LIMIT 1")
         except sqlite3.DatabaseError as error:
-            raise ValueError(f"{self.path} is not a store of scores ({error}). Move it away to start anew.") from error
+            raise ValueError(
+                f"{self.path} is not a store of scores ({error}). Move it away to start anew."
+            ) from error
 
     def close(self) -> None:
         self._connection.close()
@@ -71,7 +73,10 @@ class Store:
         return self._connection.execute("SELECT COUNT(*) FROM scores").fetchone()[0]
 
     def __contains__(self, key: str) -> bool:
-        return self._connection.execute("SELECT 1 FROM scores WHERE key = ?", (key,)).fetchone() is not None
+        return (
+            self._connection.execute("SELECT 1 FROM scores WHERE key = ?", (key,)).fetchone()
+            is not None
+        )
 
     def scores(self, key: str) -> dict[str, Any] | None:
         """The values stored under a key, None where there are none."""
@@ -102,11 +107,15 @@ class Store:
             for inputs, image, method, values, detail in rows
         ]
         with self._connection:
-            self._connection.executemany("INSERT OR IGNORE INTO scores VALUES (?, ?, ?, ?, ?, ?, ?)", stored)
+            self._connection.executemany(
+                "INSERT OR IGNORE INTO scores VALUES (?, ?, ?, ?, ?, ?, ?)", stored
+            )
 
     def memory(self, key: str) -> float | None:
         """The peak memory stored under a key (MiB), None where there is none."""
-        row = self._connection.execute("SELECT peak_mem_mb FROM memory WHERE key = ?", (key,)).fetchone()
+        row = self._connection.execute(
+            "SELECT peak_mem_mb FROM memory WHERE key = ?", (key,)
+        ).fetchone()
         return None if row is None else row[0]
 
     def add_memory(self, inputs: Mapping[str, Any], method: str, peak_mem_mb: float) -> None:

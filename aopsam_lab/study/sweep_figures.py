@@ -15,7 +15,9 @@ from aopsam_lab.study.sweeps import GRIDS, label, pareto_front
 OURS = "#009E73"
 PAPER_LINE = {"color": INK, "lw": 1.3, "ls": (0, (4, 2.5)), "marker": ".", "ms": 6}
 # Colours of Okabe and Ito (2008), with a marker each, so that nothing rests on colour alone.
-KNOB_STYLES = dict(zip(GRIDS, (("#0072B2", "s"), ("#D55E00", "^"), ("#CC79A7", "D"), ("#009E73", "o"))))
+KNOB_STYLES = dict(
+    zip(GRIDS, (("#0072B2", "s"), ("#D55E00", "^"), ("#CC79A7", "D"), ("#009E73", "o")))
+)
 LETTERS = dict(zip(GRIDS, "abcd"))  # the paper's
 
 
@@ -55,7 +57,9 @@ def sweep_figure(table: pd.DataFrame) -> Figure:
             axes.yaxis.set_major_locator(MaxNLocator(nbins=5 if column else 4, steps=[1, 2, 5, 10]))
         lower.set_xticks(x, [f"{value:g}" for value in x])
         lower.set_xlabel(knob, color=MUTED)
-        upper.set_title(f"({LETTERS[knob]}) {knob}", loc="left", fontsize=10.5, color=INK, fontweight="bold")
+        upper.set_title(
+            f"({LETTERS[knob]}) {knob}", loc="left", fontsize=10.5, color=INK, fontweight="bold"
+        )
     for axes in grid[1:, 0]:
         axes.set_ylim(0, 1.05 * max(axes.get_ylim()[1], 1))
     for axes, text in zip(grid[:, 0], ("mIoU %", "#P, masks kept", "prompts decoded")):
@@ -77,35 +81,79 @@ def joint_figure(table: pd.DataFrame) -> Figure:
     axes = figure.subplots()
     clean(axes)
     axes.set_xlabel("total time per image, ms", color=MUTED)
-    axes.set_title("mIoU in percent against time", loc="left", fontsize=10.5, color=INK, fontweight="bold", pad=12)
+    axes.set_title(
+        "mIoU in percent against time",
+        loc="left",
+        fontsize=10.5,
+        color=INK,
+        fontweight="bold",
+        pad=12,
+    )
     if table.empty:
-        axes.text(0.5, 0.5, "no setting was timed", transform=axes.transAxes, ha="center", color=MUTED)
+        axes.text(
+            0.5, 0.5, "no setting was timed", transform=axes.transAxes, ha="center", color=MUTED
+        )
         return figure
     x, y = 1000 * table["total_s"].to_numpy(), 100 * table["miou"].to_numpy()
     default, front = table["is_default"].to_numpy(dtype=bool), pareto_front(x, y)
     for knob, (colour, marker) in KNOB_STYLES.items():
         own = (table["knob"] == knob).to_numpy() & ~default
         for chosen, face in ((own & front, colour), (own & ~front, "white")):
-            axes.scatter(x[chosen], y[chosen], s=46, marker=marker, c=face, edgecolors=colour, linewidths=1.5, zorder=3)
+            axes.scatter(
+                x[chosen],
+                y[chosen],
+                s=46,
+                marker=marker,
+                c=face,
+                edgecolors=colour,
+                linewidths=1.5,
+                zorder=3,
+            )
     axes.scatter(x[default], y[default], s=90, marker="*", c=INK, zorder=4)
     order = np.flatnonzero(front)[np.argsort(x[front], kind="stable")]
     axes.step(x[order], y[order], where="post", color=INK, lw=1, alpha=0.6, zorder=1)
     axes.margins(0.12)
-    keys = [Line2D([], [], ls="", marker=m, mfc="white", mec=c, mew=1.5) for c, m in KNOB_STYLES.values()]
-    keys += [Line2D([], [], ls="", marker="*", ms=10, color=INK), Line2D([], [], color=INK, lw=1, alpha=0.6)]
+    keys = [
+        Line2D([], [], ls="", marker=m, mfc="white", mec=c, mew=1.5)
+        for c, m in KNOB_STYLES.values()
+    ]
+    keys += [
+        Line2D([], [], ls="", marker="*", ms=10, color=INK),
+        Line2D([], [], color=INK, lw=1, alpha=0.6),
+    ]
     names = [*KNOB_STYLES, "default", "Pareto front"]
-    figure.legend(keys, names, loc="outside lower left", ncols=6, frameon=False, fontsize=8.5, labelcolor=MUTED)
-    named = {(x[i], y[i]): i for i in (*order, *np.flatnonzero(default))}  # equal settings lie on one point: one name
+    figure.legend(
+        keys,
+        names,
+        loc="outside lower left",
+        ncols=6,
+        frameon=False,
+        fontsize=8.5,
+        labelcolor=MUTED,
+    )
+    named = {
+        (x[i], y[i]): i for i in (*order, *np.flatnonzero(default))
+    }  # equal settings lie on one point: one name
     first = list(named.values())
     others = [i for i in range(len(x)) if i not in first]
     labels = [
         ("default", INK, True)
         if default[i]
-        else (label(table.loc[i, "knob"], table.loc[i, "value"]), KNOB_STYLES[table.loc[i, "knob"]][0], False)
+        else (
+            label(table.loc[i, "knob"], table.loc[i, "value"]),
+            KNOB_STYLES[table.loc[i, "knob"]][0],
+            False,
+        )
         for i in first
     ]
     fx, fy = x[order], y[order]
     level = np.column_stack([fx[:-1], fy[:-1], fx[1:], fy[:-1]])
     upright = np.column_stack([fx[1:], fy[:-1], fx[1:], fy[1:]])
-    label_marks(figure, axes, labels, np.column_stack([x, y])[first + others], np.concatenate([level, upright]))
+    label_marks(
+        figure,
+        axes,
+        labels,
+        np.column_stack([x, y])[first + others],
+        np.concatenate([level, upright]),
+    )
     return figure

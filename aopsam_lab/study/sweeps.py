@@ -34,7 +34,16 @@ SWEEP_COLUMNS = ("knob", "value", "is_default", *tables.SUMMARY_COLUMNS[1:], *DI
 TREND_COLUMNS = (
     "knob", "column", "first", "last", "n_images", "change", "change_lo", "change_hi", "trend",
 )  # fmt: skip
-BUDGET_COLUMNS = ("budget", *GRIDS, "miou", "miou_lo", "miou_hi", *DIFFERENCE, "n_decoded", "n_decoded_max")
+BUDGET_COLUMNS = (
+    "budget",
+    *GRIDS,
+    "miou",
+    "miou_lo",
+    "miou_hi",
+    *DIFFERENCE,
+    "n_decoded",
+    "n_decoded_max",
+)
 TREND_OF = ("miou", "n_masks", "n_decoded", "inf_lat_s", "mask_lat_s", "elim_ratio")
 RISES, FALLS, UNDECIDED = "rises", "falls", "undecided"
 
@@ -69,7 +78,15 @@ def run_ablation(
     settings = [Setting(method, method, params) for method in methods]
     weights = Weights.of(sam, checkpoint, predictor, detector, device)
     return run_settings(
-        settings, weights, dataset, n_images, seed, out, timed_images=timed_images, memory=memory, progress=progress
+        settings,
+        weights,
+        dataset,
+        n_images,
+        seed,
+        out,
+        timed_images=timed_images,
+        memory=memory,
+        progress=progress,
     )
 
 
@@ -126,7 +143,9 @@ def run_sweeps(
         raise ValueError(f"There is no knob {unknown[0]!r}. Choose from {', '.join(GRIDS)}.")
     if any(budget < 1 for budget in budgets):
         raise ValueError(f"A budget is a number of prompts, 1 or more; got {min(budgets)}.")
-    grids = {knob: tuple(sorted({float(value) for value in values})) for knob, values in grids.items()}
+    grids = {
+        knob: tuple(sorted({float(value) for value in values})) for knob, values in grids.items()
+    }
     params = AsfParams(smoothing, confidence, spacing, elimination)
     settings = sweep_settings(grids, params)
     within = limited_settings(settings, budgets)
@@ -185,7 +204,10 @@ def limited_settings(settings: Sequence[Setting], budgets: Sequence[int]) -> lis
 
 
 def sweep_table(
-    summary: pd.DataFrame, differences: pd.DataFrame, grids: Mapping[str, Sequence[float]], params: AsfParams
+    summary: pd.DataFrame,
+    differences: pd.DataFrame,
+    grids: Mapping[str, Sequence[float]],
+    params: AsfParams,
 ) -> pd.DataFrame:
     """A summary by label -> one row a knob and value, with its paired difference to the default setting ``params``."""
     summary, differences = summary.set_index("method"), differences.set_index("method")
@@ -195,7 +217,15 @@ def sweep_table(
             name = label(knob, value)
             difference = differences.loc[name, list(DIFFERENCE)]
             default = getattr(params, knob) == value
-            rows.append({"knob": knob, "value": value, "is_default": default, **summary.loc[name], **difference})
+            rows.append(
+                {
+                    "knob": knob,
+                    "value": value,
+                    "is_default": default,
+                    **summary.loc[name],
+                    **difference,
+                }
+            )
     found = [name for name in tables.COVERAGE_COLUMNS if name in summary]
     return pd.DataFrame(rows, columns=[*SWEEP_COLUMNS, *found])
 
@@ -245,8 +275,13 @@ def budget_table(per_image: pd.DataFrame, settings: Sequence[Setting]) -> pd.Dat
     rows = []
     for budget in dict.fromkeys(setting.max_prompts for setting in settings):
         held = [setting for setting in settings if setting.max_prompts == budget]
-        miou = {setting: by_method[setting.label].set_index("image")["miou"].dropna() for setting in held}
-        best = max(held, key=lambda setting: miou[setting].mean())  # of equals the first, so the default before others
+        miou = {
+            setting: by_method[setting.label].set_index("image")["miou"].dropna()
+            for setting in held
+        }
+        best = max(
+            held, key=lambda setting: miou[setting].mean()
+        )  # of equals the first, so the default before others
         mean, low, high = mean_interval(miou[best], tables.BOOTSTRAP_SEED)
         difference = mean_interval(miou[best] - miou[held[0]], tables.BOOTSTRAP_SEED)
         decoded = by_method[best.label]["n_decoded"]
@@ -307,7 +342,9 @@ def knob_for_people(table: pd.DataFrame, knob: str) -> pd.DataFrame:
     own = table[table["knob"] == knob]
     own = own.assign(method=[f"{value:g}" for value in own["value"]])
     shown = tables.results_for_people(own, own)
-    return shown.rename(columns={"Method": knob.capitalize(), tables.DIFFERENCE_HEADING: "Δ to the default"})
+    return shown.rename(
+        columns={"Method": knob.capitalize(), tables.DIFFERENCE_HEADING: "Δ to the default"}
+    )
 
 
 def budgets_for_people(budgets: pd.DataFrame) -> pd.DataFrame:

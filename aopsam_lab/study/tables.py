@@ -94,7 +94,9 @@ def summary_table(per_image: pd.DataFrame, peak_mem_mb: Mapping[str, float]) -> 
         total = aggregate(own["miou"], own["miou_best"], own["n_truth"])
         _, low, high = mean_interval(own.loc[own["n_truth"] > 0, "miou"], BOOTSTRAP_SEED)
         sampled = own["n_sampled"].sum()
-        means = own[["inf_lat_s", "mask_lat_s", "encode_s", "total_s", "n_masks", "n_decoded"]].mean()
+        means = own[
+            ["inf_lat_s", "mask_lat_s", "encode_s", "total_s", "n_masks", "n_decoded"]
+        ].mean()
         rows.append(
             {
                 "method": method,
@@ -106,9 +108,7 @@ def summary_table(per_image: pd.DataFrame, peak_mem_mb: Mapping[str, float]) -> 
                 **means,
                 "peak_mem_mb": peak_mem_mb.get(method, float("nan")),
                 "elim_ratio": own["n_eliminated"].sum() / sampled if sampled else float("nan"),
-                **{
-                    name: _over_truths(own[name], own["n_truth"]) for name in ("ar_100", "ar_1000")
-                },
+                **{name: _over_truths(own[name], own["n_truth"]) for name in ("ar_100", "ar_1000")},
             }
         )
         if COVERAGE in own:
@@ -139,7 +139,9 @@ def difference_table(per_image: pd.DataFrame, reference: str = REFERENCE) -> pd.
             if method == reference:
                 continue
             values = own.set_index("image")["miou"]
-            mean, low, high = paired_difference(values, base.loc[values.index, "miou"], BOOTSTRAP_SEED)
+            mean, low, high = paired_difference(
+                values, base.loc[values.index, "miou"], BOOTSTRAP_SEED
+            )
             means = per_image[per_image["method"] == method].mean(numeric_only=True)
             rows.append(
                 {
@@ -150,7 +152,9 @@ def difference_table(per_image: pd.DataFrame, reference: str = REFERENCE) -> pd.
                     "miou_diff_lo": low,
                     "miou_diff_hi": high,
                     **{
-                        name: means[column] / base_means[column] if base_means[column] else float("nan")
+                        name: means[column] / base_means[column]
+                        if base_means[column]
+                        else float("nan")
                         for name, column in (
                             ("n_decoded_ratio", "n_decoded"),
                             ("mask_lat_ratio", "mask_lat_s"),
@@ -215,7 +219,15 @@ def milliseconds(seconds: float) -> str:
     ms = 1000 * seconds
     if not np.isfinite(ms):
         return "–"
-    return f"{ms:,.0f}" if ms >= 100 else f"{ms:.1f}" if ms >= 10 else f"{ms:.2f}" if ms >= 0.001 else "0"
+    return (
+        f"{ms:,.0f}"
+        if ms >= 100
+        else f"{ms:.1f}"
+        if ms >= 10
+        else f"{ms:.2f}"
+        if ms >= 0.001
+        else "0"
+    )
 
 
 def percent_with_range(value: float, low: float, high: float) -> str:

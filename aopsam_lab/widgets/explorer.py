@@ -85,11 +85,15 @@ class Explorer(ui.VBox):
         self._answers: dict[str, Answer | None] = {"left": None, "right": None}
         self._masks_by_hand: list = []
         self._worker, self._ticket, self._timer = ThreadPoolExecutor(1), 0, None
-        self._live = self._showing = False  # a change comes from the page; the knobs are being set to what holds
+        self._live = self._showing = (
+            False  # a change comes from the page; the knobs are being set to what holds
+        )
         look = {"tables": packing.colour_tables(), "fates": [[*FATES[status]] for status in FATES]}
         self.canvas = Canvas(look=look, layers=dict(LAYERS))
         self._controls = Controls([source.name for source in self._sources], self.canvas)
-        super().__init__(children=self._controls.rows(self.canvas), params=params, method=method, compare=compare)
+        super().__init__(
+            children=self._controls.rows(self.canvas), params=params, method=method, compare=compare
+        )
         for trait in ("selected", "round", "layers", "message", "manual"):
             traitlets.link((self, trait), (self.canvas, trait))
         self._connect()
@@ -103,8 +107,14 @@ class Explorer(ui.VBox):
 
     def _connect(self) -> None:
         """The controls' values and this object's traits follow each other."""
-        for control, trait in ((self._controls.picker, "source"), (self._controls.method, "method"), (self._controls.compare, "compare")):
-            control.observe(lambda change, trait=trait: self._from_page(trait, change["new"]), "value")
+        for control, trait in (
+            (self._controls.picker, "source"),
+            (self._controls.method, "method"),
+            (self._controls.compare, "compare"),
+        ):
+            control.observe(
+                lambda change, trait=trait: self._from_page(trait, change["new"]), "value"
+            )
         for name, knob in self._controls.knobs.items():
             knob.observe(lambda change, name=name: self._knob_moved(name, change["new"]), "value")
         self._controls.upload.observe(self._uploaded, "value")
@@ -119,13 +129,18 @@ class Explorer(ui.VBox):
 
     def _knob_moved(self, name: str, value: float) -> None:
         if not self._showing:
-            self._from_page("params", replace(self.params, **{name: round(value, 6)}))  # the page adds steps up
+            self._from_page(
+                "params", replace(self.params, **{name: round(value, 6)})
+            )  # the page adds steps up
 
     def _show_knobs(self) -> None:
         self._showing = True
         for name, knob in self._controls.knobs.items():
             value = getattr(self.params, name)
-            knob.min, knob.max = min(knob.min, value), max(knob.max, value)  # Python may go beyond what a hand needs
+            knob.min, knob.max = (
+                min(knob.min, value),
+                max(knob.max, value),
+            )  # Python may go beyond what a hand needs
             knob.value = value
         self._showing = False
 
@@ -160,7 +175,9 @@ class Explorer(ui.VBox):
     @traitlets.observe("compare")
     def _compare_changed(self, _) -> None:
         if self.compare not in (NOTHING, PINNED, *METHODS):
-            raise ValueError(f"compare must be {NOTHING!r}, {PINNED!r} or one of {', '.join(METHODS)}, not {self.compare!r}")
+            raise ValueError(
+                f"compare must be {NOTHING!r}, {PINNED!r} or one of {', '.join(METHODS)}, not {self.compare!r}"
+            )
         self._controls.compare.value = self.compare
         if self._session is None:
             return
@@ -177,7 +194,11 @@ class Explorer(ui.VBox):
 
     @traitlets.observe("selected")
     def _selected_changed(self, _) -> None:
-        if self.selected < 0 or self.segmentation is None or self.selected >= len(self.segmentation.prompts):
+        if (
+            self.selected < 0
+            or self.segmentation is None
+            or self.selected >= len(self.segmentation.prompts)
+        ):
             self.canvas.detail = {}
             return
         with self._said_not_raised():
@@ -197,7 +218,12 @@ class Explorer(ui.VBox):
         self._ticket += 1
         self._session, self._answers, self._masks_by_hand = None, {"left": None, "right": None}, []
         with self.canvas.hold_sync():
-            self.canvas.left, self.canvas.right, self.canvas.preview, self.canvas.picture = {}, {}, {}, {}
+            self.canvas.left, self.canvas.right, self.canvas.preview, self.canvas.picture = (
+                {},
+                {},
+                {},
+                {},
+            )
             self.segmentation, self.compared, self.manual, self.selected = None, None, [], -1
         if not self._sources:
             return
@@ -205,12 +231,16 @@ class Explorer(ui.VBox):
         session = Session(picture, loaded_sam(self._sam), self._model)
         height, width = picture.image.shape[:2]
         packed = {"width": width, "height": height, **packing.pack_image(picture.image)}
-        self.canvas.picture = packed | {"truth": packing.pack_masks(session.truth) if session.truth else {}}
+        self.canvas.picture = packed | {
+            "truth": packing.pack_masks(session.truth) if session.truth else {}
+        }
         self.message, self._session = picture.note, session
         if shown is None:
             self._ask_for(("left", "right") if self.compare in METHODS else ("left",))
         else:
-            answer = Answer(shown, shown.seconds.get("total", 0.0), shown.n_decoded, session.miou(shown))
+            answer = Answer(
+                shown, shown.seconds.get("total", 0.0), shown.n_decoded, session.miou(shown)
+            )
             self._received(self._ticket, "left", answer)
 
     def _model(self, kind: str):
@@ -221,21 +251,36 @@ class Explorer(ui.VBox):
         self._ticket += 1
         if self._timer is not None:
             self._timer.cancel()
-        job = partial(self._compute, self._ticket, self._session, [(side, *self._setting(side)) for side in sides])
+        job = partial(
+            self._compute,
+            self._ticket,
+            self._session,
+            [(side, *self._setting(side)) for side in sides],
+        )
         loop = _running_loop() if self._live else None
         with self._said_not_raised():
             if loop is None:
                 job(lambda function, *args: function(*args))
                 return
             if sampled:
-                self.canvas.preview = packing.pack_waiting(self._session.sample(self.method, self.params))
+                self.canvas.preview = packing.pack_waiting(
+                    self._session.sample(self.method, self.params)
+                )
             self.canvas.busy = "decoding …"
-            self._timer = loop.call_later(DEBOUNCE, self._worker.submit, self._in_worker, job, loop.call_soon_threadsafe)
+            self._timer = loop.call_later(
+                DEBOUNCE, self._worker.submit, self._in_worker, job, loop.call_soon_threadsafe
+            )
 
     def _setting(self, side: str) -> tuple[str, AsfParams]:
         return (self.method if side == "left" else self.compare), self.params
 
-    def _compute(self, ticket: int, session: Session, wanted: list[tuple[str, str, AsfParams]], tell: Callable) -> None:
+    def _compute(
+        self,
+        ticket: int,
+        session: Session,
+        wanted: list[tuple[str, str, AsfParams]],
+        tell: Callable,
+    ) -> None:
         """Run the settings one after the other; `tell` calls a function in the thread that owns the widget."""
         for side, method, params in wanted:
             progress = partial(tell, self._progress, ticket)
@@ -248,7 +293,9 @@ class Explorer(ui.VBox):
             job(tell)
         except Cancelled:
             pass
-        except Exception as error:  # nobody waits for this thread: a person reads it in the message line
+        except (
+            Exception
+        ) as error:  # nobody waits for this thread: a person reads it in the message line
             tell(self._failed, error)
 
     def _progress(self, ticket: int, done: int = 0, total: int = 0) -> None:
@@ -289,12 +336,20 @@ class Explorer(ui.VBox):
 
     def _packed(self, answer: Answer, seg: Segmentation) -> dict:
         truth = self._session.miou(seg)
-        badge = [f"{seg.n_decoded} decoded of {seg.n_sampled}", f"{len(seg.masks)} masks", f"{answer.seconds:.2f} s"]
+        badge = [
+            f"{seg.n_decoded} decoded of {seg.n_sampled}",
+            f"{len(seg.masks)} masks",
+            f"{answer.seconds:.2f} s",
+        ]
         if answer.n_new < seg.n_decoded:
             badge[0] += f" ({answer.n_new} new)"
         if truth is not None:
             badge.append(f"mIoU {100 * truth:.1f} %")
-        smoothed = None if seg.pcm is None else self._session.smoothed(seg.pcm, replace(self.params, **seg.params))
+        smoothed = (
+            None
+            if seg.pcm is None
+            else self._session.smoothed(seg.pcm, replace(self.params, **seg.params))
+        )
         return packing.pack_result(seg, smoothed, " · ".join(badge))
 
     # --- by hand, out ----------------------------------------------------------------------------------------------------
@@ -345,19 +400,37 @@ class Explorer(ui.VBox):
         stem = Path(self._sources[self.source].name).stem
         if what == "coco":
             name, mime = f"{stem}.json", "application/json"
-            data = json.dumps(self.segmentation.to_coco(file_name=self._sources[self.source].name)).encode()
+            data = json.dumps(
+                self.segmentation.to_coco(file_name=self._sources[self.source].name)
+            ).encode()
         else:
             name, mime = f"{stem}_labels.png", "image/png"
-            data = drawing.png_bytes(drawing.label_image(self.segmentation.masks, self.segmentation.image.shape[:2]))
+            data = drawing.png_bytes(
+                drawing.label_image(self.segmentation.masks, self.segmentation.image.shape[:2])
+            )
         self.canvas.send({"kind": "file", "name": name, "mime": mime}, [data])
 
     def _call(self) -> str:
         """The Python that makes this state again."""
-        sam = repr(self._sam) if isinstance(self._sam, str) else f"aop.load_sam({spec_of(self._sam).name!r})"
-        values = ", ".join(f"{field.name}={getattr(self.params, field.name):g}" for field in fields(AsfParams))
-        arguments = [self._sources[self.source].code, f"sam={sam}", f"method={self.method!r}", f"params=aop.AsfParams({values})"]
+        sam = (
+            repr(self._sam)
+            if isinstance(self._sam, str)
+            else f"aop.load_sam({spec_of(self._sam).name!r})"
+        )
+        values = ", ".join(
+            f"{field.name}={getattr(self.params, field.name):g}" for field in fields(AsfParams)
+        )
+        arguments = [
+            self._sources[self.source].code,
+            f"sam={sam}",
+            f"method={self.method!r}",
+            f"params=aop.AsfParams({values})",
+        ]
         if self.manual:
-            clicks = [[(round(x, 1), round(y, 1), label) for x, y, label in clicks] for clicks in self.manual]
+            clicks = [
+                [(round(x, 1), round(y, 1), label) for x, y, label in clicks]
+                for clicks in self.manual
+            ]
             arguments.append(f"manual={clicks}")
         if self.compare in METHODS:
             arguments.append(f"compare={self.compare!r}")
@@ -368,7 +441,9 @@ class Explorer(ui.VBox):
         """What goes wrong is said in the message line: a person at the widget never meets a stack trace or a dead panel."""
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `prepared` has a note on large pictures
+                warnings.simplefilter(
+                    "ignore", Image.DecompressionBombWarning
+                )  # `prepared` has a note on large pictures
                 yield
         except Exception as error:
             known = isinstance(error, (ValueError, OSError, ImportError))
@@ -394,7 +469,11 @@ class Explorer(ui.VBox):
         return bundle
 
     def __repr__(self) -> str:
-        return f"Explorer({self.segmentation!r})" if self.segmentation is not None else f"Explorer({self.message!r})"
+        return (
+            f"Explorer({self.segmentation!r})"
+            if self.segmentation is not None
+            else f"Explorer({self.message!r})"
+        )
 
 
 def explore(
@@ -427,9 +506,15 @@ def explore(
 
 def explore_segmentation(seg: Segmentation, sam: str | Sam = "mobile_sam") -> Explorer:
     """The explorer on a Segmentation as it is; SAM is asked only when something changes."""
-    known = {field.name: seg.params[field.name] for field in fields(AsfParams) if field.name in seg.params}
+    known = {
+        field.name: seg.params[field.name]
+        for field in fields(AsfParams)
+        if field.name in seg.params
+    }
     source = Source("picture", "seg.image", lambda: Picture(seg.image))
-    return Explorer([source], sam, seg.method if seg.method in METHODS else "aop", AsfParams(**known), shown=seg)
+    return Explorer(
+        [source], sam, seg.method if seg.method in METHODS else "aop", AsfParams(**known), shown=seg
+    )
 
 
 def _running_loop() -> asyncio.AbstractEventLoop | None:

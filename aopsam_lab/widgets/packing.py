@@ -18,14 +18,20 @@ from aopsam_lab.pipeline.segmentation import STATUSES, Segmentation
 
 MAX_IMAGE_BYTES = 4_000_000
 LOSSLESS_PIXELS = 1_000_000
-COLOUR_MAPS = ("magma", "viridis")  # of confidence (PCM) and of similarity (PEM); both grow evenly lighter
+COLOUR_MAPS = (
+    "magma",
+    "viridis",
+)  # of confidence (PCM) and of similarity (PEM); both grow evenly lighter
 
 
 def pack_image(image: np.ndarray) -> dict:
     """H x W x 3 uint8 -> mime and bytes: a PNG up to LOSSLESS_PIXELS, else the best JPEG within MAX_IMAGE_BYTES."""
     bgr = cv2.cvtColor(image, cv2.COLOR_RGB2BGR)
     if image.shape[0] * image.shape[1] <= LOSSLESS_PIXELS:
-        return {"mime": "image/png", "data": cv2.imencode(".png", bgr, [cv2.IMWRITE_PNG_COMPRESSION, 3])[1].tobytes()}
+        return {
+            "mime": "image/png",
+            "data": cv2.imencode(".png", bgr, [cv2.IMWRITE_PNG_COMPRESSION, 3])[1].tobytes(),
+        }
     for quality in (92, 80, 60, 40, 20):
         data = cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, quality])[1].tobytes()
         if len(data) <= MAX_IMAGE_BYTES:
@@ -51,7 +57,12 @@ def pack_maps(maps: np.ndarray) -> dict:
     """n x h x w or h x w in [0, 1] -> n, h, w and uint16."""
     maps = maps[None] if maps.ndim == 2 else maps
     n, h, w = maps.shape
-    return {"n": n, "h": h, "w": w, "data": np.round(np.clip(maps, 0, 1) * 65535).astype("<u2").tobytes()}
+    return {
+        "n": n,
+        "h": h,
+        "w": w,
+        "data": np.round(np.clip(maps, 0, 1) * 65535).astype("<u2").tobytes(),
+    }
 
 
 def pack_prompts(seg: Segmentation) -> dict:
@@ -59,7 +70,9 @@ def pack_prompts(seg: Segmentation) -> dict:
     references: rows of prompt, threshold, round. Numbers that are not there are NaN, rounds and references -1."""
     table, references = seg.prompts, seg.references
     rounds = table["round"].to_numpy()
-    of_reference = rounds[references["prompt"].to_numpy(int)] if len(references) else np.zeros(0, int)
+    of_reference = (
+        rounds[references["prompt"].to_numpy(int)] if len(references) else np.zeros(0, int)
+    )
     by = table["by"].to_numpy()
     gone = np.full(len(table), -1)
     gone[by >= 0] = of_reference[by[by >= 0]]
@@ -83,7 +96,10 @@ def pack_waiting(prompts: Prompts) -> dict:
 def colour_tables() -> dict:
     """Name -> 256 x 3 bytes, of each of COLOUR_MAPS."""
     steps = np.linspace(0, 1, 256)
-    return {name: np.round(matplotlib.colormaps[name](steps)[:, :3] * 255).astype(np.uint8).tobytes() for name in COLOUR_MAPS}
+    return {
+        name: np.round(matplotlib.colormaps[name](steps)[:, :3] * 255).astype(np.uint8).tobytes()
+        for name in COLOUR_MAPS
+    }
 
 
 def pack_result(seg: Segmentation, smoothed: np.ndarray | None, badge: str) -> dict:

@@ -63,7 +63,9 @@ class Session:
     def __init__(self, picture: Picture, sam: Sam, models: Callable[[str], object]):
         self.picture, self.sam, self._models = picture, sam, models
         self.truth = None if picture.truth is None else encode_rle(picture.truth)
-        self._lock = threading.Lock()  # decoding goes on in a worker thread while a click is answered in the main one
+        self._lock = (
+            threading.Lock()
+        )  # decoding goes on in a worker thread while a click is answered in the main one
 
     @cached_property
     def encoded(self) -> Encoded:
@@ -88,7 +90,9 @@ class Session:
     def sample(self, method: str, params: AsfParams) -> Prompts:
         """What the method proposes before anything is decoded."""
         with self._lock:
-            return method_named(method).start(self.encoded, self._models_for(method), params).prompts
+            return (
+                method_named(method).start(self.encoded, self._models_for(method), params).prompts
+            )
 
     def smoothed(self, pcm: np.ndarray, params: AsfParams) -> np.ndarray:
         """The PCM (H, W) as adaptive sampling sees it."""
@@ -113,7 +117,9 @@ class Session:
 
         def decode(sam, encoded, prompts, index, spec) -> Found:
             nonlocal done
-            for i in range(0, len(index), CHUNK):  # a long round in pieces; the cache then joins them
+            for i in range(
+                0, len(index), CHUNK
+            ):  # a long round in pieces; the cache then joins them
                 if cancelled():
                     raise Cancelled
                 with self._lock:
@@ -127,8 +133,12 @@ class Session:
                 return self._cache(sam, encoded, prompts, index, spec)
 
         models = self._models_for(method)
-        seg = run_method(self.sam, self.encoded, method, models.predictor, models.detector, params, decode=decode)
-        return Answer(seg, time.perf_counter() - start, self._cache.n_decoded - before, self.miou(seg))
+        seg = run_method(
+            self.sam, self.encoded, method, models.predictor, models.detector, params, decode=decode
+        )
+        return Answer(
+            seg, time.perf_counter() - start, self._cache.n_decoded - before, self.miou(seg)
+        )
 
     def miou(self, seg: Segmentation) -> float | None:
         """One-to-one mIoU with the truth, None where there is none."""
@@ -143,12 +153,19 @@ class Session:
         device = self.encoded.embedding.device
         as_tensor = lambda values: torch.tensor([values], dtype=torch.float32, device=device)  # noqa: E731
         prompts = Prompts(
-            as_tensor([prompt["x"], prompt["y"]]), as_tensor(0.0), as_tensor(list(box)) if has_box else None, not has_box
+            as_tensor([prompt["x"], prompt["y"]]),
+            as_tensor(0.0),
+            as_tensor(list(box)) if has_box else None,
+            not has_box,
         )
         with self._lock:
             found = self._cache.candidates(prompts, 0)
-        masks = encode_rle(full_resolution(self.sam, self.encoded, found.low_res) > self.sam.mask_threshold)
-        fields = zip(masks, found.iou.tolist(), found.stability.tolist(), found.boxes.float().cpu().numpy())
+        masks = encode_rle(
+            full_resolution(self.sam, self.encoded, found.low_res) > self.sam.mask_threshold
+        )
+        fields = zip(
+            masks, found.iou.tolist(), found.stability.tolist(), found.boxes.float().cpu().numpy()
+        )
         return [Mask(*values) for values in fields]
 
     @torch.inference_mode()
@@ -156,17 +173,27 @@ class Session:
         """SAM's mask for points set by hand: the best of three for one click, its single one for more; None if empty."""
         stock = SamPredictor(self.sam)  # takes any number of points with labels
         stock.features, stock.is_image_set = self.encoded.embedding, True
-        stock.original_size, stock.input_size = self.picture.image.shape[:2], self.encoded.input_size
+        stock.original_size, stock.input_size = (
+            self.picture.image.shape[:2],
+            self.encoded.input_size,
+        )
         points, labels = np.array([c[:2] for c in clicks], float), np.array([c[2] for c in clicks])
         with self._lock:
-            logits, scores, _ = stock.predict(points, labels, multimask_output=len(clicks) == 1, return_logits=True)
+            logits, scores, _ = stock.predict(
+                points, labels, multimask_output=len(clicks) == 1, return_logits=True
+            )
         best = int(scores.argmax())
         chosen = torch.from_numpy(logits[best])[None]
         pixels = chosen > self.sam.mask_threshold
         if not pixels.any():
             return None
         stability = calculate_stability_score(chosen, self.sam.mask_threshold, STABILITY_OFFSET)
-        return Mask(encode_rle(pixels)[0], float(scores[best]), float(stability), batched_mask_to_box(pixels)[0].float().numpy())
+        return Mask(
+            encode_rle(pixels)[0],
+            float(scores[best]),
+            float(stability),
+            batched_mask_to_box(pixels)[0].float().numpy(),
+        )
 
 
 def with_manual(seg: Segmentation, manual: Sequence[tuple[Clicks, Mask]]) -> Segmentation:
@@ -177,7 +204,10 @@ def with_manual(seg: Segmentation, manual: Sequence[tuple[Clicks, Mask]]) -> Seg
     if not manual:
         return seg
     rows = pd.DataFrame(
-        [{"x": clicks[0][0], "y": clicks[0][1], "round": -1, "status": "kept", "by": -1} for clicks, _ in manual]
+        [
+            {"x": clicks[0][0], "y": clicks[0][1], "round": -1, "status": "kept", "by": -1}
+            for clicks, _ in manual
+        ]
     ).reindex(columns=seg.prompts.columns)
     masks = [mask for _, mask in manual]
     scores = np.concatenate([seg.scores, np.array([m.score for m in masks], np.float32)])
@@ -187,9 +217,13 @@ def with_manual(seg: Segmentation, manual: Sequence[tuple[Clicks, Mask]]) -> Seg
         seg,
         masks=[all_masks[i] for i in order],
         scores=scores[order],
-        stability=np.concatenate([seg.stability, np.array([m.stability for m in masks], np.float32)])[order],
+        stability=np.concatenate(
+            [seg.stability, np.array([m.stability for m in masks], np.float32)]
+        )[order],
         boxes=np.concatenate([seg.boxes, np.array([m.box for m in masks], np.float32)])[order],
-        mask_prompt=np.concatenate([seg.mask_prompt, len(seg.prompts) + np.arange(len(masks))])[order],
+        mask_prompt=np.concatenate([seg.mask_prompt, len(seg.prompts) + np.arange(len(masks))])[
+            order
+        ],
         prompts=pd.concat([seg.prompts, rows.astype({"round": int, "by": int})], ignore_index=True),
         n_decoded=seg.n_decoded + len(masks),
         n_sampled=seg.n_sampled + len(masks),

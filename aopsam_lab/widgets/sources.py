@@ -56,19 +56,25 @@ def sources_of(what, code: str = "image") -> list[Source]:
     if isinstance(what, (str, os.PathLike)):
         return _of_path(what)
     if isinstance(what, Mapping):
-        return _renamed([(str(name), sources_of(item, f"{code}[{name!r}]")) for name, item in what.items()])
+        return _renamed(
+            [(str(name), sources_of(item, f"{code}[{name!r}]")) for name, item in what.items()]
+        )
     if hasattr(what, "sample_fingerprint"):
         return _of_dataset(what, code)
     if isinstance(what, (list, tuple)):
         return _renamed([("", sources_of(item, f"{code}[{i}]")) for i, item in enumerate(what)])
-    raise ValueError(f"Nothing to explore in a {type(what).__name__}: give an array, a Pillow image, a path, or a list of them.")
+    raise ValueError(
+        f"Nothing to explore in a {type(what).__name__}: give an array, a Pillow image, a path, or a list of them."
+    )
 
 
 def prepared(image: np.ndarray, truth: np.ndarray | None = None) -> Picture:
     """A picture ready to explore: one of more than MAX_PIXELS is reduced, with a note. Raises ValueError for a tiny one."""
     height, width = image.shape[:2]
     if min(height, width) < MIN_SIDE:
-        raise ValueError(f"A picture of {width} x {height} pixels is too small to explore: each side needs {MIN_SIDE} or more.")
+        raise ValueError(
+            f"A picture of {width} x {height} pixels is too small to explore: each side needs {MIN_SIDE} or more."
+        )
     if height * width <= MAX_PIXELS:
         return Picture(image, truth)
     scale = (MAX_PIXELS / (height * width)) ** 0.5
@@ -76,7 +82,10 @@ def prepared(image: np.ndarray, truth: np.ndarray | None = None) -> Picture:
     note = f"{width} x {height} pixels, explored at {size[0]} x {size[1]}; aop.segment gives masks of the full size."
     reduced = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
     if truth is not None:
-        shrunk = [cv2.resize(mask.view(np.uint8), size, interpolation=cv2.INTER_NEAREST).astype(bool) for mask in truth]
+        shrunk = [
+            cv2.resize(mask.view(np.uint8), size, interpolation=cv2.INTER_NEAREST).astype(bool)
+            for mask in truth
+        ]
         truth = np.array(shrunk, bool).reshape(-1, size[1], size[0])
     return Picture(reduced, truth, note)
 
@@ -89,7 +98,10 @@ def _of_path(path: str | os.PathLike) -> list[Source]:
     found, bad = find_images([str(path)])
     if bad:
         raise ValueError(f"{bad[0][0]}: {bad[0][1]}.")
-    return [Source(file.name, repr(str(file)), lambda file=file: prepared(read_image(file))) for file in found]
+    return [
+        Source(file.name, repr(str(file)), lambda file=file: prepared(read_image(file)))
+        for file in found
+    ]
 
 
 def _of_dataset(dataset, code: str) -> list[Source]:
@@ -97,7 +109,9 @@ def _of_dataset(dataset, code: str) -> list[Source]:
         sample = dataset[i]
         return prepared(sample.image, sample.masks)
 
-    return [Source(str(name), f"{code}[{i}]", lambda i=i: read(i)) for i, name in enumerate(dataset.ids)]
+    return [
+        Source(str(name), f"{code}[{i}]", lambda i=i: read(i)) for i, name in enumerate(dataset.ids)
+    ]
 
 
 def _renamed(groups: list[tuple[str, list[Source]]]) -> list[Source]:
@@ -105,7 +119,9 @@ def _renamed(groups: list[tuple[str, list[Source]]]) -> list[Source]:
     sources, taken = [], set()
     for name, group in groups:
         for source in group:
-            base = source.name if not name else name if len(group) == 1 else f"{name}: {source.name}"
+            base = (
+                source.name if not name else name if len(group) == 1 else f"{name}: {source.name}"
+            )
             unique, n = base, 1
             while unique in taken:
                 n += 1
@@ -123,6 +139,8 @@ def uploaded_picture(data: bytes, name: str) -> Picture:
         with Image.open(io.BytesIO(data)) as image:
             return prepared(read_image(image))
     except UnidentifiedImageError:
-        raise ValueError(f"{name} cannot be read as an image: its format is none that Pillow knows.") from None
+        raise ValueError(
+            f"{name} cannot be read as an image: its format is none that Pillow knows."
+        ) from None
     except (OSError, SyntaxError) as error:
         raise ValueError(f"{name} cannot be read as an image: {error}") from error
