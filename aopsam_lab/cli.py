@@ -112,7 +112,7 @@ def _parser() -> argparse.ArgumentParser:
         description=predictor_training.__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    command.set_defaults(run=train_command)
+    command.set_defaults(run=predictor_training.run)
     predictor_training.add_arguments(command)
     return parser
 
@@ -162,12 +162,6 @@ def download_command(args: argparse.Namespace) -> int:
     """Fetch the official files named by `args`, print where each lies; 0. Raises what `download` raises."""
     for name in dict.fromkeys(args.names):
         print(f"{name}: {download(name)} ({OFFICIAL[name].licence})")
-    return 0
-
-
-def train_command(args: argparse.Namespace) -> int:
-    """Train a Prompt Predictor; 0. Raises what `training.predictor.train` raises."""
-    predictor_training.train(args)
     return 0
 
 

@@ -22,6 +22,7 @@ from aopsam_lab.training.examples import (
     cache_embeddings,
     covering_prompts,
     own_prompts,
+    split,
     target_map,
 )
 
@@ -36,41 +37,35 @@ def sample(masks, points=None, clicks=None):
     return Sample("a", np.zeros((64, 64, 3), np.uint8), np.stack(masks), points, clicks=clicks)
 
 
-def test_own_prompts_are_the_data_sets_or_the_poles():
+def test_own_prompts_are_the_data_sets_or_the_deepest_points():
     masks = [square(0, 0, 9), square(20, 30, 5)]
-    assert own_prompts(sample(masks), 0.5).tolist() == [[2.25, 2.25, 1], [11.25, 16.25, 1]]
+    assert own_prompts(sample(masks)) == [(4.5, 4.5, 1), (22.5, 32.5, 1)]
     given = np.float32([[1, 2], [21, 33]])
-    assert own_prompts(sample(masks, given), 0.5).tolist() == [[0.5, 1, 1], [10.5, 16.5, 1]]
+    assert own_prompts(sample(masks, given)) == [(1, 2, 1), (21, 33, 1)]
 
 
 def test_covering_prompts_prefer_a_click_that_gives_two_masks():
     whole, part, far = square(0, 0, 40), square(4, 4, 10), square(50, 50, 9)
     clicks = [[[30, 30], [6, 6]], [[6, 6], [9, 9]], [[50, 50], [54, 54]]]
-    found = covering_prompts(sample([whole, part, far], clicks=clicks), 1.0)
-    sure = [row[:2] for row in found.tolist() if row[2] == 1]
-    assert sorted(sure) == [[6, 6], [54, 54]], (
-        "one click gives whole and part; the deepest gives the far one"
-    )
-    others = {tuple(row[:2]): row[2] for row in found.tolist() if row[2] < 1}
-    assert others == {(30, 30): 0.25, (9, 9): 0.25, (50, 50): 0.25}, (
-        "each gives one mask that two clicks give"
-    )
+    heights = {(x, y): h for x, y, h in covering_prompts(sample([whole, part, far], clicks=clicks))}
+    # one click gives whole and part, the deepest gives the far one; each of the others gives one
+    # mask that two clicks give
+    needed, others = {(6, 6): 1, (54, 54): 1}, {(30, 30): 0.25, (9, 9): 0.25, (50, 50): 0.25}
+    assert heights == needed | others
 
 
 def test_covering_prompts_of_masks_that_people_drew():
     whole, drawn, covered = square(0, 0, 20), square(40, 40, 9), square(8, 8, 6)
-    found = covering_prompts(sample([whole, drawn, covered], clicks=[[[10, 10]], [], []]), 1.0)
-    assert sorted(found.tolist()) == [[10, 10, 1], [44.5, 44.5, 1]], (
-        "the covered one has a prompt on it"
-    )
-    poles = covering_prompts(sample([drawn]), 1.0)
-    assert poles.tolist() == [[44.5, 44.5, 1]]
+    found = covering_prompts(sample([whole, drawn, covered], clicks=[[[10, 10]], [], []]))
+    assert sorted(found) == [(10, 10, 1), (44.5, 44.5, 1)], "the covered one has a prompt on it"
+    assert covering_prompts(sample([drawn])) == [(44.5, 44.5, 1)]
 
 
 def test_target_map_by_hand():
-    target = target_map(np.float32([[2.7, 1.2, 0.5], [2.1, 1.9, 1], [7.5, 8.5, 0.25]]), (8, 8))
+    prompts = [(5.4, 2.4, 0.5), (4.2, 3.8, 1), (15, 17, 0.25)]
+    target = target_map(prompts, 0.5, (8, 8))
     assert target[1, 2] == 1 and target[7, 7] == 0.25 and np.count_nonzero(target) == 2
-    assert not target_map(np.zeros((0, 3), np.float32), (8, 8)).any()
+    assert target.dtype == np.float32 and not target_map([], 0.5, (8, 8)).any()
 
 
 def test_one_gaussian_a_block():
@@ -118,16 +113,15 @@ def test_padding_changes_no_number():
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
-    """30 pictures of two bright squares, as `find-masks` writes them: with the clicks that give
-    each."""
+    """30 images of two bright squares, with the clicks that give each, as `find-masks` writes."""
     images, annotations = {}, {}
     for i in range(30):
         rng = np.random.default_rng(i)
-        picture = rng.integers(0, 40, (96, 128, 3), dtype=np.uint8)
+        image = rng.integers(0, 40, (96, 128, 3), dtype=np.uint8)
         name = f"{i:02d}.png"
-        images[name], annotations[name] = picture, []
+        images[name], annotations[name] = image, []
         for x, y in rng.integers(4, 70, (2, 2)).tolist():
-            picture[y : y + 20, x : x + 20] = rng.integers(120, 255, 3)
+            image[y : y + 20, x : x + 20] = rng.integers(120, 255, 3)
             click = [x + 10.0, y + 10.0]
             about = {"clicks": [click], "point_coords": [click]}
             annotations[name].append({"segmentation": corners(x, y, 20), **about})
@@ -151,8 +145,8 @@ def test_an_example_lies_in_the_model_frame(small_sam, photos, tmp_path):
 
 def test_held_out_photographs_stay_held_out(photos):
     few, all_of_them = open_dataset(photos, 20), open_dataset(photos)
-    held = {few.ids[i] for i in predictor.split(few)[1]}
-    more = {all_of_them.ids[i] for i in predictor.split(all_of_them)[1]}
+    held = {few.ids[i] for i in split(few)[1]}
+    more = {all_of_them.ids[i] for i in split(all_of_them)[1]}
     assert 0 < len(held) <= len(more) < 10 and held == more & set(few.ids)
 
 
@@ -170,21 +164,16 @@ def test_the_training_learns_stops_and_goes_on(small_sam, photos, tmp_path, monk
     first = list(csv.DictReader((tmp_path / "work/curve.csv").open()))
     assert cli.main(command(photos, tmp_path, "--epochs", "20")) == 0
     curve = list(csv.DictReader((tmp_path / "work/curve.csv").open()))
-    assert curve[: len(first)] == first and int(curve[-1]["step"]) > int(first[-1]["step"]), (
-        "it went on"
-    )
+    assert curve[: len(first)] == first and int(curve[-1]["step"]) > int(first[-1]["step"])
     assert float(curve[-1]["loss"]) < 0.7 * float(curve[0]["loss"])
     made = load_predictor("mobile_sam", tmp_path / "predictor.safetensors", "cpu")
     assert isinstance(made, PromptPredictor) and made.width == 16 and len(made.sha256) == 64
     card = (tmp_path / "predictor.md").read_text()
     assert "preset bundled" in card and "held out" in card
     data = open_dataset(photos)
-    examples = Examples(
-        data, predictor.split(data)[1], tmp_path / "work/embeddings", small_sam, own_prompts
-    )
-    counts = [
-        len(sample_prompts(predictor.predicted(made, examples, i))[0]) for i in range(len(examples))
-    ]
+    held = Examples(data, split(data)[1], tmp_path / "work/embeddings", small_sam, own_prompts)
+    pcms = [predictor.predicted(made, held, i) for i in range(len(held))]
+    counts = [len(sample_prompts(pcm)[0]) for pcm in pcms]
     assert np.mean(counts) == pytest.approx(6, abs=2), "calibrated"
 
 
@@ -198,30 +187,21 @@ def test_too_few_photographs_are_refused_in_one_line(
 
 def test_masks_are_found_once_and_gathered(small_sam, photos, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(ground_truth, "load_sam", lambda *_: small_sam)
-    ground_truth._SAM.clear()
-    few = tmp_path / "few"
-    content = json.loads((photos / "annotations.json").read_text())
-    images = content["images"] = content["images"][:2]
-    ids = [image["id"] for image in images]
-    content["annotations"] = [a for a in content["annotations"] if a["image_id"] in ids]
+    ground_truth._loaded.cache_clear()
+    few, out, kept = tmp_path / "few", tmp_path / "found", tmp_path / "embeddings"
     (few / "images").mkdir(parents=True)
-    for image in images:
+    content = json.loads((photos / "annotations.json").read_text())
+    content["images"] = content["images"][:2]
+    ids = [image["id"] for image in content["images"]]
+    content["annotations"] = [a for a in content["annotations"] if a["image_id"] in ids]
+    for image in content["images"]:
         shutil.copy(photos / "images" / image["file_name"], few / "images")
     (few / "annotations.json").write_text(json.dumps(content))
-    out, kept = tmp_path / "found", tmp_path / "embeddings"
-    arguments = [
-        "find-masks",
-        str(few),
-        "--out",
-        str(out),
-        "--side",
-        "4",
-        "--embeddings",
-        str(kept),
-    ]
-    assert cli.main(arguments) == 0
-    written = (out / "records" / "00.json").stat().st_mtime_ns
-    assert cli.main(arguments) == 0 and (out / "records" / "00.json").stat().st_mtime_ns == written
+    options = ["--out", str(out), "--side", "4", "--embeddings", str(kept)]
+    assert cli.main(["find-masks", str(few), *options]) == 0
+    written = (out / "records/00.json").stat().st_mtime_ns
+    assert cli.main(["find-masks", str(few), *options]) == 0
+    assert (out / "records/00.json").stat().st_mtime_ns == written
     annotations = json.loads((out / "annotations.json").read_text())["annotations"]
     assert sum(a["source"] == "people" for a in annotations) == 4
     found = [a for a in annotations if a["source"] == "sam"]
@@ -229,11 +209,28 @@ def test_masks_are_found_once_and_gathered(small_sam, photos, tmp_path, monkeypa
     assert np.load(kept / "00.npy").shape == (32, 8, 8)
     data = open_dataset(out)
     assert len(data) == 2 and len(data[0].clicks) == len(data[0].rles)
-    (few / "images" / "01.png").write_bytes(b"no picture")
-    ground_truth._SAM.clear()
-    (out / "records" / "01.json").unlink()
-    assert cli.main(["find-masks", str(few / "images"), "--out", str(out), "--side", "4"]) == 1
+    (few / "images/01.png").write_bytes(b"no image")
+    (out / "records/01.json").unlink()
+    assert cli.main(["find-masks", str(few / "images"), *options]) == 1
     assert "01.png" in capsys.readouterr().err
+    ground_truth._loaded.cache_clear()
+
+
+def test_folders_take_turns_and_names_can_be_left_out(tmp_path, monkeypatch):
+    for folder, n in (("a", 4), ("b", 2)):
+        (tmp_path / folder).mkdir()
+        for i in range(n):
+            (tmp_path / folder / f"{folder}{i}.png").touch()
+    (tmp_path / "skipped").write_text("a1.png\nb0.png")
+    taken = []
+    monkeypatch.setattr(ground_truth, "find_on", lambda photos, args: taken.extend(photos) or [])
+    folders = [str(tmp_path / "a"), str(tmp_path / "b")]
+    options = ["--out", str(tmp_path / "out"), "--skip", str(tmp_path / "skipped")]
+    assert cli.main(["find-masks", *folders, *options]) == 0
+    assert [photo.path.stem for photo in taken] == ["a0", "a2", "b1", "a3"]
+    taken.clear()
+    assert cli.main(["find-masks", *folders, "--out", str(tmp_path / "out"), "--limit", "2"]) == 0
+    assert [photo.path.stem for photo in taken] == ["a0", "b0", "a2", "b1"]
 
 
 def test_clicks_of_duplicates_belong_to_the_mask_that_is_kept(small_sam):

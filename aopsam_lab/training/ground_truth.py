@@ -2,27 +2,27 @@
 
     python -m aopsam_lab find-masks PHOTOS --out FOUND --side 32 --workers 2
 
-A grid of ``side * side`` points prompts the SAM; `SamAutomaticMaskGenerator`'s rules keep, drop and
-merge the masks. The result is one COCO-style folder. Every photograph has a record of its own in
-``OUT/records``, written whole as soon as it is done: a stopped run goes on with the next
-photograph, and a run on more photographs adds to the folder.
+A grid of SIDE x SIDE points prompts the SAM; the rules of `SamAutomaticMaskGenerator` keep, drop
+and merge the masks. The result is one COCO-style folder. Every photograph has a record of its own
+in OUT/records, written whole as soon as it is done: a stopped run goes on with the next photograph,
+and a run on more photographs adds to the folder.
 """
 
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import shutil
 import sys
-from collections.abc import Iterable
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
+from concurrent.futures import ProcessPoolExecutor
+from functools import cache, partial
 from multiprocessing import get_context
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from pycocotools import mask as coco_mask
 from segment_anything.modeling import Sam
 from torchvision.ops import box_iou
@@ -30,67 +30,44 @@ from tqdm import tqdm
 
 from aopsam_lab.asf import AsfParams
 from aopsam_lab.data import open_dataset
-from aopsam_lab.pipeline.decode import decode_and_filter, encode, encode_early, remove_duplicates
-from aopsam_lab.files import write_atomically
 from aopsam_lab.data.images import read_image
+from aopsam_lab.files import write_atomically
+from aopsam_lab.pipeline.decode import decode_and_filter, encode, encode_early, remove_duplicates
 from aopsam_lab.pipeline.methods import BOX_NMS_THRESH, Grid, Models
 from aopsam_lab.sam.zoo import MODELS, load_sam, spec_of
+from aopsam_lab.training.examples import embedding_file, write_embedding
 
-PEOPLE, FOUND = "people", "sam"  # the source of an annotation
 AT_A_TIME = 64  # prompts decoded before masks that fail are forgotten
 
 
-@dataclass(frozen=True)
-class Photo:
-    """A photograph to find masks on. people: the RLE of the masks that people drew of it, perhaps
-    none."""
+class Photo(NamedTuple):
+    """A photograph to find masks on, and the COCO RLE of masks that people drew of it."""
 
     path: Path
-    people: tuple[dict, ...] = ()
-
-
-@dataclass(frozen=True)
-class Search:
-    """How masks are found.
-
-    sam, checkpoint, device: as `load_sam` takes them. side: points along each side of the grid.
-    out: the folder of the result. embeddings: where each photograph's embedding is kept as float16,
-        or None.
-    """
-
-    sam: str
-    checkpoint: str | None
-    device: str
-    side: int
-    out: Path
-    embeddings: Path | None = None
-
-    def record(self, photo: Photo) -> Path:
-        """The file that holds what was found on a photograph."""
-        return self.out / "records" / f"{photo.path.stem}.json"
+    people: list[dict]
 
 
 @torch.inference_mode()
 def find_masks(
     sam: Sam, image: np.ndarray, side: int, embeddings: Path | None = None
 ) -> list[dict]:
-    """All masks that a SAM finds from a grid of points, with `SamAutomaticMaskGenerator`'s rules.
+    """Find all masks that a SAM gives from a grid, by the rules of `SamAutomaticMaskGenerator`.
 
     Args:
-        sam: the model, with its thresholds in ``.spec``.
+        sam: the model, with its thresholds in `.spec`.
         image: H x W x 3 uint8, RGB.
         side: points along each side of the grid.
         embeddings: a file to which the embedding (C x h x w, float16) is written, or None.
 
     Returns:
-        A list of COCO annotations, the highest predicted IoU first. Beside COCO's keys each has
-        ``predicted_iou``, ``stability_score``, ``point_coords`` (the prompt that gave the mask, one
-        ``[x, y]`` in the image frame), and ``clicks`` (all prompts of the grid that gave this mask
-        or a duplicate of it).
+        COCO annotations, the highest predicted IoU first. Beside COCO's keys each has
+        `predicted_iou`, `stability_score`, `point_coords` (the prompt that gave the mask, one
+        [x, y] in the image frame), and `clicks` (all prompts of the grid that gave this mask or a
+        duplicate of it).
     """
     encoded = encode(sam, image)
     if embeddings is not None:
-        write_atomically(embeddings, _npy(encoded.embedding[0].half().cpu().numpy()))
+        write_embedding(embeddings, encoded.embedding)
     prompts = Grid("grid", side).start(encoded, Models(), AsfParams()).prompts
     parts = []
     for index in torch.arange(len(prompts), device=encoded.embedding.device).split(AT_A_TIME):
@@ -99,44 +76,27 @@ def find_masks(
     kept = remove_duplicates(sam, encoded, parts)
     if not kept["masks"]:
         return []
-    boxes, owner = (
-        torch.cat([part.boxes for part in parts]).float(),
-        torch.cat([part.prompt for part in parts]),
-    )
+    boxes = torch.cat([part.boxes for part in parts]).float()
     overlap = box_iou(boxes, torch.from_numpy(kept["boxes"]).to(boxes.device).float())
     # a mask that was dropped is a duplicate of the surest kept one whose box overlaps it by more
     # than the threshold
     same = (overlap > BOX_NMS_THRESH).int().argmax(1).cpu().numpy()
-    points, owner = prompts.points.cpu().numpy().round(1), owner.cpu().numpy()
+    owner = torch.cat([part.prompt for part in parts]).cpu().numpy()
+    points = prompts.points.cpu().numpy().round(1)
     found = []
-    for i, rle in enumerate(kept["masks"]):
-        own = kept["mask_prompt"][i]
-        clicks = np.unique(np.append(owner[same == i], own))
-        found.append(
-            {
-                **_annotation(rle, FOUND),
-                "predicted_iou": round(float(kept["scores"][i]), 4),
-                "stability_score": round(float(kept["stability"][i]), 4),
-                "point_coords": [points[own].tolist()],
-                "clicks": points[clicks].tolist(),
-            }
-        )
+    for i, (rle, own) in enumerate(zip(kept["masks"], kept["mask_prompt"])):
+        annotation = _annotation(rle, "sam")
+        annotation["predicted_iou"] = round(float(kept["scores"][i]), 4)
+        annotation["stability_score"] = round(float(kept["stability"][i]), 4)
+        annotation["point_coords"] = [points[own].tolist()]
+        annotation["clicks"] = points[np.unique(np.append(owner[same == i], own))].tolist()
+        found.append(annotation)
     return found
 
 
-def _npy(array: np.ndarray) -> bytes:
-    file = io.BytesIO()
-    np.save(file, array)
-    return file.getvalue()
-
-
 def _annotation(rle: dict, source: str) -> dict:
-    counts = rle["counts"]
     return {
-        "segmentation": {
-            "size": list(rle["size"]),
-            "counts": counts.decode() if isinstance(counts, bytes) else counts,
-        },
+        "segmentation": {"size": list(rle["size"]), "counts": rle["counts"].decode()},
         "area": int(coco_mask.area(rle)),
         "bbox": [float(x) for x in coco_mask.toBbox(rle)],
         "iscrowd": 0,
@@ -145,166 +105,118 @@ def _annotation(rle: dict, source: str) -> dict:
     }
 
 
-_SAM: dict[Search, Sam] = {}
+@cache
+def _loaded(name: str, checkpoint: str | None, device: str) -> Sam:
+    return load_sam(name, checkpoint, device)
 
 
-def _work(search: Search, photo: Photo, threads: int | None) -> None:
-    """Find the masks of one photograph and write its record."""
-    if search not in _SAM:
-        if threads:
-            torch.set_num_threads(threads)
-        _SAM[search] = load_sam(search.sam, search.checkpoint, search.device)
-    sam, image = _SAM[search], read_image(photo.path)
-    embeddings = search.embeddings and search.embeddings / f"{photo.path.stem}.npy"
-    record = {
-        "file_name": photo.path.name,
-        "height": image.shape[0],
-        "width": image.shape[1],
-        "sam_sha256": spec_of(sam).sha256,
-        "side": search.side,
-        "annotations": [_annotation(rle, PEOPLE) for rle in photo.people]
-        + find_masks(sam, image, search.side, embeddings),
-    }
-    write_atomically(search.record(photo), json.dumps(record))
+def _record(photo: Photo, out: Path) -> Path:
+    """The file that holds what was found on a photograph."""
+    return out / "records" / f"{photo.path.stem}.json"
 
 
-def find_on(photos: list[Photo], search: Search, workers: int = 1) -> list[tuple[Path, str]]:
+def _work(args: argparse.Namespace, threads: int, photo: Photo) -> str | None:
+    """Find the masks of one photograph and write its record; what went wrong, or None."""
+    torch.set_num_threads(threads)
+    try:
+        sam, image = _loaded(args.sam, args.checkpoint, args.device), read_image(photo.path)
+        embedding = args.embeddings and embedding_file(args.embeddings, photo.path.name)
+        people = [_annotation(rle, "people") for rle in photo.people]
+        record = {
+            "file_name": photo.path.name,
+            "height": image.shape[0],
+            "width": image.shape[1],
+            "sam_sha256": spec_of(sam).sha256,
+            "side": args.side,
+            "annotations": people + find_masks(sam, image, args.side, embedding),
+        }
+        write_atomically(_record(photo, args.out), json.dumps(record))
+    except (ValueError, OSError) as error:
+        return str(error)
+    return None
+
+
+def find_on(photos: list[Photo], args: argparse.Namespace) -> list[tuple[Path, str]]:
     """Find the masks of every photograph that has no record yet, then write the COCO-style folder.
-
-    Args:
-        photos: what to look at.
-        search: how, and where to.
-        workers: processes; on a CPU each uses its share of the cores.
 
     Returns:
         The photographs that could not be read or segmented, each with the reason.
     """
-    todo = [photo for photo in photos if not search.record(photo).exists()]
-    failures: list[tuple[Path, str]] = []
-    with tqdm(
-        total=len(photos), initial=len(photos) - len(todo), desc="finding masks", unit="photo"
-    ) as bar:
-        if workers == 1:
-            for photo in todo:
-                try:
-                    _work(search, photo, None)
-                except (ValueError, OSError) as error:
-                    failures.append((photo.path, str(error)))
-                bar.update()
-        elif todo:
-            threads = max(1, torch.get_num_threads() // workers)
-            with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
-                jobs = {pool.submit(_work, search, photo, threads): photo for photo in todo}
-                for job in as_completed(jobs):
-                    if isinstance(job.exception(), (ValueError, OSError)):
-                        failures.append((jobs[job].path, str(job.exception())))
-                    else:
-                        job.result()
-                    bar.update()
-    write_folder([photo for photo in photos if search.record(photo).exists()], search)
-    return failures
+    todo = [photo for photo in photos if not _record(photo, args.out).exists()]
+    work = partial(_work, args, max(1, torch.get_num_threads() // args.workers))
+    pool = ProcessPoolExecutor(args.workers, get_context("spawn")) if args.workers > 1 else None
+    try:
+        results = pool.map(work, todo) if pool else map(work, todo)
+        reasons = list(tqdm(results, desc="finding masks", unit="photo", total=len(todo)))
+    finally:
+        if pool:
+            pool.shutdown(cancel_futures=True)
+    write_folder([photo for photo in photos if _record(photo, args.out).exists()], args)
+    return [(photo.path, reason) for photo, reason in zip(todo, reasons) if reason]
 
 
-def write_folder(photos: Iterable[Photo], search: Search) -> Path:
-    """Gather the records in ``OUT/annotations.json``, with copies of the photographs in
-    ``OUT/images``; its path."""
+def write_folder(photos: list[Photo], args: argparse.Namespace) -> Path:
+    """Gather the records in OUT/annotations.json, with copies of the photographs in OUT/images."""
     images, annotations = [], []
-    (search.out / "images").mkdir(parents=True, exist_ok=True)
+    (args.out / "images").mkdir(parents=True, exist_ok=True)
     for photo in sorted(photos, key=lambda photo: photo.path.name):
-        record = json.loads(search.record(photo).read_text())
-        images.append(
-            {
-                "id": len(images) + 1,
-                **{key: record[key] for key in ("file_name", "height", "width")},
-            }
-        )
+        record = json.loads(_record(photo, args.out).read_text())
+        about = {key: record[key] for key in ("file_name", "height", "width")}
+        images.append({"id": len(images) + 1, **about})
         for annotation in record["annotations"]:
             annotations.append({"id": len(annotations) + 1, "image_id": len(images), **annotation})
-        copy = search.out / "images" / photo.path.name
+        copy = args.out / "images" / photo.path.name
         if not copy.exists():
             shutil.copyfile(photo.path, copy)
-    grid = f"{search.side} x {search.side}"
+    grid = f"{args.side} x {args.side}"
     content = {
-        "info": {"description": f"masks that {search.sam} finds from a {grid} grid"},
+        "info": {"description": f"masks that {args.sam} finds from a {grid} grid"},
         "images": images,
         "annotations": annotations,
         "categories": [{"id": 1, "name": "object", "supercategory": ""}],
     }
-    return write_atomically(search.out / "annotations.json", json.dumps(content))
+    return write_atomically(args.out / "annotations.json", json.dumps(content))
 
 
 def photos_of(folder: Path) -> list[Photo]:
-    """The photographs of a folder of images, or of a COCO-style folder with what people labelled.
-
-    Raises FileNotFoundError where there is no such folder or no image in it.
-    """
+    """The photographs of a folder of images, or of a COCO-style folder with its masks."""
     if (folder / "annotations.json").is_file():
         data = open_dataset(folder)
-        return [
-            Photo(folder / "images" / name, tuple(data[i].rles)) for i, name in enumerate(data.ids)
-        ]
-    if not folder.is_dir():
-        raise FileNotFoundError(f"There is no folder {folder}.")
-    endings = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
+        return [Photo(folder / "images" / name, data[i].rles) for i, name in enumerate(data.ids)]
+    endings = Image.registered_extensions()
     paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in endings)
     if not paths:
-        raise FileNotFoundError(f"{folder} holds no images ({', '.join(sorted(endings))}).")
-    return [Photo(path) for path in paths]
-
-
-def _in_turn(lists: list[list[Photo]]) -> list[Photo]:
-    """Photographs of several folders, in proportion: what a stopped run has done is then a sample
-    of all of them."""
-    places = [
-        ((i + 0.5) / len(photos), n, i)
-        for n, photos in enumerate(lists)
-        for i in range(len(photos))
-    ]
-    return [lists[n][i] for _, n, i in sorted(places)]
+        raise FileNotFoundError(f"{folder} holds no images.")
+    return [Photo(path, []) for path in paths]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `find-masks`."""
-    parser.add_argument(
-        "folders", nargs="+", type=Path, help="folders of images, or COCO-style folders"
-    )
-    parser.add_argument(
-        "--out", required=True, type=Path, help="the COCO-style folder of the result"
-    )
-    parser.add_argument("--side", type=int, default=32, help="points along each side of the grid")
-    parser.add_argument("--sam", default="mobile_sam", choices=list(MODELS))
-    parser.add_argument(
-        "--checkpoint", help="weights of the SAM other than the bundled or official ones"
-    )
-    parser.add_argument("--device", default="auto")
-    parser.add_argument(
-        "--workers", type=int, default=1, help="processes, on a CPU at most one a core"
-    )
-    parser.add_argument(
-        "--embeddings", type=Path, help="folder in which the embeddings are kept, for a training"
-    )
-    parser.add_argument(
-        "--limit",
-        type=int,
-        help="how many photographs of each folder, taken evenly; all if not given",
-    )
-    parser.add_argument(
-        "--skip", type=Path, help="text file with names of photographs to leave out, one a line"
-    )
+    add = parser.add_argument
+    add("folders", nargs="+", type=Path, help="folders of images, or COCO-style folders")
+    add("--out", required=True, type=Path, help="the COCO-style folder of the result")
+    add("--side", type=int, default=32, help="points along each side of the grid")
+    add("--sam", default="mobile_sam", choices=list(MODELS))
+    add("--checkpoint", help="weights of the SAM other than the bundled or official ones")
+    add("--device", default="auto")
+    add("--workers", type=int, default=1, help="processes, on a CPU at most one a core")
+    add("--embeddings", type=Path, help="folder in which the embeddings are kept, for a training")
+    add("--limit", type=int, help="photographs of each folder, taken evenly; all if not given")
+    add("--skip", type=Path, help="text file with names of photographs to leave out, one a line")
 
 
 def run(args: argparse.Namespace) -> int:
     """The command `find-masks`; 0, or 1 where some photographs failed."""
-    skipped = set(args.skip.read_text().split("\n")) if args.skip else set()
-    lists = []
+    skipped = args.skip.read_text().split("\n") if args.skip else []
+    placed = []
     for folder in args.folders:
         photos = [photo for photo in photos_of(folder) if photo.path.name not in skipped]
-        lists.append(
-            photos[:: max(1, len(photos) // args.limit)][: args.limit] if args.limit else photos
-        )
-    photos = _in_turn(lists)
-    search = Search(args.sam, args.checkpoint, args.device, args.side, args.out, args.embeddings)
-    failures = find_on(photos, search, args.workers)
+        limit = args.limit or len(photos)
+        photos = photos[:: max(1, len(photos) // limit)][:limit]
+        placed += [((i + 0.5) / len(photos), photo) for i, photo in enumerate(photos)]
+    # the folders take turns: what a stopped run has done is then a sample of all of them
+    photos = [photo for _, photo in sorted(placed, key=lambda pair: pair[0])]
+    failures = find_on(photos, args)
     print(f"{len(photos) - len(failures)} of {len(photos)} photographs in {args.out}")
     for path, reason in failures:
         print(f"  {path}: {reason}", file=sys.stderr)

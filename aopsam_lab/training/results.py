@@ -1,0 +1,47 @@
+"""What a training leaves beside its weights: a model card, and the rows of its trials."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from aopsam_lab.files import write_atomically
+
+CURVE_ROWS = 10  # of a learning curve, in a card
+
+
+def write_card(
+    weights: Path, summary: str, facts: dict[str, str], curve: pd.DataFrame, about_curve: str
+) -> None:
+    """Write the model card NAME.md beside NAME.safetensors.
+
+    Args:
+        weights: the file of the weights.
+        summary: a sentence or two on what they are.
+        facts: more about them, by name.
+        curve: the learning curve, of which at most ten rows are shown.
+        about_curve: what its columns are.
+    """
+    size = weights.stat().st_size / 1e6
+    lines = [f"# {weights.name}", "", summary, "", f"- **File**: {size:.1f} MB, float16"]
+    lines += [f"- **{name}**: {text}" for name, text in facts.items()]
+    shown = np.linspace(0, len(curve) - 1, min(CURVE_ROWS, len(curve))).round().astype(int)
+    cells = [[f"{value:.4g}" for value in row] for row in curve.iloc[shown].to_numpy()]
+    table = [f"| {' | '.join(row)} |" for row in (curve.columns, ["--:"] * len(cells[0]), *cells)]
+    lines += ["", f"Learning curve ({about_curve}):", "", *table, ""]
+    write_atomically(weights.with_suffix(".md"), "\n".join(lines))
+
+
+def append_rows(path: Path, rows: list[dict]) -> None:
+    """Add rows to a CSV file, which is made where it is missing. Numbers have four decimals.
+
+    Raises:
+        ValueError: the file has other columns.
+    """
+    table = pd.DataFrame(rows)
+    if path.exists() and list(pd.read_csv(path, nrows=0)) != list(table):
+        raise ValueError(f"{path} has other columns than {', '.join(table)}; name another file")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table.round(4).to_csv(path, mode="a", header=not path.exists(), index=False)
