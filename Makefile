@@ -23,7 +23,7 @@ READY := $(VENV)/.requirements-installed
 RUN := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help study ablation sweeps benchmark reports test lab app readme clean
+.PHONY: help study ablation sweeps benchmark reports test lint lab app readme clean
 
 help:  ## this list
 	@echo "Targets:"
@@ -44,7 +44,7 @@ study: $(READY)  ## the main comparison: SAM= CHECKPOINT= PREDICTOR= DETECTOR= M
 ablation: $(READY)  ## what each part of AoP-SAM gives: the parameters of study
 	$(REPORT) ablation
 
-sweeps: $(READY)  ## what each of the four knobs does: the parameters of study
+sweeps: $(READY)  ## what each of the four parameters does: the parameters of study
 	$(REPORT) parameter_sweeps
 
 benchmark: $(READY)  ## segment_anything's decoding against ours: SAM= CHECKPOINT= DATASET= DATA= N= SEED= DEVICE= OUT=
@@ -54,6 +54,11 @@ reports: study ablation sweeps readme  ## all three, and the README's results
 
 test: $(READY)  ## all tests; ARGS="-k name" for some of them
 	$(RUN) -m pytest $(ARGS)
+
+lint: $(READY)  ## style, format and types: ruff and mypy
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
 
 lab: $(READY)  ## JupyterLab, the explorer open; ARGS="--no-browser --port 8890" for its options
 	$(RUN) -m jupyter lab notebooks/explore_pcm_pem.ipynb $(ARGS)
@@ -65,7 +70,7 @@ readme: $(READY)  ## write the results of the last study into the README
 	$(RUN) -m aopsam_lab.study readme --reports '$(OUT)'
 
 clean:  ## remove the environment and caches; reports stay
-	rm -rf $(VENV) build *.egg-info .pytest_cache .hypothesis
+	rm -rf $(VENV) build *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Built once, and again when the requirements change. The stamp is written last, so that an interrupted build goes on.

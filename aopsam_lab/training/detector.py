@@ -14,6 +14,7 @@ import json
 import time
 from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -110,13 +111,13 @@ def train(run: Path, listing: Path, args: argparse.Namespace) -> Path:
         "amp": "bf16" if cuda else False,
     }  # fmt: skip
 
-    def count_before(trainer) -> None:
+    def count_before(trainer: Any) -> None:
         """The time and the epochs before a stop count as this run's."""
         if trainer.start_epoch:
             trainer.train_time_start -= learning_curve(run)["time"].max()
             trainer.start_epoch = 0
 
-    def save(trainer) -> None:
+    def save(trainer: Any) -> None:
         """Keep the epoch; Ultralytics' own file is not written atomically."""
         write_atomically(last, trainer.last.read_bytes())
         tqdm.write(learning_curve(run).tail(1).to_string(index=False))
@@ -126,7 +127,7 @@ def train(run: Path, listing: Path, args: argparse.Namespace) -> Path:
     with loading.process_left_alone():
         from ultralytics.models.yolo.detect import DetectionTrainer
 
-        trainer = DetectionTrainer(overrides=options)
+        trainer: Any = DetectionTrainer(overrides=options)
         torch.set_num_threads(threads)  # Ultralytics leaves one core idle
         if going_on:
             trainer.epochs += 2  # with a time limit their number is only an estimate

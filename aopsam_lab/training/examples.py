@@ -87,7 +87,7 @@ def covering_prompts(sample: Sample) -> list[Prompt]:
     height is SECOND times the sum of 1 / n over its masks, at most SECOND; n is the number of
     clicks that give a mask.
     """
-    clicks = [list(map(tuple, own)) for own in sample.clicks or [[]] * len(sample.rles)]
+    clicks = [[(x, y) for x, y in own] for own in sample.clicks or [[]] * len(sample.rles)]
     given: dict[tuple[float, float], set[int]] = {}
     for i, own in enumerate(clicks):
         for click in own:
@@ -132,7 +132,7 @@ def target_map(prompts: list[Prompt], scale: float, grid: tuple[int, int]) -> np
     Returns:
         H x W float32 in [0, 1].
     """
-    target, table = np.zeros(grid, np.float32), np.float32(prompts).reshape(-1, 3)
+    target, table = np.zeros(grid, np.float32), np.array(prompts, np.float32).reshape(-1, 3)
     cells = np.clip((table[:, 1::-1] * scale).astype(int), 0, np.subtract(grid, 1))
     np.maximum.at(target, tuple(cells.T), table[:, 2])
     return target

@@ -157,7 +157,8 @@ def find_on(photos: list[Photo], args: argparse.Namespace) -> list[tuple[Path, s
 
 def write_folder(photos: list[Photo], args: argparse.Namespace) -> Path:
     """Gather the records in OUT/annotations.json, with copies of the photographs in OUT/images."""
-    images, annotations = [], []
+    images: list[dict] = []
+    annotations: list[dict] = []
     (args.out / "images").mkdir(parents=True, exist_ok=True)
     for photo in sorted(photos, key=lambda photo: photo.path.name):
         record = json.loads(_record(photo, args.out).read_text())

@@ -104,7 +104,7 @@ def recall(predictor: PromptPredictor, held: Examples) -> dict[str, float]:
         candidates.append(len(sample_prompts(pcm)[0]))
         cells = sample_prompts(pcm, **FINE)[0].cpu().numpy()
         masks = held.masks(i)
-        inside = (cells < masks.shape[1:]).all(1)
+        inside = np.all(cells < masks.shape[1:], axis=1)
         masks_seen += len(masks)
         for k in TOP:
             row, column = cells[:k][inside[:k]].T
@@ -126,11 +126,12 @@ def calibrate(predictor: PromptPredictor, held: Examples, wanted: float, slope: 
     Returns:
         The shift.
     """
-    head, parts = predictor.head, len(predictor.head.bias) // (1 + BLOCK**2)
-    head.weight[:parts] *= slope
-    head.bias[:parts] *= slope
+    weight, bias = predictor.head.parameters()
+    parts = len(bias) // (1 + BLOCK**2)
+    weight[:parts] *= slope
+    bias[:parts] *= slope
     middle = 1 + BLOCK**2 // 2 + BLOCK // 2
-    head.bias[parts * middle : parts * (middle + 1)] += MIDDLE
+    bias[parts * middle : parts * (middle + 1)] += MIDDLE
     blocks = []
     for i in range(len(held)):
         image, embedding, _, valid = held.batch([i])
@@ -145,7 +146,7 @@ def calibrate(predictor: PromptPredictor, held: Examples, wanted: float, slope: 
     for _ in range(16):
         shift = (low + high) / 2
         low, high = (shift, high) if candidates(shift) < wanted else (low, shift)
-    head.bias[:parts] += high
+    bias[:parts] += high
     return high
 
 
@@ -171,7 +172,8 @@ class Training:
         network = PromptPredictor(prompts.embed_dim, stride, args.width, not args.no_image)
         self.predictor = network.to(self.sam.device)
         self.optimizer = torch.optim.Adam(self.predictor.parameters(), lr=args.lr)
-        self.step, self.seconds, self.curve = 0, 0.0, []
+        self.step, self.seconds = 0, 0.0
+        self.curve: list[dict[str, float]] = []
         self.steps = 0 if args.minutes else math.ceil(args.epochs * len(rows) / args.batch)
 
     def run(self) -> None:
@@ -230,7 +232,7 @@ class Training:
         self.predictor.load_state_dict(state["predictor"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.curve = state["curve"]
-        self.step, self.seconds = self.curve[-1]["step"], 60 * self.curve[-1]["minutes"]
+        self.step, self.seconds = int(self.curve[-1]["step"]), 60 * self.curve[-1]["minutes"]
 
     def _finish(self) -> None:
         """Calibrate the predictor; write it as float16, and its card."""

@@ -60,6 +60,7 @@ def prompt_trials() -> list[Trial]:
 
 def filtering_trials() -> list[Trial]:
     """No filtering, then both readings with each of FIRSTS, ROUNDS and ELIMINATIONS."""
+    trials: list[Trial]
     trials = [(METHODS["aop_no_af"], AsfParams(), share) for share in (None, *SHARES)]
     for name, first, rounds, elimination in product(
         ("aop", "aop_raw"), FIRSTS, ROUNDS, ELIMINATIONS
@@ -82,11 +83,10 @@ def measure(
     by_sam = [rle for rle, clicks in zip(sample.rles, sample.clicks or []) if clicks]
     rows, sampled = [], 0
     for method, params, limit in trials:
-        if limit is not None and limit < 1:
-            limit = max(1, round(limit * sampled))
-        found = run_method(
-            sam, encoded, method, pcm, params=params, decode=cache, max_prompts=limit
-        )
+        most = None
+        if limit is not None:
+            most = max(1, round(limit * sampled if limit < 1 else limit))
+        found = run_method(sam, encoded, method, pcm, params=params, decode=cache, max_prompts=most)
         sampled = max(sampled, found.n_sampled)
         n_covered = covered(iou_matrix(by_sam, found.masks))
         row = {
