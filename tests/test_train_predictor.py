@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import json
 import shutil
@@ -12,11 +13,12 @@ import torch
 from small import corners, write_coco
 
 from aopsam_lab import cli
-from aopsam_lab.asf import sample_prompts
+from aopsam_lab.asf import AsfParams, sample_prompts
 from aopsam_lab.data import open_dataset
 from aopsam_lab.data.sample import Sample
+from aopsam_lab.pipeline.methods import METHODS
 from aopsam_lab.predictor import BLOCK, SIGMA, PromptPredictor, draw_pcm, load_predictor
-from aopsam_lab.training import ground_truth, predictor
+from aopsam_lab.training import ground_truth, predictor, trials
 from aopsam_lab.training.examples import (
     Examples,
     cache_embeddings,
@@ -25,6 +27,7 @@ from aopsam_lab.training.examples import (
     split,
     target_map,
 )
+from aopsam_lab.training.results import append_rows
 
 
 def square(x, y, side, size=64):
@@ -231,6 +234,28 @@ def test_folders_take_turns_and_names_can_be_left_out(tmp_path, monkeypatch):
     taken.clear()
     assert cli.main(["find-masks", *folders, "--out", str(tmp_path / "out"), "--limit", "2"]) == 0
     assert [photo.path.stem for photo in taken] == ["a0", "b0", "a2", "b1"]
+
+
+def test_trials_decode_as_many_prompts_as_they_may(
+    small_sam, small_predictor, photos, tmp_path, monkeypatch
+):
+    sampling, method = AsfParams(0, 0, 20), METHODS["aop_no_af"]
+    limits = [(method, sampling, limit) for limit in (None, 0.5, 3)]
+    monkeypatch.setitem(trials.TRIALS, "prompts", lambda: limits)
+    monkeypatch.setattr(trials, "load_sam", lambda *_, **__: small_sam)
+    monkeypatch.setattr(trials, "load_predictor", lambda *_: small_predictor)
+    parser, out = argparse.ArgumentParser(), tmp_path / "trials.csv"
+    trials.add_arguments(parser)
+    arguments = ["prompts", "--data", str(photos), "--photos", "1", "--out", str(out)]
+    assert trials.run(parser.parse_args(arguments)) == 0
+    assert trials.run(parser.parse_args(arguments)) == 0
+    rows = list(csv.DictReader(out.open()))
+    sampled, half, three = (float(row["decoded"]) for row in rows[:3])
+    assert sampled == float(rows[0]["sampled"]) > 3 and three == 3 and half == round(sampled / 2)
+    assert rows[3:] == rows[:3] and rows[0]["elimination"] == "" and rows[1]["limit"] == "0.5"
+    assert all(0 <= float(row["coverage"]) <= 1 and row["miou"] == "" for row in rows)
+    with pytest.raises(ValueError, match="other columns"):
+        append_rows(out, [{"imgsz": 1}])
 
 
 def test_clicks_of_duplicates_belong_to_the_mask_that_is_kept(small_sam):

@@ -127,6 +127,8 @@ def run(args: argparse.Namespace) -> int:
         about = {"predictor": predictor.sha256[:12], "photographs": len(held)}
         about |= {"method": method.name, "limit": limit, **asdict(params)}
         about |= {name: getattr(method, name, None) for name in ("first", "rounds")}
+        if not getattr(method, "filtering", False):
+            about |= dict.fromkeys(("elimination", "first", "rounds"))
         rows.append({**about, **row})
     append_rows(args.out or Path("reports/training") / f"{args.kind}.csv", rows)
     return 0
