@@ -53,10 +53,10 @@ def test_recall_of_boxes_by_hand():
     found = np.array([[0, 0, 10, 10], [50, 50, 60, 56], [0, 40, 5, 45]], np.float32)
     # The first is found at IoU 1; its box overlaps the second by 0.7, but is used once; the third
     # is found at IoU 0.6, the fourth not at all.
-    truth = torch.from_numpy(wanted)
-    np.testing.assert_allclose(training.box_recall(truth, found), [2 / 4, 1 / 4])
-    np.testing.assert_array_equal(training.box_recall(truth, found[:0]), [0, 0])
-    np.testing.assert_array_equal(training.box_recall(truth, wanted), [1, 1])
+    ground_truth = torch.from_numpy(wanted)
+    np.testing.assert_allclose(training.box_recall(ground_truth, found), [2 / 4, 1 / 4])
+    np.testing.assert_array_equal(training.box_recall(ground_truth, found[:0]), [0, 0])
+    np.testing.assert_array_equal(training.box_recall(ground_truth, wanted), [1, 1])
 
 
 def main(arguments):

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import time
 from copy import deepcopy
 from pathlib import Path
@@ -125,6 +126,7 @@ def train(run: Path, listing: Path, args: argparse.Namespace) -> Path:
     threads = torch.get_num_threads()
     loading.import_ultralytics()
     with loading.process_left_alone():
+        os.environ.setdefault("MPLCONFIGDIR", str(run / "matplotlib"))  # not in the user's home
         from ultralytics.models.yolo.detect import DetectionTrainer
 
         trainer: Any = DetectionTrainer(overrides=options)
@@ -244,5 +246,6 @@ def run(args: argparse.Namespace) -> int:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add_arguments(parser)
     run(parser.parse_args())

@@ -212,8 +212,8 @@ def run(args: argparse.Namespace) -> int:
     placed = []
     for folder in args.folders:
         photos = [photo for photo in photos_of(folder) if photo.path.name not in skipped]
-        limit = args.limit or len(photos)
-        photos = photos[:: max(1, len(photos) // limit)][:limit]
+        if args.limit:
+            photos = photos[:: max(1, len(photos) // args.limit)][: args.limit]
         placed += [((i + 0.5) / len(photos), photo) for i, photo in enumerate(photos)]
     # the folders take turns: what a stopped run has done is then a sample of all of them
     photos = [photo for _, photo in sorted(placed, key=lambda pair: pair[0])]

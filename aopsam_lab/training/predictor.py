@@ -7,10 +7,9 @@ The preset "paper" is the paper's recipe: one Gaussian a mask, at the prompt poi
 gives or else at the mask's deepest point; mean squared error of the PCM; Adam, 1000 epochs. The
 preset "bundled" is ours: the prompts that together give all masks and, lower, the other clicks
 (`find-masks` writes which clicks give a mask); cross-entropy of each block of the PCM; Adam with a
-cosine schedule. SAM is frozen, and its embeddings are computed once. About every eighth photograph
-is held out, and the learning curve is measured on these.
-
-A stopped training goes on from its last evaluation.
+cosine schedule. SAM is frozen, and its embeddings are computed once. The learning curve is measured
+on photographs that are held out, about every eighth. A stopped training goes on from its last
+evaluation.
 """
 
 from __future__ import annotations
@@ -49,8 +48,6 @@ ABOUT_CURVE = (
     f"them (smoothing {FINE['smoothing']:g}, spacing {FINE['spacing']:g}); candidates: at the "
     "default settings, before the calibration"
 )
-
-
 PRESETS = {"paper": ("own", "mse"), "bundled": ("covering", "blocks")}  # where prompts lie, loss
 
 
