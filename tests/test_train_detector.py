@@ -154,6 +154,7 @@ def test_a_training_stops_goes_on_and_exports(tmp_path, command, monkeypatch):
     monkeypatch.setattr(training, "write_atomically", write)
     run = next((tmp_path / "work").glob("*/last.pt")).parent
     spent = training.learning_curve(run)["time"].max()
+    before_stop = torch.load(run / "last.pt", weights_only=False)
     assert main(command) == 0
     assert torch.get_num_threads() == before, "the process is left as it was"
     curve = training.learning_curve(run)
@@ -161,7 +162,7 @@ def test_a_training_stops_goes_on_and_exports(tmp_path, command, monkeypatch):
     assert curve["time"].iloc[1] > spent, "the time before is counted"
     last = torch.load(run / "last.pt", weights_only=False)
     assert last["epoch"] == len(curve) - 1 and last["optimizer"]["state"]
-    assert 3 < last["updates"] <= 3 * len(curve), "the running mean goes on, three steps an epoch"
+    assert before_stop["updates"] < last["updates"] <= 3 * len(curve), "the running mean goes on"
 
     assert load_detector(out, "cpu").imgsz in (32, 64)
     card = out.with_suffix(".md").read_text()

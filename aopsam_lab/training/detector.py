@@ -168,7 +168,9 @@ def try_settings(
         milliseconds = 1000 * (time.perf_counter() - started) / len(photos)
         for confidence in CONFIDENCES:  # NMS goes by falling score, so a filter may follow it
             kept = [boxes[scores >= confidence] for boxes, scores in found]
-            pairs = [(wanted, own) for (_, wanted), own in zip(photos, kept) if len(wanted)]
+            pairs = [
+                (wanted, own) for (_, wanted), own in zip(photos, kept, strict=True) if len(wanted)
+            ]
             row = {**options, "confidence": confidence}
             row["recall_50"], row["recall_75"] = np.mean([box_recall(*pair) for pair in pairs], 0)
             row["boxes"] = np.mean([len(own) for own in kept])
@@ -179,7 +181,7 @@ def try_settings(
 def choose_settings(rows: list[dict]) -> dict:
     """Of the rows within half a point of the best recall the smallest side, then fewest boxes."""
     recall = [(row["recall_50"] + row["recall_75"]) / 2 for row in rows]
-    good = [row for row, value in zip(rows, recall) if value >= max(recall) - AS_GOOD]
+    good = [row for row, value in zip(rows, recall, strict=True) if value >= max(recall) - AS_GOOD]
     return min(good, key=lambda row: (row["imgsz"], row["boxes"]))
 
 

@@ -101,7 +101,7 @@ def covering_prompts(sample: Sample) -> list[Prompt]:
             best = max(clicks[i], key=lambda p: (len(given[p] & left), _at(depth, p)))
             prompts.append(best)
             left -= given[best]
-    for own, rle in zip(clicks, sample.rles):
+    for own, rle in zip(clicks, sample.rles, strict=True):
         mask = coco_mask.decode(rle)
         if not own and not any(_at(mask, p) for p in prompts):
             prompts.append(pole(mask)[:2])
@@ -114,7 +114,7 @@ def covering_prompts(sample: Sample) -> list[Prompt]:
 
 
 def _at(values: np.ndarray, point: tuple[float, float]) -> float:
-    x, y = (min(int(v), side - 1) for v, side in zip(point, values.shape[::-1]))
+    x, y = (min(int(v), side - 1) for v, side in zip(point, values.shape[::-1], strict=True))
     return values[y, x]
 
 
@@ -170,7 +170,7 @@ class Examples:
 
     def batch(self, indices: list[int]) -> Example:
         """Some of the examples, stacked, as float32 on the SAM's device."""
-        stacked = map(torch.stack, zip(*(self[i] for i in indices)))
+        stacked = map(torch.stack, zip(*(self[i] for i in indices), strict=True))
         return Example(*(part.to(self.sam.device).float() for part in stacked))
 
     def scale(self, sample: Sample) -> float:
@@ -183,7 +183,7 @@ class Examples:
         scale = self.scale(sample)
         size = [max(1, round(side * scale)) for side in sample.image.shape[1::-1]]
         masks = np.zeros((len(sample.rles), *size[::-1]), bool)
-        for mask, rle in zip(masks, sample.rles):
+        for mask, rle in zip(masks, sample.rles, strict=True):
             share = cv2.resize(255 * coco_mask.decode(rle), size, interpolation=cv2.INTER_AREA)
             mask[:] = share > 255 * ON_MASK
         return masks

@@ -84,7 +84,7 @@ def find_masks(
     owner = torch.cat([part.prompt for part in parts]).cpu().numpy()
     points = prompts.points.cpu().numpy().round(1)
     found = []
-    for i, (rle, own) in enumerate(zip(kept["masks"], kept["mask_prompt"])):
+    for i, (rle, own) in enumerate(zip(kept["masks"], kept["mask_prompt"], strict=True)):
         annotation = _annotation(rle, "sam")
         annotation["predicted_iou"] = round(float(kept["scores"][i]), 4)
         annotation["stability_score"] = round(float(kept["stability"][i]), 4)
@@ -152,7 +152,7 @@ def find_on(photos: list[Photo], args: argparse.Namespace) -> list[tuple[Path, s
         if pool:
             pool.shutdown(cancel_futures=True)
     write_folder([photo for photo in photos if _record(photo, args.out).exists()], args)
-    return [(photo.path, reason) for photo, reason in zip(todo, reasons) if reason]
+    return [(photo.path, reason) for photo, reason in zip(todo, reasons, strict=True) if reason]
 
 
 def write_folder(photos: list[Photo], args: argparse.Namespace) -> Path:

@@ -79,8 +79,9 @@ def measure(
     """What each trial gives on one photograph, a row each; every point is decoded once."""
     encoded = encode(sam, sample.image)
     cache, pcm = DecodeCache(sam, encoded), PcmCache(predictor, encoded)
-    by_people = [rle for rle, clicks in zip(sample.rles, sample.clicks or []) if not clicks]
-    by_sam = [rle for rle, clicks in zip(sample.rles, sample.clicks or []) if clicks]
+    pairs = list(zip(sample.rles, sample.clicks or [[]] * len(sample.rles), strict=True))
+    by_people = [rle for rle, clicks in pairs if not clicks]
+    by_sam = [rle for rle, clicks in pairs if clicks]
     rows, sampled = [], 0
     for method, params, limit in trials:
         most = None
@@ -123,7 +124,7 @@ def run(args: argparse.Namespace) -> int:
     tables = [measure(sam, predictor, data[i], trials) for i in tqdm(held, unit="photo")]
     means = pd.concat(tables).groupby(level=0).mean().to_dict("records")
     rows = []
-    for (method, params, limit), row in zip(trials, means):
+    for (method, params, limit), row in zip(trials, means, strict=True):
         about = {"predictor": predictor.sha256[:12], "photographs": len(held)}
         about |= {"method": method.name, "limit": limit, **asdict(params)}
         about |= {name: getattr(method, name, None) for name in ("first", "rounds")}
