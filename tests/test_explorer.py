@@ -22,7 +22,7 @@ from PIL import Image
 import aopsam_lab as aop
 from aopsam_lab.masks import drawing
 from aopsam_lab.asf import AsfParams
-from aopsam_lab.masks.points import pole
+from aopsam_lab.masks.points import deepest_point
 from aopsam_lab.pipeline.decode import decode_and_filter
 from aopsam_lab.pipeline.methods import METHODS, Grid, Models
 from aopsam_lab.pipeline.run import run_method
@@ -244,7 +244,7 @@ def test_rounds_follow_the_result(explorer):
 
 def test_clicks_by_hand_add_a_mask_shift_clicks_refine_it_and_undo_takes_back(explorer, sample):
     before = explorer.segmentation
-    x, y, _ = pole(max(sample.masks, key=np.sum))
+    x, y, _ = deepest_point(max(sample.masks, key=np.sum))
     send(explorer, "ask", x=x, y=y, label=0)
     assert "background point belongs to an object" in explorer.message and explorer.manual == []
     send(explorer, "ask", x=x, y=y, label=1)

@@ -30,7 +30,8 @@ from aopsam_lab.asf import AsfParams
 from aopsam_lab.pipeline.methods import METHODS
 from aopsam_lab.pipeline.run import loaded_model, loaded_sam
 from aopsam_lab.sam.zoo import spec_of
-from aopsam_lab.pipeline.segmentation import FATES, Segmentation
+from aopsam_lab.pipeline.segmentation import Segmentation
+from aopsam_lab.pipeline.show import STATUS_STYLES
 from aopsam_lab.widgets import packing
 from aopsam_lab.widgets.canvas import LAYERS, Canvas
 from aopsam_lab.widgets.controls import NOTHING, PINNED, Controls, numbered
@@ -88,7 +89,7 @@ class Explorer(ui.VBox):
         self._live = self._showing = (
             False  # a change comes from the page; the knobs are being set to what holds
         )
-        look = {"tables": packing.colour_tables(), "fates": [[*FATES[status]] for status in FATES]}
+        look = {"tables": packing.colour_tables(), "fates": [[*style] for style in STATUS_STYLES.values()]}
         self.canvas = Canvas(look=look, layers=dict(LAYERS))
         self._controls = Controls([source.name for source in self._sources], self.canvas)
         super().__init__(
