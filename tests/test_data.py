@@ -209,20 +209,3 @@ def test_arguments_out_of_range():
         open_dataset("photos", 0)
     with pytest.raises(ValueError, match="seed"):
         open_dataset("photos", 1, seed=-1)
-
-
-def test_code_fingerprints_ignore_comments_and_docstrings(tmp_path, monkeypatch):
-    from aopsam_lab import fingerprint
-
-    monkeypatch.setattr(fingerprint.resources, "files", lambda _: tmp_path)
-
-    def of(source: str) -> str:
-        (tmp_path / "a.py").write_text(source)
-        return fingerprint.code_fingerprint(["a.py"])
-
-    plain = of("def f(x):\n    return x + 1\n")
-    assert (
-        of('"""About."""\n\n\ndef f(x):\n    """Adds one."""\n    return x + 1  # one\n') == plain
-    )
-    assert of("def f(x):\n    return x + 2\n") != plain
-    assert of('def f(x):\n    """Only a docstring."""\n') != plain

@@ -8,7 +8,7 @@ import pytest
 import torch
 from segment_anything.modeling import MaskDecoder, PromptEncoder, TwoWayTransformer
 
-from aopsam_lab.sam.image_decoder import ImageDecoder, misfit
+from aopsam_lab.sam.mask_decoder import ImageDecoder, misfit
 
 
 def modules(width: int, side: int) -> tuple[PromptEncoder, MaskDecoder]:

@@ -19,7 +19,7 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
 from aopsam_lab.data import open_dataset
-from aopsam_lab.data.annotations import packed, truths
+from aopsam_lab.data.annotations import ground_truth, packed
 from aopsam_lab.data.coco import Coco, Lvis
 from aopsam_lab.data.sa1b import Sa1b
 from aopsam_lab.data.sample import Sample
@@ -147,7 +147,7 @@ def test_masks_are_those_of_pycocotools(segmentations):
         for annotation in annotations
         if annotation["segmentation"]
     ]
-    rles, *_ = truths(map(packed, annotations), HEIGHT, WIDTH, "here", Counter())
+    rles, *_ = ground_truth(map(packed, annotations), HEIGHT, WIDTH, "here", Counter())
     found = Sample("", np.zeros((HEIGHT, WIDTH, 3), np.uint8), rles=rles).masks
     expected = [mask for mask in expected if mask.any()]
     assert len(found) == len(expected) and all(
@@ -158,7 +158,7 @@ def test_masks_are_those_of_pycocotools(segmentations):
 def test_what_is_no_number_is_no_polygon():
     segmentation = [["a"] * 6, TRIANGLE[0], 3, {"x": 1}]
     left_out = Counter()
-    rles, points, _ = truths(
+    rles, points, _ = ground_truth(
         [packed({"segmentation": segmentation})], HEIGHT, WIDTH, "here", left_out
     )
     assert len(rles) == 1 and points is None and left_out["degenerate_polygons"] == 3

@@ -49,15 +49,15 @@ class FullSize:
             threshold: a pixel is on the mask where its logit exceeds this.
             offset: the score is the IoU of the mask cut at `threshold + offset` and at
                 `threshold - offset`, NaN where the latter is empty.
-            least: the boxes of masks with a lower score are not wanted.
+            least: boxes of masks with a lower score are not needed and may be 0.
 
         Returns:
             Scores (n,) float32; boxes (n, 4) long, x0 y0 x1 y1, inclusive pixel indices, all 0 for
-            an empty mask and where not wanted.
+            an empty mask.
         """
         scores = logits.new_full((len(logits),), float("nan"))
         boxes = torch.zeros(len(logits), 4, dtype=torch.long, device=logits.device)
-        if logits.device.type != "cpu":
+        if not _on_cpu(logits):
             for part, full in self._batches(logits):
                 scores[part] = calculate_stability_score(full, threshold, offset)
                 boxes[part] = batched_mask_to_box(full > threshold)
@@ -81,7 +81,7 @@ class FullSize:
         Returns:
             n COCO RLE of size (H, W).
         """
-        if logits.device.type != "cpu":
+        if not _on_cpu(logits):
             return [r for _, full in self._batches(logits) for r in encode_rle(full > threshold)]
         height, width = self.image_size
         found = []
@@ -123,6 +123,10 @@ class FullSize:
             yield slice(i, i + step), full[:, 0]
 
 
+def _on_cpu(logits: Tensor) -> bool:
+    return logits.device.type == "cpu"
+
+
 def _resized_rows(values: np.ndarray, height: int, first: int, last: int) -> np.ndarray:
     """The rows first to last of `values` (h, w) resized linearly to (height, w)."""
     at = (np.arange(first, last) + 0.5) * (len(values) / height) - 0.5
@@ -131,4 +135,3 @@ def _resized_rows(values: np.ndarray, height: int, first: int, last: int) -> np.
     below = np.minimum(above + 1, len(values) - 1)
     weight = (at - above).astype(np.float32)[:, None]
     return values[above] * (1 - weight) + values[below] * weight
-

@@ -108,7 +108,8 @@ def _draw_prompts(seg: Segmentation, ax: Any, status: str) -> None:
     # points squared: the image stays visible under a dense grid
     area = float(np.clip(2600 / len(seg.prompts), 7, 26))
     label = f"{text} ({len(rows)})"
-    drawn = ax.scatter(rows["x"], rows["y"], area, colour, marker, label=label, zorder=3, **edge)
+    drawn = ax.scatter(rows["x"], rows["y"], area, colour, marker=marker, label=label, **edge)
+    drawn.set_zorder(3)
     if cross:  # it has no edge; a dark rim keeps it visible on bright pixels
         rim = patheffects.Stroke(linewidth=2.6, foreground="black")
         drawn.set_path_effects([rim, patheffects.Normal()])

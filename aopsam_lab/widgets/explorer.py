@@ -488,12 +488,14 @@ def explore(
     """Open pictures in the explorer; the last line of a notebook's cell.
 
     pictures: an array, a Pillow image, a path, a folder, a COCO-style folder, "photos" (those in
-              the box; a folder of that name is "./photos"), a Sample, a data set, a list of them or a
+              the box; a folder of that name is "./photos"), a Segmentation, a Sample, a data set, a list of them or a
               dictionary from names to them.
     sam:      a name for `load_sam`, or a ``Sam``. method, params: where to begin. manual: clicks by hand on the first picture.
     compare:  a method to show beside it.
     What is wrong with any of them is said in the widget's message line.
     """
+    if isinstance(pictures, Segmentation):  # shown as it is
+        return explore_segmentation(pictures, sam)
     try:
         for name in [method] if compare == NOTHING else [method, compare]:
             if name not in METHODS:
