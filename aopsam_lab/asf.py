@@ -96,9 +96,7 @@ def _window_maximum(x: Tensor, reach: int, dim: int) -> Tensor:
 
 
 def local_maxima(score: Tensor, threshold: float, spacing: int) -> tuple[Tensor, Tensor]:
-    """Cells that exceed a threshold and are the maximum of their window.
-
-    Of equal maxima within one window (a plateau) the first in the order of the result stays.
+    """Cells of (H, W) that exceed a threshold and are the maximum of their window.
 
     Args:
         score: (H, W).
@@ -106,7 +104,8 @@ def local_maxima(score: Tensor, threshold: float, spacing: int) -> tuple[Tensor,
         spacing: a window has 2 * spacing + 1 cells a side.
 
     Returns:
-        (n, 2) long (row, column) and their (n,) scores, highest first, ties by row then column.
+        (n, 2) long (row, column) and their (n,) scores, highest first, ties by row then column. Of
+        equal maxima within one window (a plateau) the first in this order stays.
     """
     peak = _window_maximum(_window_maximum(score, spacing, 1), spacing, 0)
     cells = ((score == peak) & (score > threshold)).nonzero()  # row by row
@@ -131,11 +130,10 @@ def sample_prompts(
     Args:
         pcm: (H, W) in [0, 1].
         smoothing, confidence, spacing: as AsfParams. A window has the whole cells that lie within
-            the spacing: on a map 160 wide 6 means 3.75, and so 3 to each side.
+            the spacing.
 
     Returns:
-        (n, 2) long cells (row, column) of the PCM and their (n,) confidences, values of the
-        smoothed map, highest first.
+        (n, 2) long cells (row, column) and their (n,) values of the smoothed PCM, highest first.
     """
     scale = pcm.shape[-1] / REFERENCE_WIDTH
     reach = max(1, int(spacing * scale + 1e-6))
@@ -167,16 +165,13 @@ def valid_cells(
     grid: tuple[int, int],
     device: torch.device | str = "cpu",
 ) -> Tensor:
-    """Which cells of a grid over the model frame have their centre on the image.
+    """Which cells (h, w) of a grid over the model frame have their centre on the image.
 
     Args:
         input_size: (height, width) of the scaled image in the model frame.
         img_size: S, the side of the model frame.
         grid: (h, w).
         device: of the result.
-
-    Returns:
-        (h, w) bool: a rectangle at the top left.
     """
     valid = torch.ones(grid, dtype=torch.bool, device=device)
     for dim, (part, cells) in enumerate(zip(input_size, grid, strict=True)):
@@ -197,8 +192,7 @@ def centred_features(features: Tensor, valid: Tensor) -> Tensor:
 def whitened_features(embedding: Tensor, valid: Tensor) -> Tensor:
     """The centred embedding (C, h, w), its channels decorrelated over the valid cells.
 
-    It is `L^-1 x` with `L L^T` the covariance. So a cosine weighs all directions of the image's
-    features alike, not just the few large ones.
+    So a cosine weighs all directions of the image's features alike, not just the few large ones.
     """
     x = centred_features(embedding, valid).float()  # zero on padding, which adds nothing
     part = x[:, ::EVERY, ::EVERY].flatten(1)
@@ -214,10 +208,9 @@ def whitened_features(embedding: Tensor, valid: Tensor) -> Tensor:
 def elimination_features(embedding: Tensor, image_pe: Tensor, valid: Tensor) -> Tensor:
     """Features of the PEM: what a cell looks like, and where it lies.
 
-    SAM's decoder attends to embedding + positional encoding, and so does this: the whitened
-    embedding and the centred encoding, each of one length in every cell, stand one upon the other.
-    A cosine is the mean of both. The few large directions of an embedding that is only centred tell
-    kinds of surface apart, but not one object from another of its kind.
+    The whitened embedding and the centred positional encoding, each of one length in every cell,
+    stand one upon the other, as SAM's decoder attends to their sum. Embeddings that are only
+    centred tell kinds of surface apart, but not one object from another of its kind.
 
     Args:
         embedding: (C, h, w).
@@ -232,10 +225,7 @@ def elimination_features(embedding: Tensor, image_pe: Tensor, valid: Tensor) -> 
 
 
 def raw_features(embedding: Tensor, valid: Tensor) -> Tensor:
-    """Features of the PEM in the paper's words to the letter: the embedding as it is.
-
-    Takes and returns what `elimination_features` does, but C channels and no encoding.
-    """
+    """Features of the PEM as the paper words it: the embedding (C, h, w), cells of length 1."""
     return F.normalize(embedding, dim=0) * valid
 
 
@@ -263,18 +253,14 @@ def cell_coverage(masks: Tensor) -> Tensor:
 def filled_cells(coverage: Tensor, valid: Tensor) -> Tensor:
     """A mask's own cells, those that it covers by half at least: (n, h, w) bool.
 
-    A mask without any should explain nothing: its cells are mostly its surroundings, and so it
-    would drop the prompts of other small things upon them.
+    A mask without any explains nothing: its cells are mostly its surroundings, and it would drop
+    the prompts of other small things upon them.
     """
     return (coverage >= 0.5) & valid
 
 
 def reference_features(features: Tensor, coverage: Tensor) -> Tensor:
-    """The mean of the features under each mask.
-
-    Args:
-        features: (C, h, w).
-        coverage: (n, h, w).
+    """The mean of features (C, h, w) under each mask's coverage (n, h, w).
 
     Returns:
         (n, C) of unit length; zeros for a mask that covers no cell.
@@ -283,11 +269,9 @@ def reference_features(features: Tensor, coverage: Tensor) -> Tensor:
 
 
 def elimination_maps(features: Tensor, references: Tensor) -> Tensor:
-    """The PEM of each reference: (1 + cos(features, reference)) / 2.
+    """The PEM of each reference (n, C): (1 + cos(features, reference)) / 2.
 
-    Args:
-        features: (C, h, w), cells of unit length, or zero, where the PEM is one half.
-        references: (n, C) of unit length.
+    Both are of unit length; where features (C, h, w) are zero, the PEM is one half.
 
     Returns:
         (n, h, w) in [0, 1].
@@ -302,13 +286,11 @@ def elimination_thresholds(
 ) -> Tensor:
     """What each PEM must exceed to eliminate a prompt: `elimination` times its mean.
 
-    With the floor it is at least the OWN_QUANTILE of the PEM over the mask's own cells: a prompt
-    must look as much like the mask as most of the mask does. Without the floor a part is lost to
-    its object, and a small object to its surroundings.
+    With the floor it is at least the OWN_QUANTILE of the PEM over the mask's own cells. Without it
+    a part is lost to its object, and a small object to its surroundings.
 
     Args:
-        pems: (n, h, w).
-        coverage: (n, h, w), of the masks.
+        pems, coverage: (n, h, w).
         valid: (h, w) bool, cells on the image.
         elimination: as AsfParams.
         floor: whether there is this lower bound; the paper has none.
@@ -367,7 +349,7 @@ def best_of_each(iou: Tensor, prompt: Tensor, m: int) -> Tensor:
 
 @dataclass
 class FilteredProposal(Proposal):
-    """Adaptive filtering: prompts in rounds, and what the masks found explain is eliminated.
+    """Adaptive filtering: prompts in rounds; what the masks found explain is eliminated.
 
     The strongest share `first` is decoded at once, the others in `rounds - 1` equal parts. The
     reference of a prompt is its surest mask; of references that are duplicates the surest counts.
@@ -377,10 +359,8 @@ class FilteredProposal(Proposal):
         features: (C', h', w') of the part of the grid, top left, that the image covers.
         valid: (h', w') bool, cells on the image.
         grid: (h, w).
-        elimination: as AsfParams.
         gated: whether a mask eliminates only prompts on it or beside it.
-        floor: as `elimination_thresholds`.
-        first, rounds: see above.
+        elimination, floor: as `elimination_thresholds`.
     """
 
     cells: Tensor = None

@@ -126,11 +126,7 @@ class Detector:
             self._predictor([np.zeros((self.imgsz, self.imgsz, 3), np.uint8)])
 
     def boxes(self, image: np.ndarray, max_boxes: int = 100) -> tuple[np.ndarray, np.ndarray]:
-        """The most confident boxes of an image.
-
-        Args:
-            image: (H, W, 3) uint8, RGB.
-            max_boxes: how many at most.
+        """The most confident boxes of an image (H, W, 3) uint8, RGB.
 
         Returns:
             Boxes (n, 4) float32, x0 y0 x1 y1 in the image frame, within the image and not empty;
@@ -207,11 +203,10 @@ def read_weights(
     """Read a YOLOv8 model, without running code from its file.
 
     Args:
-        weights: as `load_detector` takes them.
+        weights: as `load_detector`.
 
     Returns:
-        The model on the CPU, the options it is used with (`DEFAULTS` where the file does not say),
-        and the path of the file.
+        The model on the CPU, its options (`DEFAULTS` where the file does not say), and the file.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -236,19 +231,13 @@ def read_weights(
 def load_detector(
     weights: str | os.PathLike | None = None, device: str | torch.device = "auto"
 ) -> Detector:
-    """Load a YOLOv8 detector.
+    """Load a YOLOv8 detector; it raises what `read_weights` raises.
 
     Args:
         weights: None for the bundled one-class YOLOv8n, "yolov8n" for the official one, or a file:
-            .safetensors as training/detector.py writes it, or a YOLOv8 detection checkpoint (.pt)
-            of Ultralytics. Classes are ignored.
+            .safetensors of training/detector.py, or a detection checkpoint (.pt) of Ultralytics.
+            Classes are ignored.
         device: "auto", "cpu", "cuda", ...
-
-    Returns:
-        The detector.
-
-    Raises:
-        FileNotFoundError, ValueError, ImportError: as `read_weights`.
     """
     target = resolve_device(device)
     model, options, path = read_weights(weights)

@@ -37,17 +37,12 @@ class ImageScore:
 
 
 def iou_matrix(ground_truth: Sequence[dict], predictions: Sequence[dict]) -> np.ndarray:
-    """The IoU of each ground-truth mask with each prediction.
+    """The (T, P) IoU of T ground-truth masks with P predictions, all COCO RLE of one image.
 
-    Args:
-        ground_truth: T COCO RLE.
-        predictions: P COCO RLE.
-
-    Returns:
-        (T, P) float64. Masks without a pixel have IoU 0 with everything.
+    Masks without a pixel have IoU 0 with everything.
 
     Raises:
-        ValueError: the masks are not all of one size, and so not of one image.
+        ValueError: the masks are not all of one size.
     """
     sizes = {tuple(rle["size"]) for rle in (*ground_truth, *predictions)}
     if len(sizes) > 1:
@@ -63,9 +58,8 @@ def iou_matrix(ground_truth: Sequence[dict], predictions: Sequence[dict]) -> np.
 def greedy_matching(iou: np.ndarray) -> np.ndarray:
     """Match predictions to ground truth by the paper's greedy IoU algorithm.
 
-    Of all pairs the one with the highest IoU is taken, then the next of which both are still free.
-    Of equal pairs the lower ground-truth index comes first, then the lower prediction index. Pairs
-    that do not overlap are never matched.
+    Of all overlapping pairs the one with the highest IoU is taken, then the next of which both are
+    still free; of equal pairs the lower ground-truth index first, then the lower prediction index.
 
     Args:
         iou: (T, P).
@@ -148,12 +142,7 @@ def covered(iou: np.ndarray) -> int:
 def aggregate(
     miou: Sequence[float], miou_best: Sequence[float], n_truth: Sequence[int]
 ) -> dict[str, float]:
-    """Sum up the scores of single images.
-
-    Returns:
-        miou and miou_best: means over images with ground truth, NaN where none has; n_images: their
-        number.
-    """
+    """Means of miou and miou_best over the images with ground truth, and n_images, their number."""
     scored = np.asarray(n_truth, dtype=int) > 0
     columns = {"miou": miou, "miou_best": miou_best}
     means = {name: np.asarray(x, dtype=float)[scored] for name, x in columns.items()}
@@ -162,13 +151,10 @@ def aggregate(
 
 
 def mean_interval(values: Sequence[float], seed: int = 0) -> tuple[float, float, float]:
-    """Mean of per-image values and its 95% bootstrap interval over images.
+    """Mean of per-image values and its 95% bootstrap interval over images: (mean, low, high).
 
-    SciPy's bias-corrected and accelerated bootstrap of 9,999 resamples; where that is not defined,
-    the percentile interval. The differences of two methods give the paired interval.
-
-    Returns:
-        (mean, low, high); low and high are NaN for one value, and all are for none.
+    SciPy's bias-corrected and accelerated bootstrap; where that is not defined, the percentile
+    interval. One value has no interval (NaN), equal values have one of width 0.
     """
     values = np.asarray(values, dtype=float)
     nan = float("nan")

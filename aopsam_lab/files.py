@@ -15,14 +15,9 @@ PACKAGE = Path(__file__).parent
 def write_atomically(
     path: str | os.PathLike, data: bytes | str | Iterable[bytes | memoryview]
 ) -> Path:
-    """Write a file so that no reader, and no run that is killed, ever meets half of it.
+    """Write text (as UTF-8), bytes or pieces of bytes; make the folder; return the path.
 
-    Args:
-        path: the file; its folder is made if missing.
-        data: text (written as UTF-8), bytes, or pieces of bytes.
-
-    Returns:
-        The path.
+    No reader, and no run that is killed, ever meets half of the file.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

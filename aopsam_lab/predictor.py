@@ -165,15 +165,12 @@ def load_predictor(
     path: str | os.PathLike | None = None,
     device: str | torch.device = "auto",
 ) -> PromptPredictor:
-    """Load the bundled Prompt Predictor of a SAM, or one that you trained.
+    """Load the bundled Prompt Predictor of a SAM, or one that you trained, for inference.
 
     Args:
         name: the SAM's name.
         path: a safetensors file of `train-predictor`; None: the bundled one.
         device: "auto" (the GPU if there is one), "cpu", "cuda", ...
-
-    Returns:
-        The predictor, ready for inference, the sha256 of its file in `.sha256`.
 
     Raises:
         ValueError: no predictor is bundled for this SAM, or the file does not hold one.

@@ -17,24 +17,19 @@ _SLACK = 1e-3  # how far resampled float pixels may leave [0, 1]
 
 
 def read_image(image: ImageLike) -> np.ndarray:
-    """Read an image, upright and without transparency.
+    """Read an image as (H, W, 3) uint8, RGB, upright; a new array.
 
-    Colour profiles are not applied. Transparency of any kind is laid over white.
+    Transparency of any kind is laid over white. Colour profiles are not applied.
 
     Args:
         image: a path or a Pillow image of any mode (of several frames the first); or an array H x
             W, or H x W x 1 (grey), 2 (grey, alpha), 3 (RGB) or 4 (RGB, alpha), of uint8, booleans,
-            floats from 0 to 1, or larger integers. White of these, here and in files, is the
-            largest value of the smallest usual depth (8, 10, 12, 14, 16 or 32 bits) that holds
-            them all: cameras keep 10 to 14 bits in 16-bit files.
-
-    Returns:
-        (H, W, 3) uint8, RGB, a new array.
+            floats from 0 to 1, or larger integers. White of these is the largest value of the
+            smallest usual depth that holds them all: cameras keep 10 to 14 bits in 16-bit files.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: a file is no image or is damaged; an array has another shape or type, is empty,
-            or holds NaN, infinite or negative pixels or floats outside [0, 1].
+        ValueError: what is given is no image, is damaged, empty or out of range.
     """
     if isinstance(image, (str, os.PathLike)):
         return _from_file(Path(image))

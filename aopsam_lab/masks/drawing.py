@@ -32,12 +32,8 @@ def mask_colours(n: int) -> np.ndarray:
 def label_image(masks: Sequence[dict], size: tuple[int, int]) -> np.ndarray:
     """Number the pixels of masks, smaller masks on top; of equal sizes the earlier is on top.
 
-    Args:
-        masks: COCO RLE.
-        size: (H, W).
-
     Returns:
-        (H, W) uint16, i + 1 where mask i is on top, 0 where there is none.
+        (H, W) uint16, i + 1 where COCO RLE i is on top, 0 where there is none.
 
     Raises:
         ValueError: there are more masks than 16 bits can number.
@@ -58,16 +54,7 @@ def painting_order(masks: Sequence[dict]) -> np.ndarray:
 
 
 def overlay(image: np.ndarray, masks: Sequence[dict], alpha: float = 0.45) -> np.ndarray:
-    """Draw masks over their image, coloured and outlined.
-
-    Args:
-        image: (H, W, 3) uint8.
-        masks: COCO RLE.
-        alpha: opacity of the colours, 0 to 1.
-
-    Returns:
-        (H, W, 3) uint8.
-    """
+    """Draw COCO RLE over their image (H, W, 3) uint8, coloured with opacity `alpha`, outlined."""
     size = image.shape[:2]
     table = np.concatenate([np.zeros((1, 3), np.uint8), mask_colours(len(masks))])
     labels = label_image(masks, size)

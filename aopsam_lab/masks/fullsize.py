@@ -47,13 +47,12 @@ class FullSize:
         Args:
             logits: (n, 4h, 4w).
             threshold: a pixel is on the mask where its logit exceeds this.
-            offset: the score is the IoU of the mask cut at `threshold + offset` and at
-                `threshold - offset`, NaN where the latter is empty.
+            offset: the score is the IoU of the mask cut at `threshold` plus and minus this.
             least: boxes of masks with a lower score are not needed and may be 0.
 
         Returns:
-            Scores (n,) float32; boxes (n, 4) long, x0 y0 x1 y1, inclusive pixel indices, all 0 for
-            an empty mask.
+            Scores (n,), NaN for 0 / 0; boxes (n, 4) long, x0 y0 x1 y1, inclusive pixel indices, 0
+            for an empty mask.
         """
         scores = logits.new_full((len(logits),), float("nan"))
         boxes = torch.zeros(len(logits), 4, dtype=torch.long, device=logits.device)
@@ -72,15 +71,7 @@ class FullSize:
         return scores, boxes
 
     def encode(self, logits: Tensor, threshold: float) -> list[dict]:
-        """COCO RLE of the masks `logits > threshold`.
-
-        Args:
-            logits: (n, 4h, 4w).
-            threshold: a pixel is on the mask where its logit exceeds this.
-
-        Returns:
-            n COCO RLE of size (H, W).
-        """
+        """COCO RLE of the masks `logits > threshold`, (n, 4h, 4w)."""
         if not _on_cpu(logits):
             return [r for _, full in self._batches(logits) for r in encode_rle(full > threshold)]
         height, width = self.image_size

@@ -11,13 +11,7 @@ from pycocotools import mask as coco_mask
 
 
 def encode_rle(masks: torch.Tensor | np.ndarray) -> list[dict]:
-    """Encode masks.
-
-    Args:
-        masks: (n, H, W) bool.
-
-    Returns:
-        n COCO RLE, `{"size": [H, W], "counts": bytes}`.
+    """Encode masks (n, H, W) bool as n COCO RLE, `{"size": [H, W], "counts": bytes}`.
 
     Raises:
         ValueError: the masks are not n x H x W booleans with H, W >= 1.

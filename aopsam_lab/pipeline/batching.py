@@ -18,16 +18,11 @@ Result = TypeVar("Result")
 def in_batches(
     items: Tensor, size: int, work: Callable[[Tensor], Result], least: int = 1
 ) -> Iterator[Result]:
-    """Yield `work(part)` of all items, in their order.
+    """Yield `work(part)` of all items, at most `size` at a time, in their order.
 
     On a CPU as many batches run side by side as torch has threads, each with one of them: a batch
-    of small products leaves threads that share it waiting for each other.
-
-    Args:
-        items: (n, ...).
-        size: of a batch at most.
-        work: what to do with one.
-        least: batches become smaller, down to this, so that all threads have as many.
+    of small products leaves threads that share it waiting for each other. Batches become smaller,
+    down to `least`, so that all threads have as many.
     """
     threads = torch.get_num_threads() if items.device.type == "cpu" else 1
     turns = -(-len(items) // (size * threads))
@@ -67,11 +62,7 @@ if hasattr(os, "register_at_fork"):  # a forked process has no threads but its o
 
 
 def halving(items: Tensor, size: int, work: Callable[[Tensor], Result]) -> Iterator[Result]:
-    """Yield `work(part)` of `size` items at a time; of half as many once memory runs out.
-
-    Raises:
-        torch.OutOfMemoryError: a single item does not fit.
-    """
+    """Yield `work(part)` of `size` items at a time; of half as many once memory runs out."""
     at = 0
     while at < len(items):
         results = []

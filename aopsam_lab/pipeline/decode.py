@@ -113,16 +113,10 @@ def decode_batch(encoded: Encoded) -> int:
 def decode_and_filter(
     sam: Sam, encoded: Encoded, prompts: Prompts, index: Tensor, spec: SamSpec
 ) -> Found:
-    """Decode prompts and keep the masks that pass the predicted-IoU and the stability threshold.
+    """Decode the prompts `index` (n,) long; keep the masks that pass both thresholds of `spec`.
 
-    Masks below the first are never drawn, and those below the second are forgotten batch by batch:
-    memory grows with the masks kept.
-
-    Args:
-        sam, encoded: the model and the image.
-        prompts: all prompts.
-        index: (n,) long, those to decode.
-        spec: the thresholds.
+    Masks below the predicted IoU are never drawn, and those below the stability score are forgotten
+    batch by batch: memory grows with the masks kept.
     """
     decoder, sizes = image_decoder(sam, encoded), full_size(sam, encoded)
     masks = slice(1, None) if prompts.multimask else slice(0, 1)

@@ -50,17 +50,15 @@ class Candidates:
 class DecodeCache:
     """Decodes each prompt of an image once: for `run_method(decode=...)`.
 
-    A prompt is known by its exact point or box and by its number of masks.
+    A prompt is known by its exact point or box. `n_decoded` counts the prompts that were decoded,
+    `n_served` those that were known.
 
     Args:
         sam, encoded: the model and the image.
-        loosest: (predicted IoU, stability score) below which nothing is kept; where SAM's own
-            thresholds are lower, these hold. Masks are then encoded as soon as they are drawn: at
-            loose thresholds nearly all are, and 1,024 prompts of MobileSAM have 800 MB of logits
-            but 3 MB of RLE. None: SAM's own thresholds.
+        loosest: (predicted IoU, stability score) below which nothing is kept, if lower than SAM's
+            own thresholds. Masks are then encoded at once: at loose thresholds nearly all pass, and
+            1,024 prompts of MobileSAM have 800 MB of logits but 3 MB of RLE. None: SAM's own.
         max_bytes: of logits kept; beyond it the prompts asked for longest ago are forgotten.
-
-    `n_decoded` counts the prompts that were decoded, `n_served` those that were known.
     """
 
     def __init__(
@@ -160,9 +158,8 @@ def strict_masks(decoded: Sequence[Candidates], index: Tensor) -> Found:
 class LooseRun:
     """One run of a method on a cache with loose thresholds: for `run_method(decode=...)`.
 
-    The run itself sees the masks that pass SAM's own thresholds. So the prompts that are decoded,
-    and the references that eliminate others, are those of an ordinary run; `masks_at` tells what
-    other thresholds would have kept.
+    The run sees the masks that pass SAM's own thresholds, so its prompts and references are those
+    of an ordinary run; `masks_at` tells what other thresholds would have kept.
     """
 
     cache: DecodeCache
@@ -180,10 +177,7 @@ class LooseRun:
 
     @torch.inference_mode()
     def masks_at(self, thresholds: Sequence[tuple[float, float]]) -> list[list[dict]]:
-        """The masks kept at each pair of thresholds, duplicates removed.
-
-        Args:
-            thresholds: pairs (predicted IoU, stability score).
+        """The masks kept at each pair (predicted IoU, stability score), duplicates removed.
 
         Returns:
             For each pair a list of COCO RLE, by predicted IoU, highest first.
@@ -218,11 +212,7 @@ class PcmCache:
         self._pcm: Tensor | None = None
 
     def pcm(self, image: Tensor, embedding: Tensor, valid: Tensor) -> Tensor:
-        """As `PromptPredictor.pcm`.
-
-        Raises:
-            ValueError: another image than the cache was made for.
-        """
+        """As `PromptPredictor.pcm`; ValueError for another image than the cache was made for."""
         if image is not self.encoded.model_image or embedding is not self.encoded.embedding:
             raise ValueError(WRONG)
         if self._pcm is None:

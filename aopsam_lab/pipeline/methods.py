@@ -31,13 +31,7 @@ MAX_BOXES = 100
 
 
 class Method(Protocol):
-    """What a method is.
-
-    Attributes:
-        name: its key in the registry.
-        needs: "predictor", "detector" or "".
-        uses: the ASF parameters that it depends on.
-    """
+    """`needs` is "predictor", "detector" or ""; `uses` names the ASF parameters that count."""
 
     name: str
     needs: str
@@ -93,8 +87,7 @@ class Aop:
         filtering: whether prompts are eliminated.
         gated: only on a mask or beside it.
         literal: with the raw embedding and no lower bound of the threshold.
-        first, rounds: as FilteredProposal.
-        needs: see Method.
+        first, rounds, needs: as FilteredProposal and Method.
     """
 
     name: str

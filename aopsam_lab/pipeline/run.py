@@ -53,11 +53,7 @@ def run_method(
         predictor, detector: what the method needs.
         params: the ASF parameters.
         decode: what decodes a round, such as a DecodeCache that remembers earlier settings.
-        max_prompts: how many prompts are decoded at most, strongest first; None: all. The others
-            have the status not_reached.
-
-    Returns:
-        The result.
+        max_prompts: how many prompts are decoded at most, strongest first; None: all.
 
     Raises:
         ValueError: there is no such method, a model that it needs is missing, or max_prompts is
@@ -117,15 +113,10 @@ def run_method(
 
 
 def strongest(confidence: torch.Tensor, index: torch.Tensor, limit: float) -> torch.Tensor:
-    """At most `limit` of the prompts `index`, the most confident ones, in their order.
+    """At most `limit` of the prompts `index` (n,) long, the most confident, in their order.
 
     Where equals compete for the last places, the same draw decides each time: a part of a grid
     still covers the whole image.
-
-    Args:
-        confidence: (m,) of all prompts.
-        index: (n,) long.
-        limit: a number of prompts, or infinity.
     """
     if len(index) <= limit:
         return index
@@ -183,9 +174,6 @@ def segment(
         params: the ASF parameters.
         device: "auto" (the GPU if there is one), "cpu", "cuda", ...
         max_prompts: how many prompts are decoded at most, strongest first; None: all.
-
-    Returns:
-        The result.
     """
     pixels, needs = read_image(image), method_named(method).needs
     sam = loaded_sam(sam, device)

@@ -29,11 +29,13 @@ STATUS_STYLES = {
 def save(
     seg: Segmentation, folder: str | os.PathLike, stem: str, file_name: str | None = None
 ) -> dict[str, Path]:
-    """Write `<stem>_labels.png`, `<stem>_overlay.png` and `<stem>.json`.
+    """Write `<stem>_labels.png`, `<stem>_overlay.png` and `<stem>.json` (COCO).
+
+    Labels are 16-bit grey, i + 1 where mask i is on top. The JSON is written last: where it is, the
+    other two are.
 
     Args:
-        seg: what to write. Labels are 16-bit grey, i + 1 where mask i is on top; the JSON is
-            `seg.to_coco()`. It is written last: where it is, the other two are.
+        seg: what to write.
         folder: made if missing.
         stem: the files' names without ending.
         file_name: the image's name in the JSON; None: the stem.
@@ -72,9 +74,6 @@ def plot(
 
     Returns:
         The axes, in the image frame.
-
-    Raises:
-        ValueError: there is no such status.
     """
     if ax is None:
         import matplotlib.pyplot as plt

@@ -24,8 +24,6 @@ class Encoded:
         image_pe: (1, C, h, w), SAM's dense positional encoding.
         input_size: (height, width) of the scaled image in the model frame.
         seconds: what encoding took.
-
-    `made` keeps what decoding prepares of the image for the next prompts.
     """
 
     image: np.ndarray
@@ -51,12 +49,7 @@ class Encoded:
 
 @dataclass
 class Models:
-    """What a method may need beside SAM; None where it is not needed.
-
-    Args:
-        predictor: what draws a PCM, as `PromptPredictor.pcm` does.
-        detector: what finds boxes, as `Detector.boxes` does.
-    """
+    """What a method may need beside SAM: a predictor has `pcm`, a detector `boxes`."""
 
     predictor: Any = None
     detector: Any = None
@@ -107,15 +100,11 @@ class Found:
 
 @dataclass
 class Proposal:
-    """The prompts of a method, here all in one round.
-
-    A subclass proposes them in several rounds and may eliminate waiting ones in between.
+    """The prompts of a method, here all in one round; a subclass may have several.
 
     Args:
         prompts: all of them.
         pcm: (4h, 4w), or None.
-
-    Attributes:
         eliminated_by: (m,) long, the row of `pems` that eliminated the prompt, -1 for none.
         pem_value: (m,) the PEM there, NaN for none.
         pems: (h, w) maps, one a reference mask.
@@ -143,9 +132,4 @@ class Proposal:
         return torch.arange(len(self.prompts), device=self.waiting.device)
 
     def observe(self, found: Found, mask_threshold: float) -> None:
-        """See the masks of this round's prompts.
-
-        Args:
-            found: the masks that passed both thresholds.
-            mask_threshold: a logit above it is on the mask.
-        """
+        """See this round's masks; a logit above `mask_threshold` is on the mask."""

@@ -23,7 +23,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 
 import torch
 from segment_anything.modeling import MaskDecoder, TwoWayTransformer
@@ -47,14 +47,11 @@ class DecodedPrompts:
 
 
 class ImageDecoder:
-    """The mask decoder of one image.
-
-    A decoder that is not segment_anything's is run as it is, with a warning.
+    """The mask decoder of one image; one that is not segment_anything's is run as it is.
 
     Args:
         decoder: a `MaskDecoder`; its weights are read, not changed.
-        embedding: (1, C, h, w).
-        image_pe: (1, C, h, w), `PromptEncoder.get_dense_pe()`.
+        embedding, image_pe: (1, C, h, w); the latter is `PromptEncoder.get_dense_pe()`.
         no_mask: (C,), what is added to every pixel where a prompt has no mask.
         used: (rows, columns) of the embedding, from its first, on which masks are drawn; logits
             beyond may be 0. None: all.
@@ -81,8 +78,7 @@ class ImageDecoder:
     def decode(self, sparse: Tensor) -> DecodedPrompts:
         """Decode P prompts, given by their token embeddings (P, t, C)."""
         if self._shared is not None:
-            decoded = self._shared.decode(sparse)
-            return DecodedPrompts(decoded.iou, lambda wanted: self._shared.draw(decoded, wanted))
+            return self._shared.decode(sparse)
         dense = self.no_mask.view(1, -1, 1, 1)
         logits, iou = self.decoder.predict_masks(self.embedding, self.image_pe, sparse, dense)
         return DecodedPrompts(iou.float(), lambda wanted: logits[wanted].float())
@@ -164,29 +160,6 @@ def _rows_dot(a: Tensor, b: Tensor) -> Tensor:
     return a.mul_(b).sum(1, keepdim=True)
 
 
-@dataclass
-class _Decoded:
-    """What the transformer makes of P prompts of one image.
-
-    But for a constant the pixels are scale * image + attention1 values1 + attention2 values2.
-
-    Args:
-        iou: (P, M) predicted IoU.
-        tokens: (P, M, C) output tokens of the masks.
-        scale: (P, 1, N).
-        attention1, attention2: (P, T * H, N), of each layer, scaled as well.
-        values1, values2: (P, T * H, C).
-    """
-
-    iou: Tensor
-    tokens: Tensor
-    scale: Tensor
-    attention1: Tensor
-    attention2: Tensor
-    values1: Tensor
-    values2: Tensor
-
-
 class _SharedDecoder:
     """Tables of one image, made once, then any number of prompts on it; see ImageDecoder."""
 
@@ -254,8 +227,8 @@ class _SharedDecoder:
         return x.unflatten(-1, self.grid)[..., : self.used[0], : self.used[1]]
 
     @torch.no_grad()
-    def decode(self, sparse: Tensor) -> _Decoded:
-        """Run the transformer on (P, t, C) token embeddings."""
+    def decode(self, sparse: Tensor) -> DecodedPrompts:
+        """Decode P prompts, given by their token embeddings (P, t, C)."""
         decoder = self.decoder
         p = len(sparse)
         outputs = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight])
@@ -340,16 +313,29 @@ class _SharedDecoder:
         seen += attn.v_proj.weight @ self.bias2 + attn.v_proj.bias
         tokens = decoder.transformer.norm_final_attn(tokens + attn.out_proj(seen).view_as(tokens))
         iou = decoder.iou_prediction_head(tokens[:, 0])
-        return _Decoded(iou, tokens[:, 1:], r12, a1, a2, u1, u2)
+        return DecodedPrompts(iou, partial(self._draw, tokens[:, 1:], r12, ((u1, a1), (u2, a2))))
 
     @torch.no_grad()
-    def draw(self, decoded: _Decoded, wanted: Tensor) -> Tensor:
-        """Logits (k, 4h, 4w) of the k masks that `wanted` (P, M) bool marks, prompt by prompt."""
+    def _draw(
+        self,
+        tokens: Tensor,
+        scale: Tensor,
+        halves: tuple[tuple[Tensor, Tensor], ...],
+        wanted: Tensor,
+    ) -> Tensor:
+        """Draw masks; but for a constant the pixels are scale * image + sum of attention @ values.
+
+        Args:
+            tokens: (P, M, C), output tokens of the masks.
+            scale: (P, 1, N).
+            halves: of each layer values (P, T * H, C) and attention (P, T * H, N).
+            wanted: (P, M) bool.
+        """
         decoder, (height, width), (h, w) = self.decoder, self.grid, self.used
         _, norm, act1, up2, act2 = decoder.output_upscaling
         nets = decoder.output_hypernetworks_mlps
         # (P, M, C/8)
-        hyper = torch.stack([net(decoded.tokens[:, i]) for i, net in enumerate(nets)], 1)
+        hyper = torch.stack([net(tokens[:, i]) for i, net in enumerate(nets)], 1)
         weight2 = up2.weight.permute(2, 3, 1, 0).flatten(0, 2)  # (dy dx C/8, C/4)
         bias2 = up2.bias.repeat(4)[:, None]
         n, channels = h * w, len(weight2) // 4
@@ -357,13 +343,12 @@ class _SharedDecoder:
         logits[:, 4 * h :], logits[:, : 4 * h, 4 * w :] = 0, 0
         # (k, y, dy, x, dx)
         places = logits[:, : 4 * h, : 4 * w].unflatten(2, (w, 4)).unflatten(1, (h, 4))
-        halves = (decoded.values1, decoded.attention1), (decoded.values2, decoded.attention2)
         rows, done = wanted.any(1).nonzero()[:, 0], 0
         if not len(rows):
             return logits
         for some in rows.split(DRAWN_AT_A_TIME.get(rows.device.type, len(rows))):
-            scale = self._on_used(decoded.scale[some]).flatten(2)
-            x = torch.addcmul(self.up_bias, self.up, scale)  # (p, C, n)
+            own = self._on_used(scale[some]).flatten(2)
+            x = torch.addcmul(self.up_bias, self.up, own)  # (p, C, n)
             for values, attention in halves:
                 # prompt by prompt, so that no attention is copied
                 added = self.up_weight @ values[some].mT

@@ -15,7 +15,7 @@ import pandas as pd
 
 from aopsam_lab.asf import AsfParams
 from aopsam_lab.data import Dataset, open_dataset
-from aopsam_lab.data.found import found_masks
+from aopsam_lab.data.coco import found_masks
 from aopsam_lab.pipeline.decode_cache import DecodeCache, LooseRun, PcmCache
 from aopsam_lab.pipeline.decode import encode
 from aopsam_lab.pipeline.run import run_method
