@@ -11,10 +11,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aopsam_lab.pipeline import decode_cache
 from aopsam_lab.asf import AsfParams
-from aopsam_lab.pipeline.decode_cache import DecodeCache, PcmCache
+from aopsam_lab.pipeline import decode_cache
 from aopsam_lab.pipeline.decode import STABILITY_OFFSET, all_masks, decode_and_filter
+from aopsam_lab.pipeline.decode_cache import DecodeCache, PcmCache
 from aopsam_lab.pipeline.methods import METHODS, method_named
 from aopsam_lab.pipeline.run import run_method, strongest
 from aopsam_lab.pipeline.types import Found, Models

@@ -7,9 +7,9 @@ from segment_anything import SamPredictor
 from small import stock_predictor
 
 import aopsam_lab as aop
+from aopsam_lab.asf import FIRST, NO_COSINE, ROUNDS, AsfParams
 from aopsam_lab.pipeline import decode as decoding
 from aopsam_lab.pipeline import run as pipeline
-from aopsam_lab.asf import FIRST, NO_COSINE, ROUNDS, AsfParams
 from aopsam_lab.pipeline.decode import encode
 from aopsam_lab.pipeline.methods import METHODS, method_named
 from aopsam_lab.pipeline.run import run_method

@@ -93,16 +93,14 @@ def test_to_array_is_the_decoded_rle():
 
 def test_records_have_the_generators_keys_and_values():
     record = example().to_records()[0]
-    assert list(record) == [
-        "segmentation", "area", "bbox", "predicted_iou", "point_coords", "stability_score", "crop_box",
-    ]  # fmt: skip
+    keys = ["segmentation", "area", "bbox", "predicted_iou", "point_coords", "stability_score"]
+    assert list(record) == [*keys, "crop_box"]
     assert record["segmentation"].dtype == bool and record["area"] == 20
     assert record["bbox"] == [10, 5, 4, 3]  # inclusive maxima, as batched_mask_to_box gives them
     assert record["point_coords"] == [[12.5, 7.5]]
     assert record["crop_box"] == [0, 0, WIDTH, HEIGHT]
-    assert record["predicted_iou"] == pytest.approx(0.9) and record[
-        "stability_score"
-    ] == pytest.approx(0.99)
+    assert record["predicted_iou"] == pytest.approx(0.9)
+    assert record["stability_score"] == pytest.approx(0.99)
 
 
 def test_supervision_reads_the_records():
@@ -203,7 +201,7 @@ def test_importing_forces_no_backend():
     import subprocess
     import sys
 
-    code = "import sys, aopsam_lab.pipeline.segmentation; assert 'matplotlib.pyplot' not in sys.modules"
+    code = "import sys, aopsam_lab.pipeline.show; assert 'matplotlib.pyplot' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

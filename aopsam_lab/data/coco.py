@@ -226,7 +226,7 @@ def _first_folder(folders: list[Path], file: Path) -> Path:
         if folder.is_dir():
             return folder
     tried = ", ".join(map(str, folders))
-    raise FileNotFoundError(f"The pictures of {file} are in none of {tried}.")
+    raise FileNotFoundError(f"The images of {file} are in none of {tried}.")
 
 
 def _below(name: str) -> str:

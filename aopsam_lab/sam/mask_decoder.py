@@ -68,11 +68,12 @@ class ImageDecoder:
         self.decoder, self.embedding, self.image_pe = decoder, embedding, image_pe
         self.no_mask = no_mask
         self._shared = None
-        why = misfit(decoder)
-        if why:
-            warnings.warn(f"This mask decoder is run as it is, slowly: {why}.", stacklevel=2)
-        else:  # made here, as batches of prompts may come from several threads
+        if is_stock(decoder):  # made here, as batches of prompts may come from several threads
             self._shared = _SharedDecoder(decoder, embedding, image_pe, no_mask, used)
+        else:
+            wanted = "segment_anything's MaskDecoder, its two layers and its upscaling"
+            found = f"{type(decoder).__name__} is not {wanted}"
+            warnings.warn(f"This mask decoder is run as it is, slowly: {found}.", stacklevel=2)
 
     @torch.no_grad()
     def decode(self, sparse: Tensor) -> DecodedPrompts:
@@ -84,39 +85,25 @@ class ImageDecoder:
         return DecodedPrompts(iou.float(), lambda wanted: logits[wanted].float())
 
 
-def misfit(decoder: nn.Module) -> str:
-    """Why a mask decoder is not segment_anything's with two layers; "" where it is.
-
-    Its width, number of heads and number of masks may be any.
-    """
-    if type(decoder) is not MaskDecoder:
-        name = f"{type(decoder).__name__} of {type(decoder).__module__}"
-        return f"it is a {name}, not segment_anything's MaskDecoder"
-    transformer = decoder.transformer
-    if type(transformer) is not TwoWayTransformer or len(transformer.layers) != 2:
-        return "its transformer is not segment_anything's with two layers"
-    if _part_types(decoder) != _stock_types():
-        return "its layers or its upscaling are not segment_anything's"
-    if [layer.skip_first_layer_pe for layer in transformer.layers] != [True, False]:
-        return "its layers use the positional encoding otherwise"
-    if len({part.num_heads for part in transformer.modules() if isinstance(part, Attention)}) != 1:
-        return "its layers differ in their number of heads"
-    for layer in decoder.output_upscaling:
-        if isinstance(layer, nn.ConvTranspose2d):
-            if (layer.kernel_size, layer.stride, layer.padding) != ((2, 2), (2, 2), (0, 0)):
-                return "its upscaling is not two doublings"
-    return ""
+def is_stock(decoder: nn.Module) -> bool:
+    """Whether a mask decoder is segment_anything's with two layers, of any width and heads."""
+    if type(decoder) is not MaskDecoder or _signature(decoder) != _stock_signature():
+        return False
+    attentions = [part for part in decoder.transformer.modules() if isinstance(part, Attention)]
+    return len({attention.num_heads for attention in attentions}) == 1
 
 
-def _part_types(decoder: MaskDecoder) -> list[type]:
+def _signature(decoder: MaskDecoder) -> list[tuple]:
+    """The types of all parts but the heads, and what they hold beside weights."""
     parts = (*decoder.transformer.modules(), *decoder.output_upscaling)
-    return [type(part) for part in parts]
+    names = ("skip_first_layer_pe", "kernel_size", "stride", "padding")
+    return [(type(part), *(getattr(part, name, None) for name in names)) for part in parts]
 
 
 @cache
-def _stock_types() -> list[type]:
+def _stock_signature() -> list[tuple]:
     transformer = TwoWayTransformer(depth=2, embedding_dim=32, num_heads=1, mlp_dim=1)
-    return _part_types(MaskDecoder(transformer_dim=32, transformer=transformer))
+    return _signature(MaskDecoder(transformer_dim=32, transformer=transformer))
 
 
 def _over_pixels(rows: Tensor, table: Tensor, heads: int, out: Tensor, add: bool = False) -> Tensor:

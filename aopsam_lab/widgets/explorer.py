@@ -89,7 +89,8 @@ class Explorer(ui.VBox):
         self._live = self._showing = (
             False  # a change comes from the page; the knobs are being set to what holds
         )
-        look = {"tables": packing.colour_tables(), "fates": [[*style] for style in STATUS_STYLES.values()]}
+        fates = [list(style) for style in STATUS_STYLES.values()]
+        look = {"tables": packing.colour_tables(), "fates": fates}
         self.canvas = Canvas(look=look, layers=dict(LAYERS))
         self._controls = Controls([source.name for source in self._sources], self.canvas)
         super().__init__(
