@@ -19,7 +19,7 @@ from aopsam_lab.detector import (
     import_ultralytics,
     load_detector,
 )
-from aopsam_lab.sam.zoo import WEIGHTS
+from aopsam_lab.weights import WEIGHTS
 
 BUNDLED = WEIGHTS / "detector.safetensors"
 needs_weights = pytest.mark.skipif(not BUNDLED.exists(), reason="the detector is not trained yet")

@@ -28,8 +28,8 @@ from tqdm import tqdm
 
 from aopsam_lab import detector as loading
 from aopsam_lab.data import Dataset, open_dataset
+from aopsam_lab.evaluator import recall_matches
 from aopsam_lab.files import write_atomically
-from aopsam_lab.recall import recall_matches
 from aopsam_lab.sam.zoo import resolve_device
 from aopsam_lab.training.examples import split
 from aopsam_lab.training.results import append_rows, write_card

@@ -22,7 +22,7 @@ from aopsam_lab.asf import valid_cells
 from aopsam_lab.data import Dataset
 from aopsam_lab.data.sample import Sample
 from aopsam_lab.files import write_atomically
-from aopsam_lab.masks.points import pole
+from aopsam_lab.masks.points import deepest_point
 from aopsam_lab.pipeline.decode import encode
 
 HELD_OUT = 8  # one photograph in so many is held out
@@ -75,7 +75,7 @@ def own_prompts(sample: Sample) -> list[Prompt]:
     """
     if sample.points is not None:
         return [(x, y, 1.0) for x, y in sample.points.tolist()]
-    return [(*pole(coco_mask.decode(rle))[:2], 1.0) for rle in sample.rles]
+    return [(*deepest_point(coco_mask.decode(rle))[:2], 1.0) for rle in sample.rles]
 
 
 def covering_prompts(sample: Sample) -> list[Prompt]:
@@ -104,7 +104,7 @@ def covering_prompts(sample: Sample) -> list[Prompt]:
     for own, rle in zip(clicks, sample.rles, strict=True):
         mask = coco_mask.decode(rle)
         if not own and not any(_at(mask, p) for p in prompts):
-            prompts.append(pole(mask)[:2])
+            prompts.append(deepest_point(mask)[:2])
     heights = {
         click: SECOND * min(1.0, sum(1 / len(clicks[i]) for i in masks))
         for click, masks in given.items()

@@ -25,13 +25,12 @@ from tqdm import tqdm
 from aopsam_lab.asf import AsfParams
 from aopsam_lab.data import open_dataset
 from aopsam_lab.data.sample import Sample
-from aopsam_lab.evaluator import evaluate, iou_matrix
+from aopsam_lab.evaluator import covered, evaluate, iou_matrix
 from aopsam_lab.pipeline.decode import encode
 from aopsam_lab.pipeline.decode_cache import DecodeCache, PcmCache
 from aopsam_lab.pipeline.methods import METHODS, Aop, Grid, Method
 from aopsam_lab.pipeline.run import run_method
 from aopsam_lab.predictor import PromptPredictor, load_predictor
-from aopsam_lab.recall import covered
 from aopsam_lab.sam.zoo import MODELS, load_sam
 from aopsam_lab.training.examples import split
 from aopsam_lab.training.results import append_rows

@@ -30,7 +30,8 @@ from aopsam_lab.asf import AsfParams
 from aopsam_lab.pipeline.methods import METHODS
 from aopsam_lab.pipeline.run import loaded_model, loaded_sam
 from aopsam_lab.sam.zoo import spec_of
-from aopsam_lab.pipeline.segmentation import FATES, Segmentation
+from aopsam_lab.pipeline.segmentation import Segmentation
+from aopsam_lab.pipeline.show import STATUS_STYLES
 from aopsam_lab.widgets import packing
 from aopsam_lab.widgets.canvas import LAYERS, Canvas
 from aopsam_lab.widgets.controls import NOTHING, PINNED, Controls, numbered
@@ -88,7 +89,8 @@ class Explorer(ui.VBox):
         self._live = self._showing = (
             False  # a change comes from the page; the knobs are being set to what holds
         )
-        look = {"tables": packing.colour_tables(), "fates": [[*FATES[status]] for status in FATES]}
+        fates = [list(style) for style in STATUS_STYLES.values()]
+        look = {"tables": packing.colour_tables(), "fates": fates}
         self.canvas = Canvas(look=look, layers=dict(LAYERS))
         self._controls = Controls([source.name for source in self._sources], self.canvas)
         super().__init__(
@@ -487,12 +489,14 @@ def explore(
     """Open pictures in the explorer; the last line of a notebook's cell.
 
     pictures: an array, a Pillow image, a path, a folder, a COCO-style folder, "photos" (those in
-              the box; a folder of that name is "./photos"), a Sample, a data set, a list of them or a
+              the box; a folder of that name is "./photos"), a Segmentation, a Sample, a data set, a list of them or a
               dictionary from names to them.
     sam:      a name for `load_sam`, or a ``Sam``. method, params: where to begin. manual: clicks by hand on the first picture.
     compare:  a method to show beside it.
     What is wrong with any of them is said in the widget's message line.
     """
+    if isinstance(pictures, Segmentation):  # shown as it is
+        return explore_segmentation(pictures, sam)
     try:
         for name in [method] if compare == NOTHING else [method, compare]:
             if name not in METHODS:

@@ -13,8 +13,8 @@ import matplotlib
 import numpy as np
 
 from aopsam_lab.masks.drawing import mask_colours
-from aopsam_lab.pipeline.methods import Prompts
-from aopsam_lab.pipeline.segmentation import STATUSES, Segmentation
+from aopsam_lab.pipeline.segmentation import Segmentation
+from aopsam_lab.pipeline.types import STATUSES, Prompts
 
 MAX_IMAGE_BYTES = 4_000_000
 LOSSLESS_PIXELS = 1_000_000

@@ -18,9 +18,10 @@ from segment_anything.utils.amg import batched_mask_to_box, calculate_stability_
 from aopsam_lab import asf
 from aopsam_lab.asf import AsfParams
 from aopsam_lab.pipeline.decode_cache import DecodeCache, PcmCache
-from aopsam_lab.pipeline.decode import STABILITY_OFFSET, Encoded, Found, encode, full_resolution
+from aopsam_lab.pipeline.decode import STABILITY_OFFSET, all_masks, encode, full_resolution
+from aopsam_lab.pipeline.types import Encoded, Found, Models, Prompts
 from aopsam_lab.evaluator import evaluate
-from aopsam_lab.pipeline.methods import Models, Prompts, method_named
+from aopsam_lab.pipeline.methods import method_named
 from aopsam_lab.pipeline.run import run_method
 from aopsam_lab.masks.rle import encode_rle
 from aopsam_lab.pipeline.segmentation import Segmentation
@@ -159,7 +160,7 @@ class Session:
             not has_box,
         )
         with self._lock:
-            found = self._cache.candidates(prompts, 0)
+            found = all_masks(self.sam, self.encoded, prompts, 0)
         masks = encode_rle(
             full_resolution(self.sam, self.encoded, found.low_res) > self.sam.mask_threshold
         )
