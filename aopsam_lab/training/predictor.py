@@ -151,11 +151,11 @@ class Training:
     """One training with the options of `train-predictor`: its data, its models, where it stands."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        torch.manual_seed(args.seed)
         self.args, self.work = args, Path(args.workdir)
         place, loss = PRESETS[args.preset]
         self.place, self.loss = args.place or place, args.loss or loss
         self.sam = load_sam(args.sam, args.checkpoint, args.device)
+        torch.manual_seed(args.seed)  # after the SAM, which draws numbers when it is made
         self.data = open_dataset(args.data, args.limit, args.seed)
         rows, held = split(self.data)
         embeddings = args.embeddings or self.work / "embeddings"
