@@ -16,7 +16,7 @@ from pycocotools.cocoeval import COCOeval
 
 from aopsam_lab.evaluator import iou_matrix
 from aopsam_lab.recall import average_recall, covered, recall_matches
-from aopsam_lab.study.scores import mask_scores
+from aopsam_lab.study.score import mask_scores
 
 
 def test_average_recall_by_hand():

@@ -1,4 +1,4 @@
-"""The study: what is kept, what is scored again, what survives a kill, and what is written of it."""
+"""The study: what is kept, what is scored again, what survives a kill, what is written."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from conftest import METHODS, QUICK
 from aopsam_lab.study import PACKAGE_ROOT, figures, settings, tables
 from aopsam_lab.study.report import run_report
 from aopsam_lab.study.runner import STORE_NAME, Example
+from aopsam_lab.study.settings import THRESHOLDS
 from aopsam_lab.study.store import Store, make_key
-from aopsam_lab.study.thresholds import THRESHOLDS
 
 MOBILE = {"sam": "mobile_sam", "checkpoint": None, "predictor": None}  # what other processes know
 TIMES = ["encode_s", "inf_lat_s", "mask_lat_s", "total_s"]
@@ -30,15 +30,22 @@ def test_a_key_depends_on_every_input_and_not_on_their_order():
 
 def test_rows_are_there_as_soon_as_they_are_added_and_never_change(tmp_path):
     inputs = {"method": "aop", "image": "x"}
-    with Store(tmp_path / "deep" / "s.sqlite") as store:
-        assert store.scores(make_key(inputs)) is None and len(store) == 0
-        store.add_scores(inputs, "x", "aop", {"miou": 0.5}, {"masks": ["abc"]})
-        store.add_scores(inputs, "x", "aop", {"miou": 0.9})
-        with Store(store.path) as other:  # another process would see it now
-            assert other.scores(make_key(inputs)) == {"miou": 0.5} and len(other) == 1
-            assert other.detail(make_key(inputs)) == {"masks": ["abc"]}
-        store.add_memory(inputs, "aop", 12.5)
-        assert store.memory(make_key(inputs)) == 12.5 and make_key(inputs) in store
+    key, path = make_key(inputs), tmp_path / "deep" / "s.sqlite"
+    with Store(path) as store:
+        assert store.values(key) is None and key not in store
+        store.add([(inputs, "x", "aop", {"miou": 0.5}, {"masks": ["abc"]})])
+        store.add([(inputs, "x", "aop", {"miou": 0.9}, None)])
+        with Store(path) as other:  # another process would see it now
+            assert other.values(key) == {"miou": 0.5} and key in other
+            assert other.detail(key) == {"masks": ["abc"]}
+
+
+def test_rows_are_added_all_or_none(tmp_path):
+    rows = [({"image": image}, image, "aop", {"miou": 0.5}, None) for image in ("x", "y")]
+    with Store(tmp_path / "s.sqlite") as store:
+        with pytest.raises(TypeError):
+            store.add([rows[0], ({"image": object()}, *rows[1][1:])])
+        assert make_key(rows[0][0]) not in store
 
 
 def test_a_file_that_is_no_store(tmp_path):
@@ -195,7 +202,7 @@ def test_tables_by_hand():
     interval = [difference[f"miou_diff{end}"] for end in ("", "_lo", "_hi")]
     assert interval == pytest.approx([-0.1] * 3)
     assert difference["n_decoded_ratio"] == pytest.approx(6)
-    (sentence,) = tables.findings(summary.reset_index(), tables.difference_table(per_image))
+    (sentence,) = tables.findings(tables.difference_table(per_image))
     assert "+10.0 points" in sentence
     assert "so it is better" in sentence
     assert "17% of the prompts" in sentence

@@ -10,16 +10,17 @@ import pandas as pd
 import pytest
 import torch
 
-from aopsam_lab.pipeline import loose_cache
 from aopsam_lab.asf import AsfParams
-from aopsam_lab.pipeline.decode_cache import DecodeCache
+from aopsam_lab.pipeline import loose_cache
 from aopsam_lab.pipeline.decode import decode_and_filter
+from aopsam_lab.pipeline.decode_cache import DecodeCache
 from aopsam_lab.pipeline.loose_cache import LooseCache, LooseRun
 from aopsam_lab.pipeline.methods import Grid, Models, method_named
 from aopsam_lab.pipeline.run import run_method
-from aopsam_lab.study import figures, output, page, runner, scores, tables, thresholds
-from aopsam_lab.study.threshold_figure import threshold_figure
-from aopsam_lab.study.thresholds import THRESHOLDS
+from aopsam_lab.study import figures, report, runner, score, tables, thresholds
+from aopsam_lab.study.figures import threshold_figure
+from aopsam_lab.study.settings import THRESHOLDS
+from aopsam_lab.study.write import save_study
 
 OWN = (0.88, 0.95)
 PAIRS = [OWN, (0.8, 0.9), (0.5, 0.85), (0.7, 0.6)]
@@ -67,7 +68,7 @@ def test_looser_pairs_are_runs_of_a_sam_with_these_thresholds(sam, encoded):
 
         alone = run_method(sam, encoded, GRID, decode=decode)
         assert len(masks) == len(alone.masks)
-        different = scores.mask_scores(alone.masks, masks, None)["miou"]
+        different = score.mask_scores(alone.masks, masks, None)["miou"]
         assert different == pytest.approx(1, abs=1e-3)
 
 
@@ -231,9 +232,9 @@ def test_the_figure_has_a_panel_a_column_and_a_line_a_method():
 
 def test_a_report_shows_the_figure_and_what_it_says(study, tmp_path):
     result = study(out=tmp_path / "reports" / "main_comparison", thresholds=THRESHOLDS)
-    files = result.save()
-    assert {"thresholds", "curves", "equal_masks", "threshold_figure"} <= files.keys()
-    text = page.write_index(tmp_path / "reports").read_text(encoding="utf-8")
+    files = save_study(result)
+    assert {"thresholds.csv", "thresholds_per_image.csv", "equal_masks.csv"} <= files.keys()
+    text = report.write_index(tmp_path / "reports").read_text(encoding="utf-8")
     assert 'src="main_comparison/thresholds.png"' in text
     assert "main_comparison/thresholds.csv" in text
-    assert output._curve_files(study()) == {}
+    assert "thresholds.csv" not in save_study(study())

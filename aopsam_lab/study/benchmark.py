@@ -1,30 +1,27 @@
-"""Decoding as segment_anything does it against ours, technique by technique: for
-`notebooks/benchmark.ipynb`."""
+"""segment_anything's decoding against ours, technique by technique."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from multiprocessing import get_context
 
 import numpy as np
 import pandas as pd
 import torch
 from pycocotools import mask as coco_mask
-from segment_anything import SamAutomaticMaskGenerator
+from segment_anything import SamAutomaticMaskGenerator, SamPredictor
 from segment_anything.modeling import Sam
 from segment_anything.utils import amg
 from torchvision.ops import nms
 
-from aopsam_lab.pipeline import decode as decoding
 from aopsam_lab.asf import AsfParams
+from aopsam_lab.pipeline import decode as decoding
 from aopsam_lab.pipeline.decode import BOX_NMS_THRESH, STABILITY_OFFSET, Encoded, encode
 from aopsam_lab.pipeline.methods import Grid, Models
 from aopsam_lab.pipeline.run import run_method
 from aopsam_lab.sam.zoo import load_sam, spec_of
-from aopsam_lab.study import memory
+from aopsam_lab.study.memory import in_own_process, peak_while
 
 
 def stock(sam: Sam, encoded: Encoded, side: int) -> list[dict]:
@@ -37,11 +34,17 @@ def stock(sam: Sam, encoded: Encoded, side: int) -> list[dict]:
         stability_score_thresh=spec.stability_score_thresh,
         output_mode="coco_rle",
     )
-    predictor = generator.predictor
-    predictor.features, predictor.is_image_set = encoded.embedding, True
-    predictor.original_size, predictor.input_size = encoded.image.shape[:2], encoded.input_size
+    generator.predictor = predictor = stock_predictor(sam, encoded)
     predictor.set_image = predictor.reset_image = lambda *_: None  # it is there already
     return [record["segmentation"] for record in generator.generate(encoded.image)]
+
+
+def stock_predictor(sam: Sam, encoded: Encoded) -> SamPredictor:
+    """segment_anything's own predictor, given the embedding of an image."""
+    predictor = SamPredictor(sam)
+    predictor.features, predictor.is_image_set = encoded.embedding, True
+    predictor.original_size, predictor.input_size = encoded.image.shape[:2], encoded.input_size
+    return predictor
 
 
 def composed(
@@ -129,22 +132,19 @@ def measure(sam: Sam, images: Sequence[np.ndarray], side: int) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["image", "technique", "seconds", "masks", "lowest_iou"])
 
 
-@torch.inference_mode()
-def _peak(name: str, image: np.ndarray, side: int, model: tuple[str, str | None, str]) -> float:
-    sam = load_sam(*model)
-    ours(sam, encode(sam, np.zeros((8, 8, 3), np.uint8)), 2)
-    encoded = encode(sam, image)
-    before = memory._start_peak()
-    TECHNIQUES[name](sam, encoded, side)
-    if sam.device.type == "cuda":
-        return torch.cuda.max_memory_allocated(sam.device) / memory.MIB
-    return max(memory._peak() - before, 0) / memory.MIB
-
-
 def peak_memory(
     image: np.ndarray, side: int, sam: str, checkpoint: str | None, device: str
 ) -> dict[str, float]:
     """MiB that each technique takes beyond model and embedding, in a process of its own."""
-    model = sam, checkpoint, device
-    with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as pool:
-        return {name: pool.submit(_peak, name, image, side, model).result() for name in TECHNIQUES}
+    return {
+        name: in_own_process(_peak, name, image, side, sam, checkpoint, device)
+        for name in TECHNIQUES
+    }
+
+
+@torch.inference_mode()
+def _peak(name: str, image: np.ndarray, side: int, *model: str | None) -> float:
+    sam = load_sam(*model)
+    ours(sam, encode(sam, np.zeros((8, 8, 3), np.uint8)), 2)
+    encoded = encode(sam, image)
+    return peak_while(sam.device, lambda: TECHNIQUES[name](sam, encoded, side))

@@ -8,12 +8,13 @@ share in percent, times in seconds, memory in GB of 10^9 bytes.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 
-from aopsam_lab.evaluator import mean_interval
 from aopsam_lab.study import tables
+from aopsam_lab.study.tables import NAN, number, signed, title, with_interval
 
 FOLDER = Path(__file__).with_name("paper")
 CITATION = (
@@ -21,14 +22,32 @@ CITATION = (
     "39(2), 2284-2292, arXiv:2505.11980"
 )
 GB_PER_MIB = 2**20 / 1e9
-# The paper's column -> our column, and how many of the paper's units one of ours is.
+
+
+class Quantity(NamedTuple):
+    """A column of the paper.
+
+    Args:
+        ours: our column; factor: how many of the paper's units one of ours is.
+        heading: its name with its unit; unit: of a change of it.
+        digits, change_digits: of a value and of a change.
+    """
+
+    ours: str
+    factor: float
+    heading: str
+    unit: str
+    digits: int
+    change_digits: int
+
+
 COLUMNS = {
-    "miou": ("miou", 100),
-    "inf_lat_s": ("inf_lat_s", 1),
-    "mask_lat_s": ("mask_lat_s", 1),
-    "peak_mem_gb": ("peak_mem_mb", GB_PER_MIB),
-    "elim_ratio_percent": ("elim_ratio", 100),
-    "n_masks": ("n_masks", 1),
+    "miou": Quantity("miou", 100, "mIoU %", "points", 1, 1),
+    "inf_lat_s": Quantity("inf_lat_s", 1, "Inf_Lat s", "s", 3, 3),
+    "mask_lat_s": Quantity("mask_lat_s", 1, "Mask_Lat s", "s", 3, 3),
+    "peak_mem_gb": Quantity("peak_mem_mb", GB_PER_MIB, "Peak_Mem GB", "GB", 2, 3),
+    "elim_ratio_percent": Quantity("elim_ratio", 100, "Ratio_elim %", "points", 1, 1),
+    "n_masks": Quantity("n_masks", 1, "#P", "masks", 1, 1),
 }
 COMPARED = ("miou", "inf_lat_s", "peak_mem_gb", "n_masks")  # in the main table and the ablation
 PARTS = ("paper", "ours", "difference")
@@ -50,19 +69,9 @@ AGREES, DISAGREES, NOT_CLEAR = "agrees", "disagrees", "not clear"
 NOT_MEASURED, OTHER_VALUES = "not measured", "other values"
 
 
-def main_comparison() -> pd.DataFrame:
-    """The paper's main table, 45 rows: dataset, sam, method and the columns COMPARED."""
-    return pd.read_csv(FOLDER / "main_comparison.csv")
-
-
-def ablation() -> pd.DataFrame:
-    """The paper's ablation, 9 rows, with the columns of its main table."""
-    return pd.read_csv(FOLDER / "ablation.csv")
-
-
-def parameter_sweeps() -> pd.DataFrame:
-    """The paper's sweeps, 16 rows: panel, parameter, value, and COLUMNS, NaN where it has none."""
-    return pd.read_csv(FOLDER / "parameter_sweeps.csv")
+def published(name: str) -> pd.DataFrame:
+    """A table of the paper: "main_comparison", "ablation" or "parameter_sweeps"."""
+    return pd.read_csv(FOLDER / f"{name}.csv")
 
 
 def paper_dataset(dataset: str) -> str | None:
@@ -78,46 +87,37 @@ def paper_dataset(dataset: str) -> str | None:
     return {"photos": "COCO", "coco": "COCO", "lvis": "LVIS", "sa1b": "SA-1B"}.get(kind)
 
 
-def side_by_side(summary: pd.DataFrame, sam: str, dataset: str) -> pd.DataFrame:
+def main_beside(summary: pd.DataFrame, sam: str, dataset: str) -> pd.DataFrame:
     """The paper's main table for one SAM and data set: its cell, ours, and ours minus its.
 
     Args:
-        summary: as `tables.summary_table` gives it.
-        sam: the SAM's name.
-        dataset: the data set's name.
+        summary: as `tables.summary_table` returns it.
+        sam, dataset: the names of both.
 
     Returns:
-        A row a method of the paper: method, and of each column C of COMPARED C_paper, C_ours and
-        C_difference, NaN where the paper has no such cell or the method was not run. No row where
-        the paper does not have this SAM or data set.
+        A row a method of the paper: dataset, method, and of each column C of COMPARED C_paper,
+        C_ours and C_difference, NaN where the paper has no such cell or the method was not run. No
+        row where the paper does not have this SAM or data set.
     """
-    published = main_comparison()
-    own = (published["sam"] == sam) & (published["dataset"] == paper_dataset(dataset))
-    return _beside(published[own], summary)[["method", *_compared(PARTS)]]
+    theirs = published("main_comparison")
+    own = (theirs["sam"] == sam) & (theirs["dataset"] == paper_dataset(dataset))
+    return _beside(theirs[own], summary, dataset)
 
 
 def ablation_beside(summary: pd.DataFrame, dataset: str) -> pd.DataFrame:
     """The paper's ablation, and ours in the rows of the data set that it can stand beside.
 
-    Args:
-        summary: as `tables.summary_table` gives it.
-        dataset: the data set's name.
-
     Returns:
-        Nine rows: dataset, method, and the columns of `side_by_side`; C_ours and C_difference are
-        NaN in the rows of other data sets.
+        Nine rows with the columns of `main_beside`.
     """
-    compared = _beside(ablation(), summary)
-    compared.loc[compared["dataset"] != paper_dataset(dataset), _compared(PARTS[1:])] = np.nan
-    return compared[["dataset", "method", *_compared(PARTS)]]
+    return _beside(published("ablation"), summary, dataset)
 
 
 def step_table(per_image: pd.DataFrame, summary: pd.DataFrame, dataset: str) -> pd.DataFrame:
     """What each part of AoP-SAM changes, in the paper's ablation and in ours.
 
     Args:
-        per_image: as `tables.per_image_table` gives it.
-        summary: as `tables.summary_table` gives it.
+        per_image, summary: as `tables` makes them.
         dataset: the name of our data set.
 
     Returns:
@@ -127,41 +127,38 @@ def step_table(per_image: pd.DataFrame, summary: pd.DataFrame, dataset: str) -> 
         _lo and _hi are the ends of the 95% paired bootstrap interval over our n_images images. No
         row of ours where one of the two methods was not run.
     """
-    published = ablation().set_index(["dataset", "method"])[["miou", "peak_mem_gb", "n_masks"]]
-    beside, rows = paper_dataset(dataset), []
+    theirs = published("ablation").set_index(["dataset", "method"])
+    names, rows = list(theirs.index.unique("dataset")), []
+    after = paper_dataset(dataset) or names[-1]
+    values = per_image.set_index(["method", "image"])[["miou", "n_masks"]].astype(float)
+    peaks = GB_PER_MIB * summary.set_index("method")["peak_mem_mb"]
     for step, (without, with_part) in STEPS.items():
-        own = _our_step(per_image, summary, without, with_part)
-        ours = [{"step": step, "source": "ours", "dataset": dataset, **own}] if own else []
-        for name in published.index.unique("dataset"):
-            change = published.loc[(name, with_part)] - published.loc[(name, without)]
+        for name in names:
+            change = theirs.loc[(name, with_part)] - theirs.loc[(name, without)].drop("sam")
             rows.append({"step": step, "source": "paper", "dataset": name, **change})
-            rows += ours if name == beside else []
-        rows += ours if beside is None else []
+            if name == after and {without, with_part} <= set(summary["method"]):
+                change = (values.loc[with_part] - values.loc[without]).dropna()
+                row = {"step": step, "source": "ours", "dataset": dataset, "n_images": len(change)}
+                row |= tables.interval_columns("miou", 100 * change["miou"])
+                row |= tables.interval_columns("n_masks", change["n_masks"])
+                rows.append(row | {"peak_mem_gb": peaks[with_part] - peaks[without]})
     return pd.DataFrame(rows, columns=list(STEP_COLUMNS))
 
 
 def sweep_curve(parameter: str, low: float, high: float) -> pd.DataFrame:
-    """The paper's sweep of one parameter, as far as its values lie between two of ours.
-
-    Args:
-        parameter: the parameter's name.
-        low: the lowest value that is wanted.
-        high: the highest value that is wanted.
-
-    Returns:
-        A row a value: value, miou (percent), n_masks.
-    """
-    published = parameter_sweeps()
-    own = (published["parameter"] == parameter) & published["value"].between(low, high)
-    return published.loc[own, ["value", "miou", "n_masks"]].reset_index(drop=True)
+    """The paper's sweep of a parameter at values from low to high: value, miou (%), n_masks."""
+    theirs = published("parameter_sweeps")
+    own = (theirs["parameter"] == parameter) & theirs["value"].between(low, high)
+    return theirs.loc[own, ["value", "miou", "n_masks"]].reset_index(drop=True)
 
 
 def sign_table(trends: pd.DataFrame, table: pd.DataFrame) -> pd.DataFrame:
     """Does a column change along a parameter as in the paper? The sign from first to last value.
 
     Args:
-        trends: as `sweeps.trend_table` gives it.
-        table: as `sweeps.sweep_table` gives it, for peak memory, which is measured once a setting.
+        trends: as `sweeps.trend_table` returns it.
+        table: as `sweeps.sweep_table` returns it, for peak memory, which is measured once a
+            setting.
 
     Returns:
         A row a swept parameter and column of SIGNS_OF that the paper has along it (twelve for its
@@ -170,39 +167,27 @@ def sign_table(trends: pd.DataFrame, table: pd.DataFrame) -> pd.DataFrame:
         interval, which peak memory does not have (NaN). verdict is that of the function `verdict`,
         or OTHER_VALUES where our first and last value are not the paper's.
     """
-    ours = trends.set_index(["knob", "column"])
+    ours = trends.set_index(["parameter", "column"])
     rows = []
-    for parameter, panel in parameter_sweeps().groupby("parameter", sort=False):
-        if parameter not in ours.index.unique("knob"):
+    for parameter, panel in published("parameter_sweeps").groupby("parameter", sort=False):
+        if parameter not in ours.index.unique("parameter"):
             continue
         start, end = panel.iloc[0], panel.iloc[-1]
         for column in [name for name in SIGNS_OF if panel[name].notna().all()]:
-            name, factor = COLUMNS[column]
+            name, factor = COLUMNS[column][:2]
             once = name == "peak_mem_mb"
             own = ours.loc[(parameter, "miou" if once else name)]
+            changes = own[["change", "change_lo", "change_hi"]].astype(float)
             if once:
-                peaks = table.loc[table["knob"] == parameter, name]
-                changes = [peaks.iloc[-1] - peaks.iloc[0], np.nan, np.nan]
-            else:
-                changes = own[["change", "change_lo", "change_hi"]]
-            change, low, high = (factor * float(value) for value in changes)
-            paper_change = end[column] - start[column]
+                peaks = table.loc[table["parameter"] == parameter, name]
+                changes = np.array([peaks.iloc[-1] - peaks.iloc[0], NAN, NAN])
+            row = dict(zip(("change", "change_lo", "change_hi"), factor * changes))
+            row |= {"parameter": parameter, "column": column, **own[["first", "last"]]}
+            row["n_images"] = NAN if once else own["n_images"]
+            row["paper_change"] = end[column] - start[column]
+            said = verdict(row["paper_change"], *(factor * changes), once)
             same = (own["first"], own["last"]) == (start["value"], end["value"])
-            said = verdict(paper_change, change, low, high, once)
-            rows.append(
-                {
-                    "parameter": parameter,
-                    "column": column,
-                    "first": own["first"],
-                    "last": own["last"],
-                    "paper_change": paper_change,
-                    "n_images": np.nan if once else own["n_images"],
-                    "change": change,
-                    "change_lo": low,
-                    "change_hi": high,
-                    "verdict": said if same else OTHER_VALUES,
-                }
-            )
+            rows.append({**row, "verdict": said if same else OTHER_VALUES})
     return pd.DataFrame(rows, columns=list(SIGN_COLUMNS))
 
 
@@ -214,8 +199,7 @@ def verdict(
     Args:
         paper_change: the paper's change.
         change: ours; NaN where it was not measured.
-        low: the lower end of its interval; NaN where it has none.
-        high: the upper end.
+        low, high: the ends of its interval; NaN where it has none.
         measured_once: whether ours has no interval, so that its sign alone decides.
 
     Returns:
@@ -230,34 +214,76 @@ def verdict(
     return AGREES if (change > 0) == (paper_change > 0) else DISAGREES
 
 
-def _beside(published: pd.DataFrame, summary: pd.DataFrame) -> pd.DataFrame:
-    """Rows of a table of the paper, with C_paper, C_ours and C_difference of each C of COMPARED."""
-    ours = summary.set_index("method").reindex(published["method"])
-    compared = published.reset_index(drop=True)
+def beside_for_people(compared: pd.DataFrame, parts: tuple[str, ...] = PARTS) -> pd.DataFrame:
+    """`main_beside` or `ablation_beside` as text, headings of the quantities over their parts."""
+    shown = {("", "Data set"): compared["dataset"], ("", "Method"): compared["method"].map(title)}
     for column in COMPARED:
-        name, factor = COLUMNS[column]
-        compared[f"{column}_paper"] = compared[column].astype(float)
-        compared[f"{column}_ours"] = factor * ours[name].to_numpy(dtype=float)
+        quantity = COLUMNS[column]
+        for part in parts:
+            text = signed if part == "difference" else number
+            values = compared[f"{column}_{part}"]
+            shown[quantity.heading, part] = [text(value, quantity.digits) for value in values]
+    return pd.DataFrame(shown)
+
+
+def steps_for_people(steps: pd.DataFrame) -> pd.DataFrame:
+    """`step_table` as text."""
+    rows = []
+    for row in steps.to_dict("records"):
+        who = "the paper" if row["source"] == "paper" else "ours"
+        shown = {"Step": f"with {row['step']}", "Figures of": f"{who}, {row['dataset']}"}
+        for column in ("miou", "n_masks", "peak_mem_gb"):
+            heading = COLUMNS[column].heading.replace("%", "points")
+            shown[heading] = _change(column, row, column)
+        rows.append(shown)
+    return pd.DataFrame(rows)
+
+
+def signs_for_people(table: pd.DataFrame) -> pd.DataFrame:
+    """`sign_table` as text."""
+    return pd.DataFrame(
+        {
+            "Parameter": f"{row['parameter']} {row['first']:g} to {row['last']:g}",
+            "Column": COLUMNS[row["column"]].heading.split()[0],
+            "Sign": row["verdict"],
+            "The paper": _change(row["column"], row, "paper_change"),
+            "Ours": _change(row["column"], row, "change"),
+            "Unit": COLUMNS[row["column"]].unit,
+            "Images": number(row["n_images"], 0),
+        }
+        for row in table.to_dict("records")
+    )
+
+
+def signs_sentence(table: pd.DataFrame) -> str:
+    """How many signs agree, in one sentence."""
+    texts = {
+        AGREES: "agree with ours",
+        DISAGREES: "disagree",
+        NOT_CLEAR: "not clear",
+        NOT_MEASURED: "not measured",
+        OTHER_VALUES: "of other values",
+    }
+    counts = {name: (table["verdict"] == name).sum() for name in texts}
+    parts = [f"{n} {texts[name]}" for name, n in counts.items() if n or name == AGREES]
+    return f"Of {len(table)} signs of the paper's sweeps: {', '.join(parts)}."
+
+
+def _change(column: str, row: dict, name: str) -> str:
+    """A change with its sign, and its interval where the row has one."""
+    interval = (row.get(f"{name}_{end}", NAN) for end in ("lo", "hi"))
+    return with_interval(row[name], *interval, COLUMNS[column].change_digits)
+
+
+def _beside(theirs: pd.DataFrame, summary: pd.DataFrame, dataset: str) -> pd.DataFrame:
+    """Rows of a table of the paper, ours beside those of the data set that matches."""
+    ours = summary.set_index("method").reindex(theirs["method"])
+    compared = theirs[["dataset", "method"]].reset_index(drop=True)
+    matches = compared["dataset"] == paper_dataset(dataset)
+    for column in COMPARED:
+        name, factor = COLUMNS[column][:2]
+        compared[f"{column}_paper"] = theirs[column].to_numpy(dtype=float)
+        own = pd.Series(factor * ours[name].to_numpy(dtype=float))
+        compared[f"{column}_ours"] = own.where(matches)
         compared[f"{column}_difference"] = compared[f"{column}_ours"] - compared[f"{column}_paper"]
     return compared
-
-
-def _compared(parts: tuple[str, ...]) -> list[str]:
-    return [f"{column}_{part}" for column in COMPARED for part in parts]
-
-
-def _our_step(
-    per_image: pd.DataFrame, summary: pd.DataFrame, without: str, with_part: str
-) -> dict[str, float]:
-    """Our values of a row of `step_table`; empty where one of the two methods was not run."""
-    methods = set(per_image["method"])
-    if not {without, with_part} <= methods:
-        return {}
-    own = per_image.set_index(["method", "image"])[["miou", "n_masks"]].astype(float)
-    change = (own.loc[with_part] - own.loc[without]).dropna()
-    found: dict[str, float] = {"n_images": len(change)}
-    for column in change:
-        values = mean_interval(COLUMNS[column][1] * change[column], tables.BOOTSTRAP_SEED)
-        found |= dict(zip((column, f"{column}_lo", f"{column}_hi"), values))
-    peaks = GB_PER_MIB * summary.set_index("method")["peak_mem_mb"]
-    return {**found, "peak_mem_gb": peaks[with_part] - peaks[without]}
