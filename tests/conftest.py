@@ -19,7 +19,7 @@ from aopsam_lab.data import open_dataset
 from aopsam_lab.pipeline.decode import encode
 from aopsam_lab.predictor import load_predictor
 from aopsam_lab.sam.zoo import SamSpec, load_sam
-from aopsam_lab.study import PACKAGE_ROOT
+from aopsam_lab.study import PACKAGE_ROOT, report
 from aopsam_lab.study.runner import run_study
 
 SIDE = 48
@@ -126,6 +126,11 @@ def kill_after():
 @pytest.fixture(scope="session")
 def stored_rows():
     return stored
+
+
+def part(*asked) -> str:
+    """A part of a report on one line, its style aside."""
+    return " ".join(report.part(*asked).split("</style>")[1].split())
 
 
 def stored(path: Path) -> dict[str, tuple]:

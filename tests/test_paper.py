@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import part
 
-from aopsam_lab.study import paper, report, sweeps, tables
+from aopsam_lab.study import paper, sweeps, tables
 from aopsam_lab.study.write import to_csv
 
 NAN = float("nan")
@@ -76,11 +77,6 @@ def summary(**mious: float) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def shown(*part) -> str:
-    """A part of a report on one line, its style aside."""
-    return " ".join(report.part(*part).split("</style>")[1].split())
-
-
 def facts(sam: str, dataset: str) -> dict:
     return {"parameters": {"sam": sam}, "dataset": {"name": dataset}}
 
@@ -102,13 +98,13 @@ def test_ours_beside_the_main_table_in_the_papers_units():
 @pytest.mark.parametrize(("sam", "dataset"), [("vit_b", "sa1b"), ("vit_h", "holiday")])
 def test_nothing_stands_beside_what_the_paper_does_not_have(sam, dataset):
     assert paper.main_beside(summary(aop=0.6), sam, dataset).empty
-    text = shown("beside_main", summary(aop=0.6), facts(sam, dataset))
+    text = part("beside_main", summary(aop=0.6), facts(sam, dataset))
     assert "<table" not in text and text.count(".") == 1
     assert (sam if dataset != "holiday" else dataset) in text
 
 
 def test_the_main_table_as_html():
-    text = shown("beside_main", summary(aop=0.63), facts("vit_h", "lvis-v1-val"))
+    text = part("beside_main", summary(aop=0.63), facts("vit_h", "lvis-v1-val"))
     assert text.count('colspan="3"') == 4 and "LVIS's with ViT-H" in text
     cells = " ".join(f"<td>{cell}</td>" for cell in ("AoP-SAM", "71.9", "63.0", "-8.9", "0.122"))
     assert f"<td><strong>LVIS</strong></td> {cells}" in text
@@ -156,10 +152,10 @@ def test_ours_in_the_rows_of_the_ablation_that_match():
     filled = table["miou_ours"].notna().groupby("dataset").sum().to_dict()
     assert filled == {"COCO": 3, "LVIS": 0, "SA-1B": 0}
     assert table.loc[("COCO", "aop"), "miou_difference"] == pytest.approx(55 - 70.1)
-    text = shown("beside_ablation", whole, per_image, facts("mobile_sam", "photos"))
+    text = part("beside_ablation", whole, per_image, facts("mobile_sam", "photos"))
     assert text.count("<table") == 2 and "ours, photos" in text and "SAMs differ" in text
     assert "+20.0 [" in text and "-5.0 [-5.0, -5.0]" in text
-    text = shown("beside_ablation", whole, per_image, facts("vit_b", "holiday"))
+    text = part("beside_ablation", whole, per_image, facts("vit_b", "holiday"))
     assert "no data set of the paper matches" in text and "difference" not in text
 
 
@@ -255,8 +251,8 @@ def test_what_was_not_measured_and_other_values():
 def test_signs_for_people_say_the_same_after_a_file(tmp_path):
     signs = paper.sign_table(*swept())
     (tmp_path / "signs.csv").write_text(to_csv(signs))
-    text = shown("beside_signs", pd.read_csv(tmp_path / "signs.csv"))
-    assert "Of 12 signs of the paper&#39;s sweeps: 12 agree with ours." in text
+    text = part("beside_signs", pd.read_csv(tmp_path / "signs.csv"))
+    assert "Of 12 signs of the paper's sweeps: 12 agree with ours." in text
     assert "smoothing 1 to 4" in text and "has no interval" in text and "timed images" in text
     people = paper.signs_for_people(signs).set_index(["Parameter", "Column"])
     memory = people.loc[("spacing 4 to 7", "Peak_Mem"), ["The paper", "Ours"]].tolist()

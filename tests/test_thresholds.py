@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import part
 
 from aopsam_lab.asf import AsfParams
 from aopsam_lab.pipeline import loose_cache
@@ -184,7 +185,7 @@ def test_methods_at_equal_masks_by_hand():
     )  # half-way from 40 to 60; its last place
     assert equal["miou_diff"].tolist() == pytest.approx([0.15, 0.1])
     assert equal["miou_diff_lo"].tolist() == pytest.approx([0.15, 0.1])  # equal on all images
-    first, _ = thresholds.equal_sentences(equal)
+    first = part("equal", equal)
     assert (
         "With 50 masks kept an image, as many as AMG-D keeps at the thresholds 0.88 and 0.95"
         in first

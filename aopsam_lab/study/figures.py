@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import io
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from aopsam_lab.masks import drawing
@@ -19,7 +18,7 @@ from aopsam_lab.study import tables
 from aopsam_lab.study.paper import sweep_curve
 from aopsam_lab.study.runner import Example
 from aopsam_lab.study.settings import REFERENCE
-from aopsam_lab.study.sweeps import DEFAULT, SWEPT, label, pareto_front
+from aopsam_lab.study.sweeps import SWEPT, pareto_front
 
 # Colours of Okabe and Ito (2008), one for each family of methods. Markers tell the methods of a
 # family apart, so nothing rests on colour alone.
@@ -50,33 +49,27 @@ NICE = {"steps": [1, 2, 5, 10]}
 def tradeoff_figure(summary: pd.DataFrame) -> Figure:
     """mIoU with its 95% interval against prompts decoded per image, one mark a method.
 
-    Marks of almost the same number of prompts are drawn 3% apart: each interval can be seen.
-
     Args:
         summary: as `tables.summary_table` returns it.
     """
-    figure = _figure(7.6, 4.7)
-    axes = figure.subplots()
+    figure = _figure(7.6, 5.2)
+    axes, keys = figure.subplots(), {}
     _prepare(axes, "mIoU in percent, with 95% intervals over images")
     _log_axis(axes, "prompts decoded per image (log scale)")
-    x = _apart(summary["n_decoded"].clip(lower=0.5).to_numpy())
-    y, low, high = (100 * summary[name].to_numpy() for name in ("miou", "miou_lo", "miou_hi"))
-    labels = []
-    for i, method in enumerate(summary["method"]):
-        (colour, marker), first = STYLES.get(method, OTHER_STYLE), method == REFERENCE
-        if np.isfinite([low[i], high[i]]).all():
-            axes.vlines(x[i], low[i], high[i], color=colour, lw=1.3, alpha=0.55, zorder=2)
-        size, face, order = (95, colour, 3) if first else (52, "white", 3.5)
+    # marks of almost as many prompts stand 3% apart: each interval can be seen
+    x = summary["n_decoded"].clip(lower=0.5).to_numpy(dtype=float).copy()
+    order = np.argsort(x, kind="stable")
+    for lower, higher in itertools.pairwise(order):
+        x[higher] = max(x[higher], 1.03 * x[lower])
+    for at, row in zip(x, summary.itertuples(), strict=True):
+        (colour, marker), first = STYLES.get(row.method, OTHER_STYLE), row.method == REFERENCE
+        axes.vlines(at, 100 * row.miou_lo, 100 * row.miou_hi, color=colour, lw=1.3, alpha=0.55)
+        face, order = (colour, 3) if first else ("white", 3.5)
         style = {"marker": marker, "c": face, "edgecolors": colour, "linewidths": 1.6}
-        axes.scatter(x[i], y[i], s=size, zorder=order, **style)
-        labels.append((tables.title(method), colour, first))
-    ends = np.concatenate([low, high, y])
-    ends = ends[np.isfinite(ends)]
-    if len(ends):
-        margin = max(0.12 * np.ptp(ends), 1.0)
-        axes.set_ylim(max(ends.min() - margin, 0), ends.max() + margin)
-        axes.set_xlim(x.min() / 1.7, x.max() * 2.2)
-    _label_marks(figure, axes, labels, np.column_stack([x, y]), np.column_stack([x, low, x, high]))
+        axes.scatter(at, 100 * row.miou, s=95 if first else 52, zorder=order, **style)
+        keys[tables.title(row.method)] = _key(colour, marker, 0, filled=first)
+    axes.margins(0.08)
+    _legend(figure, keys, 4)
     return figure
 
 
@@ -200,32 +193,23 @@ def joint_figure(table: pd.DataFrame) -> Figure:
         axes.text(0.5, 0.5, "no setting was timed", color=MUTED, **where)
         return figure
     x, y = 1000 * table["total_s"].to_numpy(), 100 * table["miou"].to_numpy()
-    front, names, keys = pareto_front(x, y), [], {}
-    for i, row in enumerate(table.itertuples()):
+    front, keys = pareto_front(x, y), {}
+    for at, height, best, row in zip(x, y, front, table.itertuples(), strict=True):
         colour, marker = SWEEP_STYLES[row.parameter]
         keys[row.parameter] = _key(colour, marker, 0)
-        names.append((label(row.parameter, row.value), colour, False))
-        if row.is_default:
-            names[-1] = (DEFAULT, INK, True)
-            axes.scatter(x[i], y[i], s=90, marker="*", c=INK, zorder=4)
-        else:
-            style = {"c": colour if front[i] else "white", "edgecolors": colour, "linewidths": 1.5}
-            axes.scatter(x[i], y[i], s=46, marker=marker, zorder=3, **style)
+        style = {"c": colour if best else "white", "edgecolors": colour, "linewidths": 1.5}
+        if not row.is_default:
+            axes.scatter(at, height, s=46, marker=marker, zorder=3, **style)
+            where = {"xytext": (6, 4), "textcoords": "offset points", "fontsize": 8}
+            axes.annotate(f"{row.value:g}", (at, height), color=colour, **where)
+    default = table["is_default"].to_numpy(dtype=bool)
+    axes.scatter(x[default], y[default], s=90, marker="*", c=INK, zorder=4)
     order = np.flatnonzero(front)[np.argsort(x[front], kind="stable")]
     axes.step(x[order], y[order], where="post", color=INK, lw=1, alpha=0.6, zorder=1)
     axes.margins(0.12)
-    keys[DEFAULT] = _key(INK, "*", 0, filled=True)
+    keys["default"] = _key(INK, "*", 0, filled=True)
     keys["Pareto front"] = Line2D([], [], color=INK, lw=1, alpha=0.6)
     _legend(figure, keys, 6)
-    # equal settings lie on one point: one name
-    defaults = np.flatnonzero(table["is_default"])
-    named = list({(x[i], y[i]): i for i in (*order, *defaults)}.values())
-    marks = [*named, *(i for i in range(len(x)) if i not in named)]
-    fx, fy = x[order], y[order]
-    level = np.column_stack([fx[:-1], fy[:-1], fx[1:], fy[:-1]])
-    upright = np.column_stack([fx[1:], fy[:-1], fx[1:], fy[1:]])
-    lines = np.concatenate([level, upright])
-    _label_marks(figure, axes, [names[i] for i in named], np.column_stack([x, y])[marks], lines)
     return figure
 
 
@@ -234,95 +218,6 @@ def png(figure: Figure) -> bytes:
     stream = io.BytesIO()
     figure.savefig(stream, format="png", metadata={"Software": None})
     return stream.getvalue()
-
-
-def place_labels(
-    sizes: np.ndarray, marks: np.ndarray, obstacles: np.ndarray, bounds: Sequence[float]
-) -> np.ndarray:
-    """Where to put labels so that they cover neither each other nor any obstacle.
-
-    Labels are placed one by one, each at the nearest free of a ring of places around its mark;
-    where none is free, at the one that covers least. All in one unit, y upwards.
-
-    Args:
-        sizes: (n, 2), width and height of each label.
-        marks: (n, 2), the centre of each label's mark.
-        obstacles: (m, 4), x0 y0 x1 y1 of what must stay visible.
-        bounds: x0 y0 x1 y1 to stay in.
-
-    Returns:
-        (n, 2), the lower left corner of each label.
-    """
-    taken, corners = list(obstacles), np.zeros((len(sizes), 2))
-    for i in np.argsort(-marks[:, 1], kind="stable"):
-        low = marks[i] + _offsets(*sizes[i])
-        high = low + sizes[i]
-        others = np.reshape(taken, (-1, 4))
-        shared = np.minimum(high[:, None], others[:, 2:]) - np.maximum(low[:, None], others[:, :2])
-        outside = np.maximum(bounds[:2] - low, 0) + np.maximum(high - bounds[2:], 0)
-        cost = shared.clip(min=0).prod(axis=2).sum(axis=1) + 1e3 * outside.sum(axis=1)
-        best = np.argmin(cost + 1e-3 * np.arange(len(cost)))
-        corners[i] = low[best]
-        taken.append([*low[best], *high[best]])
-    return corners
-
-
-def _offsets(width: float, height: float) -> np.ndarray:
-    """Places to try for a label's lower left corner, from its mark, best first."""
-    places = []
-    for gap in (1.0, 1.8, 2.8, 4.0):
-        side, step = 0.75 * height * gap, 0.9 * height * gap
-        for y in (-height / 2, step - height / 2, -step - height / 2):
-            places += [(side, y), (-side - width, y)]
-        places += [(-width / 2, step), (-width / 2, -step - height)]
-    return np.array(places)
-
-
-def _label_marks(
-    figure: Figure,
-    axes: Axes,
-    labels: Sequence[tuple[str, str, bool]],
-    marks: np.ndarray,
-    lines: np.ndarray,
-) -> None:
-    """Name marks beside them; a thin line leads to names that had to move away.
-
-    Args:
-        figure, axes: where; nothing else is drawn later.
-        labels: text, colour and whether it is bold, one for each of the first marks.
-        marks: (n, 2) x, y in the axes' data.
-        lines: (m, 4) x0 y0 x1 y1 of lines that no label may cover, in the axes' data.
-    """
-    figure.draw_without_rendering()  # the layout has to be known before pixels can be
-    renderer = FigureCanvasAgg(figure).get_renderer()
-    texts = []
-    for name, colour, bold in labels:
-        style = {"color": colour, "fontweight": "bold" if bold else "normal"}
-        texts.append(axes.text(0, 0, name, fontsize=9, va="bottom", zorder=4, **style))
-        texts[-1].set_path_effects([withStroke(linewidth=2.5, foreground="white")])
-    extents = [text.get_window_extent(renderer) for text in texts]
-    sizes = np.array([[extent.width, extent.height] for extent in extents])
-    to_pixels, to_data = axes.transData.transform, axes.transData.inverted().transform
-    marks, radius = to_pixels(marks), 6 * figure.dpi / 72
-    known = lines[np.isfinite(lines).all(axis=1)].reshape(-1, 2)
-    ends = np.sort(to_pixels(known).reshape(-1, 2, 2), axis=1) + [[-2, -2], [2, 2]]
-    obstacles = np.concatenate([np.hstack([marks - radius, marks + radius]), ends.reshape(-1, 4)])
-    bounds = axes.get_window_extent(renderer).extents
-    corners = place_labels(sizes, marks[: len(sizes)], obstacles, bounds)
-    for text, corner, size, mark in zip(texts, corners, sizes, marks):
-        text.set_position(to_data(corner))
-        nearest = np.clip(mark, corner, corner + size)
-        if np.hypot(*(nearest - mark)) > 2.2 * radius:
-            way = to_data([nearest, mark])
-            axes.plot(*way.T, color=text.get_color(), lw=0.6, alpha=0.7, zorder=1)
-
-
-def _apart(x: np.ndarray) -> np.ndarray:
-    """Positions for a log axis, each at least 3% above the next lower one."""
-    positions, order = x.astype(float), np.argsort(x, kind="stable")
-    for lower, higher in zip(order[:-1], order[1:]):
-        positions[higher] = max(positions[higher], 1.03 * positions[lower])
-    return positions
 
 
 def _figure(width: float, height: float, dpi: int = 150) -> Figure:

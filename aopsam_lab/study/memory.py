@@ -21,7 +21,7 @@ from aopsam_lab.study.score import encode, run
 from aopsam_lab.study.settings import Setting, StudyConfig, load_models, package_environment
 
 MIB = 2**20
-MEMORY_VERSION = 1  # raise it when the way of measuring changes
+MEMORY_VERSION = {"memory_version": 1}  # raise it when the way of measuring changes
 
 
 def measure_peak(setting: Setting, config: StudyConfig, images: Sequence[np.ndarray]) -> float:

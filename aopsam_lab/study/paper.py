@@ -25,18 +25,12 @@ GB_PER_MIB = 2**20 / 1e9
 
 
 class Quantity(NamedTuple):
-    """A column of the paper.
-
-    Args:
-        ours: our column; factor: how many of the paper's units one of ours is.
-        heading: its name with its unit; unit: of a change of it.
-        digits, change_digits: of a value and of a change.
-    """
+    """A column of the paper: ours, the paper's units in one of ours, name, unit and digits."""
 
     ours: str
     factor: float
     heading: str
-    unit: str
+    unit: str  # of a change
     digits: int
     change_digits: int
 
@@ -61,9 +55,9 @@ STEP_COLUMNS = (
 )  # fmt: skip
 # Columns of the sweeps whose sign is compared. Inf_Lat is not: the paper's moves by 6 ms at most.
 SIGNS_OF = ("miou", "n_masks", "elim_ratio_percent", "mask_lat_s", "peak_mem_gb")
+CHANGE = ("change", "change_lo", "change_hi")
 SIGN_COLUMNS = (
-    "parameter", "column", "first", "last", "paper_change", "n_images",
-    "change", "change_lo", "change_hi", "verdict",
+    "parameter", "column", "first", "last", "paper_change", "n_images", *CHANGE, "verdict",
 )  # fmt: skip
 AGREES, DISAGREES, NOT_CLEAR = "agrees", "disagrees", "not clear"
 NOT_MEASURED, OTHER_VALUES = "not measured", "other values"
@@ -75,24 +69,13 @@ def published(name: str) -> pd.DataFrame:
 
 
 def paper_dataset(dataset: str) -> str | None:
-    """The paper's data set that one of ours can stand beside.
-
-    Args:
-        dataset: the name of a data set; COCO's and LVIS's end in the split, as "coco-val2017".
-
-    Returns:
-        "COCO" for COCO and for `photos`, which are photographs of COCO; "LVIS"; "SA-1B"; else None.
-    """
-    kind = dataset.split("-")[0]
+    """The paper's data set that one of ours, named as "coco-val2017", can stand beside."""
+    kind = dataset.split("-")[0]  # the photographs in the box are COCO's
     return {"photos": "COCO", "coco": "COCO", "lvis": "LVIS", "sa1b": "SA-1B"}.get(kind)
 
 
 def main_beside(summary: pd.DataFrame, sam: str, dataset: str) -> pd.DataFrame:
-    """The paper's main table for one SAM and data set: its cell, ours, and ours minus its.
-
-    Args:
-        summary: as `tables.summary_table` returns it.
-        sam, dataset: the names of both.
+    """The paper's main table for one SAM and data set beside ours.
 
     Returns:
         A row a method of the paper: dataset, method, and of each column C of COMPARED C_paper,
@@ -105,36 +88,40 @@ def main_beside(summary: pd.DataFrame, sam: str, dataset: str) -> pd.DataFrame:
 
 
 def ablation_beside(summary: pd.DataFrame, dataset: str) -> pd.DataFrame:
-    """The paper's ablation, and ours in the rows of the data set that it can stand beside.
-
-    Returns:
-        Nine rows with the columns of `main_beside`.
-    """
+    """The paper's ablation as `main_beside`, ours in the rows of the data set that matches."""
     return _beside(published("ablation"), summary, dataset)
+
+
+def _beside(theirs: pd.DataFrame, summary: pd.DataFrame, dataset: str) -> pd.DataFrame:
+    ours = summary.set_index("method").reindex(theirs["method"])
+    compared = theirs[["dataset", "method"]].reset_index(drop=True)
+    matches = compared["dataset"] == paper_dataset(dataset)
+    for column in COMPARED:
+        name, factor = COLUMNS[column][:2]
+        own = pd.Series(factor * ours[name].to_numpy(dtype=float)).where(matches)
+        cells = theirs[column].reset_index(drop=True).astype(float)
+        for part, values in zip(PARTS, (cells, own, own - cells), strict=True):
+            compared[f"{column}_{part}"] = values
+    return compared
 
 
 def step_table(per_image: pd.DataFrame, summary: pd.DataFrame, dataset: str) -> pd.DataFrame:
     """What each part of AoP-SAM changes, in the paper's ablation and in ours.
 
-    Args:
-        per_image, summary: as `tables` makes them.
-        dataset: the name of our data set.
-
     Returns:
-        A row a step of STEPS and source, with the columns STEP_COLUMNS. source is "paper" or
-        "ours"; ours follows the paper's data set that it can stand beside, else the last. miou
-        (points), n_masks and peak_mem_gb are the method with the part minus the method without it;
-        _lo and _hi are the ends of the 95% paired bootstrap interval over our n_images images. No
-        row of ours where one of the two methods was not run.
+        STEP_COLUMNS, a row a step of STEPS and source, "paper" or "ours"; ours follows the paper's
+        data set that it can stand beside, else the last. The values are the method with the part
+        minus the method without it; _lo and _hi are the ends of the 95% paired bootstrap interval
+        over our n_images images. No row of ours where one of the two methods was not run.
     """
-    theirs = published("ablation").set_index(["dataset", "method"])
+    theirs = published("ablation").set_index(["dataset", "method"]).drop(columns="sam")
     names, rows = list(theirs.index.unique("dataset")), []
     after = paper_dataset(dataset) or names[-1]
     values = per_image.set_index(["method", "image"])[["miou", "n_masks"]].astype(float)
     peaks = GB_PER_MIB * summary.set_index("method")["peak_mem_mb"]
     for step, (without, with_part) in STEPS.items():
         for name in names:
-            change = theirs.loc[(name, with_part)] - theirs.loc[(name, without)].drop("sam")
+            change = theirs.loc[(name, with_part)] - theirs.loc[(name, without)]
             rows.append({"step": step, "source": "paper", "dataset": name, **change})
             if name == after and {without, with_part} <= set(summary["method"]):
                 change = (values.loc[with_part] - values.loc[without]).dropna()
@@ -153,7 +140,7 @@ def sweep_curve(parameter: str, low: float, high: float) -> pd.DataFrame:
 
 
 def sign_table(trends: pd.DataFrame, table: pd.DataFrame) -> pd.DataFrame:
-    """Does a column change along a parameter as in the paper? The sign from first to last value.
+    """Does a column change along a parameter as in the paper, from its first to its last value?
 
     Args:
         trends: as `sweeps.trend_table` returns it.
@@ -161,11 +148,10 @@ def sign_table(trends: pd.DataFrame, table: pd.DataFrame) -> pd.DataFrame:
             setting.
 
     Returns:
-        A row a swept parameter and column of SIGNS_OF that the paper has along it (twelve for its
-        four parameters), with the columns SIGN_COLUMNS. column is the paper's, and changes are in
-        its unit. change is ours over n_images images with the ends of its 95% paired bootstrap
-        interval, which peak memory does not have (NaN). verdict is that of the function `verdict`,
-        or OTHER_VALUES where our first and last value are not the paper's.
+        SIGN_COLUMNS, a row a swept parameter and column of SIGNS_OF that the paper has along it:
+        twelve for its four parameters. Changes are in the paper's units; ours is over n_images
+        images with the ends of its 95% paired bootstrap interval. verdict: see `verdict`, or
+        OTHER_VALUES where our first and last value are not the paper's.
     """
     ours = trends.set_index(["parameter", "column"])
     rows = []
@@ -176,16 +162,14 @@ def sign_table(trends: pd.DataFrame, table: pd.DataFrame) -> pd.DataFrame:
         for column in [name for name in SIGNS_OF if panel[name].notna().all()]:
             name, factor = COLUMNS[column][:2]
             once = name == "peak_mem_mb"
-            own = ours.loc[(parameter, "miou" if once else name)]
-            changes = own[["change", "change_lo", "change_hi"]].astype(float)
+            own = ours.loc[(parameter, "miou" if once else name)].copy()
             if once:
                 peaks = table.loc[table["parameter"] == parameter, name]
-                changes = np.array([peaks.iloc[-1] - peaks.iloc[0], NAN, NAN])
-            row = dict(zip(("change", "change_lo", "change_hi"), factor * changes))
-            row |= {"parameter": parameter, "column": column, **own[["first", "last"]]}
-            row["n_images"] = NAN if once else own["n_images"]
+                own[["n_images", *CHANGE]] = NAN, peaks.iloc[-1] - peaks.iloc[0], NAN, NAN
+            row = {"parameter": parameter, "column": column, **own[["first", "last", "n_images"]]}
+            row |= (factor * own[list(CHANGE)].astype(float)).to_dict()
             row["paper_change"] = end[column] - start[column]
-            said = verdict(row["paper_change"], *(factor * changes), once)
+            said = verdict(row["paper_change"], *(row[name] for name in CHANGE), once)
             same = (own["first"], own["last"]) == (start["value"], end["value"])
             rows.append({**row, "verdict": said if same else OTHER_VALUES})
     return pd.DataFrame(rows, columns=list(SIGN_COLUMNS))
@@ -194,17 +178,11 @@ def sign_table(trends: pd.DataFrame, table: pd.DataFrame) -> pd.DataFrame:
 def verdict(
     paper_change: float, change: float, low: float, high: float, measured_once: bool = False
 ) -> str:
-    """Does our change have the sign of the paper's?
-
-    Args:
-        paper_change: the paper's change.
-        change: ours; NaN where it was not measured.
-        low, high: the ends of its interval; NaN where it has none.
-        measured_once: whether ours has no interval, so that its sign alone decides.
+    """Does our change, with its interval from low to high, have the sign of the paper's?
 
     Returns:
-        AGREES or DISAGREES; NOT_CLEAR where our interval contains 0 or cannot be had, and where a
-        change is 0; NOT_MEASURED.
+        AGREES or DISAGREES; NOT_CLEAR where our interval contains 0 or cannot be had (NaN), unless
+        ours is measured once, and where a change is 0; NOT_MEASURED where ours is NaN.
     """
     if not np.isfinite(change):
         return NOT_MEASURED
@@ -228,62 +206,35 @@ def beside_for_people(compared: pd.DataFrame, parts: tuple[str, ...] = PARTS) ->
 
 def steps_for_people(steps: pd.DataFrame) -> pd.DataFrame:
     """`step_table` as text."""
-    rows = []
-    for row in steps.to_dict("records"):
-        who = "the paper" if row["source"] == "paper" else "ours"
-        shown = {"Step": f"with {row['step']}", "Figures of": f"{who}, {row['dataset']}"}
-        for column in ("miou", "n_masks", "peak_mem_gb"):
-            heading = COLUMNS[column].heading.replace("%", "points")
-            shown[heading] = _change(column, row, column)
-        rows.append(shown)
-    return pd.DataFrame(rows)
-
-
-def signs_for_people(table: pd.DataFrame) -> pd.DataFrame:
-    """`sign_table` as text."""
-    return pd.DataFrame(
-        {
-            "Parameter": f"{row['parameter']} {row['first']:g} to {row['last']:g}",
-            "Column": COLUMNS[row["column"]].heading.split()[0],
-            "Sign": row["verdict"],
-            "The paper": _change(row["column"], row, "paper_change"),
-            "Ours": _change(row["column"], row, "change"),
-            "Unit": COLUMNS[row["column"]].unit,
-            "Images": number(row["n_images"], 0),
-        }
-        for row in table.to_dict("records")
-    )
-
-
-def signs_sentence(table: pd.DataFrame) -> str:
-    """How many signs agree, in one sentence."""
-    texts = {
-        AGREES: "agree with ours",
-        DISAGREES: "disagree",
-        NOT_CLEAR: "not clear",
-        NOT_MEASURED: "not measured",
-        OTHER_VALUES: "of other values",
+    shown = {
+        "Step": "with " + steps["step"],
+        "Figures of": steps["source"].replace("paper", "the paper") + ", " + steps["dataset"],
     }
-    counts = {name: (table["verdict"] == name).sum() for name in texts}
-    parts = [f"{n} {texts[name]}" for name, n in counts.items() if n or name == AGREES]
-    return f"Of {len(table)} signs of the paper's sweeps: {', '.join(parts)}."
+    for column in ("miou", "n_masks", "peak_mem_gb"):
+        heading = COLUMNS[column].heading.replace("%", "points")
+        shown[heading] = [_change(column, row, column) for row in steps.to_dict("records")]
+    return pd.DataFrame(shown)
+
+
+def signs_for_people(signs: pd.DataFrame) -> pd.DataFrame:
+    """`sign_table` as text."""
+    rows = [
+        (
+            f"{row['parameter']} {row['first']:g} to {row['last']:g}",
+            COLUMNS[row["column"]].heading.split()[0],
+            row["verdict"],
+            _change(row["column"], row, "paper_change"),
+            _change(row["column"], row, "change"),
+            COLUMNS[row["column"]].unit,
+            number(row["n_images"], 0),
+        )
+        for row in signs.to_dict("records")
+    ]
+    headings = ["Parameter", "Column", "Sign", "The paper", "Ours", "Unit", "Images"]
+    return pd.DataFrame(rows, columns=headings)
 
 
 def _change(column: str, row: dict, name: str) -> str:
     """A change with its sign, and its interval where the row has one."""
     interval = (row.get(f"{name}_{end}", NAN) for end in ("lo", "hi"))
     return with_interval(row[name], *interval, COLUMNS[column].change_digits)
-
-
-def _beside(theirs: pd.DataFrame, summary: pd.DataFrame, dataset: str) -> pd.DataFrame:
-    """Rows of a table of the paper, ours beside those of the data set that matches."""
-    ours = summary.set_index("method").reindex(theirs["method"])
-    compared = theirs[["dataset", "method"]].reset_index(drop=True)
-    matches = compared["dataset"] == paper_dataset(dataset)
-    for column in COMPARED:
-        name, factor = COLUMNS[column][:2]
-        compared[f"{column}_paper"] = theirs[column].to_numpy(dtype=float)
-        own = pd.Series(factor * ours[name].to_numpy(dtype=float))
-        compared[f"{column}_ours"] = own.where(matches)
-        compared[f"{column}_difference"] = compared[f"{column}_ours"] - compared[f"{column}_paper"]
-    return compared

@@ -17,7 +17,7 @@ import pandas as pd
 from markupsafe import Markup
 
 from aopsam_lab.files import write_atomically
-from aopsam_lab.study import PACKAGE_ROOT, paper, sweeps, tables, thresholds
+from aopsam_lab.study import PACKAGE_ROOT, paper, sweeps, tables
 from aopsam_lab.study.settings import REFERENCE, package_environment
 
 START, END = "<!-- results: main_comparison -->", "<!-- end of results -->"
@@ -205,6 +205,5 @@ _ENVIRONMENT.globals |= {
     "paper": paper,
     "sweeps": sweeps,
     "tables": tables,
-    "thresholds": thresholds,
 }
 _PARTS = _ENVIRONMENT.get_template("parts.html").module

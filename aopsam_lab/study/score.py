@@ -17,6 +17,7 @@ from aopsam_lab.recall import MAX_MASKS, covered, recall_matches
 from aopsam_lab.study.settings import GRIDS, LoadedModels, Pair, Setting
 
 TIMES = {"encode_s": "encode", "inf_lat_s": "infer", "mask_lat_s": "mask", "total_s": "total"}
+COUNTS = ("n_sampled", "n_decoded", "n_eliminated")
 Row = dict[str, Any]
 
 
@@ -40,9 +41,9 @@ def score(
         `mask_scores`, the counts of prompts n_sampled, n_decoded and n_eliminated, and the times
         encode_s, inf_lat_s, mask_lat_s and total_s in seconds.
     """
-    encoded = encode(models.sam, sample.image) if encoded is None else encoded
-    result = run(models, encoded, setting)
-    return row_values(result, sample.rles, found_masks) | times(result)
+    result = run(models, encoded or encode(models.sam, sample.image), setting)
+    times = {name: float(result.seconds[stage]) for name, stage in TIMES.items()}
+    return _row(result, sample, found_masks) | times
 
 
 def score_together(
@@ -51,52 +52,41 @@ def score_together(
     settings: Sequence[Setting],
     pairs: Sequence[Pair] = (),
     found_masks: list[dict] | None = None,
-) -> Iterator[tuple[Setting, Row, dict[str, Any]]]:
+    shown: bool = False,
+) -> Iterator[tuple[Setting, Row]]:
     """Run settings on an image; its embedding, its PCM and every prompt are computed once for all.
 
     Args:
         models, sample, found_masks: as `score`.
-        settings: all different.
-        pairs: thresholds at which masks are filtered as well, strictest first; may be empty.
+        settings: what is run.
+        pairs: thresholds at which masks are filtered as well; may be empty.
+        shown: whether the rows hold `detail`: masks and prompts.
 
     Yields:
-        A setting; its row, as `score` returns it but without times, and where there are pairs with
-        `curve`: the `mask_scores` at each pair; and its `detail`. Settings without a limit of
-        prompts come first.
+        A setting and its row: as `score`, without times, and where there are pairs with `curve`,
+        the `mask_scores` at each pair.
     """
     encoded = encode(models.sam, sample.image)
     predictor = models.predictor and PcmCache(models.predictor, encoded)
     if pairs:
-        loosest = tuple(min(values) for values in zip(*pairs))
+        loosest = tuple(min(pair[i] for pair in pairs) for i in range(2))
         cache = LooseCache(models.sam, encoded, loosest)
     else:
         cache = DecodeCache(models.sam, encoded)
-    unlimited: dict[tuple, tuple[Row, dict]] = {}
-    for setting in sorted(settings, key=lambda setting: setting.max_prompts is not None):
-        which = (setting.method, setting.params)
-        row, shown = unlimited.get(which, (None, None))
-        # a limit that is not reached changes nothing
-        if row is None or row["n_decoded"] > setting.max_prompts:
-            decode = LooseRun(cache) if pairs else cache
-            result = run(models, encoded, setting, decode=decode, predictor=predictor)
-            row, shown = row_values(result, sample.rles, found_masks), detail(result)
-            if pairs:
-                row["curve"] = [
-                    {"thresholds": pair, **mask_scores(sample.rles, kept, found_masks)}
-                    for pair, kept in zip(pairs, decode.masks_at(pairs))
-                ]
-        if setting.max_prompts is None:
-            unlimited[which] = row, shown
-        yield setting, row, shown
+    for setting in settings:
+        decode = LooseRun(cache) if pairs else cache
+        result = run(models, encoded, setting, decode=decode, predictor=predictor)
+        row = _row(result, sample, found_masks)
+        if pairs:
+            row["curve"] = [
+                {"thresholds": pair, **mask_scores(sample.rles, kept, found_masks)}
+                for pair, kept in zip(pairs, decode.masks_at(pairs), strict=True)
+            ]
+        yield setting, row | ({"detail": _detail(result)} if shown else {})
 
 
 def run(models: LoadedModels, encoded: Encoded, setting: Setting, **shared: Any) -> Segmentation:
-    """Run one setting on an encoded image.
-
-    Args:
-        models, encoded, setting: as `score`.
-        **shared: caches for `run_method` in the place of what they remember.
-    """
+    """Run one setting on an encoded image; `shared` are caches for `run_method`."""
     return run_method(
         models.sam,
         encoded,
@@ -105,20 +95,6 @@ def run(models: LoadedModels, encoded: Encoded, setting: Setting, **shared: Any)
         max_prompts=setting.max_prompts,
         **{"predictor": models.predictor, "detector": models.detector, **shared},
     )
-
-
-def row_values(result: Segmentation, truth: list[dict], found_masks: list[dict] | None) -> Row:
-    """`mask_scores` of a result with its counts of prompts."""
-    counts = ("n_sampled", "n_decoded", "n_eliminated")
-    return {
-        **mask_scores(truth, result.masks, found_masks),
-        **{name: int(getattr(result, name)) for name in counts},
-    }
-
-
-def times(result: Segmentation) -> Row:
-    """The seconds of a result, by the names of a row."""
-    return {name: float(result.seconds[stage]) for name, stage in TIMES.items()}
 
 
 def mask_scores(truth: list[dict], masks: list[dict], found_masks: list[dict] | None) -> Row:
@@ -142,7 +118,7 @@ def mask_scores(truth: list[dict], masks: list[dict], found_masks: list[dict] | 
         "n_truth": len(truth),
         "n_masks": len(masks),
     }
-    for most, matches in zip(MAX_MASKS, recall_matches(iou).tolist()):
+    for most, matches in zip(MAX_MASKS, recall_matches(iou).tolist(), strict=True):
         values[f"matched_{most}"] = matches
     if found_masks is not None:
         values["n_found"] = len(found_masks)
@@ -158,14 +134,14 @@ def masks_fingerprint(masks: list[dict]) -> str:
     return digest.hexdigest()
 
 
-def detail(result: Segmentation) -> dict[str, Any]:
-    """Masks and prompts of a result, to be shown."""
-    prompts = result.prompts
+def _row(result: Segmentation, sample: Sample, found_masks: list[dict] | None) -> Row:
+    counts = {name: int(getattr(result, name)) for name in COUNTS}
+    return mask_scores(sample.rles, result.masks, found_masks) | counts
+
+
+def _detail(result: Segmentation) -> dict[str, list]:
+    prompts = result.prompts[["x", "y", "status"]].round(2)
     return {
-        "size": list(result.image.shape[:2]),
         "masks": [mask["counts"].decode("ascii") for mask in result.masks],
-        "prompts": [
-            [round(float(x), 2), round(float(y), 2), str(status)]
-            for x, y, status in zip(prompts["x"], prompts["y"], prompts["status"])
-        ],
+        "prompts": prompts.to_numpy().tolist(),
     }

@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import sqlite3
-import zlib
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,12 +18,10 @@ CREATE TABLE IF NOT EXISTS scores (
     method TEXT NOT NULL,
     inputs TEXT NOT NULL,      -- what was hashed, as JSON
     vals TEXT NOT NULL,        -- the scores, as JSON
-    detail BLOB,               -- masks and prompts of example images, as compressed JSON
     scored_at TEXT NOT NULL
 )
 """
-# inputs, image, method, values, detail
-Row = tuple[Mapping[str, Any], str, str, Mapping[str, Any], Mapping[str, Any] | None]
+Row = tuple[Mapping[str, Any], str, str, Mapping[str, Any]]  # inputs, image, method, values
 
 
 def make_key(inputs: Mapping[str, Any]) -> str:
@@ -50,7 +47,7 @@ class Store:
         try:
             self._connection = sqlite3.connect(path, timeout=60)
             self._connection.execute(_SCHEMA)
-            self._connection.execute("SELECT key, vals, detail FROM scores LIMIT 1")
+            self.values("")
         except sqlite3.DatabaseError as error:
             raise ValueError(
                 f"{path} is not a store of scores ({error}). Move it away to start anew."
@@ -62,43 +59,24 @@ class Store:
     def __exit__(self, *_: object) -> None:
         self._connection.close()
 
-    def __contains__(self, key: str) -> bool:
-        return self._read("key", key) is not None
-
     def values(self, key: str) -> dict[str, Any] | None:
         """The values stored under a key, None where there are none."""
-        found = self._read("vals", key)
-        return None if found is None else json.loads(found)
-
-    def detail(self, key: str) -> dict[str, Any] | None:
-        """The masks and prompts stored under a key, None where there are none."""
-        found = self._read("detail", key)
-        return None if found is None else json.loads(zlib.decompress(found))
+        query = "SELECT vals FROM scores WHERE key = ?"
+        row = self._connection.execute(query, (key,)).fetchone()
+        return None if row is None else json.loads(row[0])
 
     def add(self, rows: Iterable[Row]) -> None:
-        """Store rows in one transaction: all of them or none.
-
-        Args:
-            rows: each with the inputs that its values depend on, image, method, values and detail.
-        """
+        """Store rows in one transaction: all of them or none."""
         now = datetime.now(UTC).isoformat(timespec="milliseconds")
         stored = [
-            (make_key(inputs), image, method, _json(inputs), _json(values), _packed(detail), now)
-            for inputs, image, method, values, detail in rows
+            (make_key(inputs), image, method, _json(inputs), _json(values), now)
+            for inputs, image, method, values in rows
         ]
+        columns = "key, image, method, inputs, vals, scored_at"
         with self._connection:
             self._connection.executemany(
-                "INSERT OR IGNORE INTO scores VALUES (?, ?, ?, ?, ?, ?, ?)", stored
+                f"INSERT OR IGNORE INTO scores ({columns}) VALUES (?, ?, ?, ?, ?, ?)", stored
             )
-
-    def _read(self, column: str, key: str) -> Any:
-        query = f"SELECT {column} FROM scores WHERE key = ?"
-        row = self._connection.execute(query, (key,)).fetchone()
-        return None if row is None else row[0]
-
-
-def _packed(detail: Mapping[str, Any] | None) -> bytes | None:
-    return None if detail is None else zlib.compress(_json(detail).encode())
 
 
 def _json(value: Any) -> str:

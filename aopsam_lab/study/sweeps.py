@@ -228,25 +228,6 @@ def pareto_front(cost: np.ndarray, gain: np.ndarray) -> np.ndarray:
     return ~(no_worse & better).any(axis=1)
 
 
-def trend_sentences(trends: pd.DataFrame) -> list[str]:
-    """What the numbers say of each parameter, one sentence a parameter."""
-    sentences = []
-    for name, own in trends.groupby("parameter", sort=False):
-        parts = []
-        for row in own.itertuples():
-            if not np.isfinite([row.change_lo, row.change_hi]).all():
-                continue  # fewer than two images: nothing can be said
-            text, scale, unit = TREND_NAMES[row.column]
-            verb = "neither rises nor falls for certain" if row.trend == UNDECIDED else row.trend
-            low, high = scale * row.change_lo, scale * row.change_hi
-            moved = f"{scale * row.change:+.1f}{unit} [{low:+.1f}, {high:+.1f}]"
-            parts.append(f"{text} {verb} ({moved})")
-        first = own.iloc[0]
-        span = f"{name.capitalize()} from {first['first']:g} to {first['last']:g}"
-        sentences.append(f"{span}: {'; '.join(parts) or 'too few images'}.")
-    return sentences
-
-
 def parameter_for_people(table: pd.DataFrame, parameter: str) -> pd.DataFrame:
     """The rows of one parameter as text, in the columns of the other reports."""
     own = table[table["parameter"] == parameter]

@@ -188,28 +188,6 @@ def results_for_people(summary: pd.DataFrame, differences: pd.DataFrame) -> pd.D
     return pd.DataFrame(rows)
 
 
-def findings(differences: pd.DataFrame) -> list[str]:
-    """What the numbers say about the reference against each other method, one sentence each."""
-    sentences = []
-    for row in differences.itertuples():
-        low, high = -row.miou_diff_hi, -row.miou_diff_lo
-        if not np.isfinite([low, high]).all():
-            verdict = "one image gives no interval"
-        elif low > 0:
-            verdict = "the interval lies above zero, so it is better"
-        elif high < 0:
-            verdict = "the interval lies below zero, so it is worse"
-        else:
-            verdict = "the interval holds zero, so neither is shown to be better"
-        change, _, ends = points(-row.miou_diff, low, high).partition(" ")
-        sentences.append(
-            f"Against {title(row.method)}, {title(row.reference)} has {change} points of mIoU "
-            f"{ends}: {verdict}. It decodes {_inverse(row.n_decoded_ratio)} of the prompts and "
-            f"takes {_inverse(row.mask_lat_ratio)} of the mask time."
-        )
-    return sentences
-
-
 def number(value: float, digits: int = 1) -> str:
     """A number as text, "–" where it is not known."""
     return f"{value:,.{digits}f}" if np.isfinite(value) else "–"
@@ -251,10 +229,3 @@ def milliseconds(seconds: float) -> str:
     if ms < 0.001:
         return "0"
     return number(ms, 0 if ms >= 100 else 1 if ms >= 10 else 2)
-
-
-def _inverse(ratio: float) -> str:
-    """How much the reference needs of the other method's: the inverse of a stored ratio."""
-    if not np.isfinite(ratio) or ratio == 0:
-        return "an unknown share"
-    return f"{100 / ratio:.0f}%" if ratio > 0.5 else f"{1 / ratio:.1f} times"

@@ -151,18 +151,6 @@ def equal_masks(
     return pd.DataFrame(rows, columns=list(EQUAL_COLUMNS))
 
 
-def equal_sentences(equal: pd.DataFrame) -> list[str]:
-    """What `equal_masks` says, one sentence a row."""
-    return [
-        f"With {row.n_masks:.0f} masks kept an image, as many as {tables.title(row.reference)} "
-        f"keeps at the thresholds {row.pred_iou_thresh:g} and {row.stability_score_thresh:g}, "
-        f"{tables.title(row.method)} has {100 * row.miou:.1f}% mIoU against "
-        f"{100 * row.reference_miou:.1f}%: a difference of "
-        f"{tables.points(row.miou_diff, row.miou_diff_lo, row.miou_diff_hi)} points."
-        for row in equal.itertuples()
-    ]
-
-
 def _read(x: np.ndarray, y: np.ndarray, at: float) -> float:
     """The height at `at` of the straight lines through places, the outer lines prolonged."""
     x, first = np.unique(x, return_index=True)
