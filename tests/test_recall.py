@@ -50,8 +50,9 @@ def test_coverage_by_hand():
     square[:4, :4] = 1
     rle = coco_mask.encode(square)
     values = mask_scores([rle], [rle], [rle, coco_mask.encode(np.asfortranarray(1 - square))])
-    assert (values["n_covered"], values["n_found"], values["matched_100"]) == (1, 2, [1] * 10)
-    assert "n_found" not in mask_scores([rle], [rle], None)
+    assert (values["coverage"], values["ar_100"], values["miou"]) == (0.5, 1, 1)
+    assert mask_scores([], [rle], [])["coverage"] is mask_scores([], [rle], [])["ar_100"] is None
+    assert "coverage" not in mask_scores([rle], [rle], None)
 
 
 images = st.lists(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
+from aopsam_lab.study import sweeps
 from aopsam_lab.study.report import run_report, update_readme, write_index
 
 # What is not given is as the notebook's own parameters have it.
@@ -19,7 +20,7 @@ PARAMETERS = {
     "timed-images": (int, "images on which each setting runs alone, to be timed"),
     "seed": (int, "which images"),
     "device": (str, "auto, cpu or cuda"),
-    **dict.fromkeys(("smoothing", "confidence", "spacing", "elimination"), (float, None)),
+    **dict.fromkeys(sweeps.SWEPT, (float, None)),
 }
 
 
@@ -44,14 +45,11 @@ def main(arguments: list[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    top = argparse.ArgumentParser(
-        prog="python -m aopsam_lab.study", description="Make the reports."
-    )
+    top = argparse.ArgumentParser("python -m aopsam_lab.study", description="Make the reports.")
     commands = top.add_subparsers(dest="command", required=True)
     report = commands.add_parser("report", help="run a notebook and publish it")
-    report.add_argument(
-        "name", nargs="?", default="main_comparison", help="a notebook in notebooks/"
-    )
+    about = {"default": "main_comparison", "help": "a notebook in notebooks/"}
+    report.add_argument("name", nargs="?", **about)
     for name, (kind, text) in PARAMETERS.items():
         report.add_argument(f"--{name}", type=kind, help=text)
     index = commands.add_parser("index", help="rewrite reports/index.html")

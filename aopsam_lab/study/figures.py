@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import io
-import itertools
 from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from aopsam_lab.masks import drawing
@@ -24,20 +22,17 @@ from aopsam_lab.study.sweeps import SWEPT, pareto_front
 # family apart, so nothing rests on colour alone.
 BLUE, RED, GREEN, PINK = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
 INK, MUTED, RULE = "#1b1b1b", "#5f6368", "#d9dce0"
-STYLES = {
-    "amg_s": (BLUE, "s"),
-    "amg_d": (BLUE, "D"),
-    "oas_box": (RED, "s"),
-    "oas_point": (RED, "o"),
-    "aop_no_as_af": (GREEN, "v"),
-    "aop_no_af": (GREEN, "^"),
-    "aop": (GREEN, "o"),
-    "aop_gated": (GREEN, "P"),
-    "aop_raw": (GREEN, "X"),
-}
-OTHER_STYLE = ("#555555", "o")
+COLOURS = {"amg": BLUE, "oas": RED, "aop": GREEN}
+MARKERS = dict(zip(tables.TITLES, "sDsov^oPX"))
 SWEEP_STYLES = dict(zip(SWEPT, ((BLUE, "s"), (RED, "^"), (PINK, "D"), (GREEN, "o"))))
-PAPER_LINE = {"color": INK, "lw": 1.3, "ls": (0, (4, 2.5)), "marker": ".", "ms": 6}
+PAPER_LINE = {
+    "color": INK,
+    "lw": 1.3,
+    "ls": (0, (4, 2.5)),
+    "marker": ".",
+    "ms": 6,
+    "label": "the paper's, of other images",
+}
 PROMPT_STYLES = {
     "kept": {"c": "#FFFFFF", "marker": "o", "edgecolors": "black", "linewidths": 0.6},
     "eliminated": {"c": "#E69F00", "marker": "x", "linewidths": 0.8},
@@ -47,29 +42,23 @@ NICE = {"steps": [1, 2, 5, 10]}
 
 
 def tradeoff_figure(summary: pd.DataFrame) -> Figure:
-    """mIoU with its 95% interval against prompts decoded per image, one mark a method.
-
-    Args:
-        summary: as `tables.summary_table` returns it.
-    """
-    figure = _figure(7.6, 5.2)
-    axes, keys = figure.subplots(), {}
-    _prepare(axes, "mIoU in percent, with 95% intervals over images")
-    _log_axis(axes, "prompts decoded per image (log scale)")
-    # marks of almost as many prompts stand 3% apart: each interval can be seen
-    x = summary["n_decoded"].clip(lower=0.5).to_numpy(dtype=float).copy()
-    order = np.argsort(x, kind="stable")
-    for lower, higher in itertools.pairwise(order):
-        x[higher] = max(x[higher], 1.03 * x[lower])
-    for at, row in zip(x, summary.itertuples(), strict=True):
-        (colour, marker), first = STYLES.get(row.method, OTHER_STYLE), row.method == REFERENCE
-        axes.vlines(at, 100 * row.miou_lo, 100 * row.miou_hi, color=colour, lw=1.3, alpha=0.55)
-        face, order = (colour, 3) if first else ("white", 3.5)
+    """mIoU with its 95% interval against prompts decoded per image, one mark a method."""
+    figure = new_figure(7.6, 5.2)
+    axes = figure.subplots()
+    prepare(axes, "mIoU in percent, with 95% intervals over images")
+    log_axis(axes, "prompts decoded per image (log scale)")
+    last = 0.0
+    for row in summary.sort_values("n_decoded", kind="stable").itertuples():
+        colour, marker = style_of(row.method)
+        # marks of almost as many prompts stand 3% apart: each interval can be seen
+        last = max(row.n_decoded, 0.5, 1.03 * last)
+        axes.vlines(last, 100 * row.miou_lo, 100 * row.miou_hi, color=colour, lw=1.3, alpha=0.55)
+        size, face, order = (95, colour, 3) if row.method == REFERENCE else (52, "white", 3.5)
         style = {"marker": marker, "c": face, "edgecolors": colour, "linewidths": 1.6}
-        axes.scatter(at, 100 * row.miou, s=95 if first else 52, zorder=order, **style)
-        keys[tables.title(row.method)] = _key(colour, marker, 0, filled=first)
+        name = tables.title(row.method)
+        axes.scatter(last, 100 * row.miou, s=size, zorder=order, label=name, **style)
     axes.margins(0.08)
-    _legend(figure, keys, 4)
+    legend(figure, axes, 4)
     return figure
 
 
@@ -77,17 +66,13 @@ def examples_figure(examples: Sequence[Example], methods: Sequence[str]) -> Figu
     """A row an image: its ground truth, then the masks and prompts of each method."""
     heights = [example.image.shape[0] / example.image.shape[1] for example in examples]
     width, columns = 3.5, 1 + len(methods)
-    figure = _figure(width * columns, width * sum(heights) + 0.5 * len(examples), dpi=110)
+    figure = new_figure(width * columns, width * sum(heights) + 0.5 * len(examples), dpi=110)
     shape = {"squeeze": False, "gridspec_kw": {"height_ratios": heights}}
     for row, example in zip(figure.subplots(len(examples), columns, **shape), examples):
         text = f"ground truth\n{len(example.truth)} masks"
         _draw(row[0], example.image, example.truth, text)
         for axes, method in zip(row[1:], methods):
-            found = example.detail.get(method)
-            if found is None:
-                text = f"{tables.title(method)}\nnot run on this image"
-                _draw(axes, example.image, [], text)
-                continue
+            found = example.detail[method]
             states = [status for *_, status in found["prompts"]]
             decoded = sum(status not in ("eliminated", "not_reached") for status in states)
             text = f"{len(found['masks'])} masks, {decoded} prompts decoded"
@@ -103,34 +88,24 @@ def threshold_figure(summary: pd.DataFrame) -> Figure:
 
     Along a line thresholds grow looser from left to right. SAM's own are the filled mark, with the
     95% interval over images.
-
-    Args:
-        summary: as `thresholds.summary_of_curves` returns it.
     """
     panels = [name for name in CURVE_TITLES if name in summary]
-    figure = _figure(1.2 + 3.9 * len(panels), 5.0)
+    figure = new_figure(1.2 + 3.9 * len(panels), 5.0)
     for axes, name in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
-        _prepare(axes, CURVE_TITLES[name])
-        _log_axis(axes, "masks kept per image (log scale)")
+        prepare(axes, CURVE_TITLES[name])
+        log_axis(axes, "masks kept per image (log scale)")
         for method, own in summary.groupby("method", sort=False):
-            (colour, marker), first = STYLES.get(method, OTHER_STYLE), method == REFERENCE
-            x, y = own["n_masks"].clip(lower=0.5).to_numpy(), 100 * own[name].to_numpy()
-            width, opacity, order = (2.4, 1.0, 3) if first else (1.2, 0.75, 2)
-            axes.plot(x, y, color=colour, lw=width, alpha=opacity, zorder=order)
+            colour, marker = style_of(method)
+            x, y = own["n_masks"].clip(lower=0.5), 100 * own[name]
+            width, size, order = (2.4, 7, 3) if method == REFERENCE else (1.2, 5.5, 2)
+            style = {"marker": marker, "ms": size, "mew": 1.3, "color": colour, "zorder": order}
+            axes.plot(x, y, mfc="white", lw=width, label=tables.title(method), **style)
             marked = own["own"].to_numpy(dtype=bool)
-            low, high = (100 * own[f"{name}_{end}"].to_numpy()[marked] for end in ("lo", "hi"))
+            axes.plot(x[marked], y[marked], lw=0, **style)
+            low, high = (100 * own[f"{name}_{end}"][marked] for end in ("lo", "hi"))
             axes.vlines(x[marked], low, high, color=colour, lw=1, alpha=0.45, zorder=1)
-            faces = np.where(marked, colour, "white")
-            style = {"marker": marker, "edgecolors": colour, "linewidths": 1.3, "zorder": 4}
-            axes.scatter(x, y, s=46 if first else 30, c=faces, **style)
-    keys = {
-        tables.title(method): _key(
-            *STYLES.get(method, OTHER_STYLE), 2.4 if method == REFERENCE else 1.2
-        )
-        for method in summary["method"].unique()
-    }
-    keys["filled: SAM's own thresholds, with 95% interval"] = _key(INK, "o", 0, filled=True)
-    _legend(figure, keys, 4)
+        axes.plot([], [], "o", color=INK, label="filled: SAM's own thresholds, with 95% interval")
+    legend(figure, axes, 4)
     return figure
 
 
@@ -139,32 +114,26 @@ def sweep_figure(table: pd.DataFrame) -> Figure:
 
     The band around mIoU is the 95% interval of its paired difference to the default setting, whose
     mark is filled. The paper's curves are of other images: their course compares, not their height.
-
-    Args:
-        table: as `sweeps.sweep_table` returns it.
     """
     names = list(table["parameter"].unique())
-    figure = _figure(2.9 * len(names) + 0.5, 6.6)
+    figure = new_figure(2.9 * len(names) + 0.5, 6.6)
     shape = {"sharey": "row", "sharex": "col", "gridspec_kw": {"height_ratios": (3, 3, 2)}}
     grid = figure.subplots(3, len(names), squeeze=False, **shape)
-    keys = {"ours": _key(GREEN, "o", 1.8)}
     for column, letter, name in zip(grid.T, "abcd", names):
         own = table[table["parameter"] == name]
-        x, miou = own["value"].to_numpy(), 100 * own["miou"].to_numpy()
-        default = miou - 100 * own["miou_diff"].to_numpy()
-        low, high = (default + 100 * own[f"miou_diff_{end}"].to_numpy() for end in ("lo", "hi"))
+        x, miou, default = own["value"], 100 * own["miou"], own["is_default"].astype(bool)
+        base = miou - 100 * own["miou_diff"]
+        low, high = (base + 100 * own[f"miou_diff_{end}"] for end in ("lo", "hi"))
         column[0].fill_between(x, low, high, color=GREEN, alpha=0.16, lw=0)
         theirs = sweep_curve(name, x.min(), x.max())
-        faces = np.where(own["is_default"], GREEN, "white")
         for axes, y, shown in zip(
             column, (miou, own["n_masks"], own["n_decoded"]), ("miou", "n_masks", None)
         ):
-            _prepare(axes, f"({letter}) {name}" if shown == "miou" else "")
-            axes.plot(x, y, color=GREEN, lw=1.8, zorder=2)
-            axes.scatter(x, y, s=42, c=faces, edgecolors=GREEN, linewidths=1.6, zorder=3)
+            prepare(axes, f"({letter}) {name}" if shown == "miou" else "")
+            axes.plot(x, y, "o-", color=GREEN, mfc="white", lw=1.8, mew=1.6, label="ours")
+            axes.plot(x[default], y[default], "o", color=GREEN)
             if shown and len(theirs):
-                (line,) = axes.plot(theirs["value"], theirs[shown], zorder=2.5, **PAPER_LINE)
-                keys["the paper's, of other images"] = line
+                axes.plot(theirs["value"], theirs[shown], **PAPER_LINE)
             axes.yaxis.set_major_locator(MaxNLocator(nbins=5 if shown else 4, **NICE))
         column[2].set_xticks(x, [f"{value:g}" for value in x])
         column[2].set_xlabel(name, color=MUTED)
@@ -173,43 +142,37 @@ def sweep_figure(table: pd.DataFrame) -> Figure:
     for axes, text in zip(grid[:, 0], ("mIoU %", "#P, masks kept", "prompts decoded")):
         axes.set_ylabel(text, color=MUTED)
     figure.align_ylabels(grid[:, 0])
-    _legend(figure, keys, 2)
+    legend(figure, grid[0, 0], 2)
     return figure
 
 
 def joint_figure(table: pd.DataFrame) -> Figure:
-    """mIoU against total time per image, every setting a mark, the Pareto front joined.
-
-    Args:
-        table: as `sweeps.sweep_table` returns it.
-    """
+    """mIoU against total time per image, every setting a mark, the Pareto front joined."""
     table = table[np.isfinite(table["total_s"]) & np.isfinite(table["miou"])]
-    figure = _figure(7.6, 4.7)
+    figure = new_figure(7.6, 4.7)
     axes = figure.subplots()
-    _prepare(axes, "mIoU in percent against time")
+    prepare(axes, "mIoU in percent against time")
     axes.set_xlabel("total time per image, ms", color=MUTED)
     if table.empty:
         where = {"transform": axes.transAxes, "ha": "center"}
         axes.text(0.5, 0.5, "no setting was timed", color=MUTED, **where)
         return figure
-    x, y = 1000 * table["total_s"].to_numpy(), 100 * table["miou"].to_numpy()
-    front, keys = pareto_front(x, y), {}
-    for at, height, best, row in zip(x, y, front, table.itertuples(), strict=True):
-        colour, marker = SWEEP_STYLES[row.parameter]
-        keys[row.parameter] = _key(colour, marker, 0)
-        style = {"c": colour if best else "white", "edgecolors": colour, "linewidths": 1.5}
-        if not row.is_default:
-            axes.scatter(at, height, s=46, marker=marker, zorder=3, **style)
+    table = table.assign(x=1000 * table["total_s"], y=100 * table["miou"])
+    table["front"] = pareto_front(table["x"].to_numpy(), table["y"].to_numpy())
+    for name, own in table[~table["is_default"].astype(bool)].groupby("parameter", sort=False):
+        colour, marker = SWEEP_STYLES[name]
+        style = {"marker": marker, "edgecolors": colour, "linewidths": 1.5, "zorder": 3}
+        faces = np.where(own["front"], colour, "white")
+        axes.scatter(own["x"], own["y"], s=46, c=faces, label=name, **style)
+        for row in own.itertuples():
             where = {"xytext": (6, 4), "textcoords": "offset points", "fontsize": 8}
-            axes.annotate(f"{row.value:g}", (at, height), color=colour, **where)
-    default = table["is_default"].to_numpy(dtype=bool)
-    axes.scatter(x[default], y[default], s=90, marker="*", c=INK, zorder=4)
-    order = np.flatnonzero(front)[np.argsort(x[front], kind="stable")]
-    axes.step(x[order], y[order], where="post", color=INK, lw=1, alpha=0.6, zorder=1)
+            axes.annotate(f"{row.value:g}", (row.x, row.y), color=colour, **where)
+    default, front = table[table["is_default"]], table[table["front"]].sort_values("x")
+    axes.scatter(default["x"], default["y"], s=90, marker="*", c=INK, zorder=4, label="default")
+    style = {"where": "post", "color": INK, "lw": 1, "alpha": 0.6, "zorder": 1}
+    axes.step(front["x"], front["y"], label="Pareto front", **style)
     axes.margins(0.12)
-    keys["default"] = _key(INK, "*", 0, filled=True)
-    keys["Pareto front"] = Line2D([], [], color=INK, lw=1, alpha=0.6)
-    _legend(figure, keys, 6)
+    legend(figure, axes, 6)
     return figure
 
 
@@ -220,13 +183,19 @@ def png(figure: Figure) -> bytes:
     return stream.getvalue()
 
 
-def _figure(width: float, height: float, dpi: int = 150) -> Figure:
+def new_figure(width: float, height: float, dpi: int = 150) -> Figure:
+    """An empty figure; sizes in inches."""
     figure = Figure(figsize=(width, height), dpi=dpi, facecolor="white")
     figure.set_layout_engine("constrained", w_pad=0.06, h_pad=0.05)
     return figure
 
 
-def _prepare(axes: Axes, title: str) -> None:
+def style_of(method: str) -> tuple[str, str]:
+    """Colour and marker of a method."""
+    return COLOURS.get(method[:3], MUTED), MARKERS.get(method, "o")
+
+
+def prepare(axes: Axes, title: str) -> None:
     """The style of all figures: horizontal rules, no box, a heading on the left."""
     axes.set_title(title, loc="left", fontsize=10.5, color=INK, fontweight="bold", pad=10)
     axes.grid(axis="y", color=RULE, lw=0.8)
@@ -238,7 +207,8 @@ def _prepare(axes: Axes, title: str) -> None:
     axes.yaxis.set_major_locator(MaxNLocator(nbins=7, **NICE))
 
 
-def _log_axis(axes: Axes, text: str) -> None:
+def log_axis(axes: Axes, text: str) -> None:
+    """A logarithmic x axis with a label."""
     axes.set_xscale("log")
     axes.xaxis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
@@ -246,15 +216,11 @@ def _log_axis(axes: Axes, text: str) -> None:
     axes.set_xlabel(text, color=MUTED)
 
 
-def _key(colour: str, marker: str, width: float, filled: bool = False) -> Line2D:
-    """A line with a mark for the legend; width 0: the mark alone."""
-    style = {"mfc": colour if filled else "white", "mec": colour, "ms": 6, "mew": 1.4}
-    return Line2D([], [], color=colour, lw=width, marker=marker, **style)
-
-
-def _legend(figure: Figure, keys: dict[str, Line2D], columns: int) -> None:
+def legend(figure: Figure, axes: Axes, columns: int) -> None:
+    """A legend below the axes."""
     style = {"frameon": False, "fontsize": 8.5, "labelcolor": INK, "handlelength": 2.5}
-    figure.legend(keys.values(), keys, loc="outside lower left", ncols=columns, **style)
+    names = axes.get_legend_handles_labels()
+    figure.legend(*names, loc="outside lower left", ncols=columns, **style)
 
 
 def _draw(axes: Axes, image: np.ndarray, masks: list[dict], text: str) -> None:

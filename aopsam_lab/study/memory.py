@@ -12,6 +12,7 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -24,17 +25,8 @@ MIB = 2**20
 MEMORY_VERSION = {"memory_version": 1}  # raise it when the way of measuring changes
 
 
-def measure_peak(setting: Setting, config: StudyConfig, images: Sequence[np.ndarray]) -> float:
-    """The peak of a setting on images (H x W x 3 uint8), in MiB."""
-    return in_own_process(_peak_of_setting, setting, config, images)
-
-
 def in_own_process(function: Callable[..., float], *arguments: object) -> float:
-    """Call a function of this package in a new process.
-
-    Raises:
-        RuntimeError: where it fails, with the process's last words.
-    """
+    """Call a function of this package in a new process; RuntimeError where it fails."""
     command = [sys.executable, "-m", "aopsam_lab.study.memory"]
     request = pickle.dumps((function, arguments))
     done = subprocess.run(command, input=request, capture_output=True, env=package_environment())
@@ -51,23 +43,22 @@ def peak_while(device: torch.device, work: Callable[[], object]) -> float:
         torch.cuda.reset_peak_memory_stats(device)
         work()
         return torch.cuda.max_memory_allocated(device) / MIB
-    try:
+    with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")  # 5: forget the peak so far
-    except OSError:
-        pass
     before = _resident("VmRSS")
     work()
     return max(_resident("VmHWM") - before, 0) / MIB
 
 
-def _peak_of_setting(setting: Setting, config: StudyConfig, images: Sequence[np.ndarray]) -> float:
+def measure_peak(setting: Setting, config: StudyConfig, images: Sequence[np.ndarray]) -> float:
+    """The peak of a setting on images (H x W x 3 uint8) in this process, in MiB."""
     models = load_models(config, [setting.method])
 
     def work() -> None:
         for image in images:
             run(models, encode(models.sam, image), setting)
 
-    return peak_while(models.device, work)
+    return peak_while(models.sam.device, work)
 
 
 def _resident(field: str) -> int:
@@ -78,8 +69,7 @@ def _resident(field: str) -> int:
         return int(fields[field].split()[0]) * 1024
     import resource
 
-    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, others KiB
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in bytes on macOS
 
 
 if __name__ == "__main__":

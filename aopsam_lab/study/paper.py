@@ -8,13 +8,12 @@ share in percent, times in seconds, memory in GB of 10^9 bytes.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 
 from aopsam_lab.study import tables
-from aopsam_lab.study.tables import NAN, number, signed, title, with_interval
+from aopsam_lab.study.tables import NAN
 
 FOLDER = Path(__file__).with_name("paper")
 CITATION = (
@@ -24,24 +23,14 @@ CITATION = (
 GB_PER_MIB = 2**20 / 1e9
 
 
-class Quantity(NamedTuple):
-    """A column of the paper: ours, the paper's units in one of ours, name, unit and digits."""
-
-    ours: str
-    factor: float
-    heading: str
-    unit: str  # of a change
-    digits: int
-    change_digits: int
-
-
+# The paper's column -> our column, and how many of the paper's units one of ours is.
 COLUMNS = {
-    "miou": Quantity("miou", 100, "mIoU %", "points", 1, 1),
-    "inf_lat_s": Quantity("inf_lat_s", 1, "Inf_Lat s", "s", 3, 3),
-    "mask_lat_s": Quantity("mask_lat_s", 1, "Mask_Lat s", "s", 3, 3),
-    "peak_mem_gb": Quantity("peak_mem_mb", GB_PER_MIB, "Peak_Mem GB", "GB", 2, 3),
-    "elim_ratio_percent": Quantity("elim_ratio", 100, "Ratio_elim %", "points", 1, 1),
-    "n_masks": Quantity("n_masks", 1, "#P", "masks", 1, 1),
+    "miou": ("miou", 100),
+    "inf_lat_s": ("inf_lat_s", 1),
+    "mask_lat_s": ("mask_lat_s", 1),
+    "peak_mem_gb": ("peak_mem_mb", GB_PER_MIB),
+    "elim_ratio_percent": ("elim_ratio", 100),
+    "n_masks": ("n_masks", 1),
 }
 COMPARED = ("miou", "inf_lat_s", "peak_mem_gb", "n_masks")  # in the main table and the ablation
 PARTS = ("paper", "ours", "difference")
@@ -59,8 +48,6 @@ CHANGE = ("change", "change_lo", "change_hi")
 SIGN_COLUMNS = (
     "parameter", "column", "first", "last", "paper_change", "n_images", *CHANGE, "verdict",
 )  # fmt: skip
-AGREES, DISAGREES, NOT_CLEAR = "agrees", "disagrees", "not clear"
-NOT_MEASURED, OTHER_VALUES = "not measured", "other values"
 
 
 def published(name: str) -> pd.DataFrame:
@@ -97,7 +84,7 @@ def _beside(theirs: pd.DataFrame, summary: pd.DataFrame, dataset: str) -> pd.Dat
     compared = theirs[["dataset", "method"]].reset_index(drop=True)
     matches = compared["dataset"] == paper_dataset(dataset)
     for column in COMPARED:
-        name, factor = COLUMNS[column][:2]
+        name, factor = COLUMNS[column]
         own = pd.Series(factor * ours[name].to_numpy(dtype=float)).where(matches)
         cells = theirs[column].reset_index(drop=True).astype(float)
         for part, values in zip(PARTS, (cells, own, own - cells), strict=True):
@@ -111,8 +98,7 @@ def step_table(per_image: pd.DataFrame, summary: pd.DataFrame, dataset: str) -> 
     Returns:
         STEP_COLUMNS, a row a step of STEPS and source, "paper" or "ours"; ours follows the paper's
         data set that it can stand beside, else the last. The values are the method with the part
-        minus the method without it; _lo and _hi are the ends of the 95% paired bootstrap interval
-        over our n_images images. No row of ours where one of the two methods was not run.
+        minus the method without it. No row of ours where one of the two was not run.
     """
     theirs = published("ablation").set_index(["dataset", "method"]).drop(columns="sam")
     names, rows = list(theirs.index.unique("dataset")), []
@@ -144,14 +130,12 @@ def sign_table(trends: pd.DataFrame, table: pd.DataFrame) -> pd.DataFrame:
 
     Args:
         trends: as `sweeps.trend_table` returns it.
-        table: as `sweeps.sweep_table` returns it, for peak memory, which is measured once a
-            setting.
+        table: as `sweeps.sweep_table` returns it: peak memory is measured once a setting.
 
     Returns:
         SIGN_COLUMNS, a row a swept parameter and column of SIGNS_OF that the paper has along it:
-        twelve for its four parameters. Changes are in the paper's units; ours is over n_images
-        images with the ends of its 95% paired bootstrap interval. verdict: see `verdict`, or
-        OTHER_VALUES where our first and last value are not the paper's.
+        twelve for its four. Changes are in the paper's units; ours is over n_images images.
+        verdict: see `verdict`, or "other values" where our first and last value are others.
     """
     ours = trends.set_index(["parameter", "column"])
     rows = []
@@ -160,7 +144,7 @@ def sign_table(trends: pd.DataFrame, table: pd.DataFrame) -> pd.DataFrame:
             continue
         start, end = panel.iloc[0], panel.iloc[-1]
         for column in [name for name in SIGNS_OF if panel[name].notna().all()]:
-            name, factor = COLUMNS[column][:2]
+            name, factor = COLUMNS[column]
             once = name == "peak_mem_mb"
             own = ours.loc[(parameter, "miou" if once else name)].copy()
             if once:
@@ -171,7 +155,7 @@ def sign_table(trends: pd.DataFrame, table: pd.DataFrame) -> pd.DataFrame:
             row["paper_change"] = end[column] - start[column]
             said = verdict(row["paper_change"], *(row[name] for name in CHANGE), once)
             same = (own["first"], own["last"]) == (start["value"], end["value"])
-            rows.append({**row, "verdict": said if same else OTHER_VALUES})
+            rows.append({**row, "verdict": said if same else "other values"})
     return pd.DataFrame(rows, columns=list(SIGN_COLUMNS))
 
 
@@ -181,60 +165,12 @@ def verdict(
     """Does our change, with its interval from low to high, have the sign of the paper's?
 
     Returns:
-        AGREES or DISAGREES; NOT_CLEAR where our interval contains 0 or cannot be had (NaN), unless
-        ours is measured once, and where a change is 0; NOT_MEASURED where ours is NaN.
+        "agrees" or "disagrees"; "not clear" where our interval contains 0 or cannot be had (NaN),
+        unless ours is measured once, and where a change is 0; "not measured" where ours is NaN.
     """
     if not np.isfinite(change):
-        return NOT_MEASURED
+        return "not measured"
     decided = measured_once or low > 0 or high < 0  # neither for NaN, the interval of one image
     if not decided or change == 0 or paper_change == 0:
-        return NOT_CLEAR
-    return AGREES if (change > 0) == (paper_change > 0) else DISAGREES
-
-
-def beside_for_people(compared: pd.DataFrame, parts: tuple[str, ...] = PARTS) -> pd.DataFrame:
-    """`main_beside` or `ablation_beside` as text, headings of the quantities over their parts."""
-    shown = {("", "Data set"): compared["dataset"], ("", "Method"): compared["method"].map(title)}
-    for column in COMPARED:
-        quantity = COLUMNS[column]
-        for part in parts:
-            text = signed if part == "difference" else number
-            values = compared[f"{column}_{part}"]
-            shown[quantity.heading, part] = [text(value, quantity.digits) for value in values]
-    return pd.DataFrame(shown)
-
-
-def steps_for_people(steps: pd.DataFrame) -> pd.DataFrame:
-    """`step_table` as text."""
-    shown = {
-        "Step": "with " + steps["step"],
-        "Figures of": steps["source"].replace("paper", "the paper") + ", " + steps["dataset"],
-    }
-    for column in ("miou", "n_masks", "peak_mem_gb"):
-        heading = COLUMNS[column].heading.replace("%", "points")
-        shown[heading] = [_change(column, row, column) for row in steps.to_dict("records")]
-    return pd.DataFrame(shown)
-
-
-def signs_for_people(signs: pd.DataFrame) -> pd.DataFrame:
-    """`sign_table` as text."""
-    rows = [
-        (
-            f"{row['parameter']} {row['first']:g} to {row['last']:g}",
-            COLUMNS[row["column"]].heading.split()[0],
-            row["verdict"],
-            _change(row["column"], row, "paper_change"),
-            _change(row["column"], row, "change"),
-            COLUMNS[row["column"]].unit,
-            number(row["n_images"], 0),
-        )
-        for row in signs.to_dict("records")
-    ]
-    headings = ["Parameter", "Column", "Sign", "The paper", "Ours", "Unit", "Images"]
-    return pd.DataFrame(rows, columns=headings)
-
-
-def _change(column: str, row: dict, name: str) -> str:
-    """A change with its sign, and its interval where the row has one."""
-    interval = (row.get(f"{name}_{end}", NAN) for end in ("lo", "hi"))
-    return with_interval(row[name], *interval, COLUMNS[column].change_digits)
+        return "not clear"
+    return "agrees" if (change > 0) == (paper_change > 0) else "disagrees"

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 
 from aopsam_lab.asf import AsfParams
 from aopsam_lab.pipeline.methods import METHODS
-from aopsam_lab.study import tables
+from aopsam_lab.study import figures, tables
 from aopsam_lab.study.runner import run_settings
 from aopsam_lab.study.settings import GRIDS, Setting, StudyConfig
 from aopsam_lab.study.write import write_all
@@ -47,33 +47,26 @@ MEASURES = ("miou", "ar_100", "coverage")
 def settings() -> list[Setting]:
     """Grids, and AoP-SAM at each of SAMPLINGS with as many prompts as these."""
     ours = [
-        Setting(_label(name, limit), "aop", params, limit)
+        Setting(f"{name}, at most {limit}", "aop", params, limit)
         for name, samplings in SAMPLINGS.items()
         for limit, params in samplings.items()
     ]
     return [Setting(name, name, AsfParams()) for name in SIDES.values()] + ours
 
 
-def _label(name: str, limit: int) -> str:
-    return f"{name}, at most {limit}"
-
-
 def comparison(per_image: pd.DataFrame) -> pd.DataFrame:
     """One row a sampling of AoP-SAM and number of prompts: its scores and the grid's.
 
-    Args:
-        per_image: a row an image and setting, of `settings`.
-
     Returns:
-        sampling, limit, grid (the method it is compared with), prompts (decoded on average), masks
-        (kept); and for each measure at hand (miou, ar_100, coverage) its mean, the grid's,
-        and their difference with its paired 95% bootstrap interval over images.
+        sampling, limit, grid (what it is compared with), prompts (decoded on average), masks
+        (kept); of each measure at hand its mean, the grid's, and their difference with its paired
+        95% bootstrap interval over images.
     """
-    by_label = {name: own.set_index("image") for name, own in per_image.groupby("method")}
+    by_label = dict(list(per_image.set_index("image").groupby("method")))
     rows = []
     for sampling in SAMPLINGS:
         for limit in LIMITS:
-            ours, name = by_label[_label(sampling, limit)], SIDES.get(limit, DENSE.name)
+            ours, name = by_label[f"{sampling}, at most {limit}"], SIDES.get(limit, DENSE.name)
             row = {"sampling": sampling, "limit": limit, "grid": name}
             row |= {"prompts": ours["n_decoded"].mean(), "masks": ours["n_masks"].mean()}
             for measure in [name for name in MEASURES if name in per_image]:
@@ -90,24 +83,21 @@ def figure(per_image: pd.DataFrame, measure: str = "miou") -> Figure:
     means = per_image.groupby("method")[["n_decoded", measure]].mean()
     lines = {"regular grids": list(SIDES.values())}
     for name in SAMPLINGS:
-        lines[name.replace("aop", "AoP-SAM")] = [_label(name, limit) for limit in LIMITS]
-    drawn = Figure(figsize=(6.4, 4.2), layout="constrained")
+        lines[name.replace("aop", "AoP-SAM")] = [f"{name}, at most {limit}" for limit in LIMITS]
+    drawn = figures.new_figure(6.4, 4.6)
     axes = drawn.subplots()
+    figures.prepare(axes, f"{measure} in percent")
+    figures.log_axis(axes, "prompts decoded per image (log scale)")
     for (name, labels), colour in zip(lines.items(), ("#7f7f7f", "#0072B2", "#009E73")):
         line = means.loc[labels].sort_values("n_decoded")
         axes.plot(line["n_decoded"], 100 * line[measure], "o-", ms=4, color=colour, label=name)
-    ticks = [64, 100, 196, 400, 1024]
-    axes.set(xscale="log", xlabel="prompts decoded", ylabel=f"{measure} (%)")
-    axes.set_xticks(ticks, [str(tick) for tick in ticks])
-    axes.minorticks_off()
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
+    figures.legend(drawn, axes, 3)
     return drawn
 
 
 def compare(config: StudyConfig = CONFIG) -> pd.DataFrame:
     """Score all settings, write `prompts.csv`, `per_image.csv` and figures; the comparison."""
-    per_image = run_settings(config, settings(), reference=_label("aop", 100)).per_image
+    per_image = run_settings(config, settings(), reference="aop, at most 100").per_image
     table = comparison(per_image)
     contents = {"per_image.csv": per_image, "prompts.csv": table}
     for measure in ("miou", "coverage"):
@@ -122,14 +112,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--dataset", default=CONFIG.dataset)
+    for name in ("dataset", "sam", "predictor", "out"):
+        parser.add_argument(f"--{name}", default=getattr(CONFIG, name))
     parser.add_argument("--n-images", type=int, help="all if not given")
-    parser.add_argument("--sam", default=CONFIG.sam)
-    parser.add_argument("--predictor", help="weights other than the bundled ones")
-    parser.add_argument("--out", default=CONFIG.out)
     table = compare(replace(CONFIG, **vars(parser.parse_args(argv))))
-    shown = table.filter(regex="^(sampling|limit|grid|prompts|masks|miou|coverage)")
-    print(shown.round(4).to_string(index=False))
+    print(table.round(4).to_string(index=False))
 
 
 if __name__ == "__main__":

@@ -23,7 +23,11 @@ UNKNOWN = "unknown"
 
 
 def provenance(device: torch.device) -> dict[str, Any]:
-    """What no parameter says: time (UTC), commit, whether files differ from it, versions."""
+    """What no parameter says: time (UTC), commit, processor, versions."""
+    installed = {
+        own.name.lower().replace("_", "-"): own.version for own in metadata.distributions()
+    }
+    versions = {name: installed[name] for name in PACKAGES if name in installed}
     commit, dirty = git_state(PACKAGE_ROOT)
     return {
         "written_at": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -32,7 +36,7 @@ def provenance(device: torch.device) -> dict[str, Any]:
         "processor": processor(device),
         "threads": torch.get_num_threads(),
         "platform": f"{platform.system()} {platform.machine()}",
-        "versions": {"python": platform.python_version(), **_versions()},
+        "versions": {"python": platform.python_version(), **versions},
     }
 
 
@@ -41,45 +45,23 @@ def processor(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{_cpu_model()}, {cores} cores"
+    model = _output("sysctl", "-n", "machdep.cpu.brand_string")  # macOS
+    if platform.system() == "Linux":
+        names = _output("grep", "-m1", "^model name", "/proc/cpuinfo") or ""
+        model = names.partition(":")[2].strip()
+    return f"{model or platform.processor() or platform.machine()}, {cores} cores"
 
 
 def git_state(root: Path) -> tuple[str, bool | str]:
-    """The commit of a checkout, and whether tracked files other than results differ from it.
-
-    Args:
-        root: its folder.
-
-    Returns:
-        UNKNOWN for both where `root` is no git checkout.
-    """
-    top = _output("git", "-C", str(root), "rev-parse", "--show-toplevel")
+    """The commit of a checkout, and whether tracked files, results aside, differ; or UNKNOWN."""
+    git = ("git", "-C", str(root))
+    top = _output(*git, "rev-parse", "--show-toplevel")
     if not top or Path(top).resolve() != root:  # a repository around the folder is another one
         return UNKNOWN, UNKNOWN
     tracked = ("status", "--porcelain", "--untracked-files=no", "--", ".")
-    changed = _output("git", "-C", str(root), *tracked, ":!reports", ":!README.md")
-    commit = _output("git", "-C", str(root), "rev-parse", "HEAD")
+    changed = _output(*git, *tracked, ":!reports", ":!README.md")
+    commit = _output(*git, "rev-parse", "HEAD")
     return commit or UNKNOWN, UNKNOWN if changed is None else bool(changed)
-
-
-def _versions() -> dict[str, str]:
-    """Of the packages that results depend on, those that are installed."""
-    found = {}
-    for package in PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def _cpu_model() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text(errors="replace").splitlines() if cpuinfo.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    if platform.system() == "Darwin":
-        names.append(_output("sysctl", "-n", "machdep.cpu.brand_string"))
-    return next(filter(None, names), platform.processor() or platform.machine())
 
 
 def _output(*command: str) -> str | None:

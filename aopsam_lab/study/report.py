@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import json
 import os
 import re
@@ -14,7 +13,6 @@ from unittest.mock import patch
 
 import jinja2
 import pandas as pd
-from markupsafe import Markup
 
 from aopsam_lab.files import write_atomically
 from aopsam_lab.study import PACKAGE_ROOT, paper, sweeps, tables
@@ -32,18 +30,9 @@ def run_report(
 ) -> Path:
     """Execute `notebooks/<name>.ipynb` into `reports/<name>/` and rewrite `reports/index.html`.
 
-    Args:
-        name: of the notebook.
-        parameters: of its first cell, as far as they are others than there.
-        reports: the folder of all reports.
-
-    Returns:
-        The path of the page.
-
     Raises:
         FileNotFoundError: if the notebook is not there.
-        RuntimeError: if a cell fails; the notebook as far as it came is then in
-            `<name>.failed.ipynb`.
+        RuntimeError: if a cell fails; what there is of it is then in `<name>.failed.ipynb`.
     """
     import nbformat
     import papermill
@@ -53,9 +42,7 @@ def run_report(
 
     source = PACKAGE_ROOT / "notebooks" / f"{name}.ipynb"
     if not source.is_file():
-        raise FileNotFoundError(
-            f"There is no notebook {source}. Reports are made from a checkout of the project."
-        )
+        raise FileNotFoundError(f"There is no notebook {source}: reports need a checkout.")
     folder = Path(reports) / name
     folder.mkdir(parents=True, exist_ok=True)
     running, failed = folder / f".{name}.running.ipynb", folder / f"{name}.failed.ipynb"
@@ -96,11 +83,7 @@ def run_report(
 
 
 def write_index(reports: str | os.PathLike) -> Path:
-    """(Re)write `index.html` from the reports in a folder: folders that have a provenance.json.
-
-    Returns:
-        The path of the page, which loads nothing from outside.
-    """
+    """(Re)write `index.html` from the reports in a folder, which have a provenance.json each."""
     reports = Path(reports)
     names = [path.parent.name for path in reports.glob("*/provenance.json")]
     names.sort(key=lambda name: (name != "main_comparison", name))
@@ -119,27 +102,12 @@ def part(name: str, *arguments: Any) -> str:
     return f"{_PARTS.style()}{getattr(_PARTS, name)(*arguments)}"
 
 
-def html_table(table: pd.DataFrame, highlight: str | None = None, text_columns: int = 1) -> Markup:
-    """A DataFrame of text as an HTML table.
-
-    Args:
-        table: its first `text_columns` columns are aligned left, the others right.
-        highlight: rows with this text in one of these columns are set off.
-    """
-    shown = table.astype(str).map(html.escape).rename(columns=html.escape)
-    first, own = shown.iloc[:, 0], (table.iloc[:, :text_columns] == highlight).any(axis=1)
-    shown.isetitem(0, first.where(~own, "<strong>" + first + "</strong>"))
-    classes = f"results text{text_columns}"
-    return Markup(shown.to_html(index=False, border=0, escape=False, classes=classes))
-
-
 def what_was_run(facts: Mapping[str, Any]) -> str:
     """Which model ran on which images and machine, from a provenance."""
     parameters, dataset = facts["parameters"], facts["dataset"]
     images = f"{dataset['images']} images of {dataset['name']} (seed {parameters['seed']})"
     names = ("smoothing", "confidence", "spacing", "elimination", "grid")
-    values = {name: parameters[name] for name in names if name in parameters}
-    shown = (f"{k} {v}" if isinstance(v, str) else f"{k} {v:g}" for k, v in values.items())
+    shown = [f"{n} {parameters[n]}".removesuffix(".0") for n in names if n in parameters]
     text = f"SAM “{parameters['sam']}” on {images}, {facts['processor']}; {', '.join(shown)}."
     timed = parameters.get("timed_images", parameters.get("n_images"))
     if timed != parameters.get("n_images"):
@@ -154,38 +122,26 @@ def what_was_run(facts: Mapping[str, Any]) -> str:
 def update_readme(
     readme: str | os.PathLike = "README.md", reports: str | os.PathLike = "reports"
 ) -> Path:
-    """Write the table of the main comparison between the lines START and END of the README.
-
-    Raises:
-        FileNotFoundError: without the README or the report.
-        ValueError: if the two lines are not there once each.
-    """
+    """Write the table of the main comparison between the lines START and END of the README."""
     readme, folder = Path(readme), Path(reports) / "main_comparison"
-    if not readme.is_file():
-        raise FileNotFoundError(f"There is no {readme}.")
     if not (folder / "main_comparison.csv").is_file():
-        raise FileNotFoundError(
-            f"{folder} holds no main_comparison.csv yet. Run `make study` first."
-        )
-    before, *others = readme.read_text(encoding="utf-8").split(START)
-    after = others[0].split(END) if len(others) == 1 else []
-    if len(after) != 2:
-        raise ValueError(
-            f"{readme} must have the line {START} once and after it the line {END} once."
-        )
-    facts = _facts(folder)
+        raise FileNotFoundError(f"{folder} has no main_comparison.csv. Run `make study` first.")
+    text = readme.read_text(encoding="utf-8")
+    if re.findall(f"{START}|{END}", text) != [START, END]:
+        raise ValueError(f"{readme} must have the line {START}, then the line {END}, once each.")
     summary, differences = (
         pd.read_csv(folder / f"main_comparison{end}.csv") for end in ("", "_differences")
     )
     table = tables.results_for_people(summary, differences)[list(README_COLUMNS)]
-    rows = [table.columns, [":--", *["--:"] * (table.shape[1] - 1)]]
-    for row in table.itertuples(index=False):
-        own = row[0] == tables.title(REFERENCE)
-        rows.append([f"**{value}**" if own else value for value in row])
-    lines = [f"| {' | '.join(row)} |" for row in rows]
+    own = table["Method"] == tables.title(REFERENCE)
+    table[own] = "**" + table[own] + "**"
+    rows = [table.columns, [":--", *["--:"] * (len(README_COLUMNS) - 1)], *table.to_numpy()]
+    lines = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    facts = _facts(folder)
     about = f"{what_was_run(facts)} Commit {facts['commit'][:10]}."
-    text = "\n".join([START, *lines, "", about, END])
-    return write_atomically(readme, f"{before}{text}{after[1]}")
+    written = f"{START}\n{lines}\n\n{about}\n{END}"
+    text = re.sub(f"{START}.*{END}", lambda _: written, text, flags=re.S)
+    return write_atomically(readme, text)
 
 
 def _facts(folder: Path) -> dict[str, Any]:
@@ -199,11 +155,6 @@ _ENVIRONMENT = jinja2.Environment(
     lstrip_blocks=True,
     undefined=jinja2.StrictUndefined,
 )
-_ENVIRONMENT.globals |= {
-    "html_table": html_table,
-    "what_was_run": what_was_run,
-    "paper": paper,
-    "sweeps": sweeps,
-    "tables": tables,
-}
+_ENVIRONMENT.globals |= {"paper": paper, "sweeps": sweeps, "tables": tables}
+_ENVIRONMENT.globals["what_was_run"] = what_was_run
 _PARTS = _ENVIRONMENT.get_template("parts.html").module

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from typing import Any
+
+from segment_anything.modeling import Sam
 
 from aopsam_lab.data.sample import Sample
 from aopsam_lab.evaluator import iou_matrix, score_matrix
 from aopsam_lab.pipeline.decode import Encoded, encode
-from aopsam_lab.pipeline.decode_cache import DecodeCache, PcmCache
+from aopsam_lab.pipeline.decode_cache import PcmCache
 from aopsam_lab.pipeline.loose_cache import LooseCache, LooseRun
 from aopsam_lab.pipeline.run import run_method
 from aopsam_lab.pipeline.segmentation import Segmentation
-from aopsam_lab.recall import MAX_MASKS, covered, recall_matches
+from aopsam_lab.recall import MAX_MASKS, average_recall, covered, recall_matches
+from aopsam_lab.sam.zoo import spec_of
 from aopsam_lab.study.settings import GRIDS, LoadedModels, Pair, Setting
 
 TIMES = {"encode_s": "encode", "inf_lat_s": "infer", "mask_lat_s": "mask", "total_s": "total"}
-COUNTS = ("n_sampled", "n_decoded", "n_eliminated")
+PAIR = ("pred_iou_thresh", "stability_score_thresh")
 Row = dict[str, Any]
 
 
@@ -57,32 +59,34 @@ def score_together(
     """Run settings on an image; its embedding, its PCM and every prompt are computed once for all.
 
     Args:
-        models, sample, found_masks: as `score`.
-        settings: what is run.
-        pairs: thresholds at which masks are filtered as well; may be empty.
-        shown: whether the rows hold `detail`: masks and prompts.
+        models, sample, settings, found_masks: as `score`.
+        pairs: thresholds at which masks are filtered as well.
+        shown: whether the rows hold `detail`, masks and prompts.
 
     Yields:
-        A setting and its row: as `score`, without times, and where there are pairs with `curve`,
-        the `mask_scores` at each pair.
+        A setting and its row: as `score`, but `curve`, the `mask_scores` at each pair, for times.
     """
     encoded = encode(models.sam, sample.image)
     predictor = models.predictor and PcmCache(models.predictor, encoded)
-    if pairs:
-        loosest = tuple(min(pair[i] for pair in pairs) for i in range(2))
-        cache = LooseCache(models.sam, encoded, loosest)
-    else:
-        cache = DecodeCache(models.sam, encoded)
+    own = own_pair(models.sam)
+    loosest = tuple(min(pair[i] for pair in (own, *pairs)) for i in range(2))
+    cache = LooseCache(models.sam, encoded, loosest)
     for setting in settings:
-        decode = LooseRun(cache) if pairs else cache
+        decode = LooseRun(cache)
         result = run(models, encoded, setting, decode=decode, predictor=predictor)
         row = _row(result, sample, found_masks)
-        if pairs:
-            row["curve"] = [
-                {"thresholds": pair, **mask_scores(sample.rles, kept, found_masks)}
-                for pair, kept in zip(pairs, decode.masks_at(pairs), strict=True)
-            ]
+        row["curve"] = [
+            dict(zip(PAIR, pair, strict=True))
+            | {"own": pair == own, **mask_scores(sample.rles, kept, found_masks)}
+            for pair, kept in zip(pairs, decode.masks_at(pairs), strict=True)
+        ]
         yield setting, row | ({"detail": _detail(result)} if shown else {})
+
+
+def own_pair(sam: Sam) -> Pair:
+    """The thresholds that a SAM's masks are filtered with."""
+    spec = spec_of(sam)
+    return spec.pred_iou_thresh, spec.stability_score_thresh
 
 
 def run(models: LoadedModels, encoded: Encoded, setting: Setting, **shared: Any) -> Segmentation:
@@ -106,42 +110,31 @@ def mask_scores(truth: list[dict], masks: list[dict], found_masks: list[dict] | 
         found_masks: COCO RLE of the masks that a SAM itself found, or None.
 
     Returns:
-        miou, miou_best: None without ground truth, as JSON has no NaN. n_truth: masks of the ground
-        truth; n_masks. matched_100, matched_1000: ten counts each, see `recall_matches`. n_found,
-        n_covered: how many found masks there are, and how many of them the masks cover.
+        miou, miou_best, ar_100, ar_1000: None without ground truth, as JSON has no NaN. n_truth:
+        masks of the ground truth; n_masks. coverage, unless `found_masks` is None: the share of
+        them that the masks find, None of no masks.
     """
     iou = iou_matrix(truth, masks)
     matched = score_matrix(iou)
-    values = {
-        "miou": matched.miou if truth else None,
-        "miou_best": matched.miou_best if truth else None,
-        "n_truth": len(truth),
-        "n_masks": len(masks),
-    }
-    for most, matches in zip(MAX_MASKS, recall_matches(iou).tolist(), strict=True):
-        values[f"matched_{most}"] = matches
+    values = {"miou": matched.miou, "miou_best": matched.miou_best}
+    for most, counts in zip(MAX_MASKS, recall_matches(iou).tolist(), strict=True):
+        values[f"ar_{most}"] = average_recall(counts, len(truth))
+    values = {name: value if truth else None for name, value in values.items()}
     if found_masks is not None:
-        values["n_found"] = len(found_masks)
-        values["n_covered"] = covered(iou_matrix(found_masks, masks))
-    return values
-
-
-def masks_fingerprint(masks: list[dict]) -> str:
-    """A hash of COCO RLE."""
-    digest = hashlib.sha256()
-    for rle in masks:
-        digest.update(b"|" + str(tuple(rle["size"])).encode() + rle["counts"])
-    return digest.hexdigest()
+        n_covered = covered(iou_matrix(found_masks, masks))
+        values["coverage"] = n_covered / len(found_masks) if found_masks else None
+    return values | {"n_truth": len(truth), "n_masks": len(masks)}
 
 
 def _row(result: Segmentation, sample: Sample, found_masks: list[dict] | None) -> Row:
-    counts = {name: int(getattr(result, name)) for name in COUNTS}
+    names = ("n_sampled", "n_decoded", "n_eliminated")
+    counts = {name: int(getattr(result, name)) for name in names}
     return mask_scores(sample.rles, result.masks, found_masks) | counts
 
 
 def _detail(result: Segmentation) -> dict[str, list]:
     prompts = result.prompts[["x", "y", "status"]].round(2)
     return {
-        "masks": [mask["counts"].decode("ascii") for mask in result.masks],
+        "masks": [{**mask, "counts": mask["counts"].decode("ascii")} for mask in result.masks],
         "prompts": prompts.to_numpy().tolist(),
     }

@@ -33,12 +33,7 @@ class Store:
     """Rows of values in one SQLite file.
 
     A process that is killed loses only what it had in hand. A stored key is never written again.
-
-    Args:
-        path: the file; it is made where it is not there.
-
-    Raises:
-        ValueError: for a file that is no such store.
+    ValueError for a file that is no such store.
     """
 
     def __init__(self, path: str | os.PathLike) -> None:

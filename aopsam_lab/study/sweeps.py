@@ -48,26 +48,17 @@ TREND_NAMES = {  # column: its name, what its numbers are multiplied by to be sh
     "mask_lat_s": ("Mask_Lat", 1000, " ms"),
     "elim_ratio": ("the eliminated share", 100, " points"),
 }
-RISES, FALLS, UNDECIDED = "rises", "falls", "undecided"
 
 
 @dataclass(frozen=True)
 class SweepResult:
-    """What the sweeps found.
+    """What the sweeps found, see the functions of this module."""
 
-    Args:
-        study: the rows below all of it; its methods are labels of settings, and its reference is
-            the default setting.
-        values: what each parameter was set to.
-        table, trends, budgets: with SWEEP_COLUMNS, TREND_COLUMNS and BUDGET_COLUMNS.
-        signs: whether the trends have the paper's sign, as `paper.sign_table` returns it.
-    """
-
-    study: StudyResult
-    values: dict[str, tuple[float, ...]]
+    study: StudyResult  # its methods are labels of settings, its reference is the default setting
+    values: dict[str, tuple[float, ...]]  # what each parameter was set to
     table: pd.DataFrame
     trends: pd.DataFrame
-    signs: pd.DataFrame
+    signs: pd.DataFrame  # whether the trends have the paper's sign
     budgets: pd.DataFrame
 
 
@@ -84,9 +75,6 @@ def run_sweeps(
         values: what each parameter is set to, by its name.
         budgets: limits of decoded prompts for which the best setting is sought.
         **changes: fields of StudyConfig that are to be others than in `config`.
-
-    Raises:
-        ValueError: for a parameter that does not exist and a budget below 1; and as `run_study`.
     """
     unknown = [name for name in values if name not in SWEPT]
     if unknown:
@@ -111,16 +99,14 @@ def label(parameter: str, value: float) -> str:
     return f"{parameter} {value:g}"
 
 
-def sweep_settings(
-    values: Mapping[str, Sequence[float]], params: AsfParams, method: str = "aop"
-) -> list[Setting]:
+def sweep_settings(values: Mapping[str, Sequence[float]], params: AsfParams) -> list[Setting]:
     """The default, then every value of every parameter."""
     swept = [
-        Setting(label(name, value), method, replace(params, **{name: value}))
+        Setting(label(name, value), "aop", replace(params, **{name: value}))
         for name, own in values.items()
         for value in own
     ]
-    return [Setting(DEFAULT, method, params), *swept]
+    return [Setting(DEFAULT, "aop", params), *swept]
 
 
 def limited_settings(settings: Sequence[Setting], budgets: Sequence[int]) -> list[Setting]:
@@ -140,37 +126,20 @@ def sweep_table(
 ) -> pd.DataFrame:
     """One row a parameter and value, with its paired difference to the default setting.
 
-    Args:
-        study: its summary and differences are by label.
-        values: what each parameter was set to.
-        params: the default setting.
-
     Returns:
         SWEEP_COLUMNS, and COVERAGE_COLUMNS where the summary has them.
     """
-    summary = study.summary.set_index("method")
-    differences = study.differences.set_index("method")[list(DIFFERENCE)]
-    rows = [
-        {
-            "parameter": name,
-            "value": value,
-            "is_default": getattr(params, name) == value,
-            **summary.loc[label(name, value)],
-            **differences.loc[label(name, value)],
-        }
-        for name, own in values.items()
-        for value in own
-    ]
-    covered = [name for name in tables.COVERAGE_COLUMNS if name in summary]
-    return pd.DataFrame(rows, columns=[*SWEEP_COLUMNS, *covered])
+    swept = [(name, value, label(name, value)) for name, own in values.items() for value in own]
+    table = pd.DataFrame(swept, columns=["parameter", "value", "method"])
+    table["is_default"] = [getattr(params, name) == value for name, value, _ in swept]
+    table = table.merge(study.summary, on="method")
+    table = table.merge(study.differences[["method", *DIFFERENCE]], on="method")
+    covered = [name for name in tables.COVERAGE_COLUMNS if name in table]
+    return table[[*SWEEP_COLUMNS, *covered]]
 
 
 def trend_table(per_image: pd.DataFrame, values: Mapping[str, Sequence[float]]) -> pd.DataFrame:
     """Does a column rise or fall along a parameter?
-
-    Args:
-        per_image: as `tables.per_image_table` returns it, methods being labels.
-        values: what each parameter was set to, ascending.
 
     Returns:
         TREND_COLUMNS, a row a parameter and column of TREND_NAMES. change: an image's value at the
@@ -178,7 +147,7 @@ def trend_table(per_image: pd.DataFrame, values: Mapping[str, Sequence[float]]) 
         bootstrap interval; trend is decided only where that lies on one side of zero. An image
         counts where it has the column at both values (times: the timed images).
     """
-    by_label = {name: own.set_index("image") for name, own in per_image.groupby("method")}
+    by_label = dict(list(per_image.set_index("image").groupby("method")))
     rows = []
     for name, own in values.items():
         if len(own) < 2:
@@ -188,9 +157,9 @@ def trend_table(per_image: pd.DataFrame, values: Mapping[str, Sequence[float]]) 
             changes = (last[column] - first[column]).astype(float).dropna()
             row = {"parameter": name, "column": column, "first": own[0], "last": own[-1]}
             row |= {"n_images": len(changes), **tables.interval_columns("change", changes)}
-            row["trend"] = UNDECIDED
+            row["trend"] = "undecided"
             if row["change_lo"] > 0 or row["change_hi"] < 0:
-                row["trend"] = RISES if row["change"] > 0 else FALLS
+                row["trend"] = "rises" if row["change"] > 0 else "falls"
             rows.append(row)
     return pd.DataFrame(rows, columns=list(TREND_COLUMNS))
 
@@ -198,15 +167,11 @@ def trend_table(per_image: pd.DataFrame, values: Mapping[str, Sequence[float]]) 
 def budget_table(per_image: pd.DataFrame, settings: Sequence[Setting]) -> pd.DataFrame:
     """For each budget the setting with the highest mIoU among those that were held to it.
 
-    Args:
-        per_image: as `tables.per_image_table` returns it, methods being labels.
-        settings: as `limited_settings` returns them.
-
     Returns:
-        BUDGET_COLUMNS. miou_diff with its paired interval: to the default setting held to the same
-        budget. n_decoded, n_decoded_max: mean and highest number of prompts decoded of an image.
+        BUDGET_COLUMNS. miou_diff: to the default setting held to the same budget. n_decoded,
+        n_decoded_max: mean and highest number of prompts decoded of an image.
     """
-    by_label = {name: own.set_index("image") for name, own in per_image.groupby("method")}
+    by_label = dict(list(per_image.set_index("image").groupby("method")))
     rows = []
     for budget in dict.fromkeys(setting.max_prompts for setting in settings):
         held = [setting for setting in settings if setting.max_prompts == budget]
@@ -235,23 +200,3 @@ def parameter_for_people(table: pd.DataFrame, parameter: str) -> pd.DataFrame:
     shown = tables.results_for_people(own, own)
     headings = {"Method": parameter.capitalize(), tables.DIFFERENCE_HEADING: "Δ to the default"}
     return shown.rename(columns=headings)
-
-
-def budgets_for_people(budgets: pd.DataFrame) -> pd.DataFrame:
-    """The best settings as text, with the call that uses each."""
-    rows = []
-    for row in budgets.to_dict("records"):
-        limit = row["budget"]
-        params = ", ".join(f"{name}={row[name]:g}" for name in SWEPT)
-        call = f"aop.segment(image, max_prompts={limit}, params=aop.AsfParams({params}))"
-        rows.append(
-            {
-                "At most": f"{limit} prompts",
-                "Call": call,
-                "mIoU %": tables.percent(row["miou"], row["miou_lo"], row["miou_hi"]),
-                "Δ to the default": tables.points(*(row[name] for name in DIFFERENCE)),
-                "Decoded, mean": f"{row['n_decoded']:.1f}",
-                "Decoded, most": f"{row['n_decoded_max']:.0f}",
-            }
-        )
-    return pd.DataFrame(rows)

@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from aopsam_lab.evaluator import aggregate, mean_interval, paired_difference
-from aopsam_lab.recall import MAX_MASKS, average_recall
+from aopsam_lab.evaluator import mean_interval
 from aopsam_lab.study.settings import REFERENCE
 
 BOOTSTRAP_SEED = 0
@@ -67,62 +66,44 @@ def interval_columns(name: str, values: Sequence[float]) -> dict[str, float]:
 
 
 def per_image_table(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
-    """One row an image and method, in the order given.
-
-    Args:
-        rows: as the store has them, with `image` and `method`.
+    """One row an image and method, from rows of `score` with `image` and `method`.
 
     Returns:
-        PER_IMAGE_COLUMNS. miou, miou_best, ar_100, ar_1000: NaN without ground truth. elim_ratio:
-        eliminated / sampled prompts, NaN where nothing was sampled. Times in seconds, NaN where
-        none was taken. coverage, where any row has found masks: the share of them that the method
-        finds.
+        PER_IMAGE_COLUMNS, and coverage where any row has it. elim_ratio: eliminated / sampled
+        prompts, NaN where nothing was sampled. What a row does not have is NaN.
     """
     table = pd.DataFrame(rows)
-    for most in MAX_MASKS:
-        matched = table.get(f"matched_{most}", [None] * len(table))
-        table[f"ar_{most}"] = [
-            average_recall(counts, n) if isinstance(counts, list) else NAN
-            for counts, n in zip(matched, table.get("n_truth", []))
-        ]
-    covered = []
-    if "n_found" in table:
-        covered = ["coverage"]
-        table["coverage"] = [share(*counts) for counts in zip(table["n_covered"], table["n_found"])]
+    covered = ["coverage"] if "coverage" in table else []
     table = table.reindex(columns=[*PER_IMAGE_COLUMNS, *covered])
-    numbers = [name for name in PER_IMAGE_COLUMNS if name.endswith("_s") or name.startswith("miou")]
-    table[numbers] = table[numbers].astype(float)
     sampled = table["n_sampled"].astype(float)
     table["elim_ratio"] = table["n_eliminated"] / sampled.where(sampled > 0)
-    return table
+    counts = ("image", "method", "n_truth", "n_masks", "n_sampled", "n_decoded", "n_eliminated")
+    return table.astype({name: float for name in table if name not in counts})
 
 
 def summary_table(per_image: pd.DataFrame, peak_mem_mb: Mapping[str, float]) -> pd.DataFrame:
-    """One row a method, over all its images.
-
-    Args:
-        per_image: as `per_image_table` returns it.
-        peak_mem_mb: peak memory by method, in MiB.
+    """One row a method, over all its images; peak_mem_mb: peak memory by method, in MiB.
 
     Returns:
         SUMMARY_COLUMNS. n_images: images with ground truth, on which miou (mean), miou_lo, miou_hi
         (95% bootstrap over images) and miou_best rest. Times, n_masks, n_decoded: means over all
         images, times over those that were timed. elim_ratio: all eliminated / all sampled prompts.
         ar_100, ar_1000: over all ground-truth masks, as COCO defines them. COVERAGE_COLUMNS, where
-        the per-image table has them: mean over images, and its interval.
+        the per-image table has it: mean over images, and its interval.
     """
     rows = []
     for method, own in per_image.groupby("method", sort=False):
-        sampled = own["n_sampled"].sum()
-        row = {"method": method, **interval_columns("miou", own["miou"][own["n_truth"] > 0])}
-        row |= (
-            aggregate(own["miou"], own["miou_best"], own["n_truth"]) | own[MEANS].mean().to_dict()
-        )
-        row["peak_mem_mb"] = peak_mem_mb.get(method, NAN)
-        row["elim_ratio"] = share(own["n_eliminated"].sum(), sampled)
+        scored = own[own["n_truth"] > 0]
+        row = {"method": method, "n_images": len(scored), **own[MEANS].mean()}
+        row |= interval_columns("miou", scored["miou"])
+        row |= {
+            "miou_best": scored["miou_best"].mean(),
+            "peak_mem_mb": peak_mem_mb.get(method, NAN),
+        }
+        row["elim_ratio"] = share(own["n_eliminated"].sum(), own["n_sampled"].sum())
         for name in ("ar_100", "ar_1000"):
-            known = own[own[name].notna()]
-            row[name] = share((known[name] * known["n_truth"]).sum(), known["n_truth"].sum())
+            matched = (scored[name] * scored["n_truth"]).sum(skipna=False)
+            row[name] = share(matched, scored["n_truth"].sum())
         if "coverage" in own:
             row |= interval_columns("coverage", own["coverage"].dropna())
         rows.append(row)
@@ -133,25 +114,18 @@ def summary_table(per_image: pd.DataFrame, peak_mem_mb: Mapping[str, float]) -> 
 def difference_table(per_image: pd.DataFrame, reference: str = REFERENCE) -> pd.DataFrame:
     """One row a method other than the reference: the method minus the reference.
 
-    Args:
-        per_image: as `per_image_table` returns it.
-        reference: the method that the others are compared with.
-
     Returns:
         DIFFERENCE_COLUMNS. miou_diff and its ends: on the same images, with the paired 95%
         bootstrap interval. The ratios: the method's mean over the reference's. Empty where the
         reference was not run.
     """
-    by_method = {
-        name: own.set_index("image") for name, own in per_image.groupby("method", sort=False)
-    }
+    by_method = dict(list(per_image.set_index("image").groupby("method", sort=False)))
     base = by_method.pop(reference, None)
     rows = []
     for method, own in by_method.items() if base is not None else ():
-        scored = own.loc[own["n_truth"] > 0, "miou"]
-        change = paired_difference(scored, base.loc[scored.index, "miou"], BOOTSTRAP_SEED)
-        row = {"method": method, "reference": reference, "n_images": len(scored)}
-        row |= dict(zip(DIFFERENCE, change))
+        scored = own["n_truth"] > 0
+        row = {"method": method, "reference": reference, "n_images": scored.sum()}
+        row |= interval_columns("miou_diff", (own["miou"] - base["miou"])[scored])
         for name, column in RATIOS.items():
             row[name] = share(own[column].mean(), base[column].mean())
         rows.append(row)

@@ -14,13 +14,11 @@ import numpy as np
 import pandas as pd
 
 from aopsam_lab.evaluator import CONFIDENCE_LEVEL, RESAMPLES
-from aopsam_lab.recall import average_recall
-from aopsam_lab.sam.zoo import SamSpec
 from aopsam_lab.study import tables
-from aopsam_lab.study.settings import REFERENCE, Pair
+from aopsam_lab.study.score import PAIR
+from aopsam_lab.study.settings import REFERENCE
 from aopsam_lab.study.tables import COVERAGE_COLUMNS, DIFFERENCE, NAN
 
-PAIR = ["pred_iou_thresh", "stability_score_thresh"]
 CURVE_COLUMNS = ("image", "method", *PAIR, "own", "n_truth", "n_masks", "miou", "ar_1000")
 SUMMARY_COLUMNS = (
     "method", *PAIR, "own", "n_images", "n_masks", "miou", "miou_lo", "miou_hi", *DIFFERENCE,
@@ -31,50 +29,23 @@ EQUAL_COLUMNS = (
 )  # fmt: skip
 
 
-def own_pair(spec: SamSpec) -> Pair:
-    """The thresholds that a SAM's masks are filtered with."""
-    return spec.pred_iou_thresh, spec.stability_score_thresh
-
-
-def with_own(pairs: Sequence[Pair], own: Pair) -> list[Pair]:
-    """The pairs and SAM's own, each once, strictest first."""
-    return sorted({own, *((float(iou), float(stable)) for iou, stable in pairs)}, reverse=True)
-
-
-def curve_table(rows: Sequence[Mapping[str, Any]], own: Pair) -> pd.DataFrame:
-    """One row an image, method and pair of thresholds.
-
-    Args:
-        rows: `image` and `method` each and, where there is one, `curve` as `score_together` makes
-            it.
-        own: SAM's own pair, whose rows are marked.
+def curve_table(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+    """One row an image, method and pair of thresholds, from rows of `score_together`.
 
     Returns:
-        CURVE_COLUMNS, and coverage where found masks are at hand. miou, ar_1000: NaN without ground
-        truth.
+        CURVE_COLUMNS, and coverage where found masks are at hand. own: whether the pair is SAM's.
     """
-    found = []
-    for row in rows:
-        for point in row.get("curve") or ():
-            pair = tuple(point["thresholds"])
-            values = {"image": row["image"], "method": row["method"], **dict(zip(PAIR, pair))}
-            values |= {key: point[key] for key in ("n_truth", "n_masks", "miou")}
-            values |= {"own": pair == own}
-            values["ar_1000"] = average_recall(point["matched_1000"], point["n_truth"])
-            if "n_found" in point:
-                values["coverage"] = tables.share(point["n_covered"], point["n_found"])
-            found.append(values)
-    covered = ["coverage"] if any("coverage" in row for row in found) else []
-    table = pd.DataFrame(found, columns=[*CURVE_COLUMNS, *covered])
+    about = ("image", "method")
+    table = pd.DataFrame(
+        {**{name: row[name] for name in about}, **point} for row in rows for point in row["curve"]
+    )
+    covered = ["coverage"] if "coverage" in table else []
+    table = table.reindex(columns=[*CURVE_COLUMNS, *covered])
     return table.astype(dict.fromkeys(["miou", "ar_1000", *covered], float))
 
 
 def summary_of_curves(curves: pd.DataFrame, reference: str = REFERENCE) -> pd.DataFrame:
     """One row a method and pair of thresholds, over all its images.
-
-    Args:
-        curves: as `curve_table` returns it.
-        reference: the method that the others are compared with.
 
     Returns:
         SUMMARY_COLUMNS. n_masks: mean masks kept an image. miou_diff: minus the reference's at the
@@ -112,18 +83,13 @@ def equal_masks(
 
     The curve is the mean one: mean mIoU against mean masks kept, a straight line between two pairs
     of thresholds. It is read where it keeps as many masks as the reference does at each of its
-    pairs; places beyond either end are left out. For the paired interval images are drawn anew and
-    both curves read again; where a draw ends a little before the place, its last line goes on.
-
-    Args:
-        curves: as `curve_table` returns it; images with ground truth count.
-        method, reference: the two methods.
+    pairs; places beyond either end are left out. For the interval images are drawn anew and both
+    curves read again; where a draw ends a little before the place, its last line goes on.
 
     Returns:
-        EQUAL_COLUMNS, one row for each of the reference's pairs that can be read. miou_diff: method
-        minus reference, with its 95% interval. Empty where either method was not run.
+        EQUAL_COLUMNS, one row for each of the reference's pairs that can be read.
     """
-    pairs = list(map(tuple, curves[PAIR].drop_duplicates().to_numpy()))
+    pairs = list(map(tuple, curves[list(PAIR)].drop_duplicates().to_numpy()))
     scored = curves[(curves["n_truth"] > 0) & curves["method"].isin([method, reference])]
     if scored["method"].nunique() < 2:
         return pd.DataFrame(columns=list(EQUAL_COLUMNS))
@@ -164,12 +130,7 @@ def _read(x: np.ndarray, y: np.ndarray, at: float) -> float:
 def _drawn_interval(
     statistic: Callable[[np.ndarray], np.ndarray], n: int
 ) -> tuple[float, float, float]:
-    """A statistic of n images and the ends of its 95% percentile interval.
-
-    Args:
-        statistic: (k, n) indices of images -> (k,), its value for each of k draws.
-        n: the number of images.
-    """
+    """A statistic, (k, n) indices of images -> (k,), of n images and its 95% interval's ends."""
     if n == 0:
         return NAN, NAN, NAN
     (value,) = statistic(np.arange(n)[None])

@@ -19,25 +19,20 @@ from aopsam_lab.study.sweeps import SweepResult
 def save_study(
     result: StudyResult, name: str = "main_comparison", shown: Sequence[str] = ("aop", "amg_d")
 ) -> dict[str, Path]:
-    """Write a study's result to its folder.
+    """Write a study to its folder; the paths of the files by their names.
 
     Args:
-        result: as `run_study` returns it.
-        name: of the report: `<name>.csv` is the summary, `<name>.png` the figure.
+        result: what is written.
+        name: of the report.
         shown: the methods whose masks are drawn, of those that were run.
-
-    Returns:
-        The paths of the files.
     """
     methods = result.summary["method"].tolist()
     shown = [method for method in shown if method in methods] or methods[:2]
-    # a mean over fewer images than the others' would mislead beside them
-    everywhere = result.summary[result.summary["n_images"] == result.summary["n_images"].max()]
     contents = {
         f"{name}.csv": result.summary,
         f"{name}_differences.csv": result.differences,
         "per_image.csv": result.per_image,
-        f"{name}.png": figures.tradeoff_figure(everywhere),
+        f"{name}.png": figures.tradeoff_figure(result.summary),
         "examples.png": figures.examples_figure(result.examples, shown),
         "provenance.json": result.provenance,
     }
@@ -71,17 +66,13 @@ def write_all(
     folder: str | Path, contents: dict[str, pd.DataFrame | Figure | dict[str, Any]]
 ) -> dict[str, Path]:
     """Write tables, figures and dictionaries to a folder; the paths by the files' names."""
-    texts = {
-        pd.DataFrame: to_csv,
-        Figure: figures.png,
-        dict: lambda facts: json.dumps(facts, indent=2) + "\n",
-    }
-    return {
-        file: write_atomically(Path(folder) / file, texts[type(content)](content))
-        for file, content in contents.items()
-    }
-
-
-def to_csv(table: pd.DataFrame) -> str:
-    """CSV with six significant digits, NaN as an empty field."""
-    return table.to_csv(index=False, float_format="%.6g", lineterminator="\n")
+    paths = {}
+    for file, content in contents.items():
+        if isinstance(content, pd.DataFrame):  # six significant digits, NaN as an empty field
+            data = content.to_csv(index=False, float_format="%.6g", lineterminator="\n")
+        elif isinstance(content, Figure):
+            data = figures.png(content)
+        else:
+            data = json.dumps(content, indent=2) + "\n"
+        paths[file] = write_atomically(Path(folder) / file, data)
+    return paths
