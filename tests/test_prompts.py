@@ -1,4 +1,4 @@
-"""Comparison at equal prompts: a table worked by hand, and one run on a small picture."""
+"""Comparison at equal prompts: a table worked by hand, and one run on a small image."""
 
 from __future__ import annotations
 

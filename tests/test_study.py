@@ -142,8 +142,7 @@ def test_bad_arguments(study, changes, message):
 def test_kill_9_loses_at_most_the_image_in_hand(
     study, weights, folder, tmp_path, kill_after, stored_rows
 ):
-    """A real process, killed once it has stored a few rows; the next one scores the rest and
-    nothing twice."""
+    """The next process scores the rest, and nothing twice."""
     out = tmp_path / "killed"
     arguments = {"methods": METHODS, "dataset": str(folder), "n_images": 14, "out": str(out)}
     arguments |= {**QUICK, **weights}

@@ -1,5 +1,4 @@
-"""The ablation and the sweeps: which settings share what, what their tables say, what survives a
-kill."""
+"""The ablation and the sweeps: which settings share what, and what their tables say."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Looser thresholds: the same prompts filtered again, what is stored of it, and methods at equal
-masks kept."""
+"""Looser thresholds: the same prompts filtered again, and methods at equal masks kept."""
 
 from __future__ import annotations
 
@@ -163,8 +162,7 @@ def test_coverage_is_there_where_found_masks_are(study, monkeypatch):
 
 
 def made_up(points: dict[str, list[tuple[float, float]]], images: int = 2) -> pd.DataFrame:
-    """Curves from (masks kept, mIoU) at the first thresholds of each method, the same on all
-    images."""
+    """Curves from (masks kept, mIoU) at the first thresholds of each method."""
     rows = []
     for method, own in points.items():
         for pair, (n_masks, miou) in zip(THRESHOLDS, own):

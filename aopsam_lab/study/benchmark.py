@@ -31,11 +31,9 @@ def stock_predictor(sam: Sam, encoded: Encoded) -> SamPredictor:
 def stock(
     sam: Sam, encoded: Encoded, side: int, predict: Callable[..., tuple] | None = None
 ) -> list[dict]:
-    """COCO RLE of what `SamAutomaticMaskGenerator` finds on a grid, given the embedding.
+    """COCO RLE of what `SamAutomaticMaskGenerator` finds on a side x side grid.
 
-    Args:
-        side: prompts along each side of the grid.
-        predict: what decodes in the place of `SamPredictor.predict_torch`.
+    The embedding is given. `predict` takes the place of `SamPredictor.predict_torch`.
     """
     generator = SamAutomaticMaskGenerator(
         sam,

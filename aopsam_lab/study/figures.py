@@ -42,7 +42,7 @@ NICE = {"steps": [1, 2, 5, 10]}
 
 
 def tradeoff_figure(summary: pd.DataFrame) -> Figure:
-    """mIoU with its 95% interval against prompts decoded per image, one mark a method."""
+    """Draw mIoU with its 95% interval against prompts decoded per image, one mark a method."""
     figure = new_figure(7.6, 5.2)
     axes = figure.subplots()
     prepare(axes, "mIoU in percent, with 95% intervals over images")
@@ -147,7 +147,7 @@ def sweep_figure(table: pd.DataFrame) -> Figure:
 
 
 def joint_figure(table: pd.DataFrame) -> Figure:
-    """mIoU against total time per image, every setting a mark, the Pareto front joined."""
+    """Draw mIoU against total time per image, every setting a mark, the Pareto front joined."""
     table = table[np.isfinite(table["total_s"]) & np.isfinite(table["miou"])]
     figure = new_figure(7.6, 4.7)
     axes = figure.subplots()

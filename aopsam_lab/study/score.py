@@ -58,13 +58,9 @@ def score_together(
 ) -> Iterator[tuple[Setting, Row]]:
     """Run settings on an image; its embedding, its PCM and every prompt are computed once for all.
 
-    Args:
-        models, sample, settings, found_masks: as `score`.
-        pairs: thresholds at which masks are filtered as well.
-        shown: whether the rows hold `detail`, masks and prompts.
-
     Yields:
-        A setting and its row: as `score`, but `curve`, the `mask_scores` at each pair, for times.
+        A setting and its row as `score` returns it, without times; `curve`: the `mask_scores` at
+        each of the pairs of thresholds; `detail`, if it is to be shown: masks and prompts.
     """
     encoded = encode(models.sam, sample.image)
     predictor = models.predictor and PcmCache(models.predictor, encoded)
