@@ -244,7 +244,7 @@ def test_a_report_made_from_another_folder(folder, tmp_path, monkeypatch):
     assert list(summary.columns) == list(tables.SUMMARY_COLUMNS)
     assert summary["peak_mem_mb"].gt(0).all()
     page = (made / "main_comparison.html").read_text(encoding="utf-8")
-    assert "6 rows scored now, 0 found" in page
+    assert "4 rows scored now, 0 found" in page
     assert not re.search(r'<(script|link)[^>]+(src|href)="https?:', page)
     assert str(PACKAGE_ROOT) not in (made / "main_comparison.ipynb").read_text(encoding="utf-8")
 

@@ -179,10 +179,9 @@ class _Run:
     def _inputs(self, setting: Setting, i: int) -> dict[str, Any]:
         """All that a row of an image depends on."""
         fingerprint, found = self.images.sample_fingerprint(i), self.found[i]
-        if found is not None:
-            found = hashlib.sha256(b"|".join(rle["counts"] for rle in found)).hexdigest()
+        hashed = found and hashlib.sha256(b"|".join(rle["counts"] for rle in found)).hexdigest()
         inputs = settings.row_inputs(setting, self.models, self.machine, fingerprint)
-        inputs |= {"found": found, "thresholds": self.pairs}
+        inputs |= {"found": hashed, "thresholds": self.pairs}
         return inputs | {"shown": i < EXAMPLE_IMAGES, "timed": self._is_timed(setting, i)}
 
     def _is_timed(self, setting: Setting, i: int) -> bool:
