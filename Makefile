@@ -44,7 +44,7 @@ study: $(READY)  ## the main comparison: SAM= CHECKPOINT= PREDICTOR= DETECTOR= M
 ablation: $(READY)  ## what each part of AoP-SAM gives: the parameters of study
 	$(REPORT) ablation
 
-sweeps: $(READY)  ## what each of the four parameters does: the parameters of study
+sweeps: $(READY)  ## what each of the four parameters does: the arguments of study
 	$(REPORT) parameter_sweeps
 
 benchmark: $(READY)  ## segment_anything's decoding against ours: SAM= CHECKPOINT= DATASET= DATA= N= SEED= DEVICE= OUT=

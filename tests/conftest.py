@@ -19,7 +19,7 @@ from aopsam_lab.data import open_dataset
 from aopsam_lab.pipeline.decode import encode
 from aopsam_lab.predictor import load_predictor
 from aopsam_lab.sam.zoo import SamSpec, load_sam
-from aopsam_lab.study import PACKAGE_ROOT
+from aopsam_lab.study import PACKAGE_ROOT, report
 from aopsam_lab.study.runner import run_study
 
 SIDE = 48
@@ -63,8 +63,7 @@ def small_sam():
 
 @pytest.fixture(scope="session")
 def weights(tmp_path_factory):
-    """Paths of the small Sam and a Prompt Predictor with random weights, as run_study takes
-    them."""
+    """Paths of the small Sam and a Prompt Predictor with random weights."""
     return write_weights(tmp_path_factory.mktemp("weights"), seed=0)
 
 
@@ -80,22 +79,22 @@ def other_weights(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
-    """14 small pictures of two squares; the last has no masks."""
+    """14 small images of two squares; the last has no masks."""
     images, annotations = {}, {}
     for i in range(14):
         rng = np.random.default_rng(i)
-        picture = rng.integers(0, 60, (SIDE, SIDE, 3), dtype=np.uint8)
+        image = rng.integers(0, 60, (SIDE, SIDE, 3), dtype=np.uint8)
         name = f"{i:02d}.png"
-        images[name], annotations[name] = picture, []
+        images[name], annotations[name] = image, []
         for x, y in rng.integers(2, SIDE - 14, (2, 2)) if i < 13 else ():
-            picture[y : y + 12, x : x + 12] = rng.integers(90, 255, 3)
+            image[y : y + 12, x : x + 12] = rng.integers(90, 255, 3)
             annotations[name].append({"segmentation": corners(x, y, 12)})
     return write_coco(tmp_path_factory.mktemp("data") / "squares", images, annotations)
 
 
 @pytest.fixture
 def study(weights, folder, tmp_path):
-    """study(**changes): two methods on three small pictures, few prompts, nothing timed."""
+    """A study of changes: two methods on three small images, few prompts, nothing timed."""
 
     def run(**changes):
         arguments = {"methods": METHODS, "dataset": folder, "n_images": 3, "out": tmp_path / "out"}
@@ -106,8 +105,7 @@ def study(weights, folder, tmp_path):
 
 @pytest.fixture(scope="session")
 def kill_after():
-    """kill_after(code, store, rows): run code in a process, which knows the small Sam, and end it
-    with signal 9 once the store has that many rows."""
+    """A function that runs code in a process and kills it once a store has so many rows."""
 
     def run(code: str, store: Path, rows: int) -> dict[str, tuple]:
         path = os.pathsep.join([str(PACKAGE_ROOT), str(Path(__file__).parent)])
@@ -126,6 +124,11 @@ def kill_after():
 @pytest.fixture(scope="session")
 def stored_rows():
     return stored
+
+
+def part(*asked) -> str:
+    """A part of a report on one line, its style aside."""
+    return " ".join(report.part(*asked).split("</style>")[1].split())
 
 
 def stored(path: Path) -> dict[str, tuple]:

@@ -19,9 +19,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from aopsam_lab.masks import drawing
-from aopsam_lab.data import open_dataset
 from aopsam_lab.asf import ROUNDS
+from aopsam_lab.data import open_dataset
+from aopsam_lab.masks import drawing
 from aopsam_lab.masks.rle import encode_rle
 from aopsam_lab.widgets import packing
 

@@ -15,7 +15,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from aopsam_lab import evaluator
-from aopsam_lab.study.scores import mask_scores
+from aopsam_lab.study.score import mask_scores
 
 SIDE = 10
 

@@ -20,13 +20,13 @@ from nbconvert import HTMLExporter
 from PIL import Image
 
 import aopsam_lab as aop
-from aopsam_lab.masks import drawing
 from aopsam_lab.asf import AsfParams
+from aopsam_lab.masks import drawing
 from aopsam_lab.masks.points import deepest_point
+from aopsam_lab.masks.rle import decode_rle, encode_rle
 from aopsam_lab.pipeline.decode import decode_and_filter
 from aopsam_lab.pipeline.methods import METHODS, Grid
 from aopsam_lab.pipeline.run import run_method
-from aopsam_lab.masks.rle import decode_rle, encode_rle
 from aopsam_lab.pipeline.types import STATUSES, Models
 from aopsam_lab.widgets import explorer as explorer_module
 from aopsam_lab.widgets import packing

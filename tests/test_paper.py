@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import part
 
-from aopsam_lab.study import beside_paper, output, paper, sweeps, tables
+from aopsam_lab.study import paper, sweeps, tables
+from aopsam_lab.study.write import write_all
 
 NAN = float("nan")
 
@@ -15,14 +19,14 @@ NAN = float("nan")
 
 
 def test_the_tables_are_whole():
-    main, parts, curves = paper.main_comparison(), paper.ablation(), paper.parameter_sweeps()
+    main, parts, curves = map(paper.published, ("main_comparison", "ablation", "parameter_sweeps"))
     assert (len(main), len(parts), len(curves)) == (45, 9, 16)
     assert set(main["sam"]) == {"mobile_sam", "vit_l", "vit_h"} and set(parts["sam"]) == {"vit_h"}
     assert not main.duplicated(["dataset", "sam", "method"]).any()
     assert (main["inf_lat_s"].isna() == main["method"].isin(["amg_s", "amg_d"])).all()
     assert parts["method"].tolist() == ["aop_no_as_af", "aop_no_af", "aop"] * 3
     values = curves.groupby("parameter", sort=False)["value"].agg(tuple).to_dict()
-    assert values == sweeps.GRIDS
+    assert values == sweeps.SWEPT
 
 
 @pytest.mark.parametrize(
@@ -34,15 +38,15 @@ def test_the_tables_are_whole():
     ],
 )
 def test_cells_of_the_main_table(sam, dataset, method, cells):
-    table = paper.main_comparison().set_index(["sam", "dataset", "method"])
+    table = paper.published("main_comparison").set_index(["sam", "dataset", "method"])
     row = table.loc[(sam, dataset, method)]
     np.testing.assert_allclose(row[list(paper.COMPARED)].to_numpy(dtype=float), cells)
 
 
 def test_cells_of_the_ablation_and_of_the_sweeps():
-    row = paper.ablation().set_index(["dataset", "method"]).loc[("SA-1B", "aop_no_af")]
+    row = paper.published("ablation").set_index(["dataset", "method"]).loc[("SA-1B", "aop_no_af")]
     assert row[list(paper.COMPARED)].tolist() == [72.8, 0.130, 10.1, 120.1]
-    curves = paper.parameter_sweeps().set_index(["parameter", "value"])
+    curves = paper.published("parameter_sweeps").set_index(["parameter", "value"])
     assert curves.loc["elimination", "elim_ratio_percent"].tolist() == [51.5, 42.3, 32.7, 24.6]
     assert curves.loc["smoothing", "peak_mem_gb"].isna().all()  # the poster's slip is left out
     assert curves.loc[("confidence", 0.4), ["miou", "peak_mem_gb"]].tolist() == [66.4, 9.6]
@@ -80,7 +84,7 @@ def facts(sam: str, dataset: str) -> dict:
 
 
 def test_ours_beside_the_main_table_in_the_papers_units():
-    table = paper.side_by_side(summary(amg_d=0.6, aop=0.63), "mobile_sam", "photos")
+    table = paper.main_beside(summary(amg_d=0.6, aop=0.63), "mobile_sam", "photos")
     assert table["method"].tolist() == ["amg_s", "amg_d", "oas_box", "oas_point", "aop"]
     own = table.set_index("method").loc["aop"]
     assert own[[f"miou_{part}" for part in paper.PARTS]].tolist() == pytest.approx([61.5, 63, 1.5])
@@ -95,18 +99,18 @@ def test_ours_beside_the_main_table_in_the_papers_units():
 
 @pytest.mark.parametrize(("sam", "dataset"), [("vit_b", "sa1b"), ("vit_h", "holiday")])
 def test_nothing_stands_beside_what_the_paper_does_not_have(sam, dataset):
-    assert paper.side_by_side(summary(aop=0.6), sam, dataset).empty
-    text = beside_paper.main_comparison(summary(aop=0.6), facts(sam, dataset))
+    assert paper.main_beside(summary(aop=0.6), sam, dataset).empty
+    text = part("beside_main", summary(aop=0.6), facts(sam, dataset))
     assert "<table" not in text and text.count(".") == 1
     assert (sam if dataset != "holiday" else dataset) in text
 
 
 def test_the_main_table_as_html():
-    text = beside_paper.main_comparison(summary(aop=0.63), facts("vit_h", "lvis-v1-val"))
-    assert text.count('colspan="3">') == 4 and "LVIS&#x27;s with ViT-H" in text
-    cells = "".join(f'<td class="right">{cell}</td>' for cell in ("71.9", "63.0", "-8.9", "0.122"))
-    assert f'<tr class="own"><th scope="row" class="left">AoP-SAM</th>{cells}' in text
-    assert "pictures and the machines differ" in text and "10^9 bytes" in text
+    text = part("beside_main", summary(aop=0.63), facts("vit_h", "lvis-v1-val"))
+    assert text.count('colspan="3"') == 4 and "LVIS's with ViT-H" in text
+    cells = " ".join(f"<td>{cell}</td>" for cell in ("71.9", "63.0", "-8.9", "0.122"))
+    assert f"<tr class=own><td>LVIS</td><td>AoP-SAM</td> {cells}" in text
+    assert "images and the machines differ" in text and "10^9 bytes" in text
 
 
 def three_images() -> pd.DataFrame:
@@ -150,10 +154,10 @@ def test_ours_in_the_rows_of_the_ablation_that_match():
     filled = table["miou_ours"].notna().groupby("dataset").sum().to_dict()
     assert filled == {"COCO": 3, "LVIS": 0, "SA-1B": 0}
     assert table.loc[("COCO", "aop"), "miou_difference"] == pytest.approx(55 - 70.1)
-    text = beside_paper.ablation(whole, per_image, facts("mobile_sam", "photos"))
+    text = part("beside_ablation", whole, per_image, facts("mobile_sam", "photos"))
     assert text.count("<table") == 2 and "ours, photos" in text and "SAMs differ" in text
     assert "+20.0 [" in text and "-5.0 [-5.0, -5.0]" in text
-    text = beside_paper.ablation(whole, per_image, facts("vit_b", "holiday"))
+    text = part("beside_ablation", whole, per_image, facts("vit_b", "holiday"))
     assert "no data set of the paper matches" in text and "difference" not in text
 
 
@@ -188,15 +192,16 @@ def test_verdicts(theirs, ours, once, said):
     assert paper.verdict(theirs, *ours, measured_once=once) == said
 
 
-def swept(grids=sweeps.GRIDS, sign=1.0) -> tuple[pd.DataFrame, pd.DataFrame]:
+def swept(grids=sweeps.SWEPT, sign=1.0) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Trends and sweep table of four images, two of them timed; sign 1 moves as the paper does."""
     rows, table = [], []
-    for knob, values in grids.items():
-        rising = sign if knob == "elimination" else -sign
+    for parameter, values in grids.items():
+        rising = sign if parameter == "elimination" else -sign
         for step, value in enumerate(values):
-            table.append({"knob": knob, "value": value, "peak_mem_mb": 1000 + 100 * rising * step})
+            peak = 1000 + 100 * rising * step
+            table.append({"parameter": parameter, "value": value, "peak_mem_mb": peak})
             for i in range(4):
-                row = {"image": f"i{i}", "method": sweeps.label(knob, value), "n_truth": 1}
+                row = {"image": f"i{i}", "method": sweeps.label(parameter, value), "n_truth": 1}
                 row["miou"] = 0.5 + rising * 0.01 * step * (i + 1)
                 row["n_masks"] = 50 + rising * step * (i + 1)
                 row["mask_lat_s"] = 1 + rising * 0.1 * step * (i + 1) if i < 2 else NAN
@@ -247,11 +252,14 @@ def test_what_was_not_measured_and_other_values():
 
 def test_signs_for_people_say_the_same_after_a_file(tmp_path):
     signs = paper.sign_table(*swept())
-    (tmp_path / "signs.csv").write_text(output.to_csv(signs))
-    text = beside_paper.signs(pd.read_csv(tmp_path / "signs.csv"))
-    assert "Of 12 signs of the paper&#x27;s sweeps: 12 agree with ours." in text
+    write_all(tmp_path, {"signs.csv": signs})
+    text = part("beside_signs", pd.read_csv(tmp_path / "signs.csv"))
+    assert "Of 12 signs of the paper's sweeps: 12 agree with ours." in text
     assert "smoothing 1 to 4" in text and "has no interval" in text and "timed images" in text
-    shown = beside_paper.signs_for_people(signs).set_index(["Parameter", "Column"])
-    memory = shown.loc[("spacing 4 to 7", "Peak_Mem"), ["The paper", "Ours"]].tolist()
-    assert memory == ["-0.180", "-0.315"]
-    assert shown.loc[("elimination 1.25 to 1.4", "Mask_Lat"), "Images"] == "2"
+    rows = {
+        "spacing 4 to 7": "Peak_Mem agrees -0.180 -0.315 GB –",
+        "elimination 1.25 to 1.4": "Mask_Lat agrees +0.370",
+    }
+    for parameter, cells in rows.items():
+        assert f"<td>{parameter}</td><td>" + cells.split()[0] in text
+        assert cells in " ".join(re.sub("<[^>]*>", " ", text).split())

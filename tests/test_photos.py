@@ -16,8 +16,8 @@ from small import write_coco
 from aopsam_lab.data import PHOTOS, open_dataset
 from aopsam_lab.data.coco import found_masks
 from aopsam_lab.study import PACKAGE_ROOT
-from aopsam_lab.study.runner import run_study
-from aopsam_lab.study.sweeps import run_ablation, run_sweeps
+from aopsam_lab.study.runner import MAIN_COMPARISON
+from aopsam_lab.study.sweeps import ABLATION, SWEEPS
 from aopsam_lab.widgets.explorer import explore
 
 # Recorded when the photographs were added: a change here changes every reported figure on them.
@@ -81,10 +81,8 @@ def test_a_folder_of_that_name_is_reached_by_its_path(tmp_path, monkeypatch, pho
 
 
 def test_photos_and_mobile_sam_are_the_defaults():
-    for function in (run_study, run_ablation, run_sweeps):
-        defaults = inspect.signature(function).parameters
-        assert (defaults["sam"].default, defaults["dataset"].default) == ("mobile_sam", "photos")
-        assert defaults["n_images"].default == (12 if function is run_study else 28)
+    for config, n_images in ((MAIN_COMPARISON, 12), (ABLATION, 28), (SWEEPS, 28)):
+        assert (config.sam, config.dataset, config.n_images) == ("mobile_sam", "photos", n_images)
     defaults = inspect.signature(explore).parameters
     assert (defaults["sam"].default, defaults["pictures"].default) == ("mobile_sam", "photos")
     for path in (PACKAGE_ROOT / "notebooks").rglob("*.ipynb"):

@@ -1,13 +1,14 @@
-"""Comparison at equal prompts: a table worked by hand, and one run on a small picture."""
+"""Comparison at equal prompts: a table worked by hand, and one run on a small image."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import pandas as pd
 import pytest
 
 from aopsam_lab.study import prompts
 from aopsam_lab.study.figures import png
-from aopsam_lab.study.settings import Weights
 
 
 def made(ours: float, theirs: float) -> pd.DataFrame:
@@ -32,11 +33,12 @@ def test_equal_prompts_by_hand():
 
 
 def test_a_run_is_kept_and_drawn(folder, weights, tmp_path):
-    about = Weights.of(weights["sam"], weights["checkpoint"], weights["predictor"], device="cpu")
-    table = prompts.run(folder, tmp_path, 1, about, progress=False)
+    asked = {"dataset": folder, "out": tmp_path, "n_images": 1, "progress": False, **weights}
+    config = replace(prompts.CONFIG, **asked)
+    table = prompts.compare(config)
     assert (table["prompts"] <= table["limit"]).all() and len(table) == 2 * len(prompts.LIMITS)
     written = (tmp_path / "prompts.csv").read_text()
     assert (tmp_path / "miou_by_prompts.png").exists()
     assert not (tmp_path / "coverage_by_prompts.png").exists(), "no found masks are at hand"
-    prompts.run(folder, tmp_path, 1, about, progress=False)
+    prompts.compare(config)
     assert (tmp_path / "prompts.csv").read_text() == written

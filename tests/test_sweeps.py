@@ -1,9 +1,7 @@
-"""The ablation and the sweeps: which settings share what, what their tables say, what survives a
-kill."""
+"""The ablation and the sweeps: which settings share what, and what their tables say."""
 
 from __future__ import annotations
 
-import inspect
 import json
 
 import conftest
@@ -11,25 +9,23 @@ import nbformat
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import part
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aopsam_lab.pipeline import decode_cache
 from aopsam_lab.asf import AsfParams
 from aopsam_lab.data import open_dataset
-from aopsam_lab.pipeline.decode import encode
-from aopsam_lab.pipeline.run import run_method
-from aopsam_lab.study import PACKAGE_ROOT, figures, page, runner, sweeps, tables
-from aopsam_lab.study.report import run_report
-from aopsam_lab.study.runner import run_study
-from aopsam_lab.study.scores import TIMES, row_values
-from aopsam_lab.study.settings import Weights, load_models
-from aopsam_lab.study.sweep_figures import joint_figure, sweep_figure
-from aopsam_lab.study.sweeps import GRIDS, run_ablation, run_sweeps
+from aopsam_lab.pipeline import decode_cache
+from aopsam_lab.study import PACKAGE_ROOT, figures, report, score, sweeps, tables
+from aopsam_lab.study.figures import joint_figure, sweep_figure
+from aopsam_lab.study.runner import MAIN_COMPARISON, run_study
+from aopsam_lab.study.score import TIMES
+from aopsam_lab.study.settings import Setting, StudyConfig, load_models
+from aopsam_lab.study.sweeps import ABLATION, SWEEPS, SWEPT, run_sweeps
 
 FEW = {"confidence": 0.0, "spacing": 60.0}
 SMALL = {"spacing": (40.0, 60.0), "elimination": (1.0, 1.3)}
-QUICK = {**conftest.QUICK, "grids": SMALL, "budgets": (3,), "timed_images": 1}
+QUICK = {**conftest.QUICK, "values": SMALL, "budgets": (3,), "timed_images": 1}
 
 
 @pytest.fixture
@@ -46,7 +42,7 @@ def sweep(weights, folder, tmp_path):
 
 def test_shared_scores_are_those_of_each_setting_alone(sweep, weights, folder):
     shared = sweep().study.per_image.set_index(["method", "image"])
-    images, models = open_dataset(folder, 2), load_models(Weights(**weights), ["aop"])
+    images, models = open_dataset(folder, 2), load_models(StudyConfig(**weights), ["aop"])
     counts = ["n_truth", "n_masks", "n_sampled", "n_decoded", "n_eliminated"]
     changes = [
         ("default", {}),
@@ -54,24 +50,22 @@ def test_shared_scores_are_those_of_each_setting_alone(sweep, weights, folder):
         ("elimination 1", {"elimination": 1}),
     ]
     for name, change in changes:
-        params = AsfParams(**{**FEW, **change})
+        setting = Setting(name, "aop", AsfParams(**{**FEW, **change}))
         for i in range(2):
             sample, row = images[i], shared.loc[(name, images.ids[i])]
-            encoded = encode(models.sam, sample.image)
-            found = run_method(models.sam, encoded, "aop", models.predictor, params=params)
-            alone = row_values(found, sample.rles, None)
+            alone = score.score(models, sample, setting)
             assert [alone[count] for count in counts] == row[counts].tolist()
             assert alone["miou"] == pytest.approx(row["miou"], abs=1e-3)
 
 
 def test_times_come_only_from_runs_without_sharing(sweep, monkeypatch):
-    real, runs = runner.run_method, []
+    real, runs = score.run_method, []
 
     def recording(sam, encoded, method, **arguments):
         runs.append((type(arguments.get("decode")).__name__, type(arguments["predictor"]).__name__))
         return real(sam, encoded, method, **arguments)
 
-    monkeypatch.setattr(runner, "run_method", recording)
+    monkeypatch.setattr(score, "run_method", recording)
     result = sweep()
     own = result.study.per_image
     unlimited = ~own["method"].str.contains("at most")
@@ -79,23 +73,21 @@ def test_times_come_only_from_runs_without_sharing(sweep, monkeypatch):
     assert own.loc[unlimited & first, list(TIMES)].notna().all(axis=None)
     assert own.loc[~(unlimited & first), list(TIMES)].isna().all(axis=None)
     alone = [run for run in runs if run == ("NoneType", "PromptPredictor")]
-    assert len(alone) == 3 + 1  # three different settings, and one run to warm up
-    assert all(run == ("DecodeCache", "PcmCache") for run in runs if run not in alone)
-    assert "on the first 1 of these images" in page.what_was_run(result.study.provenance)
+    assert len(alone) == 3  # three different settings
+    assert all(run == ("LooseRun", "PcmCache") for run in runs if run not in alone)
+    assert "on the first 1 of these images" in report.what_was_run(result.study.provenance)
 
 
 def test_equal_settings_are_run_once_and_points_decoded_once(sweep, monkeypatch):
-    caches = []
+    real, decoded = decode_cache.decode_and_filter, []
 
-    class Watched(decode_cache.DecodeCache):
-        def __init__(self, *arguments):
-            super().__init__(*arguments)
-            caches.append(self)
+    def counting(sam, encoded, prompts, index, spec):
+        decoded.extend((encoded, *point) for point in prompts.points[index].tolist())
+        return real(sam, encoded, prompts, index, spec)
 
-    monkeypatch.setattr(runner, "DecodeCache", Watched)
+    monkeypatch.setattr(decode_cache, "decode_and_filter", counting)
     result = sweep(timed_images=0)
-    # one cache an image
-    assert len(caches) == 2 and all(cache.n_served > cache.n_decoded for cache in caches)
+    assert len(set((id(encoded), *point) for encoded, *point in decoded)) == len(decoded) > 4
     own = result.study.per_image
     # labels; of five settings three differ, each held to one budget
     assert own["method"].nunique() == 5 + 3
@@ -119,12 +111,11 @@ def test_what_is_scored_is_not_scored_again(sweep):
     first, second = sweep(), sweep()
     assert second.study.n_scored == 0 and second.study.n_reused == first.study.n_scored > 0
     pd.testing.assert_frame_equal(first.table, second.table)
-    # two images, one of them timed
-    assert sweep(grids={**SMALL, "smoothing": (1.0,)}, budgets=()).study.n_scored == 3
+    assert sweep(values={**SMALL, "smoothing": (1.0,)}, budgets=()).study.n_scored == 2
 
 
 def test_other_weights_or_a_shared_row_never_stand_for_a_timed_one(sweep, other_weights):
-    alone = {"grids": {}, "budgets": (), "timed_images": 0}
+    alone = {"values": {}, "budgets": (), "timed_images": 0}
     sweep(**alone)
     assert sweep(**{**alone, "timed_images": 2}).study.n_scored == 2
     assert sweep(**alone, predictor=other_weights["predictor"]).study.n_scored == 2
@@ -132,7 +123,7 @@ def test_other_weights_or_a_shared_row_never_stand_for_a_timed_one(sweep, other_
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"grids": {"size": (1,)}}, "no knob 'size'"), ({"budgets": (0,)}, "budget")],
+    [({"values": {"size": (1,)}}, "no parameter 'size'"), ({"budgets": (0,)}, "budget")],
 )
 def test_bad_arguments(sweep, changes, message):
     with pytest.raises(ValueError, match=message):
@@ -141,8 +132,8 @@ def test_bad_arguments(sweep, changes, message):
 
 def test_the_ablation_has_a_row_a_method_and_its_difference_to_aop(weights, folder, tmp_path):
     few = {**conftest.QUICK, "timed_images": 1, **weights}
-    result = run_ablation(dataset=folder, n_images=2, out=tmp_path, **few)
-    assert result.summary["method"].tolist() == list(sweeps.ABLATION)
+    result = run_study(ABLATION, dataset=folder, n_images=2, out=tmp_path, **few)
+    assert result.summary["method"].tolist() == list(ABLATION.methods)
     assert result.differences["method"].tolist() == ["aop_no_as_af", "aop_no_af", "aop_gated"]
     assert result.summary["mask_lat_s"].gt(0).all()
     assert result.differences["total_ratio"].notna().all()
@@ -151,12 +142,18 @@ def test_the_ablation_has_a_row_a_method_and_its_difference_to_aop(weights, fold
 # --- tables ---
 
 
-def rows_along(knob: str, values: dict[float, list[float]], **columns) -> pd.DataFrame:
-    """per_image rows: at each value of the knob the mIoU of each image."""
+def rows_along(parameter: str, values: dict[float, list[float]], **columns) -> pd.DataFrame:
+    """per_image rows: at each value of the parameter the mIoU of each image."""
     rows = []
     for value, mious in values.items():
-        own = {"method": sweeps.label(knob, value), "n_truth": 1, "n_masks": 10 * value, **columns}
-        own |= {"n_sampled": 10, "n_decoded": 5, "n_eliminated": 0}
+        own = {"method": sweeps.label(parameter, value), "n_truth": 1}
+        own |= {
+            "n_masks": 10 * value,
+            **columns,
+            "n_sampled": 10,
+            "n_decoded": 5,
+            "n_eliminated": 0,
+        }
         rows += [
             {**own, "image": f"i{i}", "miou": miou, "miou_best": miou}
             for i, miou in enumerate(mious)
@@ -187,8 +184,8 @@ def test_sentences_say_what_a_parameter_changes():
     own = rows_along("elimination", {1.25: [0.5, 0.6], 1.3: [0.9, 0.9], 1.4: [0.4, 0.5]})
     own["elim_ratio"] = own["method"].map({"elimination 1.25": 0.2, "elimination 1.4": 0.1})
     trends = sweeps.trend_table(own, {"elimination": (1.25, 1.3, 1.4)})
-    (sentence,) = sweeps.trend_sentences(trends)
-    assert sentence.startswith("Elimination from 1.25 to 1.4: mIoU falls (-10.0 points [-10.0, ")
+    sentence = part("trends", trends)
+    assert "<li>Elimination from 1.25 to 1.4: mIoU falls (-10.0 points [-10.0, " in sentence
     assert "the eliminated share falls (-10.0 points [-10.0, -10.0])" in sentence
 
 
@@ -217,10 +214,10 @@ def test_the_best_setting_of_a_budget_by_hand():
     columns = ("budget", "spacing", "n_decoded", "n_decoded_max")
     assert [best[column] for column in columns] == [50, 5.0, 41, 42]
     assert (best["miou"], best["miou_diff"]) == pytest.approx((0.5, 0.1))
-    (shown,) = sweeps.budgets_for_people(pd.DataFrame([best])).to_dict("records")
-    knobs = "smoothing=2, confidence=0.2, spacing=5, elimination=1.3"
-    assert shown["Call"] == f"aop.segment(image, max_prompts=50, params=aop.AsfParams({knobs}))"
-    assert shown["Δ to the default"] == "+10.0 [+10.0, +10.0]"
+    shown = part("budgets", pd.DataFrame([best]))
+    params = "smoothing=2, confidence=0.2, spacing=5, elimination=1.3"
+    assert f"<td>aop.segment(image, max_prompts=50, params=aop.AsfParams({params}))</td>" in shown
+    assert "<td>+10.0 [+10.0, +10.0]</td>" in shown
 
 
 # --- figures and reports ---
@@ -228,12 +225,12 @@ def test_the_best_setting_of_a_budget_by_hand():
 
 def made_up_table() -> pd.DataFrame:
     rows = []
-    for knob, values in GRIDS.items():
+    for name, values in SWEPT.items():
         for i, value in enumerate(values):
-            default = getattr(AsfParams(), knob) == value
+            default = getattr(AsfParams(), name) == value
             score = 0.2 if default else 0.1 * (i + 1) + 0.01 * len(rows)
             row = dict.fromkeys(sweeps.SWEEP_COLUMNS, score)
-            rows.append({**row, "knob": knob, "value": value, "is_default": default})
+            rows.append({**row, "parameter": name, "value": value, "is_default": default})
     return pd.DataFrame(rows)
 
 
@@ -241,11 +238,12 @@ def test_figures_of_the_sweeps():
     table = made_up_table()
     figure = sweep_figure(table)
     titles = [axes.get_title(loc="left") for axes in figure.axes[:4]]
-    assert titles == [f"({letter}) {knob}" for letter, knob in zip("abcd", GRIDS)]
+    assert titles == [f"({letter}) {name}" for letter, name in zip("abcd", SWEPT)]
     for made in (figure, joint_figure(table), joint_figure(table.assign(total_s=np.nan))):
         assert figures.png(made).startswith(b"\x89PNG")
-    labels = [text.get_text() for text in joint_figure(table).axes[0].texts]
-    assert labels.count("default") == 1
+    # the default's settings are one mark, the others are named by their values
+    axes = joint_figure(table).axes[0]
+    assert len(axes.texts) == 12 and axes.texts[0].get_text() == "1"
 
 
 def dashed(figure):
@@ -262,37 +260,37 @@ def test_the_papers_curves_are_drawn_dashed():
 
 
 def test_at_values_that_the_paper_does_not_have_ours_stand_alone():
-    table = made_up_table().query("knob == 'spacing'").assign(value=[40.0, 50.0, 60.0, 70.0])
+    table = made_up_table().query("parameter == 'spacing'").assign(value=[40.0, 50.0, 60.0, 70.0])
     figure = sweep_figure(table)
     assert dashed(figure) == [] and len(figure.legends[0].get_texts()) == 1
 
 
 @pytest.mark.parametrize(
-    ("name", "function"),
-    [("main_comparison", run_study), ("ablation", run_ablation), ("parameter_sweeps", run_sweeps)],
+    ("name", "config"),
+    [("main_comparison", MAIN_COMPARISON), ("ablation", ABLATION), ("parameter_sweeps", SWEEPS)],
 )
-def test_the_parameters_of_the_notebooks_are_the_defaults(name, function):
+def test_the_parameters_of_the_notebooks_are_the_defaults(name, config):
     notebook = nbformat.read(PACKAGE_ROOT / "notebooks" / f"{name}.ipynb", as_version=4)
     (tagged,) = [c for c in notebook.cells if "parameters" in c.metadata.get("tags", [])]
     values: dict = {}
     exec(tagged.source, values)
-    parameters = inspect.signature(function).parameters
     asked = "sam checkpoint predictor dataset n_images timed_images seed device out"
     assert {*asked.split(), "smoothing", "confidence", "spacing", "elimination"} <= values.keys()
-    for key in parameters.keys() & values.keys():
-        default = parameters[key].default
+    for key in vars(config).keys() & values.keys():
+        default = getattr(config, key)
         assert values[key] == (list(default) if isinstance(default, tuple) else default), key
     if name == "parameter_sweeps":
-        assert {knob: tuple(values[f"{knob}s"]) for knob in GRIDS} == GRIDS
+        assert {name: tuple(values[f"{name}s"]) for name in SWEPT} == SWEPT
+        assert tuple(values["budgets"]) == sweeps.BUDGETS
 
 
 def test_reports_made_from_another_folder(folder, tmp_path, monkeypatch):
     """The notebooks through papermill, and the page that lists them."""
     monkeypatch.chdir(tmp_path)
     few = {"dataset": str(folder), "n_images": 2, "timed_images": 1, "memory": False, **FEW}
-    run_report("ablation", {**few, "methods": ["aop_no_af", "aop"]}, "reports")
+    report.run_report("ablation", {**few, "methods": ["aop_no_af", "aop"]}, "reports")
     grids = {"smoothings": [2], "confidences": [0.0], "spacings": [40, 60], "eliminations": [1.3]}
-    index = run_report("parameter_sweeps", {**few, **grids, "budgets": [3]}, "reports")
+    index = report.run_report("parameter_sweeps", {**few, **grids, "budgets": [3]}, "reports")
     index = index.read_text(encoding="utf-8")
     ablation = "ablation.csv ablation_differences.csv ablation.png examples.png"
     joint = (
@@ -309,6 +307,6 @@ def test_reports_made_from_another_folder(folder, tmp_path, monkeypatch):
     ablation = (tmp_path / "reports/ablation/ablation.html").read_text(encoding="utf-8")
     assert "AoP-SAM without AF" in ablation
     quick = {"dataset": str(folder), "n_images": 1, "side": 2, "memory": False}
-    index = run_report("benchmark", quick, "reports").read_text(encoding="utf-8")
+    index = report.run_report("benchmark", quick, "reports").read_text(encoding="utf-8")
     assert 'src="benchmark/benchmark.png"' in index and "grid 2 x 2." in index
-    assert len(pd.read_csv(tmp_path / "reports/benchmark/benchmark.csv")) == 5
+    assert len(pd.read_csv(tmp_path / "reports/benchmark/benchmark.csv")) == 3

@@ -1,5 +1,4 @@
-"""Looser thresholds: the same prompts filtered again, what is stored of it, and methods at equal
-masks kept."""
+"""Looser thresholds: the same prompts filtered again, and methods at equal masks kept."""
 
 from __future__ import annotations
 
@@ -9,17 +8,19 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import part
 
-from aopsam_lab.pipeline import decode_cache
 from aopsam_lab.asf import AsfParams
+from aopsam_lab.pipeline import decode_cache
 from aopsam_lab.pipeline.decode import all_masks, decode_and_filter
 from aopsam_lab.pipeline.decode_cache import DecodeCache, LooseRun
 from aopsam_lab.pipeline.methods import Grid, method_named
 from aopsam_lab.pipeline.run import run_method
 from aopsam_lab.pipeline.types import Models
-from aopsam_lab.study import figures, output, page, runner, scores, tables, thresholds
-from aopsam_lab.study.threshold_figure import threshold_figure
-from aopsam_lab.study.thresholds import THRESHOLDS
+from aopsam_lab.study import figures, report, runner, score, tables, thresholds
+from aopsam_lab.study.figures import threshold_figure
+from aopsam_lab.study.settings import THRESHOLDS
+from aopsam_lab.study.write import save_study
 
 OWN = (0.88, 0.95)
 PAIRS = [OWN, (0.8, 0.9), (0.5, 0.85), (0.7, 0.6)]
@@ -67,7 +68,7 @@ def test_looser_pairs_are_runs_of_a_sam_with_these_thresholds(sam, encoded):
 
         alone = run_method(sam, encoded, GRID, decode=decode)
         assert len(masks) == len(alone.masks)
-        different = scores.mask_scores(alone.masks, masks, None)["miou"]
+        different = score.mask_scores(alone.masks, masks, None)["miou"]
         assert different == pytest.approx(1, abs=1e-3)
 
 
@@ -141,7 +142,8 @@ def test_coverage_is_there_where_found_masks_are(study, monkeypatch):
     assert "coverage" not in study(**some).summary
     shown = study(methods=["aop"], **some)
     masks = {
-        example.id: example.detail["aop"]["masks"] for example in shown.examples
+        name: [{**rle, "counts": rle["counts"].encode()} for rle in example.detail["aop"]["masks"]]
+        for name, example in zip(shown.per_image["image"], shown.examples)
     }  # what a method found itself
     monkeypatch.setattr(runner, "found_masks", lambda images: masks)
     result = study(**some)
@@ -159,8 +161,7 @@ def test_coverage_is_there_where_found_masks_are(study, monkeypatch):
 
 
 def made_up(points: dict[str, list[tuple[float, float]]], images: int = 2) -> pd.DataFrame:
-    """Curves from (masks kept, mIoU) at the first thresholds of each method, the same on all
-    images."""
+    """Curves from (masks kept, mIoU) at the first thresholds of each method."""
     rows = []
     for method, own in points.items():
         for pair, (n_masks, miou) in zip(THRESHOLDS, own):
@@ -182,7 +183,7 @@ def test_methods_at_equal_masks_by_hand():
     )  # half-way from 40 to 60; its last place
     assert equal["miou_diff"].tolist() == pytest.approx([0.15, 0.1])
     assert equal["miou_diff_lo"].tolist() == pytest.approx([0.15, 0.1])  # equal on all images
-    first, _ = thresholds.equal_sentences(equal)
+    first = part("equal", equal)
     assert (
         "With 50 masks kept an image, as many as AMG-D keeps at the thresholds 0.88 and 0.95"
         in first
@@ -222,7 +223,8 @@ def test_the_figure_has_a_panel_a_column_and_a_line_a_method():
     curves = made_up({"aop": [(40, 0.4), (60, 0.5)], "amg_d": [(50, 0.3), (90, 0.5)]}, images=4)
     figure = threshold_figure(thresholds.summary_of_curves(curves))
     assert [axes.get_title(loc="left") for axes in figure.axes] == ["mIoU %", "AR@1000 %"]
-    assert [len(axes.lines) for axes in figure.axes] == [2, 2]
+    lines = [[line.get_label() for line in axes.lines] for axes in figure.axes]
+    assert all({"AoP-SAM", "AMG-D"} < set(names) for names in lines)
     assert figures.png(figure).startswith(b"\x89PNG")
     whole = threshold_figure(thresholds.summary_of_curves(curves.assign(coverage=0.5)))
     assert whole.axes[2].get_title(loc="left") == "coverage %"
@@ -230,9 +232,9 @@ def test_the_figure_has_a_panel_a_column_and_a_line_a_method():
 
 def test_a_report_shows_the_figure_and_what_it_says(study, tmp_path):
     result = study(out=tmp_path / "reports" / "main_comparison", thresholds=THRESHOLDS)
-    files = result.save()
-    assert {"thresholds", "curves", "equal_masks", "threshold_figure"} <= files.keys()
-    text = page.write_index(tmp_path / "reports").read_text(encoding="utf-8")
+    files = save_study(result)
+    assert {"thresholds.csv", "thresholds_per_image.csv", "equal_masks.csv"} <= files.keys()
+    text = report.write_index(tmp_path / "reports").read_text(encoding="utf-8")
     assert 'src="main_comparison/thresholds.png"' in text
     assert "main_comparison/thresholds.csv" in text
-    assert output._curve_files(study()) == {}
+    assert "thresholds.csv" not in save_study(study())

@@ -4,6 +4,5 @@ from __future__ import annotations
 
 from pathlib import Path
 
-PACKAGE_ROOT = (
-    Path(__file__).resolve().parents[2]
-)  # the folder that holds the package, and in a checkout notebooks/
+# the folder that holds the package, and in a checkout notebooks/
+PACKAGE_ROOT = Path(__file__).resolve().parents[2]

@@ -1,15 +1,31 @@
-"""`python -m aopsam_lab.study report | index | readme`: make reports, the page of all of them, the README's table."""
+"""`python -m aopsam_lab.study report | index | readme`: reports, their page, the README's table."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 
-from aopsam_lab.study.page import write_index
-from aopsam_lab.study.readme import update_readme
+from aopsam_lab.study import sweeps
+from aopsam_lab.study.report import run_report, update_readme, write_index
+
+# What is not given is as the notebook's own parameters have it.
+PARAMETERS = {
+    "sam": (str, "mobile_sam, vit_b, vit_l or vit_h"),
+    "checkpoint": (str, "the SAM's weights (default: bundled or official)"),
+    "predictor": (str, "a Prompt Predictor's weights (default: the bundled ones)"),
+    "detector": (str, "a YOLOv8's weights (default: the bundled ones)"),
+    "methods": (lambda text: text.split(","), "names, separated by commas"),
+    "dataset": (str, "photos, the path of a COCO-style folder, or coco:PATH, lvis:PATH, sa1b:PATH"),
+    "n-images": (int, "at most so many"),
+    "timed-images": (int, "images on which each setting runs alone, to be timed"),
+    "seed": (int, "which images"),
+    "device": (str, "auto, cpu or cuda"),
+    **dict.fromkeys(sweeps.SWEPT, (float, None)),
+}
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Run a command; 0, or 1 where it failed."""
     options = vars(parser().parse_args(arguments))
     command, reports = options.pop("command"), options.pop("reports")
     try:
@@ -18,8 +34,6 @@ def main(arguments: list[str] | None = None) -> int:
         elif command == "readme":
             print(f"Updated {update_readme(options['readme'], reports)}")
         else:
-            from aopsam_lab.study.report import run_report
-
             name = options.pop("name")
             parameters = {key: value for key, value in options.items() if value is not None}
             print(f"Report: {run_report(name, parameters, reports)}")
@@ -30,42 +44,19 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    """What is not given on the command line is left as the notebook's own parameters have it."""
-    top = argparse.ArgumentParser(
-        prog="python -m aopsam_lab.study", description="Make the reports."
-    )
+    """The command line."""
+    top = argparse.ArgumentParser("python -m aopsam_lab.study", description="Make the reports.")
     commands = top.add_subparsers(dest="command", required=True)
-    report = commands.add_parser(
-        "report", help="run a notebook and publish it (the main comparison if not named)"
-    )
-    report.add_argument(
-        "name", nargs="?", default="main_comparison", help="a notebook in notebooks/"
-    )
-    report.add_argument("--sam", help="mobile_sam, vit_b, vit_l or vit_h")
-    report.add_argument("--checkpoint", help="the SAM's weights (default: bundled or official)")
-    report.add_argument(
-        "--predictor", help="a Prompt Predictor's weights (default: the bundled ones)"
-    )
-    report.add_argument("--detector", help="a YOLOv8's weights (default: the bundled ones)")
-    report.add_argument(
-        "--methods", type=lambda text: text.split(","), help="names, separated by commas"
-    )
-    report.add_argument("--dataset", help="photos or the path of a COCO-style folder")
-    report.add_argument("--n-images", type=int)
-    report.add_argument(
-        "--timed-images", type=int, help="images on which each setting runs alone, to be timed"
-    )
-    report.add_argument("--seed", type=int)
-    report.add_argument("--device", help="auto, cpu or cuda")
-    for name in ("smoothing", "confidence", "spacing", "elimination"):
-        report.add_argument(f"--{name}", type=float)
+    report = commands.add_parser("report", help="run a notebook and publish it")
+    about = {"default": "main_comparison", "help": "a notebook in notebooks/"}
+    report.add_argument("name", nargs="?", **about)
+    for name, (kind, text) in PARAMETERS.items():
+        report.add_argument(f"--{name}", type=kind, help=text)
     index = commands.add_parser("index", help="rewrite reports/index.html")
     readme = commands.add_parser("readme", help="write the results into the README")
     readme.add_argument("--readme", default="README.md")
     for command in (report, index, readme):
-        command.add_argument(
-            "--reports", default="reports", help="the folder of all reports (default: reports)"
-        )
+        command.add_argument("--reports", default="reports", help="the folder of all reports")
     return top
 
 

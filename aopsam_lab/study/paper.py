@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from aopsam_lab.evaluator import mean_interval
 from aopsam_lab.study import tables
+from aopsam_lab.study.tables import NAN
 
 FOLDER = Path(__file__).with_name("paper")
 CITATION = (
@@ -21,6 +21,8 @@ CITATION = (
     "39(2), 2284-2292, arXiv:2505.11980"
 )
 GB_PER_MIB = 2**20 / 1e9
+
+
 # The paper's column -> our column, and how many of the paper's units one of ours is.
 COLUMNS = {
     "miou": ("miou", 100),
@@ -42,222 +44,133 @@ STEP_COLUMNS = (
 )  # fmt: skip
 # Columns of the sweeps whose sign is compared. Inf_Lat is not: the paper's moves by 6 ms at most.
 SIGNS_OF = ("miou", "n_masks", "elim_ratio_percent", "mask_lat_s", "peak_mem_gb")
+CHANGE = ("change", "change_lo", "change_hi")
 SIGN_COLUMNS = (
-    "parameter", "column", "first", "last", "paper_change", "n_images",
-    "change", "change_lo", "change_hi", "verdict",
+    "parameter", "column", "first", "last", "paper_change", "n_images", *CHANGE, "verdict",
 )  # fmt: skip
-AGREES, DISAGREES, NOT_CLEAR = "agrees", "disagrees", "not clear"
-NOT_MEASURED, OTHER_VALUES = "not measured", "other values"
 
 
-def main_comparison() -> pd.DataFrame:
-    """The paper's main table, 45 rows: dataset, sam, method and the columns COMPARED."""
-    return pd.read_csv(FOLDER / "main_comparison.csv")
-
-
-def ablation() -> pd.DataFrame:
-    """The paper's ablation, 9 rows, with the columns of its main table."""
-    return pd.read_csv(FOLDER / "ablation.csv")
-
-
-def parameter_sweeps() -> pd.DataFrame:
-    """The paper's sweeps, 16 rows: panel, parameter, value, and COLUMNS, NaN where it has none."""
-    return pd.read_csv(FOLDER / "parameter_sweeps.csv")
+def published(name: str) -> pd.DataFrame:
+    """A table of the paper: "main_comparison", "ablation" or "parameter_sweeps"."""
+    return pd.read_csv(FOLDER / f"{name}.csv")
 
 
 def paper_dataset(dataset: str) -> str | None:
-    """The paper's data set that one of ours can stand beside.
-
-    Args:
-        dataset: the name of a data set; COCO's and LVIS's end in the split, as "coco-val2017".
-
-    Returns:
-        "COCO" for COCO and for `photos`, which are photographs of COCO; "LVIS"; "SA-1B"; else None.
-    """
-    kind = dataset.split("-")[0]
+    """The paper's data set that one of ours, named as "coco-val2017", can stand beside."""
+    kind = dataset.split("-")[0]  # the photographs in the box are COCO's
     return {"photos": "COCO", "coco": "COCO", "lvis": "LVIS", "sa1b": "SA-1B"}.get(kind)
 
 
-def side_by_side(summary: pd.DataFrame, sam: str, dataset: str) -> pd.DataFrame:
-    """The paper's main table for one SAM and data set: its cell, ours, and ours minus its.
-
-    Args:
-        summary: as `tables.summary_table` gives it.
-        sam: the SAM's name.
-        dataset: the data set's name.
+def main_beside(summary: pd.DataFrame, sam: str, dataset: str) -> pd.DataFrame:
+    """The paper's main table for one SAM and data set beside ours.
 
     Returns:
-        A row a method of the paper: method, and of each column C of COMPARED C_paper, C_ours and
-        C_difference, NaN where the paper has no such cell or the method was not run. No row where
-        the paper does not have this SAM or data set.
+        A row a method of the paper: dataset, method, and of each column C of COMPARED C_paper,
+        C_ours and C_difference, NaN where the paper has no such cell or the method was not run. No
+        row where the paper does not have this SAM or data set.
     """
-    published = main_comparison()
-    own = (published["sam"] == sam) & (published["dataset"] == paper_dataset(dataset))
-    return _beside(published[own], summary)[["method", *_compared(PARTS)]]
+    theirs = published("main_comparison")
+    own = (theirs["sam"] == sam) & (theirs["dataset"] == paper_dataset(dataset))
+    return _beside(theirs[own], summary, dataset)
 
 
 def ablation_beside(summary: pd.DataFrame, dataset: str) -> pd.DataFrame:
-    """The paper's ablation, and ours in the rows of the data set that it can stand beside.
+    """The paper's ablation as `main_beside`, ours in the rows of the data set that matches."""
+    return _beside(published("ablation"), summary, dataset)
 
-    Args:
-        summary: as `tables.summary_table` gives it.
-        dataset: the data set's name.
 
-    Returns:
-        Nine rows: dataset, method, and the columns of `side_by_side`; C_ours and C_difference are
-        NaN in the rows of other data sets.
-    """
-    compared = _beside(ablation(), summary)
-    compared.loc[compared["dataset"] != paper_dataset(dataset), _compared(PARTS[1:])] = np.nan
-    return compared[["dataset", "method", *_compared(PARTS)]]
+def _beside(theirs: pd.DataFrame, summary: pd.DataFrame, dataset: str) -> pd.DataFrame:
+    ours = summary.set_index("method").reindex(theirs["method"])
+    compared = theirs[["dataset", "method"]].reset_index(drop=True)
+    matches = compared["dataset"] == paper_dataset(dataset)
+    for column in COMPARED:
+        name, factor = COLUMNS[column]
+        own = pd.Series(factor * ours[name].to_numpy(dtype=float)).where(matches)
+        cells = theirs[column].reset_index(drop=True).astype(float)
+        for part, values in zip(PARTS, (cells, own, own - cells), strict=True):
+            compared[f"{column}_{part}"] = values
+    return compared
 
 
 def step_table(per_image: pd.DataFrame, summary: pd.DataFrame, dataset: str) -> pd.DataFrame:
     """What each part of AoP-SAM changes, in the paper's ablation and in ours.
 
-    Args:
-        per_image: as `tables.per_image_table` gives it.
-        summary: as `tables.summary_table` gives it.
-        dataset: the name of our data set.
-
     Returns:
-        A row a step of STEPS and source, with the columns STEP_COLUMNS. source is "paper" or
-        "ours"; ours follows the paper's data set that it can stand beside, else the last. miou
-        (points), n_masks and peak_mem_gb are the method with the part minus the method without it;
-        _lo and _hi are the ends of the 95% paired bootstrap interval over our n_images images. No
-        row of ours where one of the two methods was not run.
+        STEP_COLUMNS, a row a step of STEPS and source, "paper" or "ours"; ours follows the paper's
+        data set that it can stand beside, else the last. The values are the method with the part
+        minus the method without it. No row of ours where one of the two was not run.
     """
-    published = ablation().set_index(["dataset", "method"])[["miou", "peak_mem_gb", "n_masks"]]
-    beside, rows = paper_dataset(dataset), []
+    theirs = published("ablation").set_index(["dataset", "method"]).drop(columns="sam")
+    names, rows = list(theirs.index.unique("dataset")), []
+    after = paper_dataset(dataset) or names[-1]
+    values = per_image.set_index(["method", "image"])[["miou", "n_masks"]].astype(float)
+    peaks = GB_PER_MIB * summary.set_index("method")["peak_mem_mb"]
     for step, (without, with_part) in STEPS.items():
-        own = _our_step(per_image, summary, without, with_part)
-        ours = [{"step": step, "source": "ours", "dataset": dataset, **own}] if own else []
-        for name in published.index.unique("dataset"):
-            change = published.loc[(name, with_part)] - published.loc[(name, without)]
+        for name in names:
+            change = theirs.loc[(name, with_part)] - theirs.loc[(name, without)]
             rows.append({"step": step, "source": "paper", "dataset": name, **change})
-            rows += ours if name == beside else []
-        rows += ours if beside is None else []
+            if name == after and {without, with_part} <= set(summary["method"]):
+                change = (values.loc[with_part] - values.loc[without]).dropna()
+                row = {"step": step, "source": "ours", "dataset": dataset, "n_images": len(change)}
+                row |= tables.interval_columns("miou", 100 * change["miou"])
+                row |= tables.interval_columns("n_masks", change["n_masks"])
+                rows.append(row | {"peak_mem_gb": peaks[with_part] - peaks[without]})
     return pd.DataFrame(rows, columns=list(STEP_COLUMNS))
 
 
 def sweep_curve(parameter: str, low: float, high: float) -> pd.DataFrame:
-    """The paper's sweep of one parameter, as far as its values lie between two of ours.
-
-    Args:
-        parameter: the parameter's name.
-        low: the lowest value that is wanted.
-        high: the highest value that is wanted.
-
-    Returns:
-        A row a value: value, miou (percent), n_masks.
-    """
-    published = parameter_sweeps()
-    own = (published["parameter"] == parameter) & published["value"].between(low, high)
-    return published.loc[own, ["value", "miou", "n_masks"]].reset_index(drop=True)
+    """The paper's sweep of a parameter at values from low to high: value, miou (%), n_masks."""
+    theirs = published("parameter_sweeps")
+    own = (theirs["parameter"] == parameter) & theirs["value"].between(low, high)
+    return theirs.loc[own, ["value", "miou", "n_masks"]].reset_index(drop=True)
 
 
 def sign_table(trends: pd.DataFrame, table: pd.DataFrame) -> pd.DataFrame:
-    """Does a column change along a parameter as in the paper? The sign from first to last value.
+    """Does a column change along a parameter as in the paper, from its first to its last value?
 
     Args:
-        trends: as `sweeps.trend_table` gives it.
-        table: as `sweeps.sweep_table` gives it, for peak memory, which is measured once a setting.
+        trends: as `sweeps.trend_table` returns it.
+        table: as `sweeps.sweep_table` returns it: peak memory is measured once a setting.
 
     Returns:
-        A row a swept parameter and column of SIGNS_OF that the paper has along it (twelve for its
-        four parameters), with the columns SIGN_COLUMNS. column is the paper's, and changes are in
-        its unit. change is ours over n_images images with the ends of its 95% paired bootstrap
-        interval, which peak memory does not have (NaN). verdict is that of the function `verdict`,
-        or OTHER_VALUES where our first and last value are not the paper's.
+        SIGN_COLUMNS, a row a swept parameter and column of SIGNS_OF that the paper has along it:
+        twelve for its four. Changes are in the paper's units; ours is over n_images images.
+        verdict: see `verdict`, or "other values" where our first and last value are others.
     """
-    ours = trends.set_index(["knob", "column"])
+    ours = trends.set_index(["parameter", "column"])
     rows = []
-    for parameter, panel in parameter_sweeps().groupby("parameter", sort=False):
-        if parameter not in ours.index.unique("knob"):
+    for parameter, panel in published("parameter_sweeps").groupby("parameter", sort=False):
+        if parameter not in ours.index.unique("parameter"):
             continue
         start, end = panel.iloc[0], panel.iloc[-1]
         for column in [name for name in SIGNS_OF if panel[name].notna().all()]:
             name, factor = COLUMNS[column]
             once = name == "peak_mem_mb"
-            own = ours.loc[(parameter, "miou" if once else name)]
+            own = ours.loc[(parameter, "miou" if once else name)].copy()
             if once:
-                peaks = table.loc[table["knob"] == parameter, name]
-                changes = [peaks.iloc[-1] - peaks.iloc[0], np.nan, np.nan]
-            else:
-                changes = own[["change", "change_lo", "change_hi"]]
-            change, low, high = (factor * float(value) for value in changes)
-            paper_change = end[column] - start[column]
+                peaks = table.loc[table["parameter"] == parameter, name]
+                own[["n_images", *CHANGE]] = NAN, peaks.iloc[-1] - peaks.iloc[0], NAN, NAN
+            row = {"parameter": parameter, "column": column, **own[["first", "last", "n_images"]]}
+            row |= (factor * own[list(CHANGE)].astype(float)).to_dict()
+            row["paper_change"] = end[column] - start[column]
+            said = verdict(row["paper_change"], *(row[name] for name in CHANGE), once)
             same = (own["first"], own["last"]) == (start["value"], end["value"])
-            said = verdict(paper_change, change, low, high, once)
-            rows.append(
-                {
-                    "parameter": parameter,
-                    "column": column,
-                    "first": own["first"],
-                    "last": own["last"],
-                    "paper_change": paper_change,
-                    "n_images": np.nan if once else own["n_images"],
-                    "change": change,
-                    "change_lo": low,
-                    "change_hi": high,
-                    "verdict": said if same else OTHER_VALUES,
-                }
-            )
+            rows.append({**row, "verdict": said if same else "other values"})
     return pd.DataFrame(rows, columns=list(SIGN_COLUMNS))
 
 
 def verdict(
     paper_change: float, change: float, low: float, high: float, measured_once: bool = False
 ) -> str:
-    """Does our change have the sign of the paper's?
-
-    Args:
-        paper_change: the paper's change.
-        change: ours; NaN where it was not measured.
-        low: the lower end of its interval; NaN where it has none.
-        high: the upper end.
-        measured_once: whether ours has no interval, so that its sign alone decides.
+    """Does our change, with its interval from low to high, have the sign of the paper's?
 
     Returns:
-        AGREES or DISAGREES; NOT_CLEAR where our interval contains 0 or cannot be had, and where a
-        change is 0; NOT_MEASURED.
+        "agrees" or "disagrees"; "not clear" where our interval contains 0 or cannot be had (NaN),
+        unless ours is measured once, and where a change is 0; "not measured" where ours is NaN.
     """
     if not np.isfinite(change):
-        return NOT_MEASURED
+        return "not measured"
     decided = measured_once or low > 0 or high < 0  # neither for NaN, the interval of one image
     if not decided or change == 0 or paper_change == 0:
-        return NOT_CLEAR
-    return AGREES if (change > 0) == (paper_change > 0) else DISAGREES
-
-
-def _beside(published: pd.DataFrame, summary: pd.DataFrame) -> pd.DataFrame:
-    """Rows of a table of the paper, with C_paper, C_ours and C_difference of each C of COMPARED."""
-    ours = summary.set_index("method").reindex(published["method"])
-    compared = published.reset_index(drop=True)
-    for column in COMPARED:
-        name, factor = COLUMNS[column]
-        compared[f"{column}_paper"] = compared[column].astype(float)
-        compared[f"{column}_ours"] = factor * ours[name].to_numpy(dtype=float)
-        compared[f"{column}_difference"] = compared[f"{column}_ours"] - compared[f"{column}_paper"]
-    return compared
-
-
-def _compared(parts: tuple[str, ...]) -> list[str]:
-    return [f"{column}_{part}" for column in COMPARED for part in parts]
-
-
-def _our_step(
-    per_image: pd.DataFrame, summary: pd.DataFrame, without: str, with_part: str
-) -> dict[str, float]:
-    """Our values of a row of `step_table`; empty where one of the two methods was not run."""
-    methods = set(per_image["method"])
-    if not {without, with_part} <= methods:
-        return {}
-    own = per_image.set_index(["method", "image"])[["miou", "n_masks"]].astype(float)
-    change = (own.loc[with_part] - own.loc[without]).dropna()
-    found: dict[str, float] = {"n_images": len(change)}
-    for column in change:
-        values = mean_interval(COLUMNS[column][1] * change[column], tables.BOOTSTRAP_SEED)
-        found |= dict(zip((column, f"{column}_lo", f"{column}_hi"), values))
-    peaks = GB_PER_MIB * summary.set_index("method")["peak_mem_mb"]
-    return {**found, "peak_mem_gb": peaks[with_part] - peaks[without]}
+        return "not clear"
+    return "agrees" if (change > 0) == (paper_change > 0) else "disagrees"

@@ -11,26 +11,23 @@ decoded once. Scores go into `OUT/results.sqlite`: a stopped run goes on, and sc
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Sequence
-from pathlib import Path
+from dataclasses import replace
 
 import pandas as pd
 from matplotlib.figure import Figure
 
 from aopsam_lab.asf import AsfParams
-from aopsam_lab.evaluator import mean_interval
-from aopsam_lab.files import write_atomically
 from aopsam_lab.pipeline.methods import METHODS
-from aopsam_lab.study import tables
-from aopsam_lab.study.figures import png
-from aopsam_lab.study.output import to_csv
+from aopsam_lab.study import figures, tables
 from aopsam_lab.study.runner import run_settings
-from aopsam_lab.study.settings import GRIDS, Setting, Weights
+from aopsam_lab.study.settings import GRIDS, Setting, StudyConfig
+from aopsam_lab.study.write import write_all
 
-SHARE = 0.4  # of the dense grid's prompts, with which AoP-SAM should come near it
 DENSE = METHODS["amg_d"]
-LIMITS = [grid.side**2 for grid in GRIDS.values()] + [int(SHARE * DENSE.side**2), DENSE.side**2]
+SIDES = {grid.side**2: name for name, grid in GRIDS.items()} | {DENSE.side**2: DENSE.name}
+SHARE = 0.4  # of the dense grid's prompts, with which AoP-SAM should come near it
+LIMITS = sorted([*SIDES, int(SHARE * DENSE.side**2)])
 # by the number of prompts, the sampling with the highest mIoU on held-out training photographs:
 # `python -m aopsam_lab.training.trials prompts`
 COARSE = AsfParams(smoothing=3.0, confidence=0.01, spacing=8.0)
@@ -41,50 +38,42 @@ SAMPLINGS = {
     "aop": dict.fromkeys(LIMITS, AsfParams()),
     "aop, chosen": {limit: CHOSEN.get(limit, FINE) for limit in LIMITS},
 }
+CONFIG = StudyConfig(
+    n_images=None, timed_images=0, memory=False, thresholds=(), out="reports/prompts"
+)
+MEASURES = ("miou", "ar_100", "coverage")
 
 
 def settings() -> list[Setting]:
     """Grids, and AoP-SAM at each of SAMPLINGS with as many prompts as these."""
-    grids = [Setting(name, name, AsfParams()) for name in (*GRIDS, DENSE.name)]
     ours = [
-        Setting(_label(name, limit), "aop", params, limit)
+        Setting(f"{name}, at most {limit}", "aop", params, limit)
         for name, samplings in SAMPLINGS.items()
         for limit, params in samplings.items()
     ]
-    return grids + ours
-
-
-def _label(name: str, limit: int) -> str:
-    return f"{name}, at most {limit}"
+    return [Setting(name, name, AsfParams()) for name in SIDES.values()] + ours
 
 
 def comparison(per_image: pd.DataFrame) -> pd.DataFrame:
     """One row a sampling of AoP-SAM and number of prompts: its scores and the grid's.
 
-    Args:
-        per_image: a row an image and setting, of `settings`.
-
     Returns:
-        sampling, limit, grid (the method it is compared with), prompts (decoded on average), masks
-        (kept); and for each measure at hand (miou, ar_100, coverage) its mean, the grid's,
-        and their difference with its paired 95% bootstrap interval over images.
+        sampling, limit, grid (what it is compared with), prompts (decoded on average), masks
+        (kept); of each measure at hand its mean, the grid's, and their difference with its paired
+        95% bootstrap interval over images.
     """
     by_label = dict(list(per_image.set_index("image").groupby("method")))
-    grids = {grid.side**2: name for name, grid in {**GRIDS, DENSE.name: DENSE}.items()}
-    measures = [name for name in ("miou", "ar_100", "coverage") if name in per_image]
     rows = []
     for sampling in SAMPLINGS:
         for limit in LIMITS:
-            ours = by_label[_label(sampling, limit)]
-            name = grids.get(limit, DENSE.name)
+            ours, name = by_label[f"{sampling}, at most {limit}"], SIDES.get(limit, DENSE.name)
             row = {"sampling": sampling, "limit": limit, "grid": name}
             row |= {"prompts": ours["n_decoded"].mean(), "masks": ours["n_masks"].mean()}
-            for measure in measures:
-                both = pd.DataFrame({"ours": ours[measure], "grid": by_label[name][measure]})
-                both = both.dropna()
-                row |= {measure: both["ours"].mean(), f"{measure}_grid": both["grid"].mean()}
-                change = mean_interval(both["ours"] - both["grid"], tables.BOOTSTRAP_SEED)
-                row |= dict(zip((f"{measure}_{end}" for end in ("diff", "lo", "hi")), change))
+            for measure in [name for name in MEASURES if name in per_image]:
+                both = pd.concat([ours[measure], by_label[name][measure]], axis=1).dropna()
+                row[measure], row[f"{measure}_grid"] = both.mean()
+                change = tables.interval_columns(measure, both.iloc[:, 0] - both.iloc[:, 1])
+                row |= {f"{measure}_diff": change.pop(measure), **change}
             rows.append(row)
     return pd.DataFrame(rows)
 
@@ -92,62 +81,42 @@ def comparison(per_image: pd.DataFrame) -> pd.DataFrame:
 def figure(per_image: pd.DataFrame, measure: str = "miou") -> Figure:
     """The mean of a measure by prompts decoded: a line for the grids, one for each sampling."""
     means = per_image.groupby("method")[["n_decoded", measure]].mean()
-    lines = {"regular grids": [*GRIDS, DENSE.name]}
-    lines |= {
-        name.replace("aop", "AoP-SAM"): [_label(name, limit) for limit in LIMITS]
-        for name in SAMPLINGS
-    }
-    drawn = Figure(figsize=(6.4, 4.2), layout="constrained")
+    lines = {"regular grids": list(SIDES.values())}
+    for name in SAMPLINGS:
+        lines[name.replace("aop", "AoP-SAM")] = [f"{name}, at most {limit}" for limit in LIMITS]
+    drawn = figures.new_figure(6.4, 4.6)
     axes = drawn.subplots()
+    figures.prepare(axes, f"{measure} in percent")
+    figures.log_axis(axes, "prompts decoded per image (log scale)")
     for (name, labels), colour in zip(lines.items(), ("#7f7f7f", "#0072B2", "#009E73")):
         line = means.loc[labels].sort_values("n_decoded")
         axes.plot(line["n_decoded"], 100 * line[measure], "o-", ms=4, color=colour, label=name)
-    ticks = [64, 100, 196, 400, 1024]
-    axes.set(xscale="log", xlabel="prompts decoded", ylabel=f"{tables.title(measure)} (%)")
-    axes.set_xticks(ticks, [str(tick) for tick in ticks])
-    axes.minorticks_off()
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
+    figures.legend(drawn, axes, 3)
     return drawn
 
 
-def run(
-    dataset: str | os.PathLike,
-    out: str | os.PathLike,
-    n_images: int | None = None,
-    weights: Weights = Weights(),
-    progress: bool = True,
-) -> pd.DataFrame:
-    """Score all settings, write `prompts.csv`, `per_image.csv` and a figure; the comparison."""
-    result = run_settings(
-        settings(), weights, dataset, n_images, 0, out, reference=_label("aop", 100),
-        timed_images=0, memory=False, progress=progress,
-    )  # fmt: skip
-    table = comparison(result.per_image)
-    write_atomically(Path(out) / "per_image.csv", to_csv(result.per_image))
-    write_atomically(Path(out) / "prompts.csv", to_csv(table))
+def compare(config: StudyConfig = CONFIG) -> pd.DataFrame:
+    """Score all settings, write `prompts.csv`, `per_image.csv` and figures; the comparison."""
+    per_image = run_settings(config, settings(), reference="aop, at most 100").per_image
+    table = comparison(per_image)
+    contents = {"per_image.csv": per_image, "prompts.csv": table}
     for measure in ("miou", "coverage"):
-        if measure in result.per_image and result.per_image[measure].notna().any():
-            write_atomically(
-                Path(out) / f"{measure}_by_prompts.png", png(figure(result.per_image, measure))
-            )
+        if measure in per_image and per_image[measure].notna().any():
+            contents[f"{measure}_by_prompts.png"] = figure(per_image, measure)
+    write_all(config.out, contents)
     return table
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    """The command line: fields of StudyConfig."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--dataset", default="photos")
+    for name in ("dataset", "sam", "predictor", "out"):
+        parser.add_argument(f"--{name}", default=getattr(CONFIG, name))
     parser.add_argument("--n-images", type=int, help="all if not given")
-    parser.add_argument("--sam", default="mobile_sam")
-    parser.add_argument("--predictor", help="weights other than the bundled ones")
-    parser.add_argument("--out", default="reports/prompts")
-    args = parser.parse_args(argv)
-    weights = Weights.of(args.sam, predictor=args.predictor)
-    table = run(args.dataset, args.out, args.n_images, weights)
-    shown = table.filter(regex="^(sampling|limit|grid|prompts|masks|miou|coverage)")
-    print(shown.round(4).to_string(index=False))
+    table = compare(replace(CONFIG, **vars(parser.parse_args(argv))))
+    print(table.round(4).to_string(index=False))
 
 
 if __name__ == "__main__":

@@ -1,47 +1,54 @@
-"""Run a report's notebook through papermill and publish what comes of it."""
+"""Reports: notebooks executed, the page of all of them, the README's table."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
-import nbformat
+import jinja2
+import pandas as pd
 
 from aopsam_lab.files import write_atomically
-from aopsam_lab.study import PACKAGE_ROOT
-from aopsam_lab.study.page import write_index
-from aopsam_lab.study.settings import package_environment
+from aopsam_lab.study import PACKAGE_ROOT, paper, sweeps, tables
+from aopsam_lab.study.settings import REFERENCE, package_environment
+
+START, END = "<!-- results: main_comparison -->", "<!-- end of results -->"
+README_COLUMNS = (
+    "Method", "mIoU %", "Δ to AoP-SAM", "Prompts decoded", "Masks", "Inf_Lat ms", "Mask_Lat ms",
+    "Peak MiB",
+)  # fmt: skip
 
 
 def run_report(
     name: str, parameters: Mapping[str, Any], reports: str | os.PathLike = "reports"
 ) -> Path:
-    """Execute `notebooks/<name>.ipynb` into `reports/<name>/` and rewrite `reports/index.html`; the latter's path.
+    """Execute `notebooks/<name>.ipynb` into `reports/<name>/` and rewrite `reports/index.html`.
 
-    Written are the executed notebook, the same as HTML, and what the notebook itself writes to its `out`, which is that
-    folder unless `parameters` has another. Progress goes to standard error.
-    Raises FileNotFoundError where the notebook is not there, RuntimeError where a cell fails; the notebook as far as it
-    came is then in `<name>.failed.ipynb`.
+    Raises:
+        FileNotFoundError: if the notebook is not there.
+        RuntimeError: if a cell fails; what there is of it is then in `<name>.failed.ipynb`.
     """
+    import nbformat
     import papermill
+    from nbconvert import HTMLExporter
+    from nbconvert.preprocessors import CoalesceStreamsPreprocessor
     from papermill.exceptions import PapermillExecutionError
 
     source = PACKAGE_ROOT / "notebooks" / f"{name}.ipynb"
     if not source.is_file():
-        raise FileNotFoundError(
-            f"There is no notebook {source}. Reports are made from a checkout of the project."
-        )
+        raise FileNotFoundError(f"There is no notebook {source}: reports need a checkout.")
     folder = Path(reports) / name
     folder.mkdir(parents=True, exist_ok=True)
-    target, failed = folder / f"{name}.ipynb", folder / f"{name}.failed.ipynb"
-    running = folder / f".{name}.running.ipynb"
+    running, failed = folder / f".{name}.running.ipynb", folder / f"{name}.failed.ipynb"
+    environment = package_environment() | {"AOPSAM_PROGRESS": "text"}
     try:
-        with _kernel_environment():
+        with patch.dict(os.environ, environment):
             papermill.execute_notebook(
                 str(source),
                 str(running),
@@ -49,9 +56,7 @@ def run_report(
                 progress_bar=False,  # the notebook's own bar says more
                 stdout_file=sys.stderr,
                 stderr_file=sys.stderr,
-                extra_arguments=[
-                    "--log-level=ERROR"
-                ],  # the kernel would warn that it listens on the local machine
+                extra_arguments=["--log-level=ERROR"],
             )
         notebook = nbformat.read(running, as_version=4)
     except PapermillExecutionError as error:
@@ -62,65 +67,94 @@ def run_report(
     finally:
         running.unlink(missing_ok=True)
     failed.unlink(missing_ok=True)
-    tidy(notebook)
-    write_atomically(target, nbformat.writes(notebook) + "\n")
-    write_atomically(folder / f"{name}.html", to_html(notebook, name))
+    # of progress bars the last state, and no path of this machine
+    notebook, _ = CoalesceStreamsPreprocessor().preprocess(notebook, {})
+    for key in ("input_path", "output_path"):
+        notebook.metadata.papermill.pop(key, None)
+    write_atomically(folder / f"{name}.ipynb", nbformat.writes(notebook) + "\n")
+    exporter = HTMLExporter(mathjax_url="", require_js_url="", mermaid_js_url="", embed_images=True)
+    body, _ = exporter.from_notebook_node(notebook, {"metadata": {"name": name}})
+    # the template's loader of diagrams names a server
+    body = re.sub(
+        r'<script type="module">(?:(?!</script>).)*mermaid.*?</script>', "", body, flags=re.S
+    )
+    write_atomically(folder / f"{name}.html", body)
     return write_index(reports)
 
 
-def tidy(notebook: nbformat.NotebookNode) -> None:
-    """Take out what is only of the run's moment: progress bars' earlier states, and where files lay on this machine."""
-    for key in ("input_path", "output_path"):
-        notebook.metadata.get("papermill", {}).pop(key, None)
-    for cell in notebook.cells:
-        if cell.cell_type != "code":
-            continue
-        outputs = []
-        for output in cell.outputs:
-            before = outputs[-1] if outputs else None
-            if output.output_type == "stream" and before and before.get("name") == output.name:
-                before.text += output.text
-            else:
-                outputs.append(output)
-        for output in outputs:
-            if output.output_type == "stream":
-                output.text = last_states(output.text)
-        cell.outputs = [o for o in outputs if o.output_type != "stream" or o.text.strip()]
+def write_index(reports: str | os.PathLike) -> Path:
+    """(Re)write `index.html` from the reports in a folder, which have a provenance.json each."""
+    reports = Path(reports)
+    names = [path.parent.name for path in reports.glob("*/provenance.json")]
+    names.sort(key=lambda name: (name != "main_comparison", name))
+    found = []
+    for name in names:
+        folder = reports / name
+        read = {file.stem: pd.read_csv(file) for file in folder.glob("*.csv")}
+        files = {file.name for file in folder.iterdir()}
+        found.append({"name": name, "files": files, "tables": read, "facts": _facts(folder)})
+    page = _ENVIRONMENT.get_template("index.html").render(reports=found)
+    return write_atomically(reports / "index.html", page)
 
 
-def last_states(text: str) -> str:
-    """Text as a terminal would leave it: of what carriage returns overwrote in a line, only the last."""
-    return "\n".join(
-        re.split(r"\r(?!$)", line.rstrip("\r"))[-1].rstrip() for line in text.split("\n")
+def part(name: str, *arguments: Any) -> str:
+    """HTML of a macro of `templates/parts.html`, for a notebook's output."""
+    return f"{_PARTS.style()}{getattr(_PARTS, name)(*arguments)}"
+
+
+def what_was_run(facts: Mapping[str, Any]) -> str:
+    """Which model ran on which images and machine, from a provenance."""
+    parameters, dataset = facts["parameters"], facts["dataset"]
+    images = f"{dataset['images']} images of {dataset['name']} (seed {parameters['seed']})"
+    names = ("smoothing", "confidence", "spacing", "elimination", "grid")
+    shown = [f"{n} {parameters[n]}".removesuffix(".0") for n in names if n in parameters]
+    text = f"SAM “{parameters['sam']}” on {images}, {facts['processor']}; {', '.join(shown)}."
+    timed = parameters.get("timed_images", parameters.get("n_images"))
+    if timed != parameters.get("n_images"):
+        text += (
+            " Scores come from runs that share embeddings, confidence maps and decoded prompts; "
+            "times from separate runs of each setting alone, with nothing shared, on the first "
+            f"{timed} of these images."
+        )
+    return text
+
+
+def update_readme(
+    readme: str | os.PathLike = "README.md", reports: str | os.PathLike = "reports"
+) -> Path:
+    """Write the table of the main comparison between the lines START and END of the README."""
+    readme, folder = Path(readme), Path(reports) / "main_comparison"
+    if not (folder / "main_comparison.csv").is_file():
+        raise FileNotFoundError(f"{folder} has no main_comparison.csv. Run `make study` first.")
+    text = readme.read_text(encoding="utf-8")
+    if re.findall(f"{START}|{END}", text) != [START, END]:
+        raise ValueError(f"{readme} must have the line {START}, then the line {END}, once each.")
+    summary, differences = (
+        pd.read_csv(folder / f"main_comparison{end}.csv") for end in ("", "_differences")
     )
+    table = tables.results_for_people(summary, differences)[list(README_COLUMNS)]
+    own = table["Method"] == tables.title(REFERENCE)
+    table[own] = "**" + table[own] + "**"
+    rows = [table.columns, [":--", *["--:"] * (len(README_COLUMNS) - 1)], *table.to_numpy()]
+    lines = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    facts = _facts(folder)
+    about = f"{what_was_run(facts)} Commit {facts['commit'][:10]}."
+    written = f"{START}\n{lines}\n\n{about}\n{END}"
+    text = re.sub(f"{START}.*{END}", lambda _: written, text, flags=re.S)
+    return write_atomically(readme, text)
 
 
-def to_html(notebook: nbformat.NotebookNode, title: str) -> str:
-    """The notebook as one HTML file that loads nothing from outside."""
-    from nbconvert import HTMLExporter
-
-    exporter = HTMLExporter(
-        template_name="lab", mathjax_url="", require_js_url="", mermaid_js_url=""
-    )
-    exporter.embed_images = True
-    body, _ = exporter.from_notebook_node(notebook, resources={"metadata": {"name": title}})
-    # The template's loader of diagrams names a server, though nothing here has any diagram.
-    return re.sub(
-        r'<script type="module">(?:(?!</script>).)*mermaid.*?</script>', "", body, flags=re.DOTALL
-    )
+def _facts(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "provenance.json").read_text(encoding="utf-8"))
 
 
-@contextmanager
-def _kernel_environment() -> Iterator[None]:
-    """For the kernel: the package importable from any folder, progress bars as text."""
-    changes = {"PYTHONPATH": package_environment()["PYTHONPATH"], "AOPSAM_PROGRESS": "text"}
-    before = {key: os.environ.get(key) for key in changes}
-    os.environ.update(changes)
-    try:
-        yield
-    finally:
-        for key, value in before.items():
-            if value is None:
-                os.environ.pop(key, None)
-            else:
-                os.environ[key] = value
+_ENVIRONMENT = jinja2.Environment(
+    loader=jinja2.PackageLoader("aopsam_lab.study"),
+    autoescape=True,
+    trim_blocks=True,
+    lstrip_blocks=True,
+    undefined=jinja2.StrictUndefined,
+)
+_ENVIRONMENT.globals |= {"paper": paper, "sweeps": sweeps, "tables": tables}
+_ENVIRONMENT.globals["what_was_run"] = what_was_run
+_PARTS = _ENVIRONMENT.get_template("parts.html").module

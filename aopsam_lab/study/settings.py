@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,10 +13,13 @@ import torch
 from segment_anything.modeling import Sam
 
 from aopsam_lab.asf import AsfParams
+from aopsam_lab.detector import Detector, load_detector
 from aopsam_lab.files import code_fingerprint
 from aopsam_lab.pipeline.methods import METHODS as OUR_METHODS
 from aopsam_lab.pipeline.methods import Grid
-from aopsam_lab.sam.zoo import load_sam, resolve_device, spec_of
+from aopsam_lab.predictor import PromptPredictor, load_predictor
+from aopsam_lab.sam.zoo import load_sam, spec_of
+from aopsam_lab.study import PACKAGE_ROOT
 
 # regular grids of other sides, to compare as many prompts with
 GRIDS = {f"grid_{side}": Grid(f"grid_{side}", side) for side in (8, 10, 12, 14, 16, 20)}
@@ -25,131 +29,127 @@ METHODS = {**OUR_METHODS, **GRIDS}
 SCORING_MODULES = (
     "aopsam_lab.pipeline.run",
     "aopsam_lab.pipeline.decode_cache",
-    "aopsam_lab.study.scores",
+    "aopsam_lab.study.score",
 )
+DEFAULT_METHODS = (
+    "amg_s", "amg_d", "oas_box", "oas_point", "aop_no_as_af", "aop_no_af", "aop", "aop_gated",
+    "aop_raw",
+)  # fmt: skip
+REFERENCE = "aop"  # the method that the others are compared with
+Pair = tuple[float, float]  # predicted IoU, stability score
+THRESHOLDS: tuple[Pair, ...] = (
+    (0.88, 0.95), (0.82, 0.92), (0.75, 0.88), (0.65, 0.80), (0.50, 0.70),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
-class Weights:
-    """Which models to load: all that a process of its own needs to know. Paths as given; None: bundled."""
+class StudyConfig:
+    """All that a study is asked for; ValueError for bad methods and parameters."""
 
     sam: str = "mobile_sam"
-    checkpoint: str | None = None
-    predictor: str | None = None
-    detector: str | None = None
+    methods: tuple[str, ...] = DEFAULT_METHODS
+    dataset: str | os.PathLike = "photos"
+    n_images: int | None = 12  # at most so many; None: all
+    timed_images: int = 3  # on how many of the first each method also runs alone, to be timed
+    seed: int = 0  # which images
     device: str = "auto"
+    smoothing: float = 2.0
+    confidence: float = 0.2
+    spacing: float = 6.0
+    elimination: float = 1.3
+    out: str | os.PathLike = "reports/main_comparison"  # scores in it are not computed again
+    checkpoint: str | os.PathLike | None = None  # None: bundled or official weights
+    predictor: str | os.PathLike | None = None
+    detector: str | os.PathLike | None = None
+    thresholds: tuple[Pair, ...] = THRESHOLDS  # at which masks are filtered as well
+    memory: bool = True  # whether to measure peak memory, in a process for each method
+    progress: bool = True  # whether to show progress bars
 
-    @classmethod
-    def of(
-        cls,
-        sam: str,
-        checkpoint: str | os.PathLike | None = None,
-        predictor: str | os.PathLike | None = None,
-        detector: str | os.PathLike | None = None,
-        device: str = "auto",
-    ) -> Weights:
-        """From paths of any kind."""
-        paths = (
-            None if path is None else os.fspath(path) for path in (checkpoint, predictor, detector)
-        )
-        return cls(sam, *paths, device)
+    def __post_init__(self) -> None:
+        methods = (self.methods,) if isinstance(self.methods, str) else tuple(self.methods)
+        object.__setattr__(self, "methods", methods)
+        unknown = [method for method in methods if method not in METHODS]
+        choose = f"Choose from {', '.join(METHODS)}."
+        if unknown:
+            raise ValueError(f"There is no method {unknown[0]!r}. {choose}")
+        if not methods:
+            raise ValueError(f"methods is empty. {choose}")
+        if len(set(methods)) < len(methods):
+            raise ValueError(f"methods names one twice: {', '.join(methods)}.")
+        _ = self.params  # which are in range, or it raises
+
+    @property
+    def params(self) -> AsfParams:
+        """The four parameters of adaptive sampling and filtering."""
+        names = (field.name for field in dataclasses.fields(AsfParams))
+        return AsfParams(**{name: getattr(self, name) for name in names})
 
 
-@dataclass(frozen=True)
-class Models:
+@dataclass
+class LoadedModels:
     """The models that the methods at hand need; None where none of them does."""
 
     sam: Sam
-    predictor: Any | None
-    detector: Any | None
-    device: torch.device
+    predictor: PromptPredictor | None = None
+    detector: Detector | None = None
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One method with its ASF parameters and its limit of prompts (None: none); `label` names its row."""
+    """One method with its parameters and its limit of prompts (None: none); label names its row."""
 
     label: str
     method: str
     params: AsfParams
     max_prompts: int | None = None
 
-    def used_params(self) -> dict[str, float]:
-        """The parameters that this method reads, by name."""
-        return {name: float(getattr(self.params, name)) for name in METHODS[self.method].uses}
 
-
-def check_methods(methods: list[str]) -> None:
-    """Raises ValueError for a method that does not exist or stands twice, and for none at all."""
-    unknown = [method for method in methods if method not in METHODS]
-    if unknown:
-        raise ValueError(f"There is no method {unknown[0]!r}. Choose from {', '.join(METHODS)}.")
-    if not methods:
-        raise ValueError(f"methods is empty. Choose from {', '.join(METHODS)}.")
-    if len(set(methods)) < len(methods):
-        raise ValueError(f"methods names one twice: {', '.join(methods)}.")
-
-
-def load_models(weights: Weights, methods: list[str]) -> Models:
+def load_models(config: StudyConfig, methods: Iterable[str]) -> LoadedModels:
     """Load the SAM, and of the Prompt Predictor and the detector what the methods need."""
-    device = resolve_device(weights.device)
-    predictor = detector = None
-    sam = load_sam(weights.sam, weights.checkpoint, device)
-    needs = {METHODS[method].needs for method in methods}
+    sam = load_sam(config.sam, config.checkpoint, config.device)
+    models, needs = LoadedModels(sam), {METHODS[method].needs for method in methods}
     if "predictor" in needs:
-        from aopsam_lab.predictor import load_predictor
-
-        predictor = load_predictor(weights.sam, weights.predictor, device)
+        models.predictor = load_predictor(config.sam, config.predictor, sam.device)
     if "detector" in needs:
-        from aopsam_lab.detector import load_detector
-
-        detector = load_detector(weights.detector, device)
-    return Models(sam, predictor, detector, device)
+        models.detector = load_detector(config.detector, sam.device)
+    return models
 
 
-def row_inputs(setting: Setting, models: Models, machine: str, image: str) -> dict[str, Any]:
-    """All that could change a row of `setting` on the image (or images) with the fingerprint `image`.
-
-    The machine (processor, threads) and torch's version are in it because every row holds times.
-    """
+def row_inputs(setting: Setting, models: LoadedModels, machine: str, image: str) -> dict[str, Any]:
+    """All that could change a row, scores or times, on the image with the fingerprint `image`."""
+    method = METHODS[setting.method]
     inputs: dict[str, Any] = {
         "code": scoring_code(),
         "method": setting.method,
-        "params": setting.used_params(),
+        "params": {name: float(getattr(setting.params, name)) for name in method.uses},
         "sam": dataclasses.asdict(spec_of(models.sam)),
         "max_prompts": setting.max_prompts,
         "image": image,
-        "device": models.device.type,
+        "device": models.sam.device.type,
         "machine": machine,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }
-    needed = METHODS[setting.method].needs
-    if needed:
-        inputs[needed] = getattr(models, needed).sha256
+    if method.needs:
+        inputs[method.needs] = getattr(models, method.needs).sha256
     return inputs
 
 
 @functools.cache
 def scoring_code() -> str:
-    """A hash of the code behind SCORING_MODULES as this process runs it."""
+    """A hash of SCORING_MODULES and what they import, as this process runs it."""
     return code_fingerprint(SCORING_MODULES)
 
 
-def weight_hashes(models: Models) -> dict[str, str]:
-    """sha256 of the weights in use, by model."""
+def weight_hashes(models: LoadedModels) -> dict[str, str]:
+    """The sha256 of the weights in use, by model."""
     spec = spec_of(models.sam)
-    found = {f"SAM ({spec.name})": spec.sha256}
-    if models.predictor is not None:
-        found["Prompt Predictor"] = models.predictor.sha256
-    if models.detector is not None:
-        found["detector"] = models.detector.sha256
-    return found
+    used = {f"SAM ({spec.name})": spec}
+    used |= {"Prompt Predictor": models.predictor, "detector": models.detector}
+    return {name: model.sha256 for name, model in used.items() if model is not None}
 
 
 def package_environment() -> dict[str, str]:
     """This process's environment with the package importable, for processes started from it."""
-    from aopsam_lab.study import PACKAGE_ROOT
-
     paths = [str(PACKAGE_ROOT), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}

@@ -25,13 +25,13 @@ import traitlets
 from PIL import Image
 from segment_anything.modeling import Sam
 
-from aopsam_lab.masks import drawing
 from aopsam_lab.asf import AsfParams
+from aopsam_lab.masks import drawing
 from aopsam_lab.pipeline.methods import METHODS
 from aopsam_lab.pipeline.run import loaded_model, loaded_sam
-from aopsam_lab.sam.zoo import spec_of
 from aopsam_lab.pipeline.segmentation import Segmentation
 from aopsam_lab.pipeline.show import STATUS_STYLES
+from aopsam_lab.sam.zoo import spec_of
 from aopsam_lab.widgets import packing
 from aopsam_lab.widgets.canvas import LAYERS, Canvas
 from aopsam_lab.widgets.controls import NOTHING, PINNED, Controls, numbered

@@ -13,8 +13,8 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from aopsam_lab.data import open_dataset
-from aopsam_lab.data.sample import Sample
 from aopsam_lab.data.images import find_images, read_image
+from aopsam_lab.data.sample import Sample
 
 # SAM sees no more than 1,024 pixels a side, and its masks have 256: beyond this a picture only makes the page slow (ours).
 MAX_PIXELS = 4_000_000

@@ -1,0 +1,142 @@
+"""One image and one setting -> a row of scores, as JSON can hold it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from segment_anything.modeling import Sam
+
+from aopsam_lab.data.sample import Sample
+from aopsam_lab.evaluator import (
+    MAX_MASKS,
+    average_recall,
+    covered,
+    iou_matrix,
+    recall_matches,
+    score_matrix,
+)
+from aopsam_lab.pipeline.decode import encode
+from aopsam_lab.pipeline.decode_cache import DecodeCache, LooseRun, PcmCache
+from aopsam_lab.pipeline.run import run_method
+from aopsam_lab.pipeline.segmentation import Segmentation
+from aopsam_lab.pipeline.types import Encoded
+from aopsam_lab.sam.zoo import spec_of
+from aopsam_lab.study.settings import GRIDS, LoadedModels, Pair, Setting
+
+TIMES = {"encode_s": "encode", "inf_lat_s": "infer", "mask_lat_s": "mask", "total_s": "total"}
+PAIR = ("pred_iou_thresh", "stability_score_thresh")
+Row = dict[str, Any]
+
+
+def score(
+    models: LoadedModels,
+    sample: Sample,
+    setting: Setting,
+    found_masks: list[dict] | None = None,
+    encoded: Encoded | None = None,
+) -> Row:
+    """Run one setting alone on an image.
+
+    Args:
+        models: what the method needs.
+        sample: the image and its ground truth.
+        setting: the method, its parameters and its limit of prompts.
+        found_masks: COCO RLE of the masks that a SAM itself found; None: not at hand.
+        encoded: the image as `encode` returns it; None: it is encoded here.
+
+    Returns:
+        `mask_scores`, the counts of prompts n_sampled, n_decoded and n_eliminated, and the times
+        encode_s, inf_lat_s, mask_lat_s and total_s in seconds.
+    """
+    result = run(models, encoded or encode(models.sam, sample.image), setting)
+    times = {name: float(result.seconds[stage]) for name, stage in TIMES.items()}
+    return _row(result, sample, found_masks) | times
+
+
+def score_together(
+    models: LoadedModels,
+    sample: Sample,
+    settings: Sequence[Setting],
+    pairs: Sequence[Pair] = (),
+    found_masks: list[dict] | None = None,
+    shown: bool = False,
+) -> Iterator[tuple[Setting, Row]]:
+    """Run settings on an image; its embedding, its PCM and every prompt are computed once for all.
+
+    Yields:
+        A setting and its row as `score` returns it, without times; `curve`: the `mask_scores` at
+        each of the pairs of thresholds; `detail`, if it is to be shown: masks and prompts.
+    """
+    encoded = encode(models.sam, sample.image)
+    predictor = models.predictor and PcmCache(models.predictor, encoded)
+    own = own_pair(models.sam)
+    loosest = tuple(min(pair[i] for pair in (own, *pairs)) for i in range(2))
+    cache = DecodeCache(models.sam, encoded, loosest)
+    for setting in settings:
+        decode = LooseRun(cache)
+        result = run(models, encoded, setting, decode=decode, predictor=predictor)
+        row = _row(result, sample, found_masks)
+        row["curve"] = [
+            dict(zip(PAIR, pair, strict=True))
+            | {"own": pair == own, **mask_scores(sample.rles, kept, found_masks)}
+            for pair, kept in zip(pairs, decode.masks_at(pairs), strict=True)
+        ]
+        yield setting, row | ({"detail": _detail(result)} if shown else {})
+
+
+def own_pair(sam: Sam) -> Pair:
+    """The thresholds that a SAM's masks are filtered with."""
+    spec = spec_of(sam)
+    return spec.pred_iou_thresh, spec.stability_score_thresh
+
+
+def run(models: LoadedModels, encoded: Encoded, setting: Setting, **shared: Any) -> Segmentation:
+    """Run one setting on an encoded image; `shared` are caches for `run_method`."""
+    return run_method(
+        models.sam,
+        encoded,
+        GRIDS.get(setting.method, setting.method),
+        params=setting.params,
+        max_prompts=setting.max_prompts,
+        **{"predictor": models.predictor, "detector": models.detector, **shared},
+    )
+
+
+def mask_scores(truth: list[dict], masks: list[dict], found_masks: list[dict] | None) -> Row:
+    """Scores of one image's masks.
+
+    Args:
+        truth: COCO RLE of the ground truth.
+        masks: COCO RLE, by predicted IoU, highest first.
+        found_masks: COCO RLE of the masks that a SAM itself found, or None.
+
+    Returns:
+        miou, miou_best, ar_100, ar_1000: None without ground truth, as JSON has no NaN. n_truth:
+        masks of the ground truth; n_masks. coverage, unless `found_masks` is None: the share of
+        them that the masks find, None of no masks.
+    """
+    iou = iou_matrix(truth, masks)
+    matched = score_matrix(iou)
+    values = {"miou": matched.miou, "miou_best": matched.miou_best}
+    for most, counts in zip(MAX_MASKS, recall_matches(iou).tolist(), strict=True):
+        values[f"ar_{most}"] = average_recall(counts, len(truth))
+    values = {name: value if truth else None for name, value in values.items()}
+    if found_masks is not None:
+        n_covered = covered(iou_matrix(found_masks, masks))
+        values["coverage"] = n_covered / len(found_masks) if found_masks else None
+    return values | {"n_truth": len(truth), "n_masks": len(masks)}
+
+
+def _row(result: Segmentation, sample: Sample, found_masks: list[dict] | None) -> Row:
+    names = ("n_sampled", "n_decoded", "n_eliminated")
+    counts = {name: int(getattr(result, name)) for name in names}
+    return mask_scores(sample.rles, result.masks, found_masks) | counts
+
+
+def _detail(result: Segmentation) -> dict[str, list]:
+    prompts = result.prompts[["x", "y", "status"]].round(2)
+    return {
+        "masks": [{**mask, "counts": mask["counts"].decode("ascii")} for mask in result.masks],
+        "prompts": prompts.to_numpy().tolist(),
+    }
