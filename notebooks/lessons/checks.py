@@ -242,7 +242,7 @@ def _grid_of(centres_of):
 
 
 GRID = Exercise(
-    task="n points along each side, width and height of the image -> n * n points (x, y), row by row",
+    task="n points along each side, width, height -> n * n points (x, y), row by row",
     right=_grid,
     inputs=lambda rng: (
         int(rng.integers(2, 6)),
@@ -372,8 +372,8 @@ def _square(values, r, c, s):
 
 PEAKS = Exercise(
     task=(
-        "values (H x W), threshold, spacing -> the cells (row, column) above the threshold that are "
-        "the maximum of their window, `spacing` cells to each side, highest first"
+        "values (H x W), threshold, spacing -> the cells (row, column) above the threshold that "
+        "are the maximum of their window, `spacing` cells to each side, highest first"
     ),
     right=_peaks,
     inputs=_map_inputs,
@@ -432,8 +432,8 @@ def _loss_inputs(rng):
 
 LOSS = Exercise(
     task=(
-        "pcm, target (H x W), valid (H x W bool, cells on the image) -> the mean squared error over "
-        "the cells on the image"
+        "pcm, target (H x W), valid (H x W bool, cells on the image) -> the mean squared error "
+        "over the cells on the image"
     ),
     right=_loss,
     inputs=_loss_inputs,
@@ -489,8 +489,8 @@ def _cosine_to(features, mean):
 
 PEM = Exercise(
     task=(
-        "features (C x h x w), mask (h x w bool) -> (1 + cos) / 2 of each cell's features and the mean "
-        "of the mask's, every cell scaled to length 1 first"
+        "features (C x h x w), mask (h x w bool) -> (1 + cos) / 2 of each cell's features and the "
+        "mean of the mask's, every cell scaled to length 1 first"
     ),
     right=_pem,
     inputs=_feature_inputs,
@@ -548,8 +548,8 @@ def _matched_only(iou):
 
 MIOU = Exercise(
     task=(
-        "iou (ground-truth masks x found masks) -> the greedy mean IoU: the highest pair first, each "
-        "mask used once, a ground-truth mask without a partner counts 0"
+        "iou (ground-truth masks x found masks) -> the greedy mean IoU: the highest pair first, "
+        "each mask used once, a ground-truth mask without a partner counts 0"
     ),
     right=_miou,
     inputs=_iou_inputs,
