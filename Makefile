@@ -23,7 +23,7 @@ READY := $(VENV)/.requirements-installed
 RUN := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help study ablation sweeps benchmark reports test lint lab app readme clean
+.PHONY: help study ablation sweeps benchmark reports test lessons lint lab app readme clean
 
 help:  ## this list
 	@echo "Targets:"
@@ -54,6 +54,9 @@ reports: study ablation sweeps readme  ## all three, and the README's results
 
 test: $(READY)  ## all tests; ARGS="-k name" for some of them
 	$(RUN) -m pytest $(ARGS)
+
+lessons: $(READY)  ## all lessons, with the exercises solved
+	$(RUN) -m pytest tests/test_lessons.py tests/test_checks.py $(ARGS)
 
 lint: $(READY)  ## style, format and types: ruff and mypy
 	$(RUN) -m ruff check .

@@ -1,6 +1,10 @@
-"""The lessons: each runs from top to bottom, and shows what its text speaks of."""
+"""The lessons: each runs from top to bottom with its exercises solved, and shows its figures."""
 
 from __future__ import annotations
+
+import ast
+import inspect
+import sys
 
 import nbformat
 import papermill
@@ -8,47 +12,72 @@ import pytest
 
 from aopsam_lab.study import PACKAGE_ROOT
 
-LESSONS = sorted((PACKAGE_ROOT / "notebooks" / "lessons").glob("*.ipynb"))
-FEW = {"4_measuring_it": {"n_images": 2, "methods": ["amg_s", "aop"]}}
-FIGURES = {
-    "1_a_click_and_a_grid": 2,
-    "2_the_confidence_map": 2,
-    "3_the_elimination_map": 2,
-    "4_measuring_it": 0,
+FOLDER = PACKAGE_ROOT / "notebooks" / "lessons"
+sys.path[:0] = [str(FOLDER), str(FOLDER / "solutions")]
+import answers  # noqa: E402
+import checks  # noqa: E402
+
+LESSONS = sorted(FOLDER.glob("*.ipynb"))
+FEW = {
+    "1_everything_by_a_grid": {"side": 32},
+    "3_how_the_predictor_learns": {"n_train": 3, "steps": 8},
+    "5_is_it_better": {"n_images": 2, "methods": ["amg_s", "aop"]},
+    "6_your_own_ablation": {"n": 2},
 }
-SAYS = {
-    "1_a_click_and_a_grid": "of 1,024 points gave the",
-    "2_the_confidence_map": "peaks above 0.02",
-    "3_the_elimination_map": "aop_gated  mIoU",
-    "4_measuring_it": "each object gets the mask [0 1 3]\n"
-    "greedy mIoU 0.567, with masks shared 0.600",
-}
+FIGURES = dict(zip((path.stem for path in LESSONS), (3, 4, 3, 3, 3, 3, 1)))
 
 
-def test_every_lesson_is_tested():
-    assert [path.stem for path in LESSONS] == sorted(FIGURES)
+def exercises(cells) -> dict[str, dict]:
+    """The exercise cells of a notebook, by the name of the function that a student writes."""
+    tagged = [cell for cell in cells if "exercise" in cell.metadata.get("tags", ())]
+    return {ast.parse(cell.source).body[0].name: cell for cell in tagged}
+
+
+def solved(path):
+    """The notebook with the answers in its exercises."""
+    notebook = nbformat.read(path, as_version=4)
+    for name, cell in exercises(notebook.cells).items():
+        answer = inspect.getsource(getattr(answers, name))
+        head = "import numpy as np\nimport torch\nfrom torchvision.ops import box_iou\n\n\n"
+        cell.source = f'{head}{answer}\n\nassert check("{name}", {name})'
+    return notebook
+
+
+@pytest.mark.parametrize("name", checks.EXERCISES)
+def test_the_answers_are_right(name):
+    assert checks.verdict(checks.EXERCISES[name], getattr(answers, name)) is None
+
+
+def test_every_exercise_is_in_a_lesson_and_unsolved():
+    found = {}
+    for path in LESSONS:
+        found |= exercises(nbformat.read(path, as_version=4).cells)
+    assert set(found) == set(checks.EXERCISES)
+    for name, cell in found.items():
+        scope = {"check": lambda name, function: None}
+        exec(cell.source, scope)
+        assert "returns nothing" in checks.verdict(checks.EXERCISES[name], scope[name])
 
 
 @pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.stem)
 def test_a_lesson_runs_and_shows_what_it_speaks_of(path, tmp_path):
-    parameters = FEW.get(path.stem, {})
+    made = tmp_path / path.name
+    nbformat.write(solved(path), made)
+    for file in ("checks.py", "course.py", "sam.svg"):
+        (tmp_path / file).write_bytes((FOLDER / file).read_bytes())
     done = papermill.execute_notebook(
-        path, tmp_path / path.name, parameters, progress_bar=False, cwd=tmp_path
+        made, made, FEW.get(path.stem, {}), progress_bar=False, cwd=tmp_path
     )
     outputs = [output for cell in done.cells for output in cell.get("outputs", [])]
-    assert not [output.text for output in outputs if output.get("name") == "stderr"]
-    assert sum("image/png" in output.get("data", {}) for output in outputs) == FIGURES[path.stem]
-    assert SAYS[path.stem] in "".join(
-        output.text for output in outputs if output.output_type == "stream"
-    )
-    if path.stem == "4_measuring_it":
-        assert "amg_s" in outputs[-1].text and "against aop" in outputs[-1].text
+    drawn = sum("image/png" in output.get("data", {}) for output in outputs)
+    assert drawn == FIGURES[path.stem]
+    assert not [output for output in outputs if output.output_type == "error"]
 
 
 @pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.stem)
-def test_a_lesson_asks_and_answers_as_much(path):
+def test_a_lesson_is_taught_in_small_steps(path):
     cells = nbformat.read(path, as_version=4).cells
-    assert all(len(cell.source.splitlines()) <= 25 for cell in cells if cell.cell_type == "code")
-    questions, answers = cells[-1].source.split("<details>")
-    assert questions.count("\n1.") + questions.count("\n2.") + questions.count("\n3.") == 3
-    assert all(questions.count(f"\n{k}. ") == answers.count(f"\n{k}. ") for k in range(1, 9))
+    code = [cell.source for cell in cells if cell.cell_type == "code"]
+    text = "".join(cell.source for cell in cells if cell.cell_type == "markdown")
+    assert all(len(source.splitlines()) <= 25 for source in code)
+    assert "minutes" in text and "redict" in text, "it tells its length, and asks before it shows"
