@@ -222,8 +222,8 @@ def test_coverage_by_hand():
         and evaluator.covered(np.zeros((3, 0))) == evaluator.covered(np.zeros((0, 3))) == 0
     )
     values = mask_scores([LEFT], [LEFT], [LEFT, RIGHT])
-    assert (values["n_covered"], values["n_found"], values["matched_100"]) == (1, 2, [1] * 10)
-    assert "n_found" not in mask_scores([LEFT], [LEFT], None)
+    assert (values["coverage"], values["ar_100"]) == (0.5, 1)
+    assert "coverage" not in mask_scores([LEFT], [LEFT], None)
 
 
 images = st.lists(

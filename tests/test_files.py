@@ -10,11 +10,9 @@ import pytest
 
 from aopsam_lab import files
 from aopsam_lab.asf import AsfParams
-from aopsam_lab.pipeline.decode import encode
-from aopsam_lab.pipeline.decode_cache import DecodeCache, LooseRun, PcmCache
-from aopsam_lab.pipeline.run import run_method
-from aopsam_lab.study import scores
-from aopsam_lab.study.settings import SCORING_MODULES
+from aopsam_lab.data.sample import Sample
+from aopsam_lab.study import score
+from aopsam_lab.study.settings import SCORING_MODULES, LoadedModels, Setting
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
@@ -54,23 +52,22 @@ def test_what_runs_while_scoring_is_in_the_fingerprint(small_sam, small_predicto
             ran.add(frame.f_code.co_filename)
 
     image = np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8)
+    half = np.zeros((1, 60, 80), bool)
+    half[:, :30] = True
+    sample = Sample("a", image, half)
+    models = LoadedModels(small_sam, small_predictor)
+    setting = Setting("aop", "aop", AsfParams(confidence=0.0, spacing=60.0))
     sys.setprofile(note)
     threading.setprofile(note)
     try:
-        encoded = encode(small_sam, image)
-        shared = PcmCache(small_predictor, encoded)
-        run = LooseRun(DecodeCache(small_sam, encoded, (0.1, 0.1)))
-        params = AsfParams(confidence=0.0, spacing=60.0)
-        for decode in ({}, {"decode": run}):
-            found = run_method(small_sam, encoded, "aop", shared, params=params, **decode)
-            values = scores.row_values(found, found.masks[:2], found.masks)
-        scores.mask_scores(found.masks, run.masks_at([(0.5, 0.5)])[0], None)
+        alone = score.score(models, sample, setting, sample.rles)
+        together = list(score.score_together(models, sample, [setting], [(0.1, 0.1)], sample.rles))
     finally:
         sys.setprofile(None)
         threading.setprofile(None)
     names = {known[path] for path in ran if path in known}
     assert {"aopsam_lab.asf", "aopsam_lab.masks.fullsize", "aopsam_lab.evaluator"} <= names
     behind = files.modules_behind(SCORING_MODULES)
-    assert names <= behind and values["n_masks"] > 0
-    above = {"widgets", "training", "cli", "show", "drawing", "files"}
+    assert names <= behind and alone["n_masks"] == together[0][1]["n_masks"] > 0
+    above = {"widgets", "training", "cli", "show", "drawing"}
     assert not [name for name in behind if above & set(name.split("."))]

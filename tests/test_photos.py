@@ -86,16 +86,15 @@ def test_photos_and_mobile_sam_are_the_defaults():
     defaults = inspect.signature(explore).parameters
     assert (defaults["sam"].default, defaults["pictures"].default) == ("mobile_sam", "photos")
     for path in (PACKAGE_ROOT / "notebooks").rglob("*.ipynb"):
-        if ".ipynb_checkpoints" in path.parts:
+        if ".ipynb_checkpoints" in path.parts or path.parent.name == "lessons":
             continue
         cells = nbformat.read(path, as_version=4).cells
         (cell,) = [cell for cell in cells if "parameters" in cell.metadata.get("tags", [])]
         values: dict = {}
         exec(cell.source, values)
         assert (values["sam"], values["dataset"]) == ("mobile_sam", "photos"), path
-        if path.parent.name != "lessons":
-            images = {"main_comparison": 12, "benchmark": 3}.get(path.stem, 28)
-            assert values.get("n_images", images) == images, path
+        images = {"main_comparison": 12, "benchmark": 3}.get(path.stem, 28)
+        assert values.get("n_images", images) == images, path
 
 
 # --- masks that a SAM found ---

@@ -109,7 +109,8 @@ def test_what_is_imported_is_required():
         re.split(r"[=;]", line)[0].strip().lower().replace("_", "-") for line in requirement_lines()
     }
     distributions = packages_distributions()
-    ours = {"aopsam_lab", *(path.stem for path in (ROOT / "tests").glob("*.py"))}
+    own = (*(ROOT / "tests").glob("*.py"), *(ROOT / "notebooks" / "lessons").rglob("*.py"))
+    ours = {"aopsam_lab", *(path.stem for path in own)}
     missing = {}
     for path, text in texts():
         if path.suffix != ".py" or path.parts[0] not in {"aopsam_lab", "tests"}:
