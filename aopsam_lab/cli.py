@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import glob
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 
 import torch
-from PIL import Image
 from tqdm import tqdm
 
 from aopsam_lab.asf import AsfParams
+from aopsam_lab.data.images import find_images
 from aopsam_lab.sam.download import CACHE_VARIABLE, OFFICIAL, download
 from aopsam_lab.pipeline.methods import METHODS
 from aopsam_lab.pipeline.run import segment
@@ -169,46 +168,6 @@ def train_command(args: argparse.Namespace) -> int:
     """Train a Prompt Predictor; 0. Raises what `training.predictor.train` raises."""
     predictor_training.train(args)
     return 0
-
-
-def find_images(names: Sequence[str]) -> tuple[list[Path], list[tuple[str, str]]]:
-    """Files, folders and glob patterns -> their image files in that order, each once; and (name, reason) of bad names.
-
-    Of a folder, the files directly in it whose ending Pillow knows, by name, except results of an earlier run. A file
-    given by name is taken whatever its ending. Patterns may hold `**`.
-    """
-    endings = set(Image.registered_extensions())
-    found: dict[Path, Path] = {}
-    bad = []
-    for name in names:
-        path = Path(name)
-        if path.is_dir():
-            matches = [
-                p
-                for p in sorted(path.iterdir())
-                if p.suffix.lower() in endings and not _is_result(p)
-            ]
-            reason = "no images in this folder"
-        elif path.exists() or not glob.has_magic(name):
-            matches = [path]  # where it is missing, reading it says so
-            reason = ""
-        else:
-            matching = map(Path, sorted(glob.glob(name, recursive=True)))
-            matches = [p for p in matching if p.is_file() and not _is_result(p)]
-            reason = "no file matches this pattern"
-        if not matches:
-            bad.append((name, reason))
-        for match in matches:
-            found.setdefault(match.resolve(), match)
-    return list(found.values()), bad
-
-
-def _is_result(path: Path) -> bool:
-    """Whether `path` is a picture that an earlier run wrote: its JSON lies beside it."""
-    for ending in ("_labels.png", "_overlay.png"):
-        if path.name.endswith(ending):
-            return path.with_name(path.name[: -len(ending)] + ".json").exists()
-    return False
 
 
 def unique_stems(paths: Sequence[Path]) -> list[str]:

@@ -86,7 +86,7 @@ def test_photos_and_mobile_sam_are_the_defaults():
         assert (defaults["sam"].default, defaults["dataset"].default) == ("mobile_sam", "photos")
         assert defaults["n_images"].default == (12 if function is run_study else 28)
     defaults = inspect.signature(explore).parameters
-    assert (defaults["sam"].default, defaults["pictures"].default) == ("mobile_sam", "photos")
+    assert (defaults["sam"].default, defaults["source"].default) == ("mobile_sam", "photos")
     for path in (PACKAGE_ROOT / "notebooks").rglob("*.ipynb"):
         if ".ipynb_checkpoints" in path.parts:
             continue

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import glob
 import io
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -46,19 +48,34 @@ def _from_file(path: Path) -> np.ndarray:
         raise FileNotFoundError(f"There is no image file {path}.")
     if path.is_dir():
         raise ValueError(f"{path} is a folder, not an image file.")
-    # Opened by its name, an uncompressed TIFF is memory-mapped, and Pillow 13 maps grey and CMYK ones turned by 90
-    # degrees with their sides swapped, which scrambles them. From bytes it does not.
-    data = path.read_bytes()
+    return image_from_bytes(path.read_bytes(), path)
+
+
+def image_from_bytes(data: bytes, name: str | os.PathLike) -> np.ndarray:
+    """An image file's bytes as `read_image` gives them.
+
+    Args:
+        data: the file's content.
+        name: the file's name, for the error message.
+
+    Returns:
+        (H, W, 3) uint8, RGB.
+
+    Raises:
+        ValueError: where the bytes are no image or a damaged one.
+    """
+    # Opened by its name, an uncompressed TIFF is memory-mapped, and Pillow 13 maps grey and CMYK
+    # ones turned by 90 degrees with their sides swapped, which scrambles them.
     try:
-        with Image.open(io.BytesIO(data)) as picture:
-            picture.load()
-            return _from_pillow(picture)
+        with Image.open(io.BytesIO(data)) as opened:
+            opened.load()
+            return _from_pillow(opened)
     except UnidentifiedImageError:  # its own text names a buffer in memory
         raise ValueError(
-            f"{path} cannot be read as an image: its format is none that Pillow knows."
+            f"{name} cannot be read as an image: its format is none that Pillow knows."
         ) from None
-    except Exception as error:  # Pillow's readers raise many kinds on damaged files: struct.error, SyntaxError, ...
-        raise ValueError(f"{path} cannot be read as an image: {error}") from error
+    except Exception as error:  # Pillow raises struct.error, SyntaxError and others
+        raise ValueError(f"{name} cannot be read as an image: {error}") from error
 
 
 def _from_pillow(picture: Image.Image) -> np.ndarray:
@@ -120,3 +137,44 @@ def _over_white(rgba: np.ndarray) -> np.ndarray:
     """H x W x 4 uint8, alpha not premultiplied -> H x W x 3 uint8."""
     colour, alpha = rgba[..., :3].astype(np.uint32), rgba[..., 3:].astype(np.uint32)
     return ((colour * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
+
+
+def find_images(names: Sequence[str]) -> tuple[list[Path], list[tuple[str, str]]]:
+    """Image files that files, folders and glob patterns name.
+
+    Args:
+        names: a file is taken whatever its ending. Of a folder, the files directly in it count
+            whose ending Pillow knows, but no results of an earlier run. A pattern may hold `**`.
+
+    Returns:
+        The files, in the order of the names, each once; and (name, reason) of each name without.
+    """
+    endings = set(Image.registered_extensions())
+    found: dict[Path, Path] = {}
+    bad = []
+    for name in names:
+        path = Path(name)
+        if path.is_dir():
+            inside = [p for p in sorted(path.iterdir()) if p.suffix.lower() in endings]
+            matches = [p for p in inside if not _is_result(p)]
+            reason = "no images in this folder"
+        elif path.exists() or not glob.has_magic(name):
+            matches = [path]  # where it is missing, reading it says so
+            reason = ""
+        else:
+            matching = map(Path, sorted(glob.glob(name, recursive=True)))
+            matches = [p for p in matching if p.is_file() and not _is_result(p)]
+            reason = "no file matches this pattern"
+        if not matches:
+            bad.append((name, reason))
+        for match in matches:
+            found.setdefault(match.resolve(), match)
+    return list(found.values()), bad
+
+
+def _is_result(path: Path) -> bool:
+    """Whether an earlier run wrote this image: its JSON lies beside it."""
+    for ending in ("_labels.png", "_overlay.png"):
+        if path.name.endswith(ending):
+            return path.with_name(path.name.removesuffix(ending) + ".json").exists()
+    return False
