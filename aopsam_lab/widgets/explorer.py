@@ -133,7 +133,7 @@ class Explorer(anywidget.AnyWidget):
         }
         super().__init__(names=[source.name for source in sources], look=look, **state)
         self.on_msg(self._on_message)
-        self._open(shown)
+        self._open(shown=shown)
         if manual and self._session:
             with self._errors_in_message():
                 self._set_manual([[tuple(click) for click in clicks] for clicks in manual])
@@ -175,10 +175,7 @@ class Explorer(anywidget.AnyWidget):
             self.detail = {"prompt": self.selected, "masks": packed, "lines": lines}
 
     @traitlets.observe("source")
-    def _source_changed(self, _) -> None:
-        self._open()
-
-    def _open(self, shown: Segmentation | None = None) -> None:
+    def _open(self, _=None, shown: Segmentation | None = None) -> None:
         """Show the image `source`; its Segmentation may be known already."""
         self._cancel()
         self._session, self._answers, self._due, self._clicked = None, {}, set(), []
@@ -311,19 +308,19 @@ class Explorer(anywidget.AnyWidget):
     def undo(self) -> None:
         """Take back the last click."""
         if self.manual:
-            rest = list(self.manual[-1])[:-1]
-            self._set_manual([*self.manual[:-1], *([rest] if rest else [])])
+            self._set_manual([*self.manual[:-1], self.manual[-1][:-1]])
 
     def _set_manual(self, manual: list[Clicks]) -> None:
         known = {json.dumps(clicks): mask for clicks, mask in self._clicked}
         made = []
-        for clicks in manual:
+        for clicks in filter(None, manual):
             mask = known.get(json.dumps(clicks)) or self._session.ask(clicks)
             if mask is None:
                 self.message = "SAM found nothing there."
                 return
             made.append((clicks, mask))
-        self.manual, self._clicked, self.message = manual, made, self._session.opened.note
+        self.manual, self._clicked = [clicks for clicks, _ in made], made
+        self.message = self._session.opened.note
         self._publish()
 
     def _upload(self, name: str, data: bytes) -> None:
@@ -363,7 +360,7 @@ class Explorer(anywidget.AnyWidget):
             self.busy = ""
 
     def to_figure(self) -> ShownFigure:
-        """The state as a matplotlib figure for a paper. Raises ValueError where nothing is shown."""
+        """The state as a figure for a paper. Raises ValueError where nothing is shown."""
         if self.segmentation is None:
             raise ValueError("There is no image to draw: " + (self.message or "nothing is open."))
         return state_figure(self.segmentation, self.compared, self.selected)

@@ -78,13 +78,11 @@ def pack_prompts(seg: Segmentation) -> dict:
     rounds = seg.prompts["round"].to_numpy()
     n_rounds = int(rounds.max(initial=-1)) + 1
     of_reference = rounds[seg.references["prompt"].to_numpy(int)]
-    status = seg.prompts["status"]
+    status = pd.Categorical(seg.prompts["status"], STATUSES).codes
     by = seg.prompts["by"].to_numpy()
-    decided = np.where((rounds < 0) & (status != "kept"), n_rounds - 1, rounds)
+    decided = np.where((rounds < 0) & (status > 0), n_rounds - 1, rounds)  # 0: kept
     decided[by >= 0] = of_reference[by[by >= 0]]
-    prompts = seg.prompts.assign(
-        status=status.map(STATUSES.index).astype(int) if len(status) else [], decided=decided
-    )
+    prompts = seg.prompts.assign(status=status, decided=decided)
     return {
         "prompts": pack_table(prompts),
         "references": pack_table(seg.references.assign(round=of_reference)),
@@ -93,16 +91,12 @@ def pack_prompts(seg: Segmentation) -> dict:
 
 
 def pack_result(seg: Segmentation, smoothed: np.ndarray | None, badge: str) -> dict:
-    """One side of the stage.
+    """One side of the stage; `extent` is the (width, height) of its maps in the image frame.
 
     Args:
         seg: what is shown.
         smoothed: the PCM as adaptive sampling saw it, or None.
         badge: what is written above.
-
-    Returns:
-        Title, setting, badge, masks with scores, prompts, and the maps there are with their
-        extent: (width, height) in the image frame.
     """
     height, width = seg.image.shape[:2]
     scaled = seg.input_size if all(seg.input_size) else (height, width)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -35,29 +36,21 @@ class Cancelled(Exception):
     """The answer is not wanted any more."""
 
 
-@dataclass(frozen=True)
-class Answer:
-    """What a setting gives.
-
-    Attributes:
-        segmentation: the same as that of a fresh run.
-        seconds: what this answer took, less than a fresh run where decodes were kept.
-        n_new: prompts decoded for it.
-    """
+class Answer(NamedTuple):
+    """What a setting gives: the same as a fresh run, in less time where decodes were kept."""
 
     segmentation: Segmentation
     seconds: float
-    n_new: int
+    n_new: int  # prompts decoded for it
 
 
-@dataclass(frozen=True)
-class Mask:
-    """One mask: COCO RLE, predicted IoU, stability score, and its box x0 y0 x1 y1 (inclusive)."""
+class Mask(NamedTuple):
+    """A mask as COCO RLE, its predicted IoU and stability score, and its box x0 y0 x1 y1."""
 
     rle: dict
     score: float
     stability: float
-    box: np.ndarray
+    box: np.ndarray  # the last two are the highest pixel indices on the mask
 
 
 class Session:
@@ -107,13 +100,9 @@ class Session:
 
         Args:
             method: a name in METHODS.
-            params: the parameters of adaptive sampling and filtering.
-            cancelled: asked before every CHUNK prompts.
+            params: the four parameters.
+            cancelled: asked before every CHUNK prompts; where it says so, Cancelled is raised.
             progress: told how many prompts were decoded, and of how many.
-
-        Raises:
-            Cancelled: where `cancelled` says so.
-            ValueError: as `run_method`.
         """
         start = time.perf_counter()
         before, done = self._cache.n_decoded, 0
@@ -152,10 +141,9 @@ class Session:
 
     def ask(self, clicks: Clicks) -> Mask | None:
         """SAM's mask for clicks: the best of three for one, its single one for more; or None."""
-        points = np.array(clicks, float)
-        masks = self._predict(
-            len(clicks) == 1, point_coords=points[:, :2], point_labels=points[:, 2]
-        )
+        x, y, labels = np.array(clicks, float).T
+        points = np.stack([x, y], axis=1)
+        masks = self._predict(len(clicks) == 1, point_coords=points, point_labels=labels)
         return max(masks, key=lambda mask: mask.score, default=None)
 
     @torch.inference_mode()
@@ -167,14 +155,14 @@ class Session:
         stock.input_size = self.encoded.input_size
         with self._lock:
             found = stock.predict(multimask_output=multimask, return_logits=True, **prompt)
+        logits, scores = map(torch.from_numpy, found[:2])
         threshold = self.sam.mask_threshold
-        logits = torch.from_numpy(found[0])
-        logits = logits[(logits > threshold).flatten(1).any(1)]
-        scores = found[1][(found[0] > threshold).any((1, 2))]
-        masks = logits > threshold
+        some = (logits > threshold).flatten(1).any(1)
+        logits, scores = logits[some], scores[some]
         stability = calculate_stability_score(logits, threshold, STABILITY_OFFSET)
-        boxes = batched_mask_to_box(masks).float().numpy()
-        return list(map(Mask, encode_rle(masks), scores.tolist(), stability.tolist(), boxes))
+        boxes = batched_mask_to_box(logits > threshold).float().numpy()
+        rles = encode_rle(logits > threshold)
+        return list(map(Mask, rles, scores.tolist(), stability.tolist(), boxes))
 
 
 def with_clicked(seg: Segmentation, clicked: Sequence[tuple[Clicks, Mask]]) -> Segmentation:
@@ -186,29 +174,25 @@ def with_clicked(seg: Segmentation, clicked: Sequence[tuple[Clicks, Mask]]) -> S
         return seg
     masks = [mask for _, mask in clicked]
     n, m = len(seg.prompts), len(masks)
-    rows = [
-        {"x": clicks[0][0], "y": clicks[0][1], "round": -1, "status": "kept", "by": -1}
-        for clicks, _ in clicked
-    ]
-    more = pd.DataFrame(rows).reindex(columns=seg.prompts.columns)
-    columns = {
-        "scores": [mask.score for mask in masks],
-        "stability": [mask.stability for mask in masks],
-        "boxes": [mask.box for mask in masks],
-        "mask_prompt": range(n, n + m),
-    }
-    for name, values in columns.items():
-        own = getattr(seg, name)
-        columns[name] = np.concatenate([own, np.array(values, own.dtype)])
-    order = np.argsort(-columns["scores"], kind="stable")
-    rles = [*seg.masks, *(mask.rle for mask in masks)]
+    rows = pd.DataFrame([clicks[0][:2] for clicks, _ in clicked], columns=["x", "y"])
+    rows = rows.assign(round=-1, status="kept", by=-1)
+    rles, scores, stability, boxes = zip(*masks, strict=True)
+    order = np.argsort(-np.append(seg.scores, scores), kind="stable")
+
+    def joined(own: np.ndarray, more: Sequence) -> np.ndarray:
+        return np.concatenate([own, np.array(more, own.dtype)])[order]
+
+    all_rles = [*seg.masks, *rles]
     return replace(
         seg,
-        masks=[rles[i] for i in order],
-        prompts=pd.concat([seg.prompts, more.astype({"round": int, "by": int})], ignore_index=True),
+        masks=[all_rles[i] for i in order],
+        scores=joined(seg.scores, scores),
+        stability=joined(seg.stability, stability),
+        boxes=joined(seg.boxes, boxes),
+        mask_prompt=joined(seg.mask_prompt, range(n, n + m)),
+        prompts=pd.concat([seg.prompts, rows], ignore_index=True),
         n_decoded=seg.n_decoded + m,
         n_sampled=seg.n_sampled + m,
-        **{name: values[order] for name, values in columns.items()},
     )
 
 

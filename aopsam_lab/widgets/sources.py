@@ -5,8 +5,8 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -21,33 +21,19 @@ MAX_PIXELS = 4_000_000  # SAM sees 1,024 pixels a side: more only makes the page
 MIN_SIDE = 8
 
 
-@dataclass(frozen=True)
-class Opened:
-    """An image that was read.
+class Opened(NamedTuple):
+    """An image that was read."""
 
-    Attributes:
-        image: (H, W, 3) uint8, RGB.
-        ground_truth: its masks as COCO RLE; empty where none are known.
-        note: what was done to the image, or "".
-    """
-
-    image: np.ndarray
-    ground_truth: Sequence[dict] = ()
-    note: str = ""
+    image: np.ndarray  # (H, W, 3) uint8, RGB
+    ground_truth: Sequence[dict] = ()  # COCO RLE
+    note: str = ""  # what was done to the image
 
 
-@dataclass(frozen=True)
-class Source:
-    """An image that can be chosen.
-
-    Attributes:
-        name: what the list shows.
-        code: Python that names the image, for the call that makes a state again.
-        read: gives the image.
-    """
+class Source(NamedTuple):
+    """An image that can be chosen."""
 
     name: str
-    code: str
+    code: str  # Python that names the image, for the call that makes a state again
     read: Callable[[], Opened]
 
 
@@ -86,15 +72,7 @@ def sources_of(what, code: str = "image") -> list[Source]:
 
 
 def prepared(image: np.ndarray, ground_truth: Sequence[dict] = ()) -> Opened:
-    """An image ready to explore. One of more than MAX_PIXELS is reduced, with a note.
-
-    Args:
-        image: (H, W, 3) uint8, RGB.
-        ground_truth: COCO RLE.
-
-    Raises:
-        ValueError: where a side has fewer than MIN_SIDE pixels.
-    """
+    """An image ready to explore: reduced to MAX_PIXELS. Raises ValueError for a tiny one."""
     height, width = image.shape[:2]
     if min(height, width) < MIN_SIDE:
         raise ValueError(
@@ -150,7 +128,7 @@ def _joined(groups: Iterable[tuple[str, list[Source]]]) -> list[Source]:
                 name = group_name if len(group) == 1 else f"{group_name}: {name}"
             names = itertools.chain([name], (f"{name} {n}" for n in itertools.count(2)))
             unique = next(name for name in names if name not in sources)
-            sources[unique] = Source(unique, source.code, source.read)
+            sources[unique] = source._replace(name=unique)
     if not sources:
         raise ValueError("There is no image in this list.")
     return list(sources.values())
