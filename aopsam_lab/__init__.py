@@ -4,26 +4,27 @@
     seg = aop.segment("photo.jpg", method="aop")
     seg.plot()
 
-Names are loaded on first use, so that ``import aopsam_lab`` stays quick.
+A name is loaded on first use, so that ``import aopsam_lab`` stays quick; ``__init__.pyi`` tells
+editors the same names.
 """
-
-from __future__ import annotations
 
 import importlib
 
 _EXPORTS = {
-    "segment": "aopsam_lab.pipeline.run",
-    "encode": "aopsam_lab.pipeline.decode",
-    "explore": "aopsam_lab.widgets.explorer",
-    "run_method": "aopsam_lab.pipeline.run",
     "AsfParams": "aopsam_lab.asf",
     "METHODS": "aopsam_lab.pipeline.methods",
     "Segmentation": "aopsam_lab.pipeline.segmentation",
-    "load_sam": "aopsam_lab.sam.zoo",
-    "load_predictor": "aopsam_lab.predictor",
+    "encode": "aopsam_lab.pipeline.decode",
+    "explore": "aopsam_lab.widgets.explorer",
     "load_detector": "aopsam_lab.detector",
-    "run_study": "aopsam_lab.study.runner",
+    "load_predictor": "aopsam_lab.predictor",
+    "load_sam": "aopsam_lab.sam.zoo",
     "open_dataset": "aopsam_lab.data",
+    "plot": "aopsam_lab.pipeline.show",
+    "run_method": "aopsam_lab.pipeline.run",
+    "run_study": "aopsam_lab.study.runner",
+    "save": "aopsam_lab.pipeline.show",
+    "segment": "aopsam_lab.pipeline.run",
 }
 __all__ = sorted(_EXPORTS)
 __version__ = "0.1.0"

@@ -1,41 +1,54 @@
-"""Adaptive Sampling and Filtering (ASF): pure functions on tensors.
+"""Adaptive Sampling and Filtering (ASF).
 
-Coarse (adaptive sampling): smooth the Prompt Confidence Map (PCM), take its local maxima above a confidence, keep them apart.
-Fine (adaptive filtering): after each round of decoding, drop the waiting prompts that a mask already found explains, by the
-Prompt Elimination Map (PEM) of that mask.
+Adaptive sampling: smooth the Prompt Confidence Map (PCM), take its local maxima above a confidence,
+keep them apart. Adaptive filtering: after each round of decoding, drop the waiting prompts that a
+mask already found explains, by the Prompt Elimination Map (PEM) of that mask.
 
-The order of steps, the Gaussian, the threshold, the spacing and "PEM = cosine similarity, adaptive threshold" are the paper's
-(AoP-SAM, AAAI 2025, adaptive sampling and filtering); everything marked "ours" fills in what it leaves open.
+The README's table says what of it is the paper's (AoP-SAM, AAAI 2025).
 
-Frames: PCM cells are (row, column) of the 4h x 4w grid, PEM cells of the h x w grid; both cover the whole model frame,
-padding included. Pixel centres lie at +0.5.
+Frames: PCM cells are (row, column) of the 4h x 4w grid, PEM cells of the h x w grid. Both grids
+cover the whole model frame, padding included. Pixel centres lie at +0.5.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torchvision.ops import nms
 
-# Chosen on training pictures of the first edition (commit 372a11b), not yet anew for MobileSAM.
-OWN_QUANTILE = 0.1
+from aopsam_lab.pipeline.types import BOX_NMS_THRESH, Found, Proposal
+from aopsam_lab.predictor import CELL
+
+REFERENCE_WIDTH = 256  # smoothing and spacing are in cells of a PCM this wide
+# These four were chosen for the first edition (commit 372a11b), not yet anew for MobileSAM.
+OWN_QUANTILE = 0.1  # of the PEM over a mask's own cells: the lower bound of its threshold
 RIDGE = 0.05  # added to the covariance's diagonal, in units of its mean, before it is inverted
 EVERY = 2  # the covariance is that of every second row and column: the same masks in less time
+REFERENCE_IOU = 0.5  # predicted IoU of a mask that may explain waiting prompts
 NO_COSINE = 0.5  # a PEM's value where a cell has no features, as on padding
-REFERENCE_WIDTH = 256  # smoothing and spacing are given in cells of a PCM this wide (ours: others scale by width / 256)
+# These two were chosen on training photographs: `python -m aopsam_lab.training.trials filtering`
+FIRST = 0.3  # the share of the prompts, the strongest, that is decoded before any is eliminated
+ROUNDS = 8  # in which prompts are decoded
 
 
 @dataclass(frozen=True)
 class AsfParams:
-    """The paper's four knobs with its defaults.
+    """The paper's four parameters with its defaults.
 
-    smoothing:    sigma of the Gaussian, in cells of a 256-wide PCM; 0 switches it off.
-    confidence:   a peak counts where the smoothed PCM exceeds this, in [0, 1).
-    spacing:      a peak is the maximum of a window reaching this far to each side, in cells of a 256-wide PCM.
-    elimination:  a prompt is dropped where a PEM exceeds this many times its own mean (and a floor, see below).
+    Args:
+        smoothing: sigma of the Gaussian, in cells of a 256-wide PCM; 0 switches it off.
+        confidence: a peak counts where the smoothed PCM exceeds this, in [0, 1).
+        spacing: a peak is the maximum of a window that reaches this far to each side, in cells of a
+            256-wide PCM.
+        elimination: a prompt is dropped where a PEM exceeds this many times its own mean.
+
+    Raises:
+        ValueError: a value is out of range.
     """
 
     smoothing: float = 2.0
@@ -44,25 +57,22 @@ class AsfParams:
     elimination: float = 1.3
 
     def __post_init__(self) -> None:
+        in_cells = "(cells of a 256-wide PCM)"
         if not 0 <= self.smoothing <= 64:
-            raise ValueError(
-                f"smoothing must lie in [0, 64] (cells of a 256-wide PCM), not {self.smoothing}"
-            )
+            raise ValueError(f"smoothing must lie in [0, 64] {in_cells}, not {self.smoothing}")
         if not 0 <= self.confidence < 1:
             raise ValueError(f"confidence must lie in [0, 1), not {self.confidence}")
         if not 0 < self.spacing <= 128:
-            raise ValueError(
-                f"spacing must lie in (0, 128] (cells of a 256-wide PCM), not {self.spacing}"
-            )
+            raise ValueError(f"spacing must lie in (0, 128] {in_cells}, not {self.spacing}")
         if not self.elimination > 0:
             raise ValueError(f"elimination must be positive, not {self.elimination}")
 
 
-# --- coarse: adaptive sampling -------------------------------------------------------------------------------------------
+# --- adaptive sampling ----------------------------------------------------------------------------
 
 
 def smooth(pcm: Tensor, sigma: float) -> Tensor:
-    """Gaussian filter of an (H, W) map, cut at 4 sigma, edges repeated (scipy's ``gaussian_filter(mode="nearest")``)."""
+    """Gaussian filter of a map (H, W), as scipy's `gaussian_filter(mode="nearest")`."""
     radius = int(4 * sigma + 0.5)
     if radius == 0:
         return pcm
@@ -74,26 +84,31 @@ def smooth(pcm: Tensor, sigma: float) -> Tensor:
 
 
 def _window_maximum(x: Tensor, reach: int, dim: int) -> Tensor:
-    """Of each cell of (H, W) and the ``reach`` to either side of it along ``dim``: maxima of windows that double."""
+    """The maximum within `reach` of each cell of (H, W) along `dim`, by windows that double."""
     ends = (reach, reach, 0, 0) if dim == 1 else (0, 0, reach, reach)
     x, width, side = F.pad(x, ends, value=-float("inf")), 1, 2 * reach + 1
     while width < side:
         step = min(width, side - width)
-        x = torch.maximum(
-            x.narrow(dim, 0, x.shape[dim] - step), x.narrow(dim, step, x.shape[dim] - step)
-        )
+        rest = x.shape[dim] - step
+        x = torch.maximum(x.narrow(dim, 0, rest), x.narrow(dim, step, rest))
         width += step
     return x
 
 
 def local_maxima(score: Tensor, threshold: float, spacing: int) -> tuple[Tensor, Tensor]:
-    """Cells that exceed ``threshold`` and are the maximum of their ``(2 * spacing + 1)`` window.
+    """Cells of (H, W) that exceed a threshold and are the maximum of their window.
 
-    score: (H, W). Returns (n, 2) long (row, column) and their n scores, strongest first, ties by row then column. Of equal
-    maxima within one window (a plateau) the first in that order stays.
+    Args:
+        score: (H, W).
+        threshold: what a maximum exceeds.
+        spacing: a window has 2 * spacing + 1 cells a side.
+
+    Returns:
+        (n, 2) long (row, column) and their (n,) scores, highest first, ties by row then column. Of
+        equal maxima within one window (a plateau) the first in this order stays.
     """
     peak = _window_maximum(_window_maximum(score, spacing, 1), spacing, 0)
-    cells = ((score == peak) & (score > threshold)).nonzero()  # row-major
+    cells = ((score == peak) & (score > threshold)).nonzero()  # row by row
     values = score[cells[:, 0], cells[:, 1]]
     order = values.argsort(descending=True, stable=True)
     cells, values = cells[order], values[order]
@@ -110,22 +125,25 @@ def local_maxima(score: Tensor, threshold: float, spacing: int) -> tuple[Tensor,
 def sample_prompts(
     pcm: Tensor, smoothing: float = 2.0, confidence: float = 0.2, spacing: float = 6.0
 ) -> tuple[Tensor, Tensor]:
-    """Adaptive sampling: peaks of the smoothed PCM (H, W) in [0, 1].
+    """Adaptive sampling: the peaks of the smoothed PCM.
 
-    ``smoothing`` and ``spacing`` are in cells of a 256-wide PCM. A window has the whole cells that lie within the spacing: on a map
-    160 wide 6 means 3.75, and so 3 to each side. Returns (n, 2) long cells (row, column) of the PCM and (n,) confidences (values
-    of the smoothed map), strongest first.
+    Args:
+        pcm: (H, W) in [0, 1].
+        smoothing, confidence, spacing: as AsfParams. A window has the whole cells that lie within
+            the spacing.
+
+    Returns:
+        (n, 2) long cells (row, column) and their (n,) values of the smoothed PCM, highest first.
     """
     scale = pcm.shape[-1] / REFERENCE_WIDTH
-    return local_maxima(
-        smooth(pcm, smoothing * scale), confidence, max(1, int(spacing * scale + 1e-6))
-    )
+    reach = max(1, int(spacing * scale + 1e-6))
+    return local_maxima(smooth(pcm, smoothing * scale), confidence, reach)
 
 
 def component_prompts(pcm: Tensor, confidence: float = 0.2) -> tuple[Tensor, Tensor]:
-    """Sampling without ASF (ours, for the ablation): the highest cell of each 8-connected component of ``pcm > confidence``.
+    """Sampling without ASF: the highest cell of each 8-connected component of pcm > confidence.
 
-    Same returns as :func:`sample_prompts`.
+    Returns what `sample_prompts` does.
     """
     from scipy import ndimage
 
@@ -138,21 +156,7 @@ def component_prompts(pcm: Tensor, confidence: float = 0.2) -> tuple[Tensor, Ten
     return cells[order], scores[order]
 
 
-# --- fine: adaptive filtering --------------------------------------------------------------------------------------------
-
-
-def cells_on_picture(
-    input_size: tuple[int, int], img_size: int, grid: tuple[int, int]
-) -> tuple[int, int]:
-    """(rows, columns) of a grid over the model frame whose cells' centres lie on the picture, not on its padding.
-
-    input_size: (height, width) of the picture in the model frame, of which img_size is the side.
-    """
-    # the centre of cell i lies at (i + 1/2) * img_size / cells; in whole numbers, as it may lie right on the edge
-    return tuple(
-        min(cells, max(0, -((img_size - 2 * side * cells) // (2 * img_size))))
-        for side, cells in zip(input_size, grid)
-    )
+# --- adaptive filtering ---------------------------------------------------------------------------
 
 
 def valid_cells(
@@ -161,10 +165,20 @@ def valid_cells(
     grid: tuple[int, int],
     device: torch.device | str = "cpu",
 ) -> Tensor:
-    """(h, w) bool: which cells are those of :func:`cells_on_picture`."""
-    rows, columns = cells_on_picture(input_size, img_size, grid)
-    valid = torch.zeros(grid, dtype=torch.bool, device=device)
-    valid[:rows, :columns] = True
+    """Which cells (h, w) of a grid over the model frame have their centre on the image.
+
+    Args:
+        input_size: (height, width) of the scaled image in the model frame.
+        img_size: S, the side of the model frame.
+        grid: (h, w).
+        device: of the result.
+    """
+    valid = torch.ones(grid, dtype=torch.bool, device=device)
+    for dim, (part, cells) in enumerate(zip(input_size, grid, strict=True)):
+        # the centre of cell i lies at (i + 1/2) * img_size / cells: in whole numbers, to be exact
+        centres = (2 * torch.arange(cells, device=device) + 1) * img_size
+        on = centres < 2 * part * cells
+        valid &= on[:, None] if dim == 0 else on
     return valid
 
 
@@ -176,9 +190,9 @@ def centred_features(features: Tensor, valid: Tensor) -> Tensor:
 
 
 def whitened_features(embedding: Tensor, valid: Tensor) -> Tensor:
-    """The centred embedding (C, h, w), its channels decorrelated over the valid cells: ``L^-1 x`` with ``L L^T`` their covariance.
+    """The centred embedding (C, h, w), its channels decorrelated over the valid cells.
 
-    Cosines of what this returns weigh all directions of the picture's features alike, not just the few large ones.
+    So a cosine weighs all directions of the image's features alike, not just the few large ones.
     """
     x = centred_features(embedding, valid).float()  # zero on padding, which adds nothing
     part = x[:, ::EVERY, ::EVERY].flatten(1)
@@ -192,118 +206,122 @@ def whitened_features(embedding: Tensor, valid: Tensor) -> Tensor:
 
 
 def elimination_features(embedding: Tensor, image_pe: Tensor, valid: Tensor) -> Tensor:
-    """Image features of the PEM: what a cell looks like, and where it lies -> (2C, h, w), each valid cell of unit length (ours).
+    """Features of the PEM: what a cell looks like, and where it lies.
 
-    embedding: (C, h, w). image_pe: (C, h, w), SAM's own dense positional encoding. valid: (h, w) bool.
+    The whitened embedding and the centred positional encoding, each of one length in every cell,
+    stand one upon the other, as SAM's decoder attends to their sum. Embeddings that are only
+    centred tell kinds of surface apart, but not one object from another of its kind.
 
-    The paper says "image features". SAM's decoder attends to embedding + positional encoding, and so does this: the whitened
-    embedding and the centred encoding, each of one length in every cell, stand one upon the other, and a cosine is the mean
-    of both. The few large directions of an embedding that is only centred tell kinds of surface apart, but not one object from
-    its like.
+    Args:
+        embedding: (C, h, w).
+        image_pe: (C, h, w), SAM's dense positional encoding.
+        valid: (h, w) bool, cells on the image.
+
+    Returns:
+        (2C, h, w), each valid cell of unit length, zero on padding.
     """
     parts = [whitened_features(embedding, valid), centred_features(image_pe, valid)]
     return torch.cat([part * (2 * part.square().sum(0)).clamp(min=1e-12).rsqrt() for part in parts])
 
 
 def raw_features(embedding: Tensor, valid: Tensor) -> Tensor:
-    """Image features of the PEM in the paper's words to the letter: the embedding as it is, cells of unit length.
-
-    Args:
-        embedding: (C, h, w).
-        valid: (h, w) bool, cells on the image.
-
-    Returns:
-        (C, h, w), zero on padding.
-    """
+    """Features of the PEM as the paper words it: the embedding (C, h, w), cells of length 1."""
     return F.normalize(embedding, dim=0) * valid
 
 
 def on_mask(logits: Tensor, index: Tensor, threshold: float) -> Tensor:
-    """``logits[index] > threshold``: logits (N, H, W), index (n,) long -> (n, H, W) bool.
+    """`logits[index] > threshold`: logits (N, H, W), index (n,) long -> (n, H, W) bool.
 
-    On a CPU mask by mask, so that no logits are copied, and by NumPy, which takes a sixth of torch's time for it.
+    On a CPU mask by mask, so that no logits are copied, and by NumPy in a sixth of torch's time.
     """
     if logits.device.type != "cpu":
         return logits[index] > threshold
-    all_of_them, on = logits.numpy(), np.empty((len(index), *logits.shape[1:]), bool)
+    every, on = logits.numpy(), np.empty((len(index), *logits.shape[1:]), bool)
     for i, row in enumerate(index.tolist()):
-        np.greater(all_of_them[row], threshold, out=on[i])
+        np.greater(every[row], threshold, out=on[i])
     return torch.from_numpy(on)
 
 
 def cell_coverage(masks: Tensor) -> Tensor:
-    """Area-average of masks (n, 4h, 4w) bool over the cells of the h x w grid -> (n, h, w) float in [0, 1]."""
-    rows = masks.contiguous().view(
-        torch.int32
-    )  # four bools side by side are the bytes of one number
+    """Area-average of masks (n, 4h, 4w) bool over the cells: (n, h, w) float in [0, 1]."""
+    rows = masks.contiguous().view(torch.int32)  # four bools side by side as one number
     counts = rows.unflatten(1, (-1, 4)).sum(2, dtype=torch.int32)  # each byte 0 to 4
-    return (
-        (counts * 0x01010101) >> 24
-    ).float() / 16  # so multiplied, the top byte is the sum of the four
+    # so multiplied, the highest byte is the sum of the four
+    return ((counts * 0x01010101) >> 24).float() / 16
 
 
 def filled_cells(coverage: Tensor, valid: Tensor) -> Tensor:
-    """A mask's own cells: those that it covers by half at least -> (n, h, w) bool.
+    """A mask's own cells, those that it covers by half at least: (n, h, w) bool.
 
-    A mask without any should explain nothing (ours): what lies in its cells is mostly its surroundings, and so it would drop
+    A mask without any explains nothing: its cells are mostly its surroundings, and it would drop
     the prompts of other small things upon them.
     """
     return (coverage >= 0.5) & valid
 
 
 def reference_features(features: Tensor, coverage: Tensor) -> Tensor:
-    """One unit vector a mask: the mean of ``features`` (C, h, w) under ``coverage`` (n, h, w), normalised -> (n, C).
+    """The mean of features (C, h, w) under each mask's coverage (n, h, w).
 
-    The coverage's own scale cancels. A mask that covers no cell gives zeros, and a PEM of one half everywhere.
+    Returns:
+        (n, C) of unit length; zeros for a mask that covers no cell.
     """
     return F.normalize(coverage.flatten(1) @ features.flatten(1).T, dim=1)
 
 
 def elimination_maps(features: Tensor, references: Tensor) -> Tensor:
-    """PEM of each reference: ``(1 + cos(features, reference)) / 2`` on the h x w grid, in [0, 1] -> (n, h, w).
+    """The PEM of each reference (n, C): (1 + cos(features, reference)) / 2.
 
-    features: (C, h, w), cells of unit length (or zero, where the PEM is one half). references: (n, C), of unit length.
+    Both are of unit length; where features (C, h, w) are zero, the PEM is one half.
+
+    Returns:
+        (n, h, w) in [0, 1].
     """
-    cosines = torch.addmm(
-        references.new_full((1,), NO_COSINE), references, features.flatten(1), alpha=0.5
-    )  # their half, and a half
-    return cosines.clamp_(0, 1).unflatten(1, features.shape[1:])
+    half = references.new_full((1,), NO_COSINE)
+    pems = torch.addmm(half, references, features.flatten(1), alpha=0.5)
+    return pems.clamp_(0, 1).unflatten(1, features.shape[1:])
 
 
 def elimination_thresholds(
     pems: Tensor, coverage: Tensor, valid: Tensor, elimination: float, floor: bool = True
 ) -> Tensor:
-    """What a PEM must exceed for its reference to eliminate a prompt -> (n,).
+    """What each PEM must exceed to eliminate a prompt: `elimination` times its mean.
 
-    floor: whether the threshold has the lower bound described below; without it, it is the paper's to the letter.
+    With the floor it is at least the OWN_QUANTILE of the PEM over the mask's own cells. Without it
+    a part is lost to its object, and a small object to its surroundings.
 
-    ``elimination`` times the mean of the PEM (n, h, w) over the valid cells (the paper's adaptive threshold; the mean is
-    ours), but not less than the OWN_QUANTILE of the PEM over the reference's own cells (ours, see :func:`filled_cells`): a
-    prompt must look as much like the mask as most of the mask's own cells do. Without that floor a part is lost to its object,
-    and a small object to what surrounds it.
+    Args:
+        pems, coverage: (n, h, w).
+        valid: (h, w) bool, cells on the image.
+        elimination: as AsfParams.
+        floor: whether there is this lower bound; the paper has none.
+
+    Returns:
+        (n,).
     """
     weights = valid.to(pems.dtype).flatten()
     adaptive = elimination * (pems.flatten(1) @ (weights / weights.sum()))
     if not floor:
         return adaptive
     own = torch.where(filled_cells(coverage, valid), pems, float("nan")).flatten(1)
-    least = torch.nanquantile(own, OWN_QUANTILE, dim=1).nan_to_num(
-        nan=0.0
-    )  # a mask that fills no cell has none
+    # a mask that fills no cell has no quantile
+    least = torch.nanquantile(own, OWN_QUANTILE, dim=1).nan_to_num(nan=0.0)
     return torch.maximum(adaptive, least)
 
 
 def eliminate(
     pems: Tensor, thresholds: Tensor, cells: Tensor, gates: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Adaptive filtering: which waiting prompts do the references explain?
+    """Which waiting prompts do the references explain?
 
-    pems:       (n, h, w). thresholds: (n,).
-    cells:      (m, 2) long, the (row, column) of each waiting prompt on that grid.
-    gates:      (n, h, w) bool or None; where given, a reference eliminates only where its gate is on (``aop_gated``, ours).
+    Args:
+        pems: (n, h, w).
+        thresholds: (n,).
+        cells: (m, 2) long, the (row, column) of each waiting prompt.
+        gates: (n, h, w) bool; a reference eliminates only where its gate is on. None: everywhere.
 
-    Returns (m,) long, the reference that eliminates the prompt, -1 where none does (where several do, the one whose PEM
-    exceeds its threshold by the largest factor), and (m,) the PEM value there (NaN where none does).
+    Returns:
+        (m,) long, the reference that eliminates the prompt, -1 for none; where several do, the one
+        whose PEM exceeds its threshold by the largest factor. And (m,) the PEM there, NaN for none.
     """
     m = len(cells)
     if len(pems) == 0 or m == 0:
@@ -319,5 +337,94 @@ def eliminate(
 
 
 def dilate(coverage: Tensor, cells: int = 1) -> Tensor:
-    """Masks on the grid grown by ``cells``: (n, h, w) coverage -> (n, h, w) bool, on where a covered cell is that near."""
+    """Where a cell that a mask covers by more than half is within `cells`: (n, h, w) bool."""
     return F.max_pool2d(coverage[:, None], 2 * cells + 1, stride=1, padding=cells)[:, 0] > 0.5
+
+
+def best_of_each(iou: Tensor, prompt: Tensor, m: int) -> Tensor:
+    """Indices of the mask with the highest predicted IoU (r,) of each of m prompts (r,)."""
+    highest = iou.new_zeros(m).scatter_reduce(0, prompt, iou, "amax")
+    return (iou == highest[prompt]).nonzero()[:, 0]
+
+
+@dataclass
+class FilteredProposal(Proposal):
+    """Adaptive filtering: prompts in rounds; what the masks found explain is eliminated.
+
+    The strongest share `first` is decoded at once, the others in `rounds - 1` equal parts. The
+    reference of a prompt is its surest mask; of references that are duplicates the surest counts.
+
+    Args:
+        cells: (m, 2) long, each prompt's (row, column) on the grid.
+        features: (C', h', w') of the part of the grid, top left, that the image covers.
+        valid: (h', w') bool, cells on the image.
+        grid: (h, w).
+        gated: whether a mask eliminates only prompts on it or beside it.
+        elimination, floor: as `elimination_thresholds`.
+    """
+
+    cells: Tensor = None
+    features: Tensor = None
+    valid: Tensor = None
+    grid: tuple[int, int] = None
+    elimination: float = 1.3
+    gated: bool = False
+    floor: bool = True
+    first: float = FIRST
+    rounds: int = ROUNDS
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        m, more = len(self.prompts), self.rounds - 1
+        start = math.ceil(self.first * m)
+        # where each round ends among the prompts, strongest first
+        self._ends = [start]
+        self._ends += [start + math.ceil((m - start) * (i + 1) / more) for i in range(more)]
+        # of each possible reference coverage, prompt, predicted IoU and box
+        self._seen: list[tuple[Tensor, ...]] = []
+
+    def next_round(self) -> Tensor | None:
+        """Eliminate, then choose; see Proposal."""
+        if self._seen:
+            self._eliminate(*(torch.cat(parts) for parts in zip(*self._seen, strict=True)))
+            self._seen.clear()
+        while self._ends:
+            chosen = self.waiting[: self._ends.pop(0)].nonzero()[:, 0]
+            if len(chosen):
+                self.waiting[chosen] = False
+                return chosen
+        return None
+
+    def observe(self, found: Found, mask_threshold: float) -> None:
+        """Remember the surest masks; see Proposal."""
+        if not len(found.iou) or not self.waiting.any():
+            return
+        sure = best_of_each(found.iou, found.prompt, len(self.prompts))
+        sure = sure[found.iou[sure] >= REFERENCE_IOU]
+        if not len(sure):
+            return
+        rows, columns = (CELL * side for side in self.valid.shape)  # masks have the PCM's cells
+        masks = on_mask(found.low_res[:, :rows, :columns], sure, mask_threshold)
+        seen = cell_coverage(masks), found.prompt[sure], found.iou[sure], found.boxes[sure]
+        self._seen.append(seen)
+
+    def _eliminate(self, coverage: Tensor, owners: Tensor, iou: Tensor, boxes: Tensor) -> None:
+        coverage = coverage * self.valid
+        large = filled_cells(coverage, self.valid).flatten(1).any(1).nonzero()[:, 0]
+        if not len(large):
+            return
+        distinct = large[nms(boxes[large].float(), iou[large], BOX_NMS_THRESH)]
+        coverage, owners = coverage[distinct], owners[distinct]
+        pems = elimination_maps(self.features, reference_features(self.features, coverage))
+        least = elimination_thresholds(pems, coverage, self.valid, self.elimination, self.floor)
+        waiting = self.waiting.nonzero()[:, 0]
+        gates = dilate(coverage) if self.gated else None
+        by, value = eliminate(pems, least, self.cells[waiting], gates)
+        gone = by >= 0
+        self.eliminated_by[waiting[gone]] = len(self.pems) + by[gone]  # after earlier rounds'
+        self.pem_value[waiting[gone]] = value[gone]
+        self.waiting[waiting[gone]] = False
+        whole = pems.new_full((len(pems), *self.grid), NO_COSINE)
+        whole[:, : pems.shape[1], : pems.shape[2]] = pems
+        self.pems.extend(whole)
+        self.references.extend(zip(owners.tolist(), least.tolist(), strict=True))

@@ -13,9 +13,12 @@ from tqdm import tqdm
 
 from aopsam_lab.asf import AsfParams
 from aopsam_lab.data.images import find_images
-from aopsam_lab.sam.download import CACHE_VARIABLE, OFFICIAL, download
+from aopsam_lab.detector import load_detector
 from aopsam_lab.pipeline.methods import METHODS
 from aopsam_lab.pipeline.run import segment
+from aopsam_lab.pipeline.show import save
+from aopsam_lab.predictor import load_predictor
+from aopsam_lab.sam.download import CACHE_VARIABLE, OFFICIAL, download
 from aopsam_lab.sam.zoo import MODELS, load_sam
 from aopsam_lab.training import ground_truth
 from aopsam_lab.training import predictor as predictor_training
@@ -24,12 +27,16 @@ ASF_HELP = {
     "smoothing": "sigma of the Gaussian over the confidence map",
     "confidence": "a prompt's least confidence",
     "spacing": "least distance between prompts",
-    "elimination": "a waiting prompt is dropped above this many times a map's mean; higher drops fewer",
+    "elimination": "a waiting prompt is dropped above this many times a map's mean",
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; its exit code: 0 done, 1 some images failed, 2 nothing could be done, 130 interrupted."""
+    """Run a command.
+
+    Returns:
+        0 done, 1 some images failed, 2 nothing could be done, 130 interrupted.
+    """
     args = _parser().parse_args(argv)
     try:
         return args.run(args)
@@ -42,64 +49,44 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m aopsam_lab", description="Automatic prompts for Segment Anything."
-    )
+    about = "Automatic prompts for Segment Anything."
+    parser = argparse.ArgumentParser(prog="python -m aopsam_lab", description=about)
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser(
         "segment",
         help="find the masks in images",
-        description="Writes STEM.json (COCO), STEM_labels.png (16-bit labels) and STEM_overlay.png for each image.",
+        description="Writes STEM.json (COCO), STEM_labels.png (16-bit labels) and STEM_overlay.png "
+        "for each image.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     command.set_defaults(run=segment_command)
-    command.add_argument(
-        "images",
-        nargs="+",
-        metavar="IMAGE",
-        help="image files, folders of images, or glob patterns",
-    )
-    command.add_argument(
-        "--out",
-        required=True,
-        type=Path,
-        metavar="DIR",
-        help="where the results go; made if missing",
-    )
-    command.add_argument(
-        "--method", default="aop", choices=list(METHODS), help="how prompts are found"
-    )
-    command.add_argument("--sam", default="mobile_sam", choices=list(MODELS), help="which SAM")
-    command.add_argument(
-        "--checkpoint", metavar="FILE", help="SAM weights other than the bundled or official ones"
-    )
-    command.add_argument(
-        "--predictor", metavar="FILE", help="Prompt Predictor weights other than the bundled ones"
-    )
-    command.add_argument(
-        "--detector",
-        metavar="FILE",
-        help="YOLOv8 weights other than the bundled: a file, or yolov8n",
-    )
-    command.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
+    add = command.add_argument
+    images = "image files, folders of images, or glob patterns"
+    add("images", nargs="+", metavar="IMAGE", help=images)
+    out = "where the results go; made if missing"
+    add("--out", required=True, type=Path, metavar="DIR", help=out)
+    add("--method", default="aop", choices=list(METHODS), help="how prompts are found")
+    add("--sam", default="mobile_sam", choices=list(MODELS), help="which SAM")
+    other = "weights other than the bundled"
+    add("--checkpoint", metavar="FILE", help=f"SAM {other} or official ones")
+    add("--predictor", metavar="FILE", help=f"Prompt Predictor {other} ones")
+    add("--detector", metavar="FILE", help=f"YOLOv8 {other} ones: a file, or yolov8n")
+    add("--device", default="auto", help="auto, cpu, cuda, ...")
     for parameter in fields(AsfParams):
-        text = ASF_HELP[parameter.name]
-        command.add_argument(
-            f"--{parameter.name}", type=float, default=parameter.default, metavar="X", help=text
-        )
+        about = {"default": parameter.default, "help": ASF_HELP[parameter.name]}
+        add(f"--{parameter.name}", type=float, metavar="X", **about)
     command = commands.add_parser(
         "download",
         help="fetch official weights",
-        description=f"Fetches official weights into the folder {CACHE_VARIABLE}, or the system's cache folder, and "
-        "checks their sha256. What was interrupted goes on where it stopped.",
+        description=f"Fetches official weights into the folder {CACHE_VARIABLE}, or the system's "
+        "cache folder, and checks their sha256. What was interrupted goes on where it stopped.",
     )
     command.set_defaults(run=download_command)
-    command.add_argument(
-        "names", nargs="+", choices=list(OFFICIAL), metavar="NAME", help=", ".join(OFFICIAL)
-    )
+    names = ", ".join(OFFICIAL)
+    command.add_argument("names", nargs="+", choices=list(OFFICIAL), metavar="NAME", help=names)
     command = commands.add_parser(
         "find-masks",
-        help="find all masks that a SAM can on a folder of photographs: ground truth for a training",
+        help="find all masks that a SAM can on a folder of images: ground truth for a training",
         description=ground_truth.__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -117,64 +104,49 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def segment_command(args: argparse.Namespace) -> int:
-    """Segment the images named by `args`; 0, or 1 where some failed, after the others are written.
-
-    Raises ValueError and OSError for what stops all of them: models or settings that do not fit, an unusable folder.
-    """
-    params = AsfParams(
-        **{parameter.name: getattr(args, parameter.name) for parameter in fields(AsfParams)}
-    )
+    """Segment images, write the results, and say which images failed; 1 where some did."""
+    names = [parameter.name for parameter in fields(AsfParams)]
+    params = AsfParams(**{name: getattr(args, name) for name in names})
     args.out.mkdir(parents=True, exist_ok=True)
     sam = load_sam(args.sam, args.checkpoint, args.device)
     predictor = detector = None
     needs = METHODS[args.method].needs
     if needs == "predictor":
-        from aopsam_lab.predictor import load_predictor
-
         predictor = load_predictor(args.sam, args.predictor, sam.device)
     elif needs == "detector":
-        from aopsam_lab.detector import load_detector
-
         detector = load_detector(args.detector, sam.device)
-
     paths, failures = find_images(args.images)
+    jobs = list(zip(paths, unique_stems(paths), strict=True))
     done = 0
-    for path, stem in tqdm(
-        list(zip(paths, unique_stems(paths))), desc="segmenting", unit="image", dynamic_ncols=True
-    ):
+    for path, stem in tqdm(jobs, desc="segmenting", unit="image", dynamic_ncols=True):
         try:
             found = segment(path, args.method, sam, predictor, detector, params)
-            found.save(args.out, stem, file_name=path.as_posix())
+            save(found, args.out, stem, file_name=path.as_posix())
             done += 1
         except (ValueError, OSError, MemoryError, torch.OutOfMemoryError) as error:
             failures.append((str(path), str(error) or type(error).__name__))
     print(f"{done} of {done + len(failures)} images segmented, results in {args.out}")
     if failures:
-        print(
-            "\n".join(["Failed:", *(f"  {name}: {reason}" for name, reason in failures)]),
-            file=sys.stderr,
-        )
+        lines = [f"  {name}: {reason}" for name, reason in failures]
+        print("\n".join(["Failed:", *lines]), file=sys.stderr)
     return 1 if failures else 0
 
 
 def download_command(args: argparse.Namespace) -> int:
-    """Fetch the official files named by `args`, print where each lies; 0. Raises what `download` raises."""
+    """Fetch official files and print where each lies."""
     for name in dict.fromkeys(args.names):
         print(f"{name}: {download(name)} ({OFFICIAL[name].licence})")
     return 0
 
 
 def train_command(args: argparse.Namespace) -> int:
-    """Train a Prompt Predictor; 0. Raises what `training.predictor.train` raises."""
+    """Train a Prompt Predictor."""
     predictor_training.train(args)
     return 0
 
 
 def unique_stems(paths: Sequence[Path]) -> list[str]:
-    """A name without ending for each path's results: its own stem, with _2, _3, ... where that is taken.
-
-    Stems that differ only in case count as equal, as some file systems do not tell them apart.
-    """
+    """The stem of each path, with _2, _3, ... where it is taken, whatever its case."""
     taken: set[str] = set()
     stems = []
     for path in paths:

@@ -1,15 +1,14 @@
-"""YOLOv8 boxes for the object-aware baselines (OAS): real Ultralytics models, kept quiet.
+"""YOLOv8 boxes for the object-aware baselines (OAS): Ultralytics models, kept quiet.
 
 Ultralytics is AGPL-3.0 software; only this module and training/detector.py import it, inside
 functions. While it is imported and used here it sends no usage statistics, uses no network,
 installs nothing and writes nothing to the user's home. The method is object-aware sampling of
-MobileSAMv2 (Zhang et al. 2023), its detector trained on boxes of all masks, whatever they show.
+MobileSAMv2 (Zhang et al. 2023), its detector trained on boxes of all masks.
 """
 
 from __future__ import annotations
 
 import atexit
-import hashlib
 import inspect
 import json
 import os
@@ -18,7 +17,6 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib import resources
 from pathlib import Path
 from types import ModuleType
 
@@ -28,12 +26,13 @@ import torch
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 
-from aopsam_lab.sam.zoo import official_weights, resolve_device
+from aopsam_lab.sam.zoo import file_sha256, official_weights, resolve_device
+from aopsam_lab.weights import WEIGHTS
 
 ARCHITECTURE = "yolov8n.yaml"
 OFFICIAL_NAME = "yolov8n"  # in aopsam_lab.sam.download
 CLASS_NAMES = {0: "object"}
-# Where the weights do not say. Low confidence is kind to the baseline: a box more costs it time, not mIoU.
+# Where the weights do not say. A box more costs the baseline time, not mIoU.
 DEFAULTS = {"imgsz": 640, "confidence": 0.05, "overlap": 0.7}
 _OFFLINE = {
     "YOLO_OFFLINE": "true",
@@ -45,17 +44,13 @@ _OFFLINE = {
 
 @contextmanager
 def process_left_alone() -> Iterator[None]:
-    """Puts back what Ultralytics changes for the whole process: threads, printing, environment, and others' functions.
+    """Puts back what Ultralytics changes: threads, printing, environment, others' functions.
 
-    Its `PIL.Image.open` would go and install a package when it meets a file that is no picture.
+    Its `PIL.Image.open` would go and install a package when it meets a file that is no image.
     """
     image_open, torch_save = Image.open, torch.save
-    threads, cv_threads, printing = (
-        torch.get_num_threads(),
-        cv2.getNumThreads(),
-        np.get_printoptions(),
-    )
-    environment = dict(os.environ)
+    threads, cv_threads = torch.get_num_threads(), cv2.getNumThreads()
+    printing, environment = np.get_printoptions(), dict(os.environ)
     try:
         yield
     finally:
@@ -63,18 +58,19 @@ def process_left_alone() -> Iterator[None]:
         torch.set_num_threads(threads)
         cv2.setNumThreads(cv_threads)
         np.set_printoptions(**printing)
-        for name in os.environ.keys() - environment.keys() - _OFFLINE.keys():
+        ours = {name: os.environ[name] for name in _OFFLINE if name in os.environ}
+        for name in os.environ.keys() - environment.keys() - ours.keys():
             del os.environ[name]
-        os.environ.update(
-            {name: value for name, value in environment.items() if name not in _OFFLINE}
-        )
+        os.environ.update({**environment, **ours})
 
 
 def import_ultralytics() -> ModuleType:
-    """The ultralytics package, offline and silent, its settings in a temporary folder that goes with the process.
+    """The ultralytics package, offline and silent, its settings in a temporary folder.
 
-    Where the caller imported it before, its folder is the caller's choice; statistics are switched off all the same.
-    Raises: ImportError where it is not installed.
+    Where the caller imported it before, its folder is the caller's choice.
+
+    Raises:
+        ImportError: it is not installed.
     """
     os.environ.update(_OFFLINE)
     with process_left_alone():
@@ -85,14 +81,11 @@ def import_ultralytics() -> ModuleType:
         try:
             import ultralytics
         except ImportError as error:
-            raise ImportError(
-                "The OAS methods need Ultralytics YOLO: pip install ultralytics-opencv-headless (AGPL-3.0)"
-            ) from error
+            advice = "pip install ultralytics-opencv-headless (AGPL-3.0)"
+            raise ImportError(f"The OAS methods need Ultralytics YOLO: {advice}") from error
+        # statistics and every integration, in memory only: its own update() would write the file
         settings = ultralytics.settings
-        off = {
-            name: False for name, value in settings.items() if value is True
-        }  # statistics and every integration
-        dict.update(settings, off)  # in memory only: its own update() would write the file
+        dict.update(settings, {name: False for name, on in settings.items() if on is True})
         from ultralytics.utils import events
 
         events.events.enabled = False
@@ -102,8 +95,12 @@ def import_ultralytics() -> ModuleType:
 class Detector:
     """One loaded model.
 
-    name and sha256 say which. imgsz is the longest side that its pictures are scaled to, in pixels;
-    options has that, the least confidence and NMS's overlap (IoU).
+    Args:
+        model: a YOLOv8 detection model.
+        name, sha256: which weights it has.
+        options: imgsz, the longest side that images are scaled to, in pixels; confidence, the least
+            of a box; overlap, the IoU of NMS.
+        device: where it runs.
     """
 
     def __init__(
@@ -113,38 +110,37 @@ class Detector:
         sha256: str,
         options: dict[str, float],
         device: torch.device,
-    ):
+    ) -> None:
         with process_left_alone():
             from ultralytics.models.yolo.detect import DetectionPredictor
 
             self.name, self.sha256, self.options = name, sha256, dict(options)
             self.imgsz = int(options["imgsz"])
-            overrides = {
-                "task": "detect", "mode": "predict", "imgsz": self.imgsz, "conf": options["confidence"], "rect": True,
-                "iou": options["overlap"], "max_det": 300, "device": str(device), "agnostic_nms": True, "batch": 1,
-                "save": False, "verbose": False, "project": tempfile.gettempdir(), "name": "aopsam_lab_unused",
-            }  # fmt: skip
+            overrides = dict(task="detect", mode="predict", save=False, verbose=False, batch=1)
+            overrides |= dict(imgsz=self.imgsz, rect=True, max_det=300, agnostic_nms=True)
+            overrides |= dict(conf=options["confidence"], iou=options["overlap"])
+            overrides |= dict(project=tempfile.gettempdir(), name="aopsam_lab_unused")
+            overrides |= dict(device=str(device))
             self._predictor = DetectionPredictor(overrides=overrides)
             self._predictor.setup_model(model.eval(), verbose=False)
             self._predictor([np.zeros((self.imgsz, self.imgsz, 3), np.uint8)])
 
     def boxes(self, image: np.ndarray, max_boxes: int = 100) -> tuple[np.ndarray, np.ndarray]:
-        """The most confident boxes of a picture.
+        """The most confident boxes of an image (H, W, 3) uint8, RGB.
 
-        image: H x W x 3 uint8, RGB.
+        Returns:
+            Boxes (n, 4) float32, x0 y0 x1 y1 in the image frame, within the image and not empty;
+            their scores (n,) float32, highest first.
 
-        Returns: boxes, n x 4 float32 (x0, y0, x1, y1) in the image frame, within the picture and not empty; scores, n
-        float32, falling.
-        Raises: ValueError for another kind of array.
+        Raises:
+            ValueError: another kind of array.
         """
         if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
-            raise ValueError(
-                f"a detector takes H x W x 3 uint8 pictures, not {image.shape} {image.dtype}"
-            )
+            kind = f"{image.shape} {image.dtype}"
+            raise ValueError(f"a detector takes H x W x 3 uint8 images, not {kind}")
         height, width = image.shape[:2]
-        found = self._predictor([np.ascontiguousarray(image[..., ::-1])])[
-            0
-        ].boxes  # Ultralytics reads BGR
+        bgr = np.ascontiguousarray(image[..., ::-1])
+        found = self._predictor([bgr])[0].boxes
         boxes = found.xyxy.float().cpu().numpy().clip(0, np.array([width, height] * 2, np.float32))
         scores = found.conf.float().cpu().numpy()
         real = np.flatnonzero((boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1]))
@@ -160,18 +156,15 @@ def _from_safetensors(path: Path) -> tuple[torch.nn.Module, dict[str, float]]:
             state = {name: file.get_tensor(name) for name in file.keys()}
             options = {**DEFAULTS, **json.loads((file.metadata() or {}).get("detector", "{}"))}
     except (SafetensorError, json.JSONDecodeError) as error:
-        raise ValueError(
-            f"{path} is not a readable safetensors file ({error}); give detector weights"
-        ) from error
+        message = f"{path} is not a readable safetensors file ({error}); give detector weights"
+        raise ValueError(message) from error
     model = DetectionModel(ARCHITECTURE, nc=len(CLASS_NAMES), verbose=False)
-    wanted = model.state_dict()
-    if wanted.keys() != state.keys() or any(
-        wanted[name].shape != state[name].shape for name in state
-    ):
-        raise ValueError(
-            f"{path} does not hold one-class YOLOv8n weights; give the bundled file, or a YOLOv8 .pt file"
-        )
-    model.load_state_dict({name: tensor.to(wanted[name].dtype) for name, tensor in state.items()})
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        advice = "give the bundled file, or a YOLOv8 .pt file"
+        message = f"{path} does not hold one-class YOLOv8n weights; {advice}"
+        raise ValueError(message) from error
     model.names = dict(CLASS_NAMES)
     return model, options
 
@@ -179,8 +172,8 @@ def _from_safetensors(path: Path) -> tuple[torch.nn.Module, dict[str, float]]:
 def _from_checkpoint(path: Path) -> tuple[torch.nn.Module, dict[str, float]]:
     from ultralytics.nn.tasks import torch_safe_load
 
-    # ULTRALYTICS_SAFE_LOAD is read only when ultralytics is first imported, perhaps long before;
-    # asked for by argument, safe loading silently gives way on an old torch.
+    # ULTRALYTICS_SAFE_LOAD is read when ultralytics is first imported, perhaps long before; the
+    # argument does nothing on an old torch.
     by_argument = "safe_only" in inspect.signature(torch_safe_load).parameters
     if not by_argument or not hasattr(torch.serialization, "get_unsafe_globals_in_checkpoint"):
         raise ValueError(
@@ -192,13 +185,11 @@ def _from_checkpoint(path: Path) -> tuple[torch.nn.Module, dict[str, float]]:
         model = (checkpoint.get("ema") or checkpoint["model"]).float()
     except Exception as error:  # a broken file shows itself as one of many types
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(
-            f"{path} is not a YOLOv8 checkpoint Ultralytics can read ({reason})"
-        ) from error
+        message = f"{path} is not a YOLOv8 checkpoint Ultralytics can read ({reason})"
+        raise ValueError(message) from error
     if getattr(model, "task", "detect") != "detect":
-        raise ValueError(
-            f"{path} holds a YOLO model for '{model.task}'; box prompts need one for 'detect'"
-        )
+        wanted = "box prompts need one for 'detect'"
+        raise ValueError(f"{path} holds a YOLO model for '{model.task}'; {wanted}")
     for module in model.modules():
         if isinstance(module, torch.nn.Upsample):
             module.recompute_scale_factor = None  # files of a PyTorch before 1.11 lack it
@@ -212,11 +203,10 @@ def read_weights(
     """Read a YOLOv8 model, without running code from its file.
 
     Args:
-        weights: as `load_detector` takes them.
+        weights: as `load_detector`.
 
     Returns:
-        The model on the CPU, the options it is used with (`DEFAULTS` where the file does not say),
-        and the path of the file.
+        The model on the CPU, its options (`DEFAULTS` where the file does not say), and the file.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -224,13 +214,12 @@ def read_weights(
         ImportError: Ultralytics is not installed.
     """
     if weights is None:
-        path = Path(str(resources.files("aopsam_lab") / "weights/detector.safetensors"))
+        path = WEIGHTS / "detector.safetensors"
     else:
         path = official_weights(OFFICIAL_NAME) if weights == OFFICIAL_NAME else Path(weights)
     if not path.is_file():
-        raise FileNotFoundError(
-            f"No detector weights at {path}; train some with python -m aopsam_lab.training.detector"
-        )
+        advice = "train some with python -m aopsam_lab.training.detector"
+        raise FileNotFoundError(f"No detector weights at {path}; {advice}")
     if path.suffix not in (".safetensors", ".pt"):
         raise ValueError(f"{path}: detector weights are .safetensors or .pt files")
     import_ultralytics()
@@ -242,21 +231,14 @@ def read_weights(
 def load_detector(
     weights: str | os.PathLike | None = None, device: str | torch.device = "auto"
 ) -> Detector:
-    """Load a YOLOv8 detector.
+    """Load a YOLOv8 detector; it raises what `read_weights` raises.
 
     Args:
-        weights: None for the bundled one-class YOLOv8n, "yolov8n" for the official one
-            (aopsam_lab.sam.download), or a file: .safetensors as training/detector.py writes it, or any
-            Ultralytics YOLOv8 detection checkpoint (.pt). Classes are ignored.
+        weights: None for the bundled one-class YOLOv8n, "yolov8n" for the official one, or a file:
+            .safetensors of training/detector.py, or a detection checkpoint (.pt) of Ultralytics.
+            Classes are ignored.
         device: "auto", "cpu", "cuda", ...
-
-    Returns:
-        The detector.
-
-    Raises:
-        FileNotFoundError, ValueError, ImportError: as `read_weights`.
     """
     target = resolve_device(device)
     model, options, path = read_weights(weights)
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    return Detector(model, path.stem, digest, options, target)
+    return Detector(model, path.stem, file_sha256(path), options, target)

@@ -1,4 +1,4 @@
-"""How good a set of masks is: one-to-one IoU with the truth, and how sure a mean over images is."""
+"""How good masks are: IoU and recall against ground truth, and how sure a mean over images is."""
 
 from __future__ import annotations
 
@@ -11,17 +11,22 @@ from scipy.stats import bootstrap
 
 CONFIDENCE_LEVEL = 0.95
 RESAMPLES = 9999
+IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)  # COCO's
+MAX_MASKS = (100, 1000)
+COVERED_IOU = 0.75
 
 
 @dataclass(frozen=True)
 class ImageScore:
-    """The score of one image with T true masks.
+    """The score of one image with T ground-truth masks.
 
-    miou:      mean over the truths of the IoU with the prediction matched to each, 0 where none is; NaN for T = 0.
-    miou_best: mean over the truths of the best IoU of any prediction, which truths may share; NaN for T = 0.
-    n_truth:   T.
-    matches:   (T,) int, the prediction matched to each truth, -1 for none.
-    ious:      (T,) float, the IoU of that match, 0 for none.
+    Args:
+        miou: mean over the ground truth of the IoU with the prediction matched to it, 0 for none;
+            NaN for T = 0.
+        miou_best: mean over the ground truth of the best IoU of any prediction; NaN for T = 0.
+        n_truth: T.
+        matches: (T,) int, the prediction matched to each, -1 for none.
+        ious: (T,) float, the IoU of that match, 0 for none.
     """
 
     miou: float
@@ -31,97 +36,133 @@ class ImageScore:
     ious: np.ndarray
 
 
-def iou_matrix(truths: Sequence[dict], predictions: Sequence[dict]) -> np.ndarray:
-    """T x P float64: IoU of every COCO RLE truth with every COCO RLE prediction.
+def iou_matrix(ground_truth: Sequence[dict], predictions: Sequence[dict]) -> np.ndarray:
+    """The (T, P) IoU of T ground-truth masks with P predictions, all COCO RLE of one image.
 
-    Masks without a pixel have IoU 0 with everything. Raises ValueError where the masks are not all of one size: they
-    are then not of one image.
+    Masks without a pixel have IoU 0 with everything.
+
+    Raises:
+        ValueError: the masks are not all of one size.
     """
-    sizes = {tuple(rle["size"]) for rle in (*truths, *predictions)}
+    sizes = {tuple(rle["size"]) for rle in (*ground_truth, *predictions)}
     if len(sizes) > 1:
         raise ValueError(
             f"Masks of one image must share one size (height, width); got {sorted(sizes)}."
         )
-    if not truths or not predictions:
-        return np.zeros((len(truths), len(predictions)))
-    return np.asarray(
-        coco_mask.iou(list(predictions), list(truths), [0] * len(truths)), dtype=float
-    ).T
+    if not ground_truth or not predictions:
+        return np.zeros((len(ground_truth), len(predictions)))
+    crowd = [0] * len(ground_truth)
+    return np.asarray(coco_mask.iou(list(predictions), list(ground_truth), crowd), dtype=float).T
 
 
 def greedy_matching(iou: np.ndarray) -> np.ndarray:
-    """T x P IoU -> (T,) int: for each truth the prediction it gets, -1 for none.
+    """Match predictions to ground truth by the paper's greedy IoU algorithm.
 
-    The paper's "greedy IoU algorithm", its details ours: of all pairs the one with the highest IoU is taken, then the
-    next whose truth and prediction are both still free. Equal IoU: lower truth index first, then lower prediction
-    index. Pairs that do not overlap are never matched.
+    Of all overlapping pairs the one with the highest IoU is taken, then the next of which both are
+    still free; of equal pairs the lower ground-truth index first, then the lower prediction index.
 
-    Where several pairs have exactly the same IoU, which is taken first can change what is left for the others, and
-    with it the mean: only then does the order of the masks matter.
+    Args:
+        iou: (T, P).
+
+    Returns:
+        (T,) int, the prediction matched to each ground-truth mask, -1 for none.
     """
     matches = np.full(iou.shape[0], -1)
-    truths, predictions = np.nonzero(iou > 0)
+    rows, columns = np.nonzero(iou > 0)
     taken = np.zeros(iou.shape[1], dtype=bool)
-    for k in np.lexsort((predictions, truths, -iou[truths, predictions])):
-        truth, prediction = truths[k], predictions[k]
-        if matches[truth] < 0 and not taken[prediction]:
-            matches[truth] = prediction
-            taken[prediction] = True
+    for k in np.lexsort((columns, rows, -iou[rows, columns])):
+        row, column = rows[k], columns[k]
+        if matches[row] < 0 and not taken[column]:
+            matches[row] = column
+            taken[column] = True
     return matches
 
 
-def evaluate(truths: Sequence[dict], predictions: Sequence[dict]) -> ImageScore:
-    """Score the COCO RLE `predictions` of one image against its COCO RLE `truths`; see ImageScore."""
-    return score_matrix(iou_matrix(truths, predictions))
+def evaluate(ground_truth: Sequence[dict], predictions: Sequence[dict]) -> ImageScore:
+    """Score the COCO RLE `predictions` of one image against its COCO RLE ground truth."""
+    return score_matrix(iou_matrix(ground_truth, predictions))
 
 
 def score_matrix(iou: np.ndarray) -> ImageScore:
-    """T x P IoU -> ImageScore."""
-    n_truth, n_predictions = iou.shape
+    """The score of one image from its (T, P) IoU."""
     matches = greedy_matching(iou)
     matched = matches >= 0
-    ious = np.zeros(n_truth)
+    ious = np.zeros(len(iou))
     ious[matched] = iou[matched, matches[matched]]
-    best = iou.max(axis=1) if n_predictions else np.zeros(n_truth)
+    best = iou.max(axis=1, initial=0)
+    nan = float("nan")
     return ImageScore(
-        miou=float(ious.mean()) if n_truth else float("nan"),
-        miou_best=float(best.mean()) if n_truth else float("nan"),
-        n_truth=n_truth,
+        miou=float(ious.mean()) if len(iou) else nan,
+        miou_best=float(best.mean()) if len(iou) else nan,
+        n_truth=len(iou),
         matches=matches,
         ious=ious,
     )
 
 
+def recall_matches(iou: np.ndarray, max_masks: Sequence[int] = MAX_MASKS) -> np.ndarray:
+    """How many ground-truth masks of an image are matched, as pycocotools' COCOeval counts them.
+
+    Prediction by prediction, best first, the free ground-truth mask with the highest IoU is taken
+    where that reaches the threshold; of equals the last.
+
+    Args:
+        iou: (T, P), predictions by score, highest first.
+        max_masks: how many of the first predictions count (COCO's maxDets).
+
+    Returns:
+        (len(max_masks), 10) int, one column for each of IOU_THRESHOLDS.
+    """
+    counts = np.zeros((len(max_masks), len(IOU_THRESHOLDS)), dtype=int)
+    candidates = np.flatnonzero((iou >= IOU_THRESHOLDS[0]).any(axis=0)) if iou.size else ()
+    for j, threshold in enumerate(IOU_THRESHOLDS):
+        free = np.ones(len(iou), dtype=bool)
+        for p in candidates:
+            own = np.where(free, iou[:, p], -1.0)
+            best = len(own) - 1 - int(own[::-1].argmax())
+            if own[best] >= threshold:
+                free[best] = False
+                counts[:, j] += [p < most for most in max_masks]
+    return counts
+
+
+def average_recall(matches: Sequence[int], n_truth: int) -> float:
+    """COCO's average recall from the counts of the ten thresholds, NaN without ground truth.
+
+    Counts and masks may be one image's or the sums over a data set's, which is how COCO defines it.
+    """
+    return sum(matches) / (len(IOU_THRESHOLDS) * n_truth) if n_truth else float("nan")
+
+
+def covered(iou: np.ndarray) -> int:
+    """How many of F masks some prediction finds with an IoU of 0.75 or more, from (F, P) IoU."""
+    return int((iou >= COVERED_IOU).any(axis=1).sum())
+
+
 def aggregate(
     miou: Sequence[float], miou_best: Sequence[float], n_truth: Sequence[int]
 ) -> dict[str, float]:
-    """Scores of single images -> scores of the data set.
-
-    Returns miou and miou_best (mean over images with truth, NaN where none has) and n_images (their number).
-    """
+    """Means of miou and miou_best over the images with ground truth, and n_images, their number."""
     scored = np.asarray(n_truth, dtype=int) > 0
-    means, bests = np.asarray(miou, dtype=float)[scored], np.asarray(miou_best, dtype=float)[scored]
-    empty = not scored.any()
-    return {
-        "miou": float("nan") if empty else float(means.mean()),
-        "miou_best": float("nan") if empty else float(bests.mean()),
-        "n_images": int(scored.sum()),
-    }
+    columns = {"miou": miou, "miou_best": miou_best}
+    means = {name: np.asarray(x, dtype=float)[scored] for name, x in columns.items()}
+    means = {name: float(x.mean()) if len(x) else float("nan") for name, x in means.items()}
+    return {**means, "n_images": int(scored.sum())}
 
 
 def mean_interval(values: Sequence[float], seed: int = 0) -> tuple[float, float, float]:
-    """Mean of per-image values and the ends of its 95% bootstrap interval over images: (mean, low, high).
+    """Mean of per-image values and its 95% bootstrap interval over images: (mean, low, high).
 
-    SciPy's bias-corrected and accelerated bootstrap, 9,999 resamples, the same for the same values and seed. Give the
-    differences of two methods on the same images and it is the paired interval of their difference. Where BCa is not
-    defined the percentile interval stands in; one value has no interval (NaN), equal values have one of width 0.
+    SciPy's bias-corrected and accelerated bootstrap; where that is not defined, the percentile
+    interval. One value has no interval (NaN), equal values have one of width 0.
     """
     values = np.asarray(values, dtype=float)
+    nan = float("nan")
     if len(values) == 0:
-        return float("nan"), float("nan"), float("nan")
+        return nan, nan, nan
     mean = float(values.mean())
     if len(values) == 1:
-        return mean, float("nan"), float("nan")
+        return mean, nan, nan
     if np.ptp(values) == 0:
         return mean, mean, mean
     for method in ("BCa", "percentile"):
@@ -142,13 +183,15 @@ def mean_interval(values: Sequence[float], seed: int = 0) -> tuple[float, float,
 def paired_difference(
     values: Sequence[float], reference: Sequence[float], seed: int = 0
 ) -> tuple[float, float, float]:
-    """`values` minus `reference`, image by image: (mean, low, high) of the paired 95% interval.
+    """`mean_interval` of `values` minus `reference`, image by image.
 
-    Raises ValueError where the two are not of the same images.
+    Raises:
+        ValueError: the two are not of the same images.
     """
     values, reference = np.asarray(values, dtype=float), np.asarray(reference, dtype=float)
     if values.shape != reference.shape:
         raise ValueError(
-            f"A paired difference needs the same images: {len(values)} values, {len(reference)} others."
+            "A paired difference needs the same images: "
+            f"{len(values)} values, {len(reference)} others."
         )
     return mean_interval(values - reference, seed)

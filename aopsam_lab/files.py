@@ -1,30 +1,90 @@
-"""Files that are there whole or not at all."""
+"""Files written whole or not at all, and a hash of the code that scores depend on."""
 
 from __future__ import annotations
 
+import ast
+import hashlib
 import os
 import uuid
 from collections.abc import Iterable
 from pathlib import Path
 
+PACKAGE = Path(__file__).parent
+
 
 def write_atomically(
     path: str | os.PathLike, data: bytes | str | Iterable[bytes | memoryview]
 ) -> Path:
-    """Write `data` (text as UTF-8; pieces one after another) to `path`, making its folder.
+    """Write text (as UTF-8), bytes or pieces of bytes; make the folder; return the path.
 
-    The bytes go to a hidden file beside it that then takes its name: no reader, and no run that is killed, ever meets
-    half of it. Returns the path.
+    No reader, and no run that is killed, ever meets half of the file.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{uuid.uuid4().hex}.tmp")
+    if isinstance(data, str):
+        data = data.encode("utf-8")
     try:
-        if isinstance(data, str):
-            data = data.encode("utf-8")
         with beside.open("wb") as file:
             file.writelines([data] if isinstance(data, (bytes, bytearray, memoryview)) else data)
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
     return path
+
+
+def modules(package: Path = PACKAGE) -> dict[str, Path]:
+    """The modules of a package by name, such as `aopsam_lab.sam.zoo`, and their files."""
+    found = {}
+    for path in sorted(package.rglob("*.py")):
+        parts = path.relative_to(package.parent).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+def imports(name: str, known: dict[str, Path]) -> set[str]:
+    """Which of the known modules a module imports anywhere: also in functions and for types."""
+    package = name if known[name].name == "__init__.py" else name.rpartition(".")[0]
+    found = set()
+    for node in ast.walk(ast.parse(known[name].read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            start = package.split(".")[: len(package.split(".")) + 1 - node.level]
+            base = ".".join([*(start if node.level else []), *filter(None, [node.module])])
+            names = {f"{base}.{alias.name}" for alias in node.names}
+            # `from package import module` needs the module; other names are of the package itself
+            found |= names if names <= known.keys() else names | {base}
+    return found & known.keys() - {name}
+
+
+def modules_behind(roots: Iterable[str], known: dict[str, Path] | None = None) -> set[str]:
+    """The modules that `roots` import, directly or through others, and the roots themselves."""
+    known, found, waiting = known or modules(), set(), list(roots)
+    while waiting:
+        name = waiting.pop()
+        if name not in found:
+            found.add(name)
+            waiting += imports(name, known)
+    return found
+
+
+def code_fingerprint(roots: Iterable[str]) -> str:
+    """sha256 of `modules_behind` the roots; comments, docstrings and layout do not count.
+
+    Python versions may differ in how they parse, and so in the hash.
+    """
+    digest, known = hashlib.sha256(), modules()
+    for name in sorted(modules_behind(roots, known)):
+        tree = ast.parse(known[name].read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            body = getattr(node, "body", None)
+            if isinstance(body, list) and body and _is_text(body[0]):
+                del body[0]
+        digest.update(f"{name} {ast.dump(tree)}".encode())
+    return digest.hexdigest()
+
+
+def _is_text(node: ast.stmt) -> bool:
+    value = node.value if isinstance(node, ast.Expr) else None
+    return isinstance(value, ast.Constant) and isinstance(value.value, str)

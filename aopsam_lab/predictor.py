@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
+import itertools
 import math
+import os
 from pathlib import Path
 
 import torch
@@ -12,14 +13,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from aopsam_lab.sam.zoo import WEIGHTS, resolve_device
+from aopsam_lab.sam.zoo import file_sha256, resolve_device
+from aopsam_lab.weights import WEIGHTS
 
 CELL = 4  # PCM cells along each side of a cell of the embedding
 BLOCK = 4  # PCM cells along each side of a block, in which the network places one prompt
 COARSE = 8  # PCM cells along each side of a cell of the last layers, which speak for 2 x 2 blocks
-DROPPED = (
-    0.2  # of the embedding's channels while training: against knowing the photographs by heart
-)
+DROPPED = 0.2  # of the embedding's channels in training, against overfitting
 SIGMA = 1.5  # of the Gaussian about a prompt, in PCM cells
 BUNDLED = {"mobile_sam": WEIGHTS / "predictor_mobile_sam.safetensors"}
 
@@ -33,22 +33,18 @@ def _conv(c_in: int, c_out: int, kernel: int = 3, stride: int = 1) -> nn.Sequent
 
 
 class PromptPredictor(nn.Module):
-    """A CNN on the image and one on the embedding, their sum through further convolutions, a
-    Sigmoid.
+    """A CNN on the image and one on the embedding, summed, further convolutions, a Sigmoid.
 
-    Of each block of BLOCK x BLOCK cells of the PCM the network says how likely a prompt in it gives
-    a mask that no other gives, and where in the block it should lie; `draw_pcm` shows this as one
-    Gaussian a block. So the peaks of neighbours stay apart when the PCM is smoothed. Padding is
-    zero in every layer, so that it can be cut off without changing a number.
+    For each block of BLOCK x BLOCK cells of the PCM the network says how likely a prompt in it
+    gives a mask that no other gives, and where in the block it should lie. `draw_pcm` shows this as
+    one Gaussian a block, so that the peaks of neighbours stay apart when the PCM is smoothed.
+    Padding is zero in every layer: cutting it off changes no number.
 
     Args:
         embed_dim: C, channels of the embedding.
         stride: model-frame pixels along a side of an embedding's cell, 8 or 16.
-        width: channels in which the two branches meet; the layers after it have half as many more.
+        width: channels in which the two branches meet; later layers have half as many more.
         sees_image: whether there is a branch on the image; the paper has one.
-
-    Shapes: image (B, 3, S, S), normalised and padded, embedding (B, C, h, w) with even h, w, valid
-    (B, 4h, 4w), 1 on the image -> PCM (B, 1, 4h, 4w) in [0, 1], all in the model frame.
     """
 
     def __init__(
@@ -71,18 +67,19 @@ class PromptPredictor(nn.Module):
         )
         parts = (COARSE // BLOCK) ** 2
         self.head = nn.Conv2d(inner, parts * (1 + BLOCK**2), 1)
-        # few blocks deserve a prompt: a Sigmoid that starts at one half would first have to unlearn
-        # all the others
+        # few blocks need a prompt; a Sigmoid that starts at one half would have to unlearn the rest
         nn.init.constant_(self.head.bias[:parts], -3.5)
 
     def blocks(self, image: Tensor, embedding: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits of each block's confidence (B, h, w) and of the places in it (B, BLOCK^2, h, w),
-        row by row.
+        """What the network says of each block.
 
         Args:
             image: (B, 3, 4h, 4w), the mean of the pixels in each cell, see `cell_means`.
-            embedding: (B, C, h, w).
+            embedding: (B, C, h, w), h and w even.
             valid: (B, 4h, 4w), 1 on the image and 0 on padding.
+
+        Returns:
+            Logits of its confidence (B, h, w) and of the places in it (B, BLOCK^2, h, w).
         """
         valid = valid[:, None].to(embedding.dtype)
         out = self.embed(self.drop(embedding))
@@ -96,25 +93,24 @@ class PromptPredictor(nn.Module):
         return out[:, 0], out[:, 1:]
 
     def cell_means(self, image: Tensor) -> Tensor:
-        """(B, 3, S, S) -> (B, 3, 4h, 4w): detail finer than a PCM cell only costs time."""
+        """(B, 3, S, S) -> (B, 3, 4h, 4w), as detail finer than a PCM cell only costs time."""
         return F.avg_pool2d(image, self.stride // CELL)
 
     def forward(self, image: Tensor, embedding: Tensor, valid: Tensor) -> Tensor:
+        """Image (B, 3, S, S), embedding and valid as `blocks` -> PCM (B, 1, 4h, 4w) in [0, 1]."""
         return draw_pcm(*self.blocks(self.cell_means(image), embedding, valid))
 
     def fold(self) -> PromptPredictor:
-        """Fold each BatchNorm into the convolution before it, in place: the same numbers in less
-        time, for inference."""
+        """Fold each BatchNorm into its convolution, in place: the same numbers in less time."""
         for block in [b for b in self.modules() if isinstance(b, nn.Sequential)]:
-            for i, (conv, norm) in enumerate(zip(block, block[1:])):
+            for i, (conv, norm) in enumerate(itertools.pairwise(block)):
                 if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
                     block[i], block[i + 1] = fuse_conv_bn_eval(conv, norm), nn.Identity()
         return self
 
     @torch.inference_mode()
     def pcm(self, image: Tensor, embedding: Tensor, valid: Tensor) -> Tensor:
-        """The PCM of one image, zero on padding; only cells that hold a part of the image are
-        computed.
+        """The PCM of one image; nothing is computed of padding.
 
         Args:
             image: (1, 3, S, S), normalised and padded.
@@ -122,7 +118,7 @@ class PromptPredictor(nn.Module):
             valid: (4h, 4w) bool, cells on the image: a rectangle at the top left.
 
         Returns:
-            (4h, 4w) in [0, 1].
+            (4h, 4w) in [0, 1], zero on padding.
         """
         rows, columns = (COARSE * -(-int(valid.any(1 - axis).sum()) // COARSE) for axis in (0, 1))
         pixels = self.stride // CELL
@@ -142,8 +138,7 @@ def draw_pcm(confidence: Tensor, place: Tensor, soft: bool = False) -> Tensor:
     Args:
         confidence: (B, n, m) logits.
         place: (B, BLOCK^2, n, m) logits.
-        soft: whether all places count, each by its probability, so that a loss on the PCM has a
-            gradient.
+        soft: whether all places count by their probability, which gives a loss its gradient.
 
     Returns:
         (B, 1, n * BLOCK, m * BLOCK) in [0, 1].
@@ -166,22 +161,20 @@ def blurred(tops: Tensor, sigma: float) -> Tensor:
 
 
 def load_predictor(
-    name: str = "mobile_sam", path: str | Path | None = None, device: str = "auto"
+    name: str = "mobile_sam",
+    path: str | os.PathLike | None = None,
+    device: str | torch.device = "auto",
 ) -> PromptPredictor:
-    """The bundled Prompt Predictor of a SAM, or one that you trained.
+    """Load the bundled Prompt Predictor of a SAM, or one that you trained, for inference.
 
     Args:
         name: the SAM's name.
-        path: a safetensors file of `train-predictor`; its metadata says for which embedding it is.
-            None: bundled.
+        path: a safetensors file of `train-predictor`; None: the bundled one.
         device: "auto" (the GPU if there is one), "cpu", "cuda", ...
 
-    Returns:
-        The predictor, ready for inference, the sha256 of its file in ``.sha256``.
-
     Raises:
-        ValueError: where no predictor is bundled for this SAM, or the file does not hold one.
-        FileNotFoundError: where there is no file.
+        ValueError: no predictor is bundled for this SAM, or the file does not hold one.
+        FileNotFoundError: there is no such file.
     """
     if path is None:
         if name not in BUNDLED:
@@ -197,23 +190,17 @@ def load_predictor(
         with safe_open(str(path), "pt") as file:
             about = file.metadata() or {}
             weights = {key: file.get_tensor(key) for key in file.keys()}
-        predictor = PromptPredictor(
-            int(about["embed_dim"]),
-            int(about["stride"]),
-            int(about["width"]),
-            any(key.startswith("image.") for key in weights),
-        )
-        predictor.load_state_dict(
-            {k: v.float() if v.is_floating_point() else v for k, v in weights.items()}
-        )
+        sizes = (int(about[key]) for key in ("embed_dim", "stride", "width"))
+        sees_image = any(key.startswith("image.") for key in weights)
+        predictor = PromptPredictor(*sizes, sees_image)
+        predictor.load_state_dict(weights)  # into float32, whatever the file has
     except (SafetensorError, KeyError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(
-            f"{path} does not hold weights of this Prompt Predictor ({reason})"
-        ) from error
-    predictor.sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+        message = f"{path} does not hold weights of this Prompt Predictor ({reason})"
+        raise ValueError(message) from error
+    predictor.sha256 = file_sha256(path)
     predictor = predictor.eval().fold().requires_grad_(False).to(resolve_device(device))
-    predictor.to(memory_format=torch.channels_last)  # a sixth quicker on a CPU
-    # but not the matrix product of the embedding
+    # a sixth less time on a CPU, except for the matrix product of the embedding
+    predictor.to(memory_format=torch.channels_last)
     predictor.embed.to(memory_format=torch.contiguous_format)
     return predictor

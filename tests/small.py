@@ -20,7 +20,7 @@ from segment_anything.modeling import (
     TwoWayTransformer,
 )
 
-from aopsam_lab.pipeline.decode import Encoded
+from aopsam_lab.pipeline.types import Encoded
 from aopsam_lab.predictor import PromptPredictor
 from aopsam_lab.sam.zoo import MODELS
 

@@ -8,15 +8,8 @@ from hypothesis import strategies as st
 from scipy.ndimage import gaussian_filter, maximum_filter
 
 from aopsam_lab import asf
-from aopsam_lab.asf import AsfParams
-from aopsam_lab.pipeline.decode import Found
-from aopsam_lab.pipeline.methods import (
-    FIRST,
-    REFERENCE_IOU,
-    FilteredProposal,
-    Prompts,
-    best_of_each,
-)
+from aopsam_lab.asf import FIRST, REFERENCE_IOU, AsfParams, FilteredProposal, best_of_each
+from aopsam_lab.pipeline.types import Found, Prompts
 
 
 def random_map(seed: int, side: int = 48) -> torch.Tensor:

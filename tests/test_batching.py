@@ -11,11 +11,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aopsam_lab.pipeline import batching
-from aopsam_lab.pipeline.batching import fitting_batch, halving, in_batches
+from aopsam_lab.pipeline.batching import halving, in_batches
 from aopsam_lab.pipeline.decode import Stopwatch, decode_and_filter, encode
-from aopsam_lab.pipeline.methods import Prompts
-from aopsam_lab.sam.image_decoder import ImageDecoder
+from aopsam_lab.pipeline.types import Prompts
+from aopsam_lab.sam.mask_decoder import ImageDecoder
 from aopsam_lab.sam.zoo import SamSpec
 
 
@@ -139,18 +138,6 @@ def test_a_forked_process_makes_threads_of_its_own():
     subprocess.run(
         [sys.executable, "-W", "ignore", "-c", textwrap.dedent(program)], check=True, timeout=60
     )
-
-
-def test_the_first_batch_follows_the_free_memory(monkeypatch):
-    assert fitting_batch(torch.device("cpu"), 10**9, 64) == 64
-    monkeypatch.setattr(batching.torch.cuda, "mem_get_info", lambda _: (8_000, 16_000))
-    monkeypatch.setattr(batching.torch.cuda, "memory_reserved", lambda _: 3_000)
-    monkeypatch.setattr(batching.torch.cuda, "memory_allocated", lambda _: 1_000)
-    cuda = torch.device("cuda")
-    # half of 8,000 and of the 2,000 that torch keeps unused
-    assert fitting_batch(cuda, 100, 64) == 50
-    assert fitting_batch(cuda, 10, 64) == 64
-    assert fitting_batch(cuda, 10**9, 64) == 1
 
 
 def test_decoding_goes_on_in_smaller_batches_with_the_same_masks(small_sam, monkeypatch):

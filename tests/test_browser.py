@@ -21,7 +21,7 @@ from PIL import Image
 
 from aopsam_lab.masks import drawing
 from aopsam_lab.data import open_dataset
-from aopsam_lab.pipeline.methods import ROUNDS
+from aopsam_lab.asf import ROUNDS
 from aopsam_lab.masks.rle import encode_rle
 from aopsam_lab.widgets import packing
 from aopsam_lab.widgets.explorer import bundled

@@ -158,6 +158,10 @@ def test_lvis_names_its_images_by_url(tmp_path):
     assert CocoFolder(folder).ids == ["picture0.png"]
 
 
+def segmentation(value: dict):
+    return lambda content: content["annotations"][0].update(segmentation=value)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -165,20 +169,9 @@ def test_lvis_names_its_images_by_url(tmp_path):
         (lambda c: c["images"].append(c["images"][0]), "each needs its own"),
         (lambda c: c["images"][0].update(file_name="../annotations.json"), "outside the folder"),
         (lambda c: c.pop("images"), "not in COCO's instances format"),
-        (
-            lambda c: c["annotations"][0].update(segmentation={"size": [3, 3], "counts": "0"}),
-            "has size",
-        ),
-        (
-            lambda c: c["annotations"][0].update(
-                segmentation={"size": [HEIGHT, WIDTH], "counts": [3]}
-            ),
-            "add up to 3",
-        ),
-        (
-            lambda c: c["annotations"][0].update(segmentation={"size": [HEIGHT, WIDTH]}),
-            "neither a list nor a string",
-        ),
+        (segmentation({"size": [3, 3], "counts": "0"}), "has size"),
+        (segmentation({"size": [HEIGHT, WIDTH], "counts": [3]}), "add up to 3"),
+        (segmentation({"size": [HEIGHT, WIDTH]}), "neither a list nor a string"),
     ],
 )
 def test_bad_files_say_what_is_wrong(tmp_path, change, message):
@@ -209,20 +202,3 @@ def test_arguments_out_of_range():
         open_dataset("photos", 0)
     with pytest.raises(ValueError, match="seed"):
         open_dataset("photos", 1, seed=-1)
-
-
-def test_code_fingerprints_ignore_comments_and_docstrings(tmp_path, monkeypatch):
-    from aopsam_lab import fingerprint
-
-    monkeypatch.setattr(fingerprint.resources, "files", lambda _: tmp_path)
-
-    def of(source: str) -> str:
-        (tmp_path / "a.py").write_text(source)
-        return fingerprint.code_fingerprint(["a.py"])
-
-    plain = of("def f(x):\n    return x + 1\n")
-    assert (
-        of('"""About."""\n\n\ndef f(x):\n    """Adds one."""\n    return x + 1  # one\n') == plain
-    )
-    assert of("def f(x):\n    return x + 2\n") != plain
-    assert of('def f(x):\n    """Only a docstring."""\n') != plain

@@ -11,12 +11,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aopsam_lab.pipeline import decode_cache
 from aopsam_lab.asf import AsfParams
+from aopsam_lab.pipeline import decode_cache
+from aopsam_lab.pipeline.decode import STABILITY_OFFSET, all_masks, decode_and_filter
 from aopsam_lab.pipeline.decode_cache import DecodeCache, PcmCache
-from aopsam_lab.pipeline.decode import STABILITY_OFFSET, Found, decode_and_filter
-from aopsam_lab.pipeline.methods import METHODS, Models, method_named
+from aopsam_lab.pipeline.methods import METHODS, method_named
 from aopsam_lab.pipeline.run import run_method, strongest
+from aopsam_lab.pipeline.types import Found, Models
 
 FEW = {"spacing": 16, "confidence": 0.05, "elimination": 1.1}
 CHANGES = ({}, {"smoothing": 1}, {"confidence": 0.2}, {"spacing": 12}, {"elimination": 1.0})
@@ -163,17 +164,19 @@ def test_nothing_of_another_picture_model_or_threshold(sam, small_sam, predictor
     prompts = proposal(encoded, predictor, confidence=0.02).prompts
     index = torch.arange(4)
     cache(sam, encoded, prompts, index, sam.spec)
-    with pytest.raises(ValueError, match="another picture or model"):
+    with pytest.raises(ValueError, match="another image, model"):
         cache(sam, other, prompts, index, sam.spec)
-    with pytest.raises(ValueError, match="another picture or model"):
+    with pytest.raises(ValueError, match="another image, model"):
         cache(small_sam, encoded, prompts, index, sam.spec)
-    with pytest.raises(ValueError, match="another picture"):
+    with pytest.raises(ValueError, match="another image"):
         proposal(other, PcmCache(predictor, encoded))
     strict = sam.spec.__class__("any", 0.999, 0.999, "")
+    with pytest.raises(ValueError, match="pair of thresholds"):
+        cache(sam, encoded, prompts, index, strict)
     box = proposal(encoded, predictor, "oas_box").prompts
     point = proposal(encoded, predictor, "oas_point").prompts  # the same centres
-    for other, spec in ((prompts, strict), (box, sam.spec), (point, sam.spec)):
-        arguments = sam, encoded, other, index, spec
+    for other in (box, point):
+        arguments = sam, encoded, other, index, sam.spec
         assert_same(cache(*arguments), decode_and_filter(*arguments))
 
 
@@ -187,8 +190,7 @@ def test_memory_is_bounded_and_what_is_forgotten_is_decoded_again(sam, predictor
         expected = decode_and_filter(sam, encoded, prompts, part, sam.spec)
         assert_same(cache(sam, encoded, prompts, part, sam.spec), expected)
         assert cache.bytes <= cache.max_bytes
-        kept = [x.nbytes for masks, _ in cache._known.values() for x in masks.values()]
-        assert sum(kept) == cache.bytes
+        assert sum(own.logits.nbytes for own in cache._known.values()) == cache.bytes
     assert cache.n_decoded > len(index)
 
 
@@ -197,7 +199,7 @@ def test_candidates_are_all_three_masks_of_a_prompt(sam, predictor, encoded):
     prompts = proposal(encoded, predictor, confidence=0.02).prompts
     cache = DecodeCache(sam, encoded)
     for row in range(4):
-        found = cache.candidates(prompts, row)
+        found = all_masks(sam, encoded, prompts, row)
         assert len(found.iou) == 3
         assert found.low_res.shape[0] == 3
         assert found.prompt.tolist() == [row] * 3

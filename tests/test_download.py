@@ -14,10 +14,10 @@ import torch
 from small import RunsCode, build_small_sam
 
 from aopsam_lab import cli
-from aopsam_lab.sam import download as fetching
 from aopsam_lab.detector import load_detector
-from aopsam_lab.sam.download import OFFICIAL, OfficialFile, cache_folder, download, kept_file
+from aopsam_lab.sam import download as fetching
 from aopsam_lab.sam import zoo
+from aopsam_lab.sam.download import OFFICIAL, OfficialFile, cache_folder, download, kept_file
 from aopsam_lab.sam.zoo import load_sam
 
 

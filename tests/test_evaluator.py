@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+
 import numpy as np
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from pycocotools import mask as coco_mask
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 
 from aopsam_lab import evaluator
+from aopsam_lab.study.scores import mask_scores
 
 SIDE = 10
 
@@ -33,19 +39,10 @@ def test_iou_matrix_by_hand():
 
 
 def test_nothing_scores_zero_and_without_ground_truth_it_is_no_number():
-    for truths, found in (
-        ([LEFT], [NOTHING]),
-        ([LEFT], []),
-        ([NOTHING], [LEFT]),
-        ([NOTHING], [NOTHING]),
-    ):
-        score = evaluator.evaluate(truths, found)
-        assert (score.miou, score.miou_best, score.n_truth, score.matches.tolist()) == (
-            0,
-            0,
-            1,
-            [-1],
-        )
+    for truth, found in ((LEFT, [NOTHING]), (LEFT, []), (NOTHING, [LEFT]), (NOTHING, [NOTHING])):
+        score = evaluator.evaluate([truth], found)
+        assert (score.miou, score.miou_best, score.n_truth) == (0, 0, 1)
+        assert score.matches.tolist() == [-1]
     for found in ([LEFT], []):
         score = evaluator.evaluate([], found)
         assert np.isnan(score.miou) and np.isnan(score.miou_best) and score.n_truth == 0
@@ -167,9 +164,8 @@ def test_order_changes_nothing_in_the_mean(truths, predictions, seed):
     # with exact ties the order is what decides, see above
     assume(len(np.unique(overlaps)) == len(overlaps))
     rng = np.random.default_rng(seed)
-    shuffled = evaluator.evaluate(
-        encode(rng.permutation(truths)), encode(rng.permutation(predictions))
-    )
+    parts = (encode(rng.permutation(masks)) for masks in (truths, predictions))
+    shuffled = evaluator.evaluate(*parts)
     score = evaluator.score_matrix(iou)
     assert shuffled.n_truth == score.n_truth
     if score.n_truth:
@@ -184,7 +180,106 @@ matrices = st.tuples(st.integers(1, 6), st.integers(1, 6)).flatmap(
 
 @given(iou=matrices)
 def test_more_predictions_never_lower_the_best_match(iou):
+    fewer, all_of_them = (evaluator.score_matrix(x) for x in (iou[:, :-1], iou))
+    assert fewer.miou_best <= all_of_them.miou_best + 1e-12
+
+
+# --- recall ---
+
+
+def test_average_recall_by_hand():
+    # The first takes ground truth 1 up to an IoU of 0.75, the second ground truth 0 up to 0.60.
+    iou = np.array([[0.55, 0.62], [0.77, 0.4], [0.3, 0.2]])
+    matches = evaluator.recall_matches(iou, (1, 2))
+    assert matches[0].tolist() == [1, 1, 1, 1, 1, 1, 0, 0, 0, 0]
+    assert matches[1].tolist() == [2, 2, 2, 1, 1, 1, 0, 0, 0, 0]
+    assert evaluator.average_recall(matches[1], 3) == pytest.approx(9 / 30)
+
+
+def test_a_better_prediction_comes_too_late_where_a_surer_one_took_its_mask():
+    iou = np.array([[0.6, 0.9]])  # the surer prediction takes the only mask up to 0.60
+    assert evaluator.recall_matches(iou, (100,))[0].tolist() == [1] * 9 + [0]
+
+
+def test_of_equals_the_last_is_taken():
+    iou = np.array([[0.7, 0.6], [0.7, 0.0]])  # the other choice would leave 0.6 unused
+    assert evaluator.recall_matches(iou, (100,))[0].tolist() == [2, 2, 2, 1, 1, 0, 0, 0, 0, 0]
+
+
+def test_recall_without_masks():
     assert (
-        evaluator.score_matrix(iou[:, :-1]).miou_best
-        <= evaluator.score_matrix(iou).miou_best + 1e-12
+        evaluator.recall_matches(np.zeros((2, 0))).sum()
+        == evaluator.recall_matches(np.zeros((0, 3))).sum()
+        == 0
     )
+    assert np.isnan(evaluator.average_recall([0] * 10, 0))
+
+
+def test_coverage_by_hand():
+    iou = np.array([[0.75, 0.2], [0.8, 0.1], [0.74, 0.7]])  # one prediction covers two masks
+    assert (
+        evaluator.covered(iou) == 2
+        and evaluator.covered(np.zeros((3, 0))) == evaluator.covered(np.zeros((0, 3))) == 0
+    )
+    values = mask_scores([LEFT], [LEFT], [LEFT, RIGHT])
+    assert (values["n_covered"], values["n_found"], values["matched_100"]) == (1, 2, [1] * 10)
+    assert "n_found" not in mask_scores([LEFT], [LEFT], None)
+
+
+images = st.lists(
+    st.tuples(
+        *(st.integers(0, 6).flatmap(lambda n: arrays(bool, (n, 4, 5))) for _ in range(2)),
+        st.lists(st.sampled_from([0.1, 0.5, 0.9]), min_size=6, max_size=6),
+    ),
+    min_size=1,
+    max_size=3,
+)
+
+
+@settings(deadline=None)
+@given(images)
+def test_average_recall_is_cocos(images):
+    limits = (1, 3, 100)
+    truths, predictions = [], []
+    matches, n_truth = np.zeros((len(limits), 10), int), 0
+    for i, (truth, found, scores) in enumerate(images, 1):
+        order = np.argsort([-score for score in scores[: len(found)]], kind="stable")
+        rles = encode(truth), encode(found)
+        truths += [(i, rle, None) for rle in rles[0]]
+        predictions += [(i, rles[1][k], scores[k]) for k in range(len(found))]
+        matches += evaluator.recall_matches(
+            evaluator.iou_matrix(rles[0], [rles[1][k] for k in order]), limits
+        )
+        n_truth += len(truth)
+    if truths and predictions:
+        ours = [evaluator.average_recall(counts, n_truth) for counts in matches.tolist()]
+        assert ours == pytest.approx(cocos_recall(len(images), truths, predictions, limits))
+
+
+def cocos_recall(n_images, truths, predictions, limits) -> list[float]:
+    """Average recall of class-agnostic masks by COCOeval itself."""
+    annotations = [
+        [
+            {"id": k, "image_id": i, "category_id": 1, "segmentation": rle, "iscrowd": 0}
+            | {"area": float(coco_mask.area(rle)), "bbox": coco_mask.toBbox(rle).tolist()}
+            | ({} if score is None else {"score": score})
+            for k, (i, rle, score) in enumerate(rows, 1)
+        ]
+        for rows in (truths, predictions)
+    ]
+    sides = []
+    with contextlib.redirect_stdout(io.StringIO()):
+        for own in annotations:
+            side = COCO()
+            side.dataset = {
+                "images": [{"id": i, "height": 4, "width": 5} for i in range(1, n_images + 1)],
+                "annotations": own,
+                "categories": [{"id": 1}],
+            }
+            side.createIndex()
+            sides.append(side)
+        evaluation = COCOeval(*sides, "segm")
+        evaluation.params.useCats, evaluation.params.maxDets = 0, list(limits)
+        evaluation.evaluate()
+        evaluation.accumulate()
+    return evaluation.eval["recall"][:, 0, 0].mean(axis=0).tolist()

@@ -22,12 +22,12 @@ from PIL import Image
 import aopsam_lab as aop
 from aopsam_lab.masks import drawing
 from aopsam_lab.asf import AsfParams
-from aopsam_lab.masks.points import pole
+from aopsam_lab.masks.points import deepest_point
 from aopsam_lab.pipeline.decode import decode_and_filter
-from aopsam_lab.pipeline.methods import METHODS, Grid, Models
+from aopsam_lab.pipeline.methods import METHODS, Grid
 from aopsam_lab.pipeline.run import run_method
 from aopsam_lab.masks.rle import decode_rle, encode_rle
-from aopsam_lab.pipeline.segmentation import STATUSES
+from aopsam_lab.pipeline.types import STATUSES, Models
 from aopsam_lab.widgets import explorer as explorer_module
 from aopsam_lab.widgets import packing
 from aopsam_lab.widgets import session as session_module
@@ -249,7 +249,7 @@ def test_rounds_follow_the_result(explorer):
 
 def test_clicks_by_hand_add_a_mask_shift_clicks_refine_it_and_undo_takes_back(explorer, sample):
     before = explorer.segmentation
-    x, y, _ = pole(max(sample.masks, key=np.sum))
+    x, y, _ = deepest_point(max(sample.masks, key=np.sum))
     send(explorer, "ask", x=x, y=y, label=0)
     assert "background point belongs to an object" in explorer.message and explorer.manual == []
     send(explorer, "ask", x=x, y=y, label=1)

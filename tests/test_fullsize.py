@@ -11,12 +11,14 @@ from pycocotools import mask as coco_mask
 from segment_anything.utils.amg import batched_mask_to_box, calculate_stability_score
 
 from aopsam_lab.masks.fullsize import FullSize
-from aopsam_lab.masks.rle import encode_changes
 
 
-@pytest.fixture(params=["as a whole", "cell by cell"], autouse=True)
+@pytest.fixture(params=["as a whole", "by rows", "on a device"], autouse=True)
 def way(request, monkeypatch):
-    """Both ways of measuring, whatever the picture's size."""
+    """All ways of resizing, whatever the image's size."""
+    if request.param == "on a device":
+        monkeypatch.setattr("aopsam_lab.masks.fullsize._on_cpu", lambda logits: False)
+        monkeypatch.setattr("aopsam_lab.masks.fullsize.GPU_PIXELS", 20_000)
     pixels = 1 << 30 if request.param == "as a whole" else 0
     monkeypatch.setattr("aopsam_lab.masks.fullsize.WHOLE_PIXELS", pixels)
 
@@ -52,7 +54,7 @@ def blobs(low: int, seed: int) -> torch.Tensor:
 
 
 def same(logits, model, input_size, image_size, threshold=0.0, offset=1.0) -> None:
-    sizes = FullSize(logits.shape[1:], model, input_size, image_size, logits.device)
+    sizes = FullSize(model, input_size, image_size)
     stability, boxes = sizes.measure(logits, threshold, offset)
     rles = sizes.encode(logits, threshold)
     full = stock(logits, model, input_size, image_size)
@@ -110,7 +112,7 @@ def test_a_box_of_few_pixels_by_hand():
     logits = torch.full((1, 4, 4), -9.0)
     # at 3/4 of each axis: (9 * 12 - 7 * 9) / 16 > 0; at 1/4 and 3/4: (3 * 12 - 13 * 9) / 16 < 0
     logits[0, 1, 2] = 12.0
-    sizes = FullSize((4, 4), 8, (8, 8), (8, 8), logits.device)
+    sizes = FullSize(8, (8, 8), (8, 8))
     stability, boxes = sizes.measure(logits, 0.0, 1.0)
     assert boxes.tolist() == [[4, 2, 5, 3]] and stability.item() == 1.0
     uncompressed = {"size": [8, 8], "counts": [34, 2, 6, 2, 20]}
@@ -119,41 +121,18 @@ def test_a_box_of_few_pixels_by_hand():
 
 def test_unstable_masks_are_left_out():
     logits = blobs(32, seed=7)
-    sizes = FullSize((32, 32), 64, (64, 48), (90, 70), logits.device)
+    sizes = FullSize(64, (64, 48), (90, 70))
     stability, boxes = sizes.measure(logits, 0.0, 1.0)
     some, wanted = sizes.measure(logits, 0.0, 1.0, least=0.5)
     stable = stability >= 0.5
     assert 0 < stable.sum() < len(logits) and torch.equal(some >= 0.5, stable)
     assert torch.equal(some[stable], stability[stable])
     assert torch.equal(wanted[stable], boxes[stable])
-    assert not wanted[~stable].any()
 
 
 def test_no_least_stability_wants_every_mask():
     logits = torch.full((1, 16, 16), -9.0)
     logits[0, 5, 6] = 9.0  # so small that no cell is surely on it
-    sizes = FullSize((16, 16), 64, (64, 64), (50, 50), logits.device)
+    sizes = FullSize(64, (64, 64), (50, 50))
     found, same_found = (sizes.measure(logits, 0.0, 1.0, x) for x in (0.0, float("-inf")))
     assert found[0].item() > 0 and all(map(torch.equal, found, same_found))
-
-
-def test_in_parts_as_in_one(monkeypatch):
-    logits = blobs(64, seed=5)
-    sizes = FullSize((64, 64), 256, (200, 256), (150, 192), logits.device)
-    (stability, boxes), rles = sizes.measure(logits, 0.0, 1.0), sizes.encode(logits, 0.0)
-    monkeypatch.setattr("aopsam_lab.masks.fullsize.CELL_PIXELS", 1 << 7)
-    monkeypatch.setattr("aopsam_lab.masks.fullsize.ENCODE_PIXELS", 1 << 14)
-    again = sizes.measure(logits, 0.0, 1.0)
-    assert torch.equal(again[0].nan_to_num(), stability.nan_to_num())
-    assert torch.equal(again[1], boxes)
-    assert sizes.encode(logits, 0.0) == rles
-
-
-def test_changes_of_a_mask_worked_by_hand():
-    # columns of height 2: 0 1 | 1 1 | 1 0, each by itself: 1..2, 2..4, 4..5
-    expected = coco_mask.frPyObjects({"size": [2, 3], "counts": [1, 4, 1]}, 2, 3)
-    assert encode_changes(np.array([1, 2, 2, 4, 4, 5]), (2, 3)) == expected
-    full = coco_mask.encode(np.ones((2, 3), np.uint8, order="F"))
-    assert encode_changes(np.array([0, 2, 2, 4, 4, 6]), (2, 3)) == full
-    empty = coco_mask.encode(np.zeros((2, 3), np.uint8, order="F"))
-    assert encode_changes(np.array([], dtype=int), (2, 3)) == empty

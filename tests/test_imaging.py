@@ -89,11 +89,8 @@ def test_colour_key(tmp_path):
 
 
 def test_cmyk(tmp_path):
-    colours = (
-        np.array([[[255, 0, 0], [0, 0, 255], [255, 255, 255], [0, 0, 0]]], np.uint8)
-        .repeat(8, 0)
-        .repeat(8, 1)
-    )
+    colours = np.array([[[255, 0, 0], [0, 0, 255], [255, 255, 255], [0, 0, 0]]], np.uint8)
+    colours = colours.repeat(8, 0).repeat(8, 1)
     picture = Image.fromarray(colours).convert("CMYK")
     assert np.array_equal(read_image(picture), colours)
     path = on_disk(tmp_path, picture, "ink.jpg", quality=100)
@@ -146,9 +143,8 @@ def test_big_endian_tiff(tmp_path):
 )
 def test_fewer_bits_in_sixteen(top, white):
     deep = np.array([[0, top // 2, top]], np.uint16)
-    assert read_image(deep)[0, :, 0].tolist() == [
-        round(value * 255 / white) for value in (0, top // 2, top)
-    ]
+    expected = [round(value * 255 / white) for value in (0, top // 2, top)]
+    assert read_image(deep)[0, :, 0].tolist() == expected
 
 
 @settings(deadline=None)
@@ -160,12 +156,8 @@ def test_other_types_mean_the_same_picture(pixels):
     expected = read_image(pixels)
     assert expected.shape == (*pixels.shape[:2], 3)
     unit = pixels / 255
-    for same in (
-        pixels.astype(np.uint16) * 257,
-        pixels.astype(np.int64),
-        unit,
-        unit.astype(np.float32),
-    ):
+    integers = pixels.astype(np.uint16) * 257, pixels.astype(np.int64)
+    for same in (*integers, unit, unit.astype(np.float32)):
         assert np.array_equal(read_image(same), expected)
 
 

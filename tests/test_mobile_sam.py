@@ -51,5 +51,5 @@ def test_its_embedding_and_masks_are_those_of_the_mobile_sam_package(sam):
         "point_labels": np.array([1]),
         "return_logits": True,
     }
-    for found, expected in zip(ours.predict(**point), theirs.predict(**point)):
+    for found, expected in zip(ours.predict(**point), theirs.predict(**point), strict=True):
         assert np.allclose(found, expected, atol=1e-4)

@@ -13,7 +13,7 @@ from small import build_small_sam
 from torch import nn
 
 from aopsam_lab.pipeline.decode import decode_and_filter, encode
-from aopsam_lab.pipeline.methods import Prompts
+from aopsam_lab.pipeline.types import Prompts
 from aopsam_lab.sam import zoo
 from aopsam_lab.sam.zoo import SamSpec, load_sam
 

@@ -14,7 +14,7 @@ from pycocotools import mask as coco_mask
 from small import write_coco
 
 from aopsam_lab.data import PHOTOS, open_dataset
-from aopsam_lab.data.found import found_masks
+from aopsam_lab.data.coco import found_masks
 from aopsam_lab.study import PACKAGE_ROOT
 from aopsam_lab.study.runner import run_study
 from aopsam_lab.study.sweeps import run_ablation, run_sweeps

@@ -7,12 +7,13 @@ from segment_anything import SamPredictor
 from small import stock_predictor
 
 import aopsam_lab as aop
+from aopsam_lab.asf import FIRST, NO_COSINE, ROUNDS, AsfParams
 from aopsam_lab.pipeline import decode as decoding
 from aopsam_lab.pipeline import run as pipeline
-from aopsam_lab.asf import NO_COSINE, AsfParams
 from aopsam_lab.pipeline.decode import encode
-from aopsam_lab.pipeline.methods import FIRST, METHODS, ROUNDS, Models, method_named
+from aopsam_lab.pipeline.methods import METHODS, method_named
 from aopsam_lab.pipeline.run import run_method
+from aopsam_lab.pipeline.types import Models
 from aopsam_lab.study import benchmark
 
 FEW = AsfParams(spacing=10, confidence=0.05, elimination=1.1)

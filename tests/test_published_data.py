@@ -19,7 +19,7 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
 from aopsam_lab.data import open_dataset
-from aopsam_lab.data.annotations import packed, truths
+from aopsam_lab.data.annotations import ground_truth, packed
 from aopsam_lab.data.coco import Coco, Lvis
 from aopsam_lab.data.sa1b import Sa1b
 from aopsam_lab.data.sample import Sample
@@ -118,7 +118,7 @@ def test_lvis_takes_its_pictures_from_both_folders_of_coco(tmp_path):
     assert Lvis(tmp_path / "coco" / "annotations.json").ids == dataset.ids
     shutil.rmtree(tmp_path / "coco" / "train2017")
     shutil.rmtree(tmp_path / "coco" / "val2017")
-    with pytest.raises(FileNotFoundError, match="pictures of .* are in none of"):
+    with pytest.raises(FileNotFoundError, match="images of .* are in none of"):
         Lvis(tmp_path / "coco" / "annotations.json")
 
 
@@ -147,49 +147,30 @@ def test_masks_are_those_of_pycocotools(segmentations):
         for annotation in annotations
         if annotation["segmentation"]
     ]
-    rles, *_ = truths(map(packed, annotations), HEIGHT, WIDTH, "here", Counter())
+    rles, *_ = ground_truth(map(packed, annotations), HEIGHT, WIDTH, "here", Counter())
     found = Sample("", np.zeros((HEIGHT, WIDTH, 3), np.uint8), rles=rles).masks
     expected = [mask for mask in expected if mask.any()]
-    assert len(found) == len(expected) and all(
-        np.array_equal(a, b) for a, b in zip(found, expected)
-    )
+    assert np.array_equal(found, np.reshape(expected, (-1, HEIGHT, WIDTH)))
 
 
 def test_what_is_no_number_is_no_polygon():
     segmentation = [["a"] * 6, TRIANGLE[0], 3, {"x": 1}]
     left_out = Counter()
-    rles, points, _ = truths(
+    rles, points, _ = ground_truth(
         [packed({"segmentation": segmentation})], HEIGHT, WIDTH, "here", left_out
     )
     assert len(rles) == 1 and points is None and left_out["degenerate_polygons"] == 3
 
 
 def sa1b_json(name, masks, **changes) -> bytes:
-    content = {
-        "image": {
-            "image_id": 1,
-            "width": WIDTH,
-            "height": HEIGHT,
-            "file_name": f"{name}.jpg",
-            **changes,
-        },
-        "annotations": [
-            {
-                "id": i,
-                "bbox": [0, 0, 1, 1],
-                "area": int(mask.sum()),
-                "segmentation": rle(mask),
-                "predicted_iou": 0.9,
-                "point_coords": [
-                    [float(np.nonzero(mask)[1][0]) + 0.5, float(np.nonzero(mask)[0][0]) + 0.5]
-                ],
-                "crop_box": [0, 0, WIDTH, HEIGHT],
-                "stability_score": 0.95,
-            }
-            for i, mask in enumerate(masks)
-        ],
-    }
-    return json.dumps(content).encode()
+    image = {"image_id": 1, "width": WIDTH, "height": HEIGHT, "file_name": f"{name}.jpg"}
+    annotations = []
+    for i, mask in enumerate(masks):
+        y, x = (float(places[0]) + 0.5 for places in np.nonzero(mask))
+        about = {"id": i, "bbox": [0, 0, 1, 1], "area": int(mask.sum()), "predicted_iou": 0.9}
+        about |= {"crop_box": [0, 0, WIDTH, HEIGHT], "stability_score": 0.95}
+        annotations.append({**about, "segmentation": rle(mask), "point_coords": [[x, y]]})
+    return json.dumps({"image": {**image, **changes}, "annotations": annotations}).encode()
 
 
 def sa1b_files(names):
@@ -231,13 +212,10 @@ def test_sa1b_is_the_same_packed_and_unpacked(tmp_path):
     random.Random(0).shuffle(shuffled)
     write_shard(tmp_path / "packed" / "sa_000000.tar", dict(shuffled[:half]))
     write_shard(tmp_path / "packed" / "sa_000001.tar", dict(shuffled[half:]))
-    plain, tar = (
-        open_dataset(f"sa1b:{tmp_path / 'plain'}", 5, seed=3),
-        Sa1b(tmp_path / "packed", 5, seed=3),
-    )
-    assert (
-        plain.ids == tar.ids and len(set(plain.ids)) == 5 and plain.fingerprint == tar.fingerprint
-    )
+    plain = open_dataset(f"sa1b:{tmp_path / 'plain'}", 5, seed=3)
+    tar = Sa1b(tmp_path / "packed", 5, seed=3)
+    assert plain.ids == tar.ids and len(set(plain.ids)) == 5
+    assert plain.fingerprint == tar.fingerprint
     assert Sa1b(tmp_path / "plain", 3, seed=3).ids == plain.ids[:3]
     assert Sa1b(tmp_path / "plain", 5, seed=4).ids != plain.ids
     for i in range(5):
@@ -258,16 +236,9 @@ def test_what_is_missing_in_sa1b_is_counted(tmp_path):
     dataset = Sa1b(tmp_path)
     assert sorted(dataset.ids) == NAMES[2:]
     counts = dataset.describe()
-    assert (
-        counts["missing_images"],
-        counts["missing_annotation_files"],
-        counts["duplicate_images"],
-    ) == (1, 1, 1)
-    assert (
-        counts["images_without_masks"] == 1
-        and counts["masks"] == 8
-        and counts["images_available"] == 5
-    )
+    once = ("missing_images", "missing_annotation_files", "duplicate_images")
+    assert [counts[name] for name in (*once, "images_without_masks")] == [1] * 4
+    assert (counts["masks"], counts["images_available"]) == (8, 5)
     empty = dataset[dataset.ids.index("sa_3")]
     assert empty.masks.shape == (0, HEIGHT, WIDTH) and empty.points is None
 

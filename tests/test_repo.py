@@ -12,6 +12,9 @@ from pathlib import Path
 import nbformat
 import pytest
 
+import aopsam_lab as aop
+from aopsam_lab import files
+
 ROOT = Path(__file__).resolve().parents[1]
 MAX_WEIGHTS = 15 * 2**20
 MAX_FILE = 5 * 2**20
@@ -81,12 +84,8 @@ def test_tracked_files_are_small():
 
 def test_each_bundled_weights_file_has_its_card():
     weights = [path for path in tracked() if path.parent == ROOT / "aopsam_lab" / "weights"]
-    missing = [
-        path.name
-        for path in weights
-        if path.suffix != ".md" and not path.with_suffix(".md").exists()
-    ]
-    assert missing == []
+    cards = {path.stem for path in weights if path.suffix == ".md"}
+    assert {path.stem for path in weights if path.suffix == ".safetensors"} <= cards
 
 
 def requirement_lines() -> list[str]:
@@ -149,3 +148,45 @@ def test_make_hands_the_data_over():
     )
     for part in (*wanted, "--n-images '7'", "main_comparison"):
         assert part in printed
+
+
+def reached(start: str, graph: dict[str, set[str]]) -> set[str]:
+    found, waiting = set(), [start]
+    while waiting:
+        new = graph[waiting.pop()] - found
+        found |= new
+        waiting += new
+    return found
+
+
+def test_no_module_imports_itself_through_others():
+    known = files.modules()
+    graph = {name: files.imports(name, known) for name in known}
+    assert [name for name in graph if name in reached(name, graph)] == []
+    assert "aopsam_lab.sam.zoo" in reached("aopsam_lab.pipeline.run", graph)
+
+
+def test_a_circle_is_found_wherever_the_imports_stand(tmp_path):
+    package = tmp_path / "kit"
+    package.mkdir()
+    sources = {
+        "__init__": "",
+        "a": "def f():\n    from kit import b",
+        "b": "if TYPE_CHECKING:\n    from .c import x",
+        "c": "import kit.a",
+    }
+    for name, source in sources.items():
+        (package / f"{name}.py").write_text(source)
+    known = files.modules(package)
+    graph = {name: files.imports(name, known) for name in known}
+    assert graph == {"kit": set(), "kit.a": {"kit.b"}, "kit.b": {"kit.c"}, "kit.c": {"kit.a"}}
+    assert reached("kit.a", graph) == {"kit.a", "kit.b", "kit.c"}
+
+
+def test_editors_see_the_public_names():
+    stub = ast.parse((ROOT / "aopsam_lab" / "__init__.pyi").read_text())
+    imported = [node for node in stub.body if isinstance(node, ast.ImportFrom)]
+    typed = {alias.asname: node.module for node in imported for alias in node.names}
+    assert typed == aop._EXPORTS and sorted(typed) == aop.__all__
+    for name in aop.__all__:
+        assert getattr(aop, name) is not None

@@ -10,7 +10,6 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
-from aopsam_lab import files
 from aopsam_lab.masks.drawing import label_image, mask_colours, overlay
 from aopsam_lab.masks.rle import encode_rle
 from aopsam_lab.pipeline.segmentation import PROMPT_COLUMNS, Segmentation
@@ -41,16 +40,8 @@ def example() -> Segmentation:
             {"x": 6.5, "y": 4.5, "round": 0, "status": "kept"},
             {"x": 7.5, "y": 5.5, "status": "eliminated", "by": 1, "pem": 0.8},
             {"x": 1.5, "y": 1.5, "round": 0, "status": "low_iou"},
-            {
-                "x": 34.0,
-                "y": 21.0,
-                "round": 1,
-                "status": "kept",
-                "x0": 28.0,
-                "y0": 18.0,
-                "x1": 40.0,
-                "y1": 24.0,
-            },
+            {"x": 34.0, "y": 21.0, "round": 1, "status": "kept"}
+            | {"x0": 28.0, "y0": 18.0, "x1": 40.0, "y1": 24.0},
             {"x": 35.0, "y": 21.0, "round": 1, "status": "duplicate"},
             {"x": 2.0, "y": 22.0, "round": 1, "status": "unstable"},
         ]
@@ -102,16 +93,14 @@ def test_to_array_is_the_decoded_rle():
 
 def test_records_have_the_generators_keys_and_values():
     record = example().to_records()[0]
-    assert list(record) == [
-        "segmentation", "area", "bbox", "predicted_iou", "point_coords", "stability_score", "crop_box",
-    ]  # fmt: skip
+    keys = ["segmentation", "area", "bbox", "predicted_iou", "point_coords", "stability_score"]
+    assert list(record) == [*keys, "crop_box"]
     assert record["segmentation"].dtype == bool and record["area"] == 20
     assert record["bbox"] == [10, 5, 4, 3]  # inclusive maxima, as batched_mask_to_box gives them
     assert record["point_coords"] == [[12.5, 7.5]]
     assert record["crop_box"] == [0, 0, WIDTH, HEIGHT]
-    assert record["predicted_iou"] == pytest.approx(0.9) and record[
-        "stability_score"
-    ] == pytest.approx(0.99)
+    assert record["predicted_iou"] == pytest.approx(0.9)
+    assert record["stability_score"] == pytest.approx(0.99)
 
 
 def test_supervision_reads_the_records():
@@ -166,18 +155,6 @@ def test_save_writes_three_whole_files(tmp_path):
     assert json.loads(paths["coco"].read_text())["images"][0]["file_name"] == "photo.jpg"
 
 
-def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
-    path = files.write_atomically(tmp_path / "a.txt", "old")
-
-    def full_disk(*_):
-        raise OSError("no space left")
-
-    monkeypatch.setattr(files.os, "replace", full_disk)
-    with pytest.raises(OSError, match="no space"):
-        files.write_atomically(path, "new")
-    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
-
-
 def test_overlay_changes_masked_pixels_only():
     seg = example()
     drawn = overlay(seg.image, seg.masks)
@@ -204,7 +181,7 @@ def headless():
     matplotlib.use(before)
 
 
-def test_plot_draws_each_fate(headless):
+def test_plot_draws_each_status(headless):
     seg = example()
     ax = seg.plot()
     texts = [text.get_text() for text in ax.get_legend().get_texts()]
@@ -224,7 +201,7 @@ def test_importing_forces_no_backend():
     import subprocess
     import sys
 
-    code = "import sys, aopsam_lab.pipeline.segmentation; assert 'matplotlib.pyplot' not in sys.modules"
+    code = "import sys, aopsam_lab.pipeline.show; assert 'matplotlib.pyplot' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

@@ -10,13 +10,13 @@ import pandas as pd
 import pytest
 import torch
 
-from aopsam_lab.pipeline import loose_cache
+from aopsam_lab.pipeline import decode_cache
 from aopsam_lab.asf import AsfParams
-from aopsam_lab.pipeline.decode_cache import DecodeCache
-from aopsam_lab.pipeline.decode import decode_and_filter
-from aopsam_lab.pipeline.loose_cache import LooseCache, LooseRun
-from aopsam_lab.pipeline.methods import Grid, Models, method_named
+from aopsam_lab.pipeline.decode import all_masks, decode_and_filter
+from aopsam_lab.pipeline.decode_cache import DecodeCache, LooseRun
+from aopsam_lab.pipeline.methods import Grid, method_named
 from aopsam_lab.pipeline.run import run_method
+from aopsam_lab.pipeline.types import Models
 from aopsam_lab.study import figures, output, page, runner, scores, tables, thresholds
 from aopsam_lab.study.threshold_figure import threshold_figure
 from aopsam_lab.study.thresholds import THRESHOLDS
@@ -42,7 +42,7 @@ def same_masks(ours: list[dict], theirs: list[dict]) -> bool:
 
 @pytest.mark.parametrize("method", [GRID, "aop", "aop_no_af"])
 def test_at_sams_own_thresholds_it_is_the_ordinary_run(sam, predictor, encoded, method):
-    loose = LooseRun(LooseCache(sam, encoded, LOOSEST))
+    loose = LooseRun(DecodeCache(sam, encoded, LOOSEST))
     shared = run_method(sam, encoded, method, predictor, params=FEW_POINTS, decode=loose)
     alone = run_method(sam, encoded, method, predictor, params=FEW_POINTS)
     own = loose.masks_at([OWN])[0]
@@ -55,7 +55,7 @@ def test_at_sams_own_thresholds_it_is_the_ordinary_run(sam, predictor, encoded, 
 
 
 def test_looser_pairs_are_runs_of_a_sam_with_these_thresholds(sam, encoded):
-    loose = LooseRun(LooseCache(sam, encoded, LOOSEST))
+    loose = LooseRun(DecodeCache(sam, encoded, LOOSEST))
     run_method(sam, encoded, GRID, decode=loose)
     kept = loose.masks_at(PAIRS)
     assert len({len(masks) for masks in kept}) == len(PAIRS)
@@ -80,13 +80,13 @@ def test_each_prompt_is_decoded_once_and_what_is_forgotten_again(
         asked.extend(map(tuple, prompts.points[index].tolist()))
         return decode_and_filter(sam, encoded, prompts, index, spec)
 
-    monkeypatch.setattr(loose_cache, "decode_and_filter", counting)
-    cache = LooseCache(sam, encoded, LOOSEST)
+    monkeypatch.setattr(decode_cache, "decode_and_filter", counting)
+    cache = DecodeCache(sam, encoded, LOOSEST)
     runs = {name: LooseRun(cache) for name in ("aop_no_af", "aop")}
     for name, run in runs.items():
         run_method(sam, encoded, name, predictor, params=FEW_POINTS, decode=run)
     assert len(asked) == len(set(asked)) > 10
-    small = LooseCache(sam, encoded, LOOSEST, max_bytes=4 * cache.bytes // len(asked))
+    small = DecodeCache(sam, encoded, LOOSEST, max_bytes=4 * cache.bytes // len(asked))
     again = LooseRun(small)
     run_method(sam, encoded, "aop", predictor, params=FEW_POINTS, decode=again)
     assert small.bytes <= small.max_bytes
@@ -95,21 +95,20 @@ def test_each_prompt_is_decoded_once_and_what_is_forgotten_again(
 
 
 def test_what_the_cache_refuses(sam, encoded):
-    run = LooseRun(LooseCache(sam, encoded, LOOSEST))
+    run = LooseRun(DecodeCache(sam, encoded, LOOSEST))
     assert run.masks_at(PAIRS) == [[]] * len(PAIRS)  # nothing decoded yet
     with pytest.raises(ValueError, match="not to the thresholds"):
         run.masks_at([(0.1, 0.97)])
-    with pytest.raises(ValueError, match="another picture"):
+    with pytest.raises(ValueError, match="another image"):
         run_method(sam, replace(encoded), GRID, decode=run)
 
 
 @torch.inference_mode()
 def test_the_highest_predicted_iou_is_that_of_all_masks(sam, encoded):
-    cache = DecodeCache(sam, encoded)
     prompts = method_named("amg_s").start(encoded, Models(), AsfParams()).prompts
     found = decode_and_filter(sam, encoded, prompts, torch.arange(6), sam.spec)
     for row in range(6):
-        every = cache.candidates(prompts, row)
+        every = all_masks(sam, encoded, prompts, row)
         torch.testing.assert_close(found.best_iou[row], every.iou.max(), rtol=1e-4, atol=1e-4)
 
 

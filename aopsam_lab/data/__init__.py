@@ -6,9 +6,12 @@ import os
 from pathlib import Path
 from typing import Protocol
 
+from aopsam_lab.data.coco import Coco, CocoFolder, Lvis
+from aopsam_lab.data.sa1b import Sa1b
 from aopsam_lab.data.sample import Sample
 
 PHOTOS = Path(__file__).parent / "photos"  # the photographs in the box: a COCO-style folder
+PUBLISHED = {"coco": Coco, "lvis": Lvis, "sa1b": Sa1b}
 
 
 class Dataset(Protocol):
@@ -44,7 +47,7 @@ def open_dataset(dataset: str | os.PathLike, n_images: int | None = None, seed: 
         The data set, see Dataset and Sample.
 
     Raises:
-        ValueError: for n_images < 1 or seed < 0; and what the data sets raise.
+        ValueError: n_images < 1 or seed < 0; and what the data sets raise.
     """
     if n_images is not None and n_images < 1:
         raise ValueError(f"n_images must be 1 or more, or None; got {n_images}.")
@@ -52,14 +55,10 @@ def open_dataset(dataset: str | os.PathLike, n_images: int | None = None, seed: 
         raise ValueError(f"seed must be 0 or more; got {seed}.")
     if dataset == "photos":  # a Path of that name is not equal to it
         dataset = PHOTOS
-    from aopsam_lab.data.coco import Coco, CocoFolder, Lvis
-    from aopsam_lab.data.sa1b import Sa1b
-
-    published = {"coco": Coco, "lvis": Lvis, "sa1b": Sa1b}
     kind, colon, path = str(dataset).partition(":")
-    if kind in published and colon:
-        return published[kind](path, n_images, seed)
-    if kind in published and not Path(kind).exists():
+    if kind in PUBLISHED and colon:
+        return PUBLISHED[kind](path, n_images, seed)
+    if kind in PUBLISHED and not Path(kind).exists():
         raise ValueError(
             f"{kind} needs the folder it lies in: {kind}:PATH "
             f"(with make: DATASET={kind} DATA=PATH)."

@@ -1,4 +1,4 @@
-"""SA-1B as it is published: `sa_*.jpg`, each with a `.json`, in folders or in tar shards that stay packed."""
+"""SA-1B as it is published: `sa_*.jpg` with `sa_*.json`, in folders or in tar shards."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from pathlib import Path, PurePosixPath
 
 from PIL import Image
 
-from aopsam_lab.data.annotations import LEFT_OUT, GroundTruth, order, truths, upright_size
-from aopsam_lab.data.sample import Sample
+from aopsam_lab.data.annotations import LEFT_OUT, GroundTruth, ground_truth, order, upright_size
 from aopsam_lab.data.images import read_image
+from aopsam_lab.data.sample import Sample
 
 
 @dataclass(frozen=True)
@@ -37,21 +37,25 @@ class _Bytes:
 
 
 class Sa1b:
-    """Pictures of SA-1B with their masks and the prompt points these were made from.
+    """Images of SA-1B with their masks and the prompt points these were made from.
 
-    path:     a folder with `sa_*.jpg` and `sa_*.json`, with tar shards (`sa_000000.tar`), or with both, also in folders
-              below it; or one shard. A shard is read where it lies: opening reads its headers (a second or two for its
-              11,000 pictures), a sample reads two pieces of it.
-    n_images: how many to take, None for all; where there are fewer, all.
-    seed:     which, ordered by a hash of the seed and the picture's name: the same everywhere, whatever the order on
-              the disk and whether packed or not, and fewer are a part of more.
+    An id is the name without ending. An image without its JSON, or the other way round, is left out
+    before the n are chosen, and of a name that is there twice the first is taken (files before
+    shards, by path). Both are counted, as is what `ground_truth` leaves out. Nothing of a sample is
+    kept once it has been read.
 
-    An id is the name without ending. A picture without its JSON, or the other way round, is left out before the n are
-    chosen, and of a name that is there twice the first is taken (files before shards, by path). Both are counted, as is
-    what `aopsam_lab.data.annotations.truths` leaves out. Nothing of a sample is kept once it has been read.
+    Args:
+        path: a folder with `sa_*.jpg` and `sa_*.json`, with tar shards (`sa_000000.tar`), or with
+            both, also in folders below it; or one shard. A shard is read where it lies: opening
+            reads its headers, a sample two pieces of it.
+        n_images: how many to take, None for all; where there are fewer, all.
+        seed: which, ordered by a hash of the seed and the image's name: the same on every disk,
+            packed or not, and fewer are a part of more.
 
-    Raises FileNotFoundError where there is no picture, ValueError for a damaged shard, a JSON that is not SA-1B's, and
-    a picture or mask that does not have the size that the JSON says.
+    Raises:
+        FileNotFoundError: there is no image.
+        ValueError: a shard is damaged, a JSON is not SA-1B's, or an image or mask does not have the
+            size that the JSON says.
     """
 
     name = "sa1b"
@@ -61,14 +65,11 @@ class Sa1b:
         images, notes, self._duplicates = _index(self.path)
         whole = images.keys() & notes.keys()
         if not whole:
-            raise FileNotFoundError(
-                f"There is no sa_*.jpg with its .json in {self.path}, nor in a .tar there."
-            )
+            where = f"{self.path}, nor in a .tar there"
+            raise FileNotFoundError(f"There is no sa_*.jpg with its .json in {where}.")
         self._available = len(whole)
-        self._missing_images, self._missing_notes = (
-            len(notes.keys() - whole),
-            len(images.keys() - whole),
-        )
+        self._missing_images = len(notes.keys() - whole)
+        self._missing_notes = len(images.keys() - whole)
         self.ids = sorted(whole, key=lambda name: order(seed, name))[:n_images]
         self._images = [images[name] for name in self.ids]
         self._notes = [notes[name] for name in self.ids]
@@ -80,17 +81,16 @@ class Sa1b:
     def __getitem__(self, i: int) -> Sample:
         """Read sample i: its masks in the order of the file, a point for each."""
         data = self._images[i].read()
-        rles, points, _ = self._truths(i, data, Counter())
+        rles, points, _ = self._ground_truth(i, data, Counter())
         try:
             image = read_image(Image.open(io.BytesIO(data)))
         except OSError as error:
-            raise ValueError(
-                f"{self.ids[i]} of {self.path} is damaged: {error}. Download it again."
-            ) from error
+            where = f"{self.ids[i]} of {self.path}"
+            raise ValueError(f"{where} is damaged: {error}. Download it again.") from error
         return Sample(self.ids[i], image, points=points, rles=rles)
 
     def sample_fingerprint(self, i: int) -> str:
-        """A hash of the bytes of picture i and of its JSON; read when first asked for."""
+        """A hash of the bytes of image i and of its JSON; read when first asked for."""
         if i not in self._fingerprints:
             digest = hashlib.sha256(self._images[i].read())
             digest.update(self._notes[i].read())
@@ -100,16 +100,14 @@ class Sa1b:
     @cached_property
     def fingerprint(self) -> str:
         """A hash of all samples' bytes; read when first asked for."""
-        return hashlib.sha256(
-            "\n".join(map(self.sample_fingerprint, range(len(self)))).encode()
-        ).hexdigest()
+        prints = map(self.sample_fingerprint, range(len(self)))
+        return hashlib.sha256("\n".join(prints).encode()).hexdigest()
 
     def describe(self) -> dict[str, str | int]:
         """Name, fingerprint and counts, as CocoFolder's; the images taken are all read for it."""
         left_out: Counter[str] = Counter()
-        masks = [
-            len(self._truths(i, self._images[i].read(), left_out).rles) for i in range(len(self))
-        ]
+        truth = (self._ground_truth(i, x.read(), left_out) for i, x in enumerate(self._images))
+        masks = [len(found.rles) for found in truth]
         return {
             "name": self.name,
             "fingerprint": self.fingerprint,
@@ -123,7 +121,7 @@ class Sa1b:
             **{key: left_out[key] for key in LEFT_OUT},
         }
 
-    def _truths(self, i: int, image: bytes, left_out: Counter[str]) -> GroundTruth:
+    def _ground_truth(self, i: int, image: bytes, left_out: Counter[str]) -> GroundTruth:
         where = f"{self.ids[i]} of {self.path}"
         height, width = upright_size(image, where)
         try:
@@ -131,39 +129,35 @@ class Sa1b:
             said = content["image"]["height"], content["image"]["width"]
             annotations = content["annotations"]
         except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"The JSON of {where} is not SA-1B's: {type(error).__name__} {error}."
-            ) from error
+            reason = f"{type(error).__name__} {error}"
+            raise ValueError(f"The JSON of {where} is not SA-1B's: {reason}.") from error
         if said != (height, width):
-            raise ValueError(
-                f"{where} is {width} x {height} pixels, but its JSON says {said[1]} x {said[0]}."
-            )
-        return truths(annotations, height, width, where, left_out)
+            sizes = f"{width} x {height} pixels, but its JSON says {said[1]} x {said[0]}"
+            raise ValueError(f"{where} is {sizes}.")
+        return ground_truth(annotations, height, width, where, left_out)
 
 
 def _index(path: Path) -> tuple[dict[str, _Bytes], dict[str, _Bytes], int]:
-    """Pictures and JSON files by name without ending, and how many names of pictures were there again."""
-    images: dict[str, _Bytes] = {}
-    notes: dict[str, _Bytes] = {}
+    """Images and JSON files by name without ending, and how many images were there again."""
     if path.is_file():
         files, shards = [], [path]
     else:
         files = sorted(file for file in path.rglob("sa_*.*") if file.suffix in (".jpg", ".json"))
         shards = sorted(path.rglob("*.tar"))
-    members = [(file.name, _Bytes(file)) for file in files]
+    places = [(file.name, _Bytes(file)) for file in files]
     for shard in shards:
-        members += _members(shard)
-    again = 0
-    for name, where in members:
+        places += _members(shard)
+    by_ending: dict[str, dict[str, _Bytes]] = {"jpg": {}, "json": {}}
+    for name, where in places:
         stem, _, ending = name.rpartition(".")
-        known = images if ending == "jpg" else notes
-        again += ending == "jpg" and stem in known
-        known.setdefault(stem, where)
-    return images, notes, again
+        by_ending[ending].setdefault(stem, where)
+    images = by_ending["jpg"]
+    again = sum(name.endswith(".jpg") for name, _ in places) - len(images)
+    return images, by_ending["json"], again
 
 
 def _members(shard: Path) -> list[tuple[str, _Bytes]]:
-    """Names and places of a shard's pictures and JSON files."""
+    """Names and places of a shard's images and JSON files."""
     found = []
     try:
         with tarfile.open(shard, "r:") as archive:
@@ -173,7 +167,6 @@ def _members(shard: Path) -> list[tuple[str, _Bytes]]:
                     found.append((name, _Bytes(shard, member.offset_data, member.size)))
                 archive.members = []  # tarfile would keep them all
     except tarfile.TarError as error:
-        raise ValueError(
-            f"{shard} is not a whole, uncompressed tar file ({error}). Download it again."
-        ) from error
+        message = f"{shard} is not a whole, uncompressed tar file ({error})"
+        raise ValueError(f"{message}. Download it again.") from error
     return found

@@ -1,4 +1,4 @@
-"""The one record every data set yields."""
+"""The one record that every data set yields."""
 
 from __future__ import annotations
 
@@ -10,19 +10,21 @@ from aopsam_lab.masks.rle import decode_rle, encode_rle
 
 
 class Sample:
-    """A picture with its class-agnostic truth, as booleans, as RLE, or both: the other form is made when asked for.
+    """An image with its ground truth, whatever the class.
 
-    A photograph of SA-1B with 200 masks takes 700 MB as booleans, so what needs one mask at a time should read `rles`.
+    Masks are given as booleans, as RLE, or both; the other form is made when asked for. An image of
+    SA-1B with 200 masks takes 700 MB as booleans: what needs one mask at a time reads `rles`.
 
-    id:      unique within its data set.
-    image:   H x W x 3 uint8, RGB.
-    masks:   N x H x W bool; masks may overlap (an object and its parts).
-    points:  N x 2 float32, one prompt point (x, y) per mask in the image frame (pixel centres at +0.5), or None where
-             the data set has none.
-    clicks:  for each mask the clicks [x, y] that are known to give it, image frame, or None where the data set has none.
-    rles:    N COCO RLE of the same masks, see `aopsam_lab.masks.rle`.
+    Args:
+        id: unique within its data set.
+        image: (H, W, 3) uint8, RGB.
+        masks: (N, H, W) bool; masks may overlap.
+        points: (N, 2) float32, a prompt point (x, y) of each mask, image frame, or None.
+        rles: N COCO RLE of the same masks.
+        clicks: for each mask the points [x, y] that are known to give it, image frame, or None.
 
-    Raises ValueError where neither masks nor rles are given.
+    Raises:
+        ValueError: neither masks nor rles are given.
     """
 
     def __init__(
@@ -44,8 +46,10 @@ class Sample:
 
     @cached_property
     def masks(self) -> np.ndarray:
+        """(N, H, W) bool."""
         return decode_rle(self.rles, self.image.shape[:2])
 
     @cached_property
     def rles(self) -> list[dict]:
+        """N COCO RLE."""
         return encode_rle(self.masks)

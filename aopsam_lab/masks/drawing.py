@@ -1,4 +1,4 @@
-"""Masks as pictures: colours, label images, overlays."""
+"""Masks to look at: colours, label images, overlays."""
 
 from __future__ import annotations
 
@@ -11,36 +11,35 @@ import numpy as np
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-# Okabe and Ito's colours (2008), told apart with every common kind of colour vision; black is left out, as it is hard
-# to see on photographs.
+# Okabe and Ito's colours (2008), told apart with every common kind of colour vision, less black.
 OKABE_ITO = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7")
 MAX_LABELS = 65535
 
 
 def mask_colours(n: int) -> np.ndarray:
-    """n x 3 uint8 RGB: Okabe and Ito's seven, the same hues lighter, then darker, then all over again."""
-    base = [tuple(int(c[k : k + 2], 16) / 255 for k in (1, 3, 5)) for c in OKABE_ITO]
+    """n colours (n, 3) uint8 RGB: Okabe and Ito's, the same lighter, then darker, then again."""
     colours = []
     for change in (0.0, 0.18, -0.16):
-        for rgb in base:
+        for code in OKABE_ITO:
+            rgb = (int(code[k : k + 2], 16) / 255 for k in (1, 3, 5))
             hue, light, saturation = colorsys.rgb_to_hls(*rgb)
-            colours.append(
-                colorsys.hls_to_rgb(hue, min(max(light + change, 0.15), 0.9), saturation)
-            )
+            light = min(max(light + change, 0.15), 0.9)
+            colours.append(colorsys.hls_to_rgb(hue, light, saturation))
     table = np.round(np.array(colours) * 255).astype(np.uint8)
     return table[np.arange(n) % len(table)]
 
 
 def label_image(masks: Sequence[dict], size: tuple[int, int]) -> np.ndarray:
-    """H x W uint16: i + 1 where mask i of the COCO RLE `masks` is on top, 0 where there is none.
+    """Number the pixels of masks, smaller masks on top; of equal sizes the earlier is on top.
 
-    Larger masks lie below smaller ones, so that a part is not hidden by its whole; of equal sizes the earlier is on
-    top. Raises ValueError for more masks than 16 bits can number.
+    Returns:
+        (H, W) uint16, i + 1 where COCO RLE i is on top, 0 where there is none.
+
+    Raises:
+        ValueError: there are more masks than 16 bits can number.
     """
     if len(masks) > MAX_LABELS:
-        raise ValueError(
-            f"A 16-bit label image holds at most {MAX_LABELS} masks, not {len(masks)}."
-        )
+        raise ValueError(f"A 16-bit label image holds {MAX_LABELS} masks, not {len(masks)}.")
     labels = np.zeros(size, dtype=np.uint16, order="F")  # as masks decode: columns first
     for i in painting_order(masks):
         pixels, (x, y) = _cut_out(masks[i])
@@ -49,13 +48,13 @@ def label_image(masks: Sequence[dict], size: tuple[int, int]) -> np.ndarray:
 
 
 def painting_order(masks: Sequence[dict]) -> np.ndarray:
-    """Indices of the COCO RLE `masks` from the largest to the smallest, the later first where sizes are equal."""
+    """Indices of COCO RLE from the largest to the smallest, the later first of equal sizes."""
     areas = np.array([coco_mask.area(mask) for mask in masks], dtype=np.int64)
     return np.lexsort((-np.arange(len(areas)), -areas))
 
 
 def overlay(image: np.ndarray, masks: Sequence[dict], alpha: float = 0.45) -> np.ndarray:
-    """The H x W x 3 uint8 `image` with the COCO RLE `masks` in colours of opacity `alpha`, outlined; same shape."""
+    """Draw COCO RLE over their image (H, W, 3) uint8, coloured with opacity `alpha`, outlined."""
     size = image.shape[:2]
     table = np.concatenate([np.zeros((1, 3), np.uint8), mask_colours(len(masks))])
     labels = label_image(masks, size)
@@ -72,15 +71,14 @@ def overlay(image: np.ndarray, masks: Sequence[dict], alpha: float = 0.45) -> np
 
 
 def _cut_out(mask: dict) -> tuple[np.ndarray, tuple[int, int]]:
-    """The part of a COCO RLE mask within its box, h x w uint8, and that box's corner (x, y)."""
+    """The part of a mask within its box, (h, w) uint8, and that box's corner (x, y)."""
     x, y, width, height = map(int, coco_mask.toBbox(mask))
     return coco_mask.decode(mask)[y : y + height, x : x + width], (x, y)
 
 
 def png_bytes(pixels: np.ndarray) -> bytes:
-    """A PNG of H x W x 3 uint8, or of H x W uint8 or uint16."""
+    """A PNG of (H, W, 3) uint8, or of (H, W) uint8 or uint16."""
     stream = io.BytesIO()
-    Image.fromarray(pixels).save(
-        stream, format="PNG", compress_level=3
-    )  # as small within a tenth, in half the time
+    # level 3 is as small within a tenth as the default, in half the time
+    Image.fromarray(pixels).save(stream, format="PNG", compress_level=3)
     return stream.getvalue()

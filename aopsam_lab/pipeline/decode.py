@@ -1,16 +1,18 @@
-"""One picture through SAM: encode it, decode prompts, keep the masks that pass, remove duplicates.
+"""One image through SAM: encode it, decode prompts, keep the masks that pass, remove duplicates.
 
-Filtering is ``SamAutomaticMaskGenerator``'s, in its order and with its meaning, for every method: predicted IoU, stability
-score at the picture's resolution (offset 1.0), box NMS at 0.7 by predicted IoU. Its crops, small-region clean-up and edge
-filter are off by default there and have no effect on a single full-picture crop.
+Every method's masks are filtered as `SamAutomaticMaskGenerator` does it: predicted IoU, stability
+score at the image's size, box NMS at 0.7. Its crops, clean-up of small regions and edge filter
+change nothing on a whole image.
 """
 
 from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,31 +21,31 @@ from segment_anything.utils.transforms import ResizeLongestSide
 from torch import Tensor
 from torchvision.ops import nms
 
-from aopsam_lab.pipeline.batching import fitting_batch, in_batches
 from aopsam_lab.masks.fullsize import FullSize
-from aopsam_lab.pipeline.methods import BOX_NMS_THRESH, Prompts
-from aopsam_lab.sam.image_decoder import ImageDecoder
-from aopsam_lab.sam.zoo import SamSpec
+from aopsam_lab.pipeline.batching import in_batches
+from aopsam_lab.pipeline.types import BOX_NMS_THRESH, Encoded, Found, Prompts
+from aopsam_lab.sam.mask_decoder import ImageDecoder
+from aopsam_lab.sam.zoo import SamSpec, spec_of
 
 STABILITY_OFFSET = 1.0
-# Pixels of the embedding, times prompts decoded at a time: what stays in a CPU's cache, what fills a GPU.
+# Pixels of the embedding times prompts decoded at a time: fits a CPU's cache, fills a GPU.
 DECODE_PIXELS = {"cpu": 1 << 14, "cuda": 1 << 20}
-# Bytes of masks that wait for duplicates to be removed, at least, and as masks of the picture's own size, of which the stock
-# generator holds 192. Beyond it they are encoded first: the larger the picture, the longer that takes
-KEPT_LOGITS, KEPT_MASKS = 32 << 20, 24
 MIN_DECODE_BATCH = 4  # fewer would read the decoder's weights too often
+# Masks that wait for duplicates to be removed are kept as logits up to the larger of these: bytes,
+# and as many as float masks at the image's size. Beyond it they are encoded first.
+KEPT_LOGITS, KEPT_MASKS = 32 << 20, 24
 
 
 class Stopwatch:
-    """Seconds by stage, synchronised with the device so that GPU work counts where it was asked for."""
+    """Seconds by stage; it waits for the device, so that work counts where it was asked for."""
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device) -> None:
         self.seconds: dict[str, float] = {}
         waits = {"cuda": torch.cuda.synchronize, "mps": torch.mps.synchronize}
         self._sync = waits.get(device.type, lambda: None)
 
     @contextmanager
-    def __call__(self, stage: str):
+    def __call__(self, stage: str) -> Iterator[None]:
         self._sync()
         start = time.perf_counter()
         yield
@@ -51,80 +53,21 @@ class Stopwatch:
         self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
 
 
-@dataclass
-class Encoded:
-    """A picture with its SAM embedding: all that a method needs, computed once.
-
-    image:        H x W x 3 uint8.
-    model_image:  (1, 3, S, S), normalised and zero-padded.
-    embedding:    (1, C, h, w). image_pe: (1, C, h, w), SAM's dense positional encoding.
-    input_size:   (height, width) of the scaled picture in the model frame.
-    seconds:      what encoding took.
-    made:         what decoding prepares of the picture, kept for the next round of prompts.
-    """
-
-    image: np.ndarray
-    model_image: Tensor
-    embedding: Tensor
-    image_pe: Tensor
-    input_size: tuple[int, int]
-    seconds: float
-    made: dict = field(default_factory=dict, init=False, repr=False, compare=False)
-
-    def _scale(self, like: Tensor) -> Tensor:
-        (h, w), (new_h, new_w) = self.image.shape[:2], self.input_size
-        return torch.tensor([new_w / w, new_h / h], dtype=like.dtype, device=like.device)
-
-    def to_model(self, points: Tensor) -> Tensor:
-        """(..., 2) points (x, y), image frame -> model frame."""
-        return points * self._scale(points)
-
-    def to_image(self, points: Tensor) -> Tensor:
-        """(..., 2) points (x, y), model frame -> image frame."""
-        return points / self._scale(points)
-
-
 @torch.inference_mode()
 def encode(sam: Sam, image: np.ndarray) -> Encoded:
-    """H x W x 3 uint8 -> Encoded, scaled and padded exactly as ``SamPredictor.set_image`` does."""
+    """Encode an image (H, W, 3) uint8, scaled and padded as `SamPredictor.set_image` does it."""
     watch = Stopwatch(sam.device)
     with watch("encode"):
         scaled = ResizeLongestSide(sam.image_encoder.img_size).apply_image(image)
         pixels = torch.as_tensor(scaled, device=sam.device).permute(2, 0, 1)[None].contiguous()
         model_image = sam.preprocess(pixels)
         embedding = sam.image_encoder(model_image).contiguous()
-    return Encoded(
-        image,
-        model_image,
-        embedding,
-        sam.prompt_encoder.get_dense_pe(),
-        scaled.shape[:2],
-        watch.seconds["encode"],
-    )
+    image_pe, seconds = sam.prompt_encoder.get_dense_pe(), watch.seconds["encode"]
+    return Encoded(image, model_image, embedding, image_pe, scaled.shape[:2], seconds)
 
 
-@dataclass
-class Found:
-    """Masks that passed both thresholds, before duplicates are removed.
-
-    low_res: (n, 4h, 4w) logits, model frame; beyond the picture's edge, on padding, they may be 0. iou, stability: (n,).
-    boxes: (n, 4) long, image frame, inclusive. prompt: (n,) long, index into the prompts.
-    best_iou: (m,) of each prompt decoded, the highest predicted IoU of its masks, those that did
-    not pass included.
-    masks: n COCO RLE where they are encoded already; :func:`encode_early` then lets go of low_res.
-    """
-
-    low_res: Tensor
-    iou: Tensor
-    stability: Tensor
-    boxes: Tensor
-    prompt: Tensor
-    best_iou: Tensor = field(repr=False)
-    masks: list[dict] | None = field(default=None, repr=False)
-
-
-def _sparse_tokens(sam: Sam, encoded: Encoded, prompts: Prompts, index: Tensor) -> Tensor:
-    """The prompt encoder's tokens (n, t, C) of the prompts ``index``."""
+def prompt_tokens(sam: Sam, encoded: Encoded, prompts: Prompts, index: Tensor) -> Tensor:
+    """The prompt encoder's tokens (n, t, C) of the prompts `index`."""
     if prompts.boxes is not None:
         boxes = encoded.to_model(prompts.boxes[index].unflatten(1, (2, 2))).flatten(1)
         return sam.prompt_encoder(points=None, boxes=boxes, masks=None)[0]
@@ -134,96 +77,90 @@ def _sparse_tokens(sam: Sam, encoded: Encoded, prompts: Prompts, index: Tensor) 
 
 
 def full_resolution(sam: Sam, encoded: Encoded, low_res: Tensor) -> Tensor:
-    """Logits (n, 4h, 4w), model frame -> (n, H, W), image frame, as ``Sam.postprocess_masks``."""
-    return sam.postprocess_masks(low_res[:, None], encoded.input_size, encoded.image.shape[:2])[
-        :, 0
-    ]
+    """Logits (n, 4h, 4w), model frame -> (n, H, W), image frame, by `Sam.postprocess_masks`."""
+    size = encoded.image.shape[:2]
+    return sam.postprocess_masks(low_res[:, None], encoded.input_size, size)[:, 0]
 
 
 def image_decoder(sam: Sam, encoded: Encoded) -> ImageDecoder:
-    """The mask decoder of an encoded picture, made at its first use. It draws masks on the picture, not on padding."""
+    """The mask decoder of an encoded image, made once; it draws on the image, not on padding."""
     key = sam.mask_decoder
     if key not in encoded.made:
         no_mask = sam.prompt_encoder.no_mask_embed.weight[0]
-        grid, size = encoded.embedding.shape[-2:], sam.image_encoder.img_size
-        # a pixel at the picture's edge is resized from the logits on it and from the next beyond
-        logits = [
-            math.ceil(part * 4 * side / size) + 1 for part, side in zip(encoded.input_size, grid)
-        ]
-        used = tuple(min(side, math.ceil(n / 4)) for side, n in zip(grid, logits))
-        encoded.made[key] = ImageDecoder(
-            sam.mask_decoder, encoded.embedding, encoded.image_pe, no_mask, used
-        )
+        grid, model = encoded.embedding.shape[-2:], sam.image_encoder.img_size
+        used = []
+        for part, side in zip(encoded.input_size, grid, strict=True):
+            # a pixel at the edge is made of the logit on it and of the next one beyond
+            logits = math.ceil(part * 4 * side / model) + 1
+            used.append(min(side, math.ceil(logits / 4)))
+        inputs = encoded.embedding, encoded.image_pe, no_mask
+        encoded.made[key] = ImageDecoder(sam.mask_decoder, *inputs, tuple(used))
     return encoded.made[key]
 
 
 def full_size(sam: Sam, encoded: Encoded) -> FullSize:
-    """What resizes the masks of an encoded picture, made at its first use."""
-    if FullSize not in encoded.made:
-        low = tuple(4 * side for side in encoded.embedding.shape[-2:])
-        sizes = sam.image_encoder.img_size, tuple(encoded.input_size), encoded.image.shape[:2]
-        encoded.made[FullSize] = FullSize(low, *sizes, encoded.embedding.device)
-    return encoded.made[FullSize]
+    """What resizes the masks of an encoded image."""
+    sizes = tuple(encoded.input_size), encoded.image.shape[:2]
+    return FullSize(sam.image_encoder.img_size, *sizes)
 
 
 def decode_batch(encoded: Encoded) -> int:
-    """Prompts to decode at a time; on a GPU no more than its free memory holds.
-
-    What a prompt takes is mostly its masks' features, C / 8 channels on four times the embedding's grid, and their copies.
-    """
-    device, (channels, pixels) = encoded.embedding.device, encoded.embedding[0].flatten(1).shape
-    most = max(MIN_DECODE_BATCH, DECODE_PIXELS.get(device.type, DECODE_PIXELS["cpu"]) // pixels)
-    return fitting_batch(device, 3 * 4 * channels // 8 * 16 * pixels, most)
+    """Prompts to decode at a time."""
+    pixels = DECODE_PIXELS.get(encoded.embedding.device.type, DECODE_PIXELS["cpu"])
+    return max(MIN_DECODE_BATCH, pixels // encoded.embedding[0, 0].numel())
 
 
 def decode_and_filter(
     sam: Sam, encoded: Encoded, prompts: Prompts, index: Tensor, spec: SamSpec
 ) -> Found:
-    """Decode the prompts ``index`` and keep the masks that pass the predicted-IoU and the stability threshold.
+    """Decode the prompts `index` (n,) long; keep the masks that pass both thresholds of `spec`.
 
-    Masks below the IoU threshold are never drawn, none is
-    resized as a whole, and those that are not stable are forgotten batch by batch: memory grows with the masks kept.
-    Where a GPU's memory runs out, batches are halved.
+    Masks below the predicted IoU are never drawn, and those below the stability score are forgotten
+    batch by batch: memory grows with the masks kept.
     """
     decoder, sizes = image_decoder(sam, encoded), full_size(sam, encoded)
     masks = slice(1, None) if prompts.multimask else slice(0, 1)
-    side = 4 * encoded.embedding.shape[-1]
     empty = encoded.embedding.new_zeros(0)
+    side = 4 * encoded.embedding.shape[-1]
     none = (empty.view(0, side, side), empty, empty, empty.view(0, 4).long(), empty.long())
 
     def found_of(part: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        decoded = decoder.decode(_sparse_tokens(sam, encoded, prompts, part))
+        decoded = decoder.decode(prompt_tokens(sam, encoded, prompts, part))
         wanted = torch.zeros_like(decoded.iou, dtype=torch.bool)
         wanted[:, masks] = decoded.iou[:, masks] > spec.pred_iou_thresh
         best = decoded.iou[:, masks].amax(1)
         if not wanted.any():
             return best, none
         low_res = decoded.draw(wanted)
-        stability, boxes = sizes.measure(
-            low_res, sam.mask_threshold, STABILITY_OFFSET, spec.stability_score_thresh
-        )
-        stable = stability >= spec.stability_score_thresh  # an empty mask has NaN and fails
+        least = spec.stability_score_thresh
+        stability, boxes = sizes.measure(low_res, sam.mask_threshold, STABILITY_OFFSET, least)
         owner = part.repeat_interleave(wanted.sum(1))
+        stable = stability >= least  # an empty mask has NaN and fails
         fields = (low_res, decoded.iou[wanted], stability, boxes, owner)
         return best, tuple(x[stable] for x in fields)
 
     parts = in_batches(index, decode_batch(encoded), found_of, MIN_DECODE_BATCH)
-    best, kept = zip((empty, none), *parts)
-    return Found(*(torch.cat(parts) for parts in zip(*kept)), torch.cat(best))
+    best, kept = zip((empty, none), *parts, strict=True)
+    return Found(*(torch.cat(x) for x in zip(*kept, strict=True)), torch.cat(best))
+
+
+def all_masks(sam: Sam, encoded: Encoded, prompts: Prompts, row: int) -> Found:
+    """All masks of the prompt `row`, whatever their scores."""
+    lowest = float("-inf")
+    spec = replace(spec_of(sam), pred_iou_thresh=lowest, stability_score_thresh=lowest)
+    index = torch.tensor([row], device=prompts.points.device)
+    return decode_and_filter(sam, encoded, prompts, index, spec)
 
 
 def encode_early(sam: Sam, encoded: Encoded, found: list[Found]) -> None:
-    """Where the logits of all masks found so far take more than KEPT_LOGITS, and more than KEPT_MASKS float masks at the
-    picture's size, encode the masks and let the logits go. Of masks that are encoded already they
-    always go.
+    """Bound the memory of the masks found so far: encode them and let their logits go.
 
-    Most of them will be duplicates, encoded for nothing; so that memory does not grow with the prompts tried beyond that.
+    Most will be duplicates, encoded for nothing; so this waits until they take more than
+    KEPT_LOGITS and KEPT_MASKS allow. The logits of masks that are encoded already always go.
     """
     waiting = [part for part in found if part.masks is None]
-    height, width = encoded.image.shape[:2]
-    if sum(part.low_res.nbytes for part in waiting) > max(
-        KEPT_LOGITS, KEPT_MASKS * height * width * 4
-    ):
+    kept = max(KEPT_LOGITS, KEPT_MASKS * 4 * math.prod(encoded.image.shape[:2]))
+    if sum(part.low_res.nbytes for part in waiting) > kept:
         for part in waiting:
             every = torch.arange(len(part.iou), device=part.iou.device)
             part.masks = encoded_masks(sam, encoded, part.low_res, every)
@@ -233,42 +170,42 @@ def encode_early(sam: Sam, encoded: Encoded, found: list[Found]) -> None:
 
 
 def encoded_masks(sam: Sam, encoded: Encoded, low_res: Tensor, index: Tensor) -> list[dict]:
-    """RLE of the masks ``index``, in its order."""
+    """COCO RLE of the masks `index`, in its order."""
     sizes = full_size(sam, encoded)
-    parts = in_batches(
-        index, max(1, len(index)), lambda part: sizes.encode(low_res[part], sam.mask_threshold)
-    )
-    return [rle for part in parts for rle in part]
+
+    def encode_part(part: Tensor) -> list[dict]:
+        return sizes.encode(low_res[part], sam.mask_threshold)
+
+    return [rle for part in in_batches(index, max(1, len(index)), encode_part) for rle in part]
 
 
-def remove_duplicates(sam: Sam, encoded: Encoded, found: list[Found]) -> dict:
-    """Box NMS over all rounds, then RLE of the survivors only -> the mask fields of a Segmentation."""
-    n = sum(len(part.iou) for part in found)
-    if not n:
+def remove_duplicates(sam: Sam, encoded: Encoded, found: list[Found]) -> dict[str, Any]:
+    """Box NMS over all rounds, then RLE of what is left: the mask fields of a Segmentation."""
+    names = ("iou", "stability", "boxes", "prompt")
+    if not any(len(part.iou) for part in found):
         none = np.zeros(0, np.float32)
-        return dict(
-            masks=[],
-            scores=none,
-            stability=none,
-            boxes=none.reshape(0, 4),
-            mask_prompt=none.astype(int),
-        )
+        boxes, owner = none.reshape(0, 4), none.astype(int)
+        return dict(masks=[], scores=none, stability=none, boxes=boxes, mask_prompt=owner)
     iou, stability, boxes, prompt = (
-        torch.cat([getattr(part, name) for part in found])
-        for name in ("iou", "stability", "boxes", "prompt")
+        torch.cat([getattr(part, name) for part in found]) for name in names
     )
     keep = nms(boxes.float(), iou, BOX_NMS_THRESH)  # best first
-    # round by round: all logits in one tensor would be there twice
-    order, masks, first = keep.sort(), [], 0
-    for part in found:
-        own = order.values[(order.values >= first) & (order.values < first + len(part.iou))] - first
+    masks, first = {}, 0
+    for part in found:  # one by one: all logits in one tensor would be there twice
+        own = keep[(keep >= first) & (keep < first + len(part.iou))] - first
         if part.masks is None:
-            masks += encoded_masks(sam, encoded, part.low_res, own)
+            rles = encoded_masks(sam, encoded, part.low_res, own)
         else:
-            masks += [part.masks[i] for i in own.tolist()]
+            rles = [part.masks[i] for i in own.tolist()]
+        masks |= dict(zip((own + first).tolist(), rles, strict=True))
         first += len(part.iou)
-    masks = [masks[i] for i in order.indices.argsort().tolist()]
     scores, stability, boxes, prompt = (
         x[keep].cpu().numpy() for x in (iou.float(), stability.float(), boxes.float(), prompt)
     )
-    return dict(masks=masks, scores=scores, stability=stability, boxes=boxes, mask_prompt=prompt)
+    return dict(
+        masks=[masks[i] for i in keep.tolist()],
+        scores=scores,
+        stability=stability,
+        boxes=boxes,
+        mask_prompt=prompt,
+    )

@@ -1,9 +1,9 @@
-"""Picture in, :class:`Segmentation` out: encode, propose, decode and filter in rounds, remove duplicates."""
+"""Image in, Segmentation out: encode, propose, decode and filter in rounds, remove duplicates."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -11,28 +11,27 @@ import torch
 from segment_anything.modeling import Sam
 
 from aopsam_lab.asf import AsfParams
+from aopsam_lab.data.images import ImageLike, read_image
+from aopsam_lab.detector import Detector, load_detector
 from aopsam_lab.pipeline.decode import (
-    Encoded,
-    Found,
     Stopwatch,
     decode_and_filter,
     encode,
     encode_early,
     remove_duplicates,
 )
-from aopsam_lab.data.images import read_image
-from aopsam_lab.pipeline.methods import Method, Models, Prompts, Proposal, method_named
-from aopsam_lab.sam.zoo import SamSpec, load_sam, resolve_device, spec_of
+from aopsam_lab.pipeline.methods import Method, method_named
 from aopsam_lab.pipeline.segmentation import Segmentation
+from aopsam_lab.pipeline.types import Encoded, Found, Models, Prompts, Proposal
+from aopsam_lab.predictor import PromptPredictor, load_predictor
+from aopsam_lab.sam.zoo import SamSpec, load_sam, resolve_device, spec_of
 
-if TYPE_CHECKING:
-    from aopsam_lab.detector import Detector
-    from aopsam_lab.predictor import PromptPredictor
-
-# prompts whose masks are gathered at a time; what passes is there twice meanwhile. On a GPU all of a round: batches are large
+DEFAULT_PARAMS = AsfParams()
+# Prompts whose masks are gathered at a time; on a GPU all of a round, as its batches are large.
 DECODED_AT_A_TIME = {"cpu": 64}
 
 Decode = Callable[[Sam, Encoded, Prompts, torch.Tensor, SamSpec], Found]
+Decoded = list[tuple[int, torch.Tensor, Found]]  # round, prompts, what was found
 
 
 @torch.inference_mode()
@@ -42,35 +41,38 @@ def run_method(
     method: str | Method,
     predictor: PromptPredictor | None = None,
     detector: Detector | None = None,
-    params: AsfParams = AsfParams(),
+    params: AsfParams = DEFAULT_PARAMS,
     decode: Decode = decode_and_filter,
     max_prompts: int | None = None,
 ) -> Segmentation:
-    """One method on an encoded picture.
+    """Run one method on an encoded image.
 
-    method:      a name in METHODS, or a method of your own making.
-    decode:      what decodes and filters a round; a :class:`aopsam_lab.pipeline.decode_cache.DecodeCache` remembers earlier
-                 settings.
-    max_prompts: how many prompts may be decoded at most, strongest first (see :func:`strongest`); None: all. Prompts
-                 for which nothing was left have the status ``not_reached``.
-    Raises ValueError for an unknown method, a missing model of its, and a max_prompts below 1.
+    Args:
+        sam, encoded: the model and the image.
+        method: a name in METHODS, or a method of your own.
+        predictor, detector: what the method needs.
+        params: the ASF parameters.
+        decode: what decodes a round, such as a DecodeCache that remembers earlier settings.
+        max_prompts: how many prompts are decoded at most, strongest first; None: all.
+
+    Raises:
+        ValueError: there is no such method, a model that it needs is missing, or max_prompts is
+            below 1.
     """
     chosen = method_named(method)
     if max_prompts is not None and (max_prompts < 1 or int(max_prompts) != max_prompts):
-        raise ValueError(
-            f"max_prompts must be a whole number of 1 or more, or None for no limit, not {max_prompts}"
-        )
+        limits = "a whole number of 1 or more, or None for no limit"
+        raise ValueError(f"max_prompts must be {limits}, not {max_prompts}")
     left = float("inf") if max_prompts is None else int(max_prompts)
     models = Models(predictor, detector)
     if chosen.needs and getattr(models, chosen.needs) is None:
-        raise ValueError(
-            f"method {chosen.name!r} needs a {chosen.needs}: pass {chosen.needs}=load_{chosen.needs}(...)"
-        )
-    spec = spec_of(sam)
-    watch = Stopwatch(encoded.embedding.device)
-    if decode is decode_and_filter:  # a run that shares nothing makes its own, and takes its time
+        advice = f"pass {chosen.needs}=load_{chosen.needs}(...)"
+        raise ValueError(f"method {chosen.name!r} needs a {chosen.needs}: {advice}")
+    spec, watch = spec_of(sam), Stopwatch(encoded.embedding.device)
+    if decode is decode_and_filter:  # nothing is shared: its time counts
         encoded.made.clear()
-    rounds: list[list[tuple[torch.Tensor, Found]]] = []
+    decoded: Decoded = []
+    n_round = 0
     with watch("infer"):
         proposal = chosen.start(encoded, models, params)
         index = proposal.next_round()
@@ -78,50 +80,43 @@ def run_method(
         with watch("mask"):
             index = strongest(proposal.prompts.confidence, index, left)
             left -= len(index)
-        rounds.append([])
         for part in index.split(DECODED_AT_A_TIME.get(index.device.type, len(index))):
             with watch("mask"):
                 found = decode(sam, encoded, proposal.prompts, part, spec)
-                rounds[-1].append((part, found))
+                decoded.append((n_round, part, found))
             with watch("infer"):
                 proposal.observe(found, sam.mask_threshold)
             with watch("mask"):
-                encode_early(sam, encoded, [found for parts in rounds for _, found in parts])
+                encode_early(sam, encoded, [found for _, _, found in decoded])
+        n_round += 1
         with watch("infer"):
             index = proposal.next_round()
     with watch("mask"):
-        result = remove_duplicates(sam, encoded, [found for parts in rounds for _, found in parts])
-    seconds = {
-        "encode": encoded.seconds,
-        "infer": watch.seconds["infer"],
-        "mask": watch.seconds["mask"],
-    }
-    seconds["total"] = sum(seconds.values())
-    table = _prompt_table(proposal, rounds, result["mask_prompt"], spec.pred_iou_thresh)
-    eliminated = proposal.eliminated_by >= 0
+        result = remove_duplicates(sam, encoded, [found for _, _, found in decoded])
+    seconds = {"encode": encoded.seconds, **watch.seconds}
     return Segmentation(
         image=encoded.image,
         **result,
-        prompts=table,
+        prompts=_prompt_table(proposal, decoded, result["mask_prompt"], spec.pred_iou_thresh),
         pcm=None if proposal.pcm is None else proposal.pcm.float().cpu().numpy(),
         pems=torch.stack(proposal.pems).float().cpu().numpy() if proposal.pems else None,
         references=pd.DataFrame(proposal.references, columns=["prompt", "threshold"]),
-        seconds=seconds,
+        seconds={**seconds, "total": sum(seconds.values())},
         method=chosen.name,
         params={name: getattr(params, name) for name in chosen.uses},
-        n_decoded=sum(len(index) for parts in rounds for index, _ in parts),
+        n_decoded=sum(len(part) for _, part, _ in decoded),
         n_sampled=len(proposal.prompts),
-        n_eliminated=int(eliminated.sum()),
+        n_eliminated=int((proposal.eliminated_by >= 0).sum()),
         input_size=tuple(encoded.input_size),
         model_size=encoded.model_image.shape[-1],
     )
 
 
 def strongest(confidence: torch.Tensor, index: torch.Tensor, limit: float) -> torch.Tensor:
-    """At most ``limit`` of the prompts ``index`` (long, into ``confidence``), the most confident ones, in their order.
+    """At most `limit` of the prompts `index` (n,) long, the most confident, in their order.
 
-    Where equals compete for the last places a draw decides, always the same: a part of a grid still covers the whole
-    picture.
+    Where equals compete for the last places, the same draw decides each time: a part of a grid
+    still covers the whole image.
     """
     if len(index) <= limit:
         return index
@@ -136,25 +131,21 @@ def strongest(confidence: torch.Tensor, index: torch.Tensor, limit: float) -> to
 
 
 def _prompt_table(
-    proposal: Proposal,
-    rounds: list[list[tuple[torch.Tensor, Found]]],
-    mask_prompt: np.ndarray,
-    pred_iou_thresh: float,
+    proposal: Proposal, decoded: Decoded, mask_prompt: np.ndarray, pred_iou_thresh: float
 ) -> pd.DataFrame:
     """One row a prompt: where, how sure, in which round, and what became of it."""
-    prompts = proposal.prompts
-    m = len(prompts)
+    prompts, m = proposal.prompts, len(proposal.prompts)
     table = pd.DataFrame(prompts.points.cpu().numpy().astype(np.float64), columns=["x", "y"])
     table["confidence"] = prompts.confidence.cpu().numpy()
     table["by"] = proposal.eliminated_by.cpu().numpy()
     table["pem"] = proposal.pem_value.cpu().numpy()
     round_of = np.full(m, -1)
     status = np.where(table["by"] >= 0, "eliminated", "not_reached").astype(object)
-    for i, index, found in ((i, *part) for i, parts in enumerate(rounds) for part in parts):
-        rows = index.cpu().numpy()
-        round_of[rows] = i
-        passed = found.best_iou > pred_iou_thresh
-        status[rows] = np.where(passed.cpu().numpy(), "unstable", "low_iou")
+    for n_round, part, found in decoded:
+        rows = part.cpu().numpy()
+        round_of[rows] = n_round
+        passed = (found.best_iou > pred_iou_thresh).cpu().numpy()
+        status[rows] = np.where(passed, "unstable", "low_iou")
         status[found.prompt.cpu().numpy()] = "duplicate"
     status[mask_prompt] = "kept"
     table["round"], table["status"] = round_of, status
@@ -164,56 +155,52 @@ def _prompt_table(
 
 
 def segment(
-    image,
+    image: ImageLike,
     method: str = "aop",
     sam: str | Sam = "mobile_sam",
     predictor: PromptPredictor | None = None,
     detector: Detector | None = None,
-    params: AsfParams = AsfParams(),
-    device: str = "auto",
+    params: AsfParams = DEFAULT_PARAMS,
+    device: str | torch.device = "auto",
     max_prompts: int | None = None,
 ) -> Segmentation:
-    """Segment everything in a picture.
+    """Segment everything in an image. Models loaded here are kept for the next call.
 
-    image:      numpy array, PIL image or path; see :func:`aopsam_lab.data.images.read_image` for the formats.
-    method:     a name in :data:`aopsam_lab.pipeline.methods.METHODS`.
-    sam:        a name for :func:`load_sam`, or a ``Sam``.
-    predictor, detector: what the method needs; the bundled ones where not given.
-    max_prompts: how many prompts may be decoded at most, strongest first; None: all that the method proposes.
-    Models loaded here are kept for the next call.
+    Args:
+        image: an array, a Pillow image or a path; see `read_image` for the formats.
+        method: a name in METHODS.
+        sam: a name for `load_sam`, or a `Sam`.
+        predictor, detector: what the method needs; None: the bundled one.
+        params: the ASF parameters.
+        device: "auto" (the GPU if there is one), "cpu", "cuda", ...
+        max_prompts: how many prompts are decoded at most, strongest first; None: all.
     """
-    picture = read_image(image)
-    needs = method_named(method).needs
+    pixels, needs = read_image(image), method_named(method).needs
     sam = loaded_sam(sam, device)
     if needs == "predictor" and predictor is None:
         predictor = loaded_model(needs, sam)
     if needs == "detector" and detector is None:
         detector = loaded_model(needs, sam)
-    return run_method(
-        sam, encode(sam, picture), method, predictor, detector, params, max_prompts=max_prompts
-    )
+    encoded = encode(sam, pixels)
+    return run_method(sam, encoded, method, predictor, detector, params, max_prompts=max_prompts)
 
 
-def loaded_sam(sam: str | Sam, device: str = "auto") -> Sam:
-    """A SAM by name, loaded once in this process; a ``Sam`` as it is."""
+def loaded_sam(sam: str | Sam, device: str | torch.device = "auto") -> Sam:
+    """A SAM by name, loaded once in this process; a `Sam` as it is."""
     return _cached("sam", load_sam, sam, device) if isinstance(sam, str) else sam
 
 
 def loaded_model(kind: str, sam: Sam) -> PromptPredictor | Detector:
     """The bundled "predictor" or "detector" for a SAM, loaded once in this process."""
     if kind == "predictor":
-        from aopsam_lab.predictor import load_predictor
-
         return _cached(kind, load_predictor, spec_of(sam).name, sam.device)
-    from aopsam_lab.detector import load_detector
-
     return _cached(kind, lambda _, device: load_detector(device=device), "bundled", sam.device)
 
 
-_LOADED: dict[tuple[str, str, str], object] = {}
+_LOADED: dict[tuple[str, str, str], Any] = {}
 
 
-def _cached(kind: str, load, name: str, device):
+def _cached(kind: str, load: Callable, name: str, device: str | torch.device) -> Any:
     device = resolve_device(device)  # "auto" and its name are one model
     key = (kind, name, str(device))
     if key not in _LOADED:

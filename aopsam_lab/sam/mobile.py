@@ -1,67 +1,35 @@
-"""MobileSAM (Zhang et al., 2023): a TinyViT encoder in front of segment_anything's prompt encoder
-and mask decoder."""
+"""MobileSAM (Zhang et al., 2023): a TinyViT encoder before segment_anything's other parts."""
 
 from __future__ import annotations
 
 import warnings
-from typing import Any
 
 from segment_anything.modeling import MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
 
-IMG_SIZE = 1024
-STRIDE = 16
-WIDTH = 256
+WIDTH, STRIDE = 256, 16
 
 
 def build_mobile_sam() -> Sam:
-    """An untrained MobileSAM: a `segment_anything` Sam with the keys and shapes of the official
-    `mobile_sam.pt`.
+    """An untrained MobileSAM with the keys and shapes of the official `mobile_sam.pt`.
 
     Returns:
         The model: 1024 x 1024 pixels in, an embedding of 256 x 64 x 64 out. Call `.eval()` again
-        after loading
-        weights: TinyViT stores its attention biases in evaluation mode.
+        after loading weights: TinyViT stores its attention biases in evaluation mode.
     """
-    side = IMG_SIZE // STRIDE
-    size = (side, side)
+    with warnings.catch_warnings():
+        # mobile_sam uses old names of timm's modules and registers models that timm has as well
+        warnings.simplefilter("ignore")
+        from mobile_sam import sam_model_registry  # here: it imports timm, which no other needs
+    encoder = sam_model_registry["vit_t"]().image_encoder
+    side = encoder.img_size // STRIDE
+    transformer = TwoWayTransformer(depth=2, embedding_dim=WIDTH, mlp_dim=2048, num_heads=8)
     return Sam(
-        image_encoder=_tiny_vit(),
+        image_encoder=encoder,
         prompt_encoder=PromptEncoder(
             embed_dim=WIDTH,
-            image_embedding_size=size,
-            input_image_size=(IMG_SIZE, IMG_SIZE),
+            image_embedding_size=(side, side),
+            input_image_size=(encoder.img_size, encoder.img_size),
             mask_in_chans=16,
         ),
-        mask_decoder=MaskDecoder(
-            num_multimask_outputs=3,
-            transformer=TwoWayTransformer(depth=2, embedding_dim=WIDTH, mlp_dim=2048, num_heads=8),
-            transformer_dim=WIDTH,
-            iou_head_depth=3,
-            iou_head_hidden_dim=256,
-        ),
-    )
-
-
-def _tiny_vit() -> Any:
-    """The image encoder of the `mobile_sam` package, with the sizes that its `build_sam_vit_t`
-    gives it."""
-    with warnings.catch_warnings():
-        # the package uses old names of timm's modules and registers models that timm has as well
-        warnings.simplefilter("ignore")
-        from mobile_sam.modeling import TinyViT  # here: it imports timm, which no other model needs
-    return TinyViT(
-        img_size=IMG_SIZE,
-        in_chans=3,
-        num_classes=1000,
-        embed_dims=[64, 128, 160, 320],
-        depths=[2, 2, 6, 2],
-        num_heads=[2, 4, 5, 10],
-        window_sizes=[7, 7, 14, 7],
-        mlp_ratio=4.0,
-        drop_rate=0.0,
-        drop_path_rate=0.0,
-        use_checkpoint=False,
-        mbconv_expand_ratio=4.0,
-        local_conv_size=3,
-        layer_lr_decay=0.8,
+        mask_decoder=MaskDecoder(transformer=transformer, transformer_dim=WIDTH),
     )

@@ -18,11 +18,10 @@ from torch import Tensor
 
 from aopsam_lab.sam.download import OFFICIAL, ask_to_download, command, download, kept_file
 from aopsam_lab.sam.mobile import build_mobile_sam
+from aopsam_lab.weights import WEIGHTS
 
-WEIGHTS = Path(__file__).parent.parent / "weights"
 BUNDLED = {"mobile_sam": WEIGHTS / "mobile_sam.safetensors"}
 DEFAULT = "mobile_sam"
-
 MODELS: dict[str, Callable[[], Sam]] = {
     "mobile_sam": build_mobile_sam,
     "vit_b": sam_model_registry["vit_b"],
@@ -32,14 +31,26 @@ MODELS: dict[str, Callable[[], Sam]] = {
 # SamAutomaticMaskGenerator's defaults, chosen for the official models.
 PRED_IOU_THRESH = 0.88
 STABILITY_SCORE_THRESH = 0.95
+# what reading a damaged file raises
+DAMAGED = (
+    SafetensorError,
+    RuntimeError,
+    EOFError,
+    OSError,
+    LookupError,
+    ValueError,
+    AttributeError,
+)
 
 
 @dataclass(frozen=True)
 class SamSpec:
-    """Which SAM this is, and the two thresholds its masks are filtered with.
+    """Which SAM this is, and the two thresholds that its masks are filtered with.
 
-    name:    its name in the zoo, or "custom".
-    sha256:  of its weights file; "" for a Sam that did not come from a file of the zoo.
+    Args:
+        name: its name in the zoo, or "custom".
+        pred_iou_thresh, stability_score_thresh: as SamAutomaticMaskGenerator.
+        sha256: of its weights file; "" for a Sam that is not from the zoo.
     """
 
     name: str
@@ -54,27 +65,26 @@ def load_sam(
     device: str | torch.device = "auto",
     fetch: bool | None = None,
 ) -> Sam:
-    """A SAM ready for inference: in eval mode, without gradients, its `SamSpec` in `.spec`.
+    """Load a SAM for inference: in eval mode, without gradients, its `SamSpec` in `.spec`.
 
     Args:
         name: "mobile_sam" (bundled), "vit_b", "vit_l" or "vit_h".
-        checkpoint: the weights: a file with the official one's keys, such as a fine-tuned model,
-            saved by `torch.save` or as safetensors. No code in a file is ever run. The metadata of
-            a safetensors file may hold `pred_iou_thresh` and `stability_score_thresh`; else
+        checkpoint: a file with the official one's keys, such as a fine-tuned model, saved by
+            `torch.save` or as safetensors. No code in a file is ever run. The metadata of a
+            safetensors file may hold `pred_iou_thresh` and `stability_score_thresh`; else
             SamAutomaticMaskGenerator's 0.88 and 0.95 hold. None: the bundled weights, or the
-            official file in the cache folder (see `aopsam_lab.sam.download`), which has to have its
-            official sha256.
+            official file in the cache folder, whose sha256 is checked.
         device: "auto" (the GPU if there is one), "cpu", "cuda", ...
-        fetch: whether to download an official file that is not there. None: ask, where a person
-            sits at a terminal.
+        fetch: whether to download an official file that is not there. None: ask a person at a
+            terminal.
 
     Returns:
         The model on `device`.
 
     Raises:
-        FileNotFoundError: where the file is missing.
-        ValueError: for an unknown name, a model without its file, and a file that is damaged, holds
-            more than weights, or belongs to another model (named where it can be told).
+        FileNotFoundError: the file is missing.
+        ValueError: an unknown name, a model without its file, or a file that is damaged, holds more
+            than weights, or belongs to another model (named where it can be told).
     """
     if name not in MODELS:
         raise ValueError(f"There is no SAM called {name!r}. Choose one of {', '.join(MODELS)}.")
@@ -86,11 +96,9 @@ def load_sam(
     state, metadata = _read_weights(path)
     found = identify(state)
     if found != name and found is not None:
-        advice = (
-            f"Load it with load_sam({found!r}, ...)"
-            if found in MODELS
-            else "That model is not supported"
-        )
+        advice = "That model is not supported"
+        if found in MODELS:
+            advice = f"Load it with load_sam({found!r}, ...)"
         raise ValueError(
             f"{path} holds the weights of {found}, not of {name}. {advice}, or pass {name}'s own "
             "file."
@@ -98,15 +106,16 @@ def load_sam(
     sam = MODELS[name]()
     misfit = _misfit(sam.state_dict(), state)
     if misfit:
-        raise ValueError(f"{path} does not fit {name}: {misfit}. Pass {_wanted(name)}.")
+        wanted = f"a file with the keys of the bundled {name}, or none for the bundled weights"
+        if name in OFFICIAL:
+            wanted = f"the official {OFFICIAL[name].name} or one with its keys"
+        raise ValueError(f"{path} does not fit {name}: {misfit}. Pass {wanted}.")
     sam.load_state_dict(state)
     sam.spec = SamSpec(
-        name=name,
-        pred_iou_thresh=_threshold(path, metadata, "pred_iou_thresh", PRED_IOU_THRESH),
-        stability_score_thresh=_threshold(
-            path, metadata, "stability_score_thresh", STABILITY_SCORE_THRESH
-        ),
-        sha256=OFFICIAL[name].sha256 if official else _sha256(path),
+        name,
+        _threshold(path, metadata, "pred_iou_thresh", PRED_IOU_THRESH),
+        _threshold(path, metadata, "stability_score_thresh", STABILITY_SCORE_THRESH),
+        OFFICIAL[name].sha256 if official else file_sha256(path),
     )
     return sam.requires_grad_(False).to(device).eval()
 
@@ -114,15 +123,17 @@ def load_sam(
 def official_weights(name: str, fetch: bool | None = None) -> Path:
     """The official file of a model in the cache folder.
 
-    It is fetched where `fetch` is True or a person at a terminal agrees.
+    Args:
+        name: a key of OFFICIAL.
+        fetch: as `load_sam`.
 
     Raises:
-        ValueError: with what to do, where it is not there and stays so, or where its sha256 is not
-            the official one; and what `download` raises.
+        ValueError: it is not there and is not fetched, or its sha256 is not the official one; and
+            what `download` raises.
     """
     path = kept_file(name)
     if path.exists():
-        if _sha256(path) != OFFICIAL[name].sha256:
+        if file_sha256(path) != OFFICIAL[name].sha256:
             raise ValueError(
                 f"{path} is not the official {path.name}, or no longer: its sha256 differs. "
                 f"`{command(name)}` fetches it anew; weights of your own are passed as checkpoint."
@@ -137,8 +148,7 @@ def official_weights(name: str, fetch: bool | None = None) -> Path:
 
 
 def spec_of(sam: Sam) -> SamSpec:
-    """The `SamSpec` of a Sam; for one that the caller built, "custom" with
-    SamAutomaticMaskGenerator's thresholds."""
+    """The `SamSpec` of a Sam; "custom" with the generator's thresholds for one of your own."""
     return getattr(sam, "spec", SamSpec("custom", PRED_IOU_THRESH, STABILITY_SCORE_THRESH, ""))
 
 
@@ -146,7 +156,7 @@ def resolve_device(device: str | torch.device = "auto") -> torch.device:
     """A device by name; "auto" is the CUDA GPU if there is one, else the CPU.
 
     Raises:
-        ValueError: for a device that this machine lacks.
+        ValueError: this machine has no such device.
     """
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -163,8 +173,7 @@ def resolve_device(device: str | torch.device = "auto") -> torch.device:
 
 
 def identify(state: dict[str, Tensor]) -> str | None:
-    """The model whose weights these look like, told from a key of its image encoder; None where
-    none is known."""
+    """The model whose weights these look like, by its image encoder; None where none is known."""
     patches = state.get("image_encoder.patch_embed.proj.weight")
     if patches is not None:
         return {768: "vit_b", 1024: "vit_l", 1280: "vit_h"}.get(patches.shape[0])
@@ -183,67 +192,38 @@ def _read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise ValueError(f"{path} is a folder, not a checkpoint.")
     with path.open("rb") as file:
         head = file.read(9)
+    is_zip, is_safetensors = zipfile.is_zipfile(path), head[8:] == b"{"  # 8 bytes of length, JSON
     metadata: dict[str, str] = {}
     try:
-        if path.suffix == ".safetensors" or head[8:] == b"{":  # 8 bytes of length, then JSON
+        if path.suffix == ".safetensors" or is_safetensors:
             with safe_open(path, framework="pt") as file:
                 state = {key: file.get_tensor(key) for key in file.keys()}
                 metadata = file.metadata() or {}
         else:
             # memory-mapped where the format allows, so that a large model is not held twice
-            state = torch.load(
-                path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
-            )
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except pickle.UnpicklingError as error:
-        # a whole one is refused for its content
-        damaged = "" if zipfile.is_zipfile(path) else ", or is damaged"
+        damaged = "" if is_zip else ", or is damaged"  # a whole one is refused for its content
         raise ValueError(
             f"{path} holds Python objects beside weights{damaged}. It was not loaded, as such "
             "objects can run code; save the state dict alone."
         ) from error
-    except (
-        SafetensorError,
-        RuntimeError,
-        EOFError,
-        OSError,
-        ValueError,
-        KeyError,
-        AttributeError,
-    ) as error:
-        raise ValueError(_damaged(path, head)) from error
+    except DAMAGED as error:
+        reason = "is no checkpoint of torch.save or safetensors, or it is damaged"
+        if head.startswith(b"PK") or is_safetensors:
+            reason = f"is damaged or cut short ({path.stat().st_size} bytes)"
+        raise ValueError(f"{path} {reason}. Download or copy it again.") from error
     for wrapper in ("model", "state_dict"):  # how training scripts often wrap them
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
             state = state[wrapper]
-    if (
-        not isinstance(state, dict)
-        or not state
-        or not all(isinstance(value, Tensor) for value in state.values())
-    ):
+    tensors = isinstance(state, dict) and all(isinstance(x, Tensor) for x in state.values())
+    if not tensors or not state:
         raise ValueError(f"{path} is no checkpoint: it holds no dictionary of tensors.")
     return state, metadata
 
 
-def _damaged(path: Path, head: bytes) -> str:
-    if head.startswith(b"PK") or head[8:] == b"{":
-        size = path.stat().st_size
-        return f"{path} is damaged or cut short ({size} bytes). Download or copy it again."
-    return (
-        f"{path} is no checkpoint of torch.save or safetensors, or it is damaged. "
-        "Download or copy it again."
-    )
-
-
-def _wanted(name: str) -> str:
-    if name in OFFICIAL:
-        return f"the official {OFFICIAL[name].name} or one with its keys"
-    return (
-        f"a file with the keys of the bundled {BUNDLED[name].name}, or none for the bundled weights"
-    )
-
-
 def _misfit(wanted: dict[str, Tensor], given: dict[str, Tensor]) -> str:
-    """How the given weights differ from the wanted in keys and shapes, in a few words; "" where
-    they fit."""
+    """How weights differ from the wanted in keys and shapes; "" where they fit."""
     missing = [key for key in wanted if key not in given]
     extra = [key for key in given if key not in wanted]
     shaped = [key for key in wanted if key in given and wanted[key].shape != given[key].shape]
@@ -260,23 +240,17 @@ def _misfit(wanted: dict[str, Tensor], given: dict[str, Tensor]) -> str:
 
 
 def _threshold(path: Path, metadata: dict[str, str], key: str, default: float) -> float:
-    text = metadata.get(key)
-    if text is None:
-        return default
+    text = metadata.get(key, str(default))
     try:
         value = float(text)
     except ValueError:
         value = float("nan")
     if not 0 <= value <= 1:
-        raise ValueError(
-            f"{path}: its metadata has {key} = {text!r}, which is no number from 0 to 1."
-        )
+        raise ValueError(f"{path}: its metadata has {key} = {text!r}, no number from 0 to 1.")
     return value
 
 
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
+def file_sha256(path: Path) -> str:
+    """The sha256 of a file."""
     with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()

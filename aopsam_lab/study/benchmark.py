@@ -20,8 +20,9 @@ from torchvision.ops import nms
 
 from aopsam_lab.pipeline import decode as decoding
 from aopsam_lab.asf import AsfParams
-from aopsam_lab.pipeline.decode import BOX_NMS_THRESH, STABILITY_OFFSET, Encoded, encode
-from aopsam_lab.pipeline.methods import Grid, Models
+from aopsam_lab.pipeline.decode import STABILITY_OFFSET, encode
+from aopsam_lab.pipeline.methods import Grid
+from aopsam_lab.pipeline.types import BOX_NMS_THRESH, Encoded, Models
 from aopsam_lab.pipeline.run import run_method
 from aopsam_lab.sam.zoo import load_sam, spec_of
 from aopsam_lab.study import memory
@@ -59,7 +60,7 @@ def composed(
     index = torch.arange(side**2, device=sam.device)
     iou, boxes, rles = [], [], []
     for part in index.split(decoding.decode_batch(encoded)):
-        decoded = decoder.decode(decoding._sparse_tokens(sam, encoded, prompts, part))
+        decoded = decoder.decode(decoding.prompt_tokens(sam, encoded, prompts, part))
         good = torch.zeros_like(decoded.iou, dtype=torch.bool)
         good[:, 1:] = decoded.iou[:, 1:] > spec.pred_iou_thresh
         drawn = good.clone()

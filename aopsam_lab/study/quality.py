@@ -7,7 +7,8 @@ import torch
 from segment_anything.modeling import Sam
 
 from aopsam_lab.pipeline.batching import in_batches
-from aopsam_lab.pipeline.decode import Encoded, decode_batch, full_resolution, image_decoder
+from aopsam_lab.pipeline.decode import decode_batch, full_resolution, image_decoder
+from aopsam_lab.pipeline.types import Encoded
 
 
 @torch.inference_mode()

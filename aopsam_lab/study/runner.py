@@ -15,10 +15,9 @@ import pandas as pd
 
 from aopsam_lab.asf import AsfParams
 from aopsam_lab.data import Dataset, open_dataset
-from aopsam_lab.data.found import found_masks
-from aopsam_lab.pipeline.decode_cache import DecodeCache, PcmCache
+from aopsam_lab.data.coco import found_masks
+from aopsam_lab.pipeline.decode_cache import DecodeCache, LooseRun, PcmCache
 from aopsam_lab.pipeline.decode import encode
-from aopsam_lab.pipeline.loose_cache import LooseCache, LooseRun
 from aopsam_lab.pipeline.run import run_method
 from aopsam_lab.sam.zoo import spec_of
 from aopsam_lab.pipeline.segmentation import Segmentation
@@ -316,7 +315,7 @@ class Study:
         encoded = encode(self.models.sam, sample.image)
         sam, shared = self.models.sam, {}
         if self.pairs:
-            cache = LooseCache(sam, encoded, curves.loosest(self.pairs))
+            cache = DecodeCache(sam, encoded, curves.loosest(self.pairs))
         else:
             cache = DecodeCache(sam, encoded)
         if self.models.predictor is not None:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import hashlib
 from typing import Any
 
-from aopsam_lab.evaluator import iou_matrix, score_matrix
-from aopsam_lab.recall import MAX_MASKS, covered, recall_matches
+from aopsam_lab.evaluator import MAX_MASKS, covered, iou_matrix, recall_matches, score_matrix
 from aopsam_lab.pipeline.segmentation import Segmentation
 
 TIMES = ("encode_s", "inf_lat_s", "mask_lat_s", "total_s")

@@ -12,7 +12,7 @@ import torch
 from segment_anything.modeling import Sam
 
 from aopsam_lab.asf import AsfParams
-from aopsam_lab.fingerprint import code_fingerprint
+from aopsam_lab.files import code_fingerprint
 from aopsam_lab.pipeline.methods import METHODS as OUR_METHODS
 from aopsam_lab.pipeline.methods import Grid
 from aopsam_lab.sam.zoo import load_sam, resolve_device, spec_of
@@ -21,14 +21,12 @@ from aopsam_lab.sam.zoo import load_sam, resolve_device, spec_of
 GRIDS = {f"grid_{side}": Grid(f"grid_{side}", side) for side in (8, 10, 12, 14, 16, 20)}
 METHODS = {**OUR_METHODS, **GRIDS}
 
-# The code that a score or a time depends on. When it changes, rows made with the former code are scored anew.
-SCORING_CODE = (
-    "asf.py", "data/images.py", "detector.py", "evaluator.py", "masks/fullsize.py", "masks/rle.py",
-    "pipeline/batching.py", "pipeline/decode.py", "pipeline/decode_cache.py",
-    "pipeline/loose_cache.py", "pipeline/methods.py", "pipeline/run.py", "predictor.py",
-    "recall.py", "sam/image_decoder.py", "sam/mobile.py", "sam/shared.py", "sam/zoo.py",
-    "study/scores.py",
-)  # fmt: skip
+# What scores. When one of these modules or one that they import changes, rows are scored anew.
+SCORING_MODULES = (
+    "aopsam_lab.pipeline.run",
+    "aopsam_lab.pipeline.decode_cache",
+    "aopsam_lab.study.scores",
+)
 
 
 @dataclass(frozen=True)
@@ -134,8 +132,8 @@ def row_inputs(setting: Setting, models: Models, machine: str, image: str) -> di
 
 @functools.cache
 def scoring_code() -> str:
-    """A hash of SCORING_CODE as this process runs it."""
-    return code_fingerprint(SCORING_CODE)
+    """A hash of the code behind SCORING_MODULES as this process runs it."""
+    return code_fingerprint(SCORING_MODULES)
 
 
 def weight_hashes(models: Models) -> dict[str, str]:

@@ -8,8 +8,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from aopsam_lab.evaluator import aggregate, mean_interval, paired_difference
-from aopsam_lab.recall import MAX_MASKS, average_recall
+from aopsam_lab.evaluator import (
+    MAX_MASKS,
+    aggregate,
+    average_recall,
+    mean_interval,
+    paired_difference,
+)
 
 REFERENCE = "aop"
 BOOTSTRAP_SEED = 0

@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from aopsam_lab.evaluator import CONFIDENCE_LEVEL, RESAMPLES, mean_interval
-from aopsam_lab.recall import average_recall
+from aopsam_lab.evaluator import CONFIDENCE_LEVEL, RESAMPLES, average_recall, mean_interval
 from aopsam_lab.sam.zoo import SamSpec
 from aopsam_lab.study import tables
 

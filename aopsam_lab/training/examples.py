@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from aopsam_lab.asf import valid_cells
 from aopsam_lab.data import Dataset
-from aopsam_lab.masks.points import pole
+from aopsam_lab.masks.points import deepest_point
 from aopsam_lab.data.sample import Sample
 from aopsam_lab.files import write_atomically
 
@@ -49,7 +49,7 @@ def own_prompts(sample: Sample, scale: float) -> np.ndarray:
     """
     points = sample.points
     if points is None:
-        points = [pole(coco_mask.decode(rle))[:2] for rle in sample.rles]
+        points = [deepest_point(coco_mask.decode(rle))[:2] for rle in sample.rles]
     return _with_heights(points, [1.0] * len(points), scale)
 
 
@@ -86,7 +86,7 @@ def covering_prompts(sample: Sample, scale: float) -> np.ndarray:
             continue
         mask = coco_mask.decode(rle)
         if not any(_at(mask, p) for p in prompts):
-            prompts.append(pole(mask)[:2])
+            prompts.append(deepest_point(mask)[:2])
     others = {
         click: SECOND * min(1.0, sum(1 / len(sample.clicks[i]) for i in masks))
         for click, masks in given.items()

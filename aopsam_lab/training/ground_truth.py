@@ -33,7 +33,8 @@ from aopsam_lab.data import open_dataset
 from aopsam_lab.pipeline.decode import decode_and_filter, encode, encode_early, remove_duplicates
 from aopsam_lab.files import write_atomically
 from aopsam_lab.data.images import read_image
-from aopsam_lab.pipeline.methods import BOX_NMS_THRESH, Grid, Models
+from aopsam_lab.pipeline.methods import Grid
+from aopsam_lab.pipeline.types import BOX_NMS_THRESH, Models
 from aopsam_lab.sam.zoo import MODELS, load_sam, spec_of
 
 PEOPLE, FOUND = "people", "sam"  # the source of an annotation

@@ -28,7 +28,8 @@ from aopsam_lab.asf import AsfParams
 from aopsam_lab.data.images import image_from_bytes
 from aopsam_lab.pipeline.methods import METHODS
 from aopsam_lab.pipeline.run import loaded_sam
-from aopsam_lab.pipeline.segmentation import FATES, STATUSES, Segmentation
+from aopsam_lab.pipeline.segmentation import Segmentation
+from aopsam_lab.pipeline.show import STATUS_STYLES, save
 from aopsam_lab.sam.zoo import spec_of
 from aopsam_lab.widgets import packing
 from aopsam_lab.widgets.figure import ShownFigure, state_figure
@@ -127,7 +128,7 @@ class Explorer(anywidget.AnyWidget):
             "methods": {name: method.uses for name, method in METHODS.items()},
             "beside": [NOTHING, PINNED, *METHODS],
             "sliders": SLIDERS,
-            "statuses": [FATES[status] for status in STATUSES],
+            "statuses": list(STATUS_STYLES.values()),
             "pcm": packing.colour_table(packing.PCM_COLOURS),
             "pem": packing.colour_table(packing.PEM_COLOURS),
         }
@@ -332,7 +333,7 @@ class Explorer(anywidget.AnyWidget):
     def _export(self, what: str) -> None:
         name = self._sources[self.source].name
         with tempfile.TemporaryDirectory() as folder:
-            file = self.segmentation.save(folder, Path(name).stem, name)[what]
+            file = save(self.segmentation, folder, Path(name).stem, name)[what]
             self.send({"name": file.name}, [file.read_bytes()])
 
     def _call(self) -> str:

@@ -13,8 +13,8 @@ import numpy as np
 import pandas as pd
 
 from aopsam_lab.masks.drawing import mask_colours
-from aopsam_lab.pipeline.methods import Prompts
-from aopsam_lab.pipeline.segmentation import STATUSES, Segmentation
+from aopsam_lab.pipeline.segmentation import Segmentation
+from aopsam_lab.pipeline.types import STATUSES, Prompts
 
 LOSSLESS_PIXELS = 1_000_000
 PNG = (".png", cv2.IMWRITE_PNG_COMPRESSION, 3)

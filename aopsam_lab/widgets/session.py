@@ -20,11 +20,12 @@ from aopsam_lab import asf
 from aopsam_lab.asf import AsfParams
 from aopsam_lab.evaluator import evaluate
 from aopsam_lab.masks.rle import encode_rle
-from aopsam_lab.pipeline.decode import STABILITY_OFFSET, Encoded, Found, encode
+from aopsam_lab.pipeline.decode import STABILITY_OFFSET, encode
 from aopsam_lab.pipeline.decode_cache import DecodeCache, PcmCache
-from aopsam_lab.pipeline.methods import Models, Prompts, method_named
+from aopsam_lab.pipeline.methods import method_named
 from aopsam_lab.pipeline.run import loaded_model, run_method
 from aopsam_lab.pipeline.segmentation import Segmentation
+from aopsam_lab.pipeline.types import Encoded, Found, Models, Prompts
 from aopsam_lab.widgets.sources import Opened
 
 CHUNK = 16  # prompts decoded between two looks at whether the answer is still wanted

@@ -1,38 +1,113 @@
-"""SAM's mask decoder for many prompts on one image: no prompt's pixels are formed, let alone projected (ours).
+"""SAM's mask decoder for many prompts on one image, exact and with a fraction of the work.
 
-After a two-way layer the N pixels of a prompt are the image's own plus what its T tokens added, and all of that went
-through the image-to-token attention: a matrix ``A`` (N x HT, its softmax weights) of far lower rank than the pixels
-have channels. So
+After a two-way layer the N pixels of a prompt are the image's own plus what its T tokens added, and
+all of that went through the image-to-token attention: a matrix A (N x HT, its softmax weights),
+whose rank is far below the number of channels. So
 
-    after layer 0:  x1 = r1 (y + A1 U1) + b1         y: image, once for all prompts;  U1: HT x C, tokens
+    after layer 0:  x1 = r1 (y + A1 U1) + b1
     after layer 1:  x2 = r2 (r1 (z + A1 U1') + A2 U2) + b2
 
-with the LayerNorms' ``r = 1 / standard deviation``, one number a pixel, read off the Gram matrices of U. Whatever the
-decoder then asks of the pixels, a projection ``x W``, splits into ``y W`` (computed once an image, one table) and
-products with ``A``. A prompt at MobileSAM's shape takes 0.2 G multiply-adds and 0.26 G more if its masks are drawn,
-where the stock decoder takes 1.75 G.
+with y and z of the image, U (HT x C) of the tokens, and r = 1 / standard deviation of a LayerNorm,
+one number a pixel, which follows from the Gram matrices of U. Each projection x W of the pixels
+splits into y W, computed once an image (a table), and products with A. No prompt's pixels are
+formed. The softmax weights of a head sum to 1 over the tokens: a bias added to the pixels is shared
+out among the rows of U.
 
-The softmax weights of one head sum to 1 over the tokens: a bias added to the pixels is shared out among the rows of U.
-
-Shapes: P prompts, T tokens a prompt, R = P * T rows, H heads of d channels, D = H * d, C channels, N = h * w pixels.
-Weights over the pixels are kept as (P, T * H, N), tables as (D, N) or (C, N): pixels last. For inference only: it
-writes over its own results.
+Shapes: P prompts, T tokens a prompt, R = P * T rows, H heads of d channels, D = H * d, C channels,
+N = h * w pixels. Weights over the pixels are (P, T * H, N), tables (D, N) or (C, N). For inference
+only: it writes over its own results.
 """
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache, partial
 
 import torch
-from segment_anything.modeling import MaskDecoder
+from segment_anything.modeling import MaskDecoder, TwoWayTransformer
 from segment_anything.modeling.transformer import Attention
-from torch import Tensor
+from torch import Tensor, nn
 
 DRAWN_AT_A_TIME = {"cpu": 2}  # prompts whose pixels stay in cache; elsewhere all
 
 
+@dataclass(frozen=True)
+class DecodedPrompts:
+    """P prompts, their masks not yet drawn.
+
+    Args:
+        iou: (P, M) predicted IoU of the M masks (4 in stock SAM: the single mask first).
+        draw: (P, M) bool -> (k, 4h, 4w) float32 logits of the k masks marked, prompt by prompt.
+    """
+
+    iou: Tensor
+    draw: Callable[[Tensor], Tensor]
+
+
+class ImageDecoder:
+    """The mask decoder of one image; one that is not segment_anything's is run as it is.
+
+    Args:
+        decoder: a `MaskDecoder`; its weights are read, not changed.
+        embedding, image_pe: (1, C, h, w); the latter is `PromptEncoder.get_dense_pe()`.
+        no_mask: (C,), what is added to every pixel where a prompt has no mask.
+        used: (rows, columns) of the embedding, from its first, on which masks are drawn; logits
+            beyond may be 0. None: all.
+    """
+
+    def __init__(
+        self,
+        decoder: MaskDecoder,
+        embedding: Tensor,
+        image_pe: Tensor,
+        no_mask: Tensor,
+        used: tuple[int, int] | None = None,
+    ) -> None:
+        self.decoder, self.embedding, self.image_pe = decoder, embedding, image_pe
+        self.no_mask = no_mask
+        self._shared = None
+        if is_stock(decoder):  # made here, as batches of prompts may come from several threads
+            self._shared = _SharedDecoder(decoder, embedding, image_pe, no_mask, used)
+        else:
+            wanted = "segment_anything's MaskDecoder, its two layers and its upscaling"
+            found = f"{type(decoder).__name__} is not {wanted}"
+            warnings.warn(f"This mask decoder is run as it is, slowly: {found}.", stacklevel=2)
+
+    @torch.no_grad()
+    def decode(self, sparse: Tensor) -> DecodedPrompts:
+        """Decode P prompts, given by their token embeddings (P, t, C)."""
+        if self._shared is not None:
+            return self._shared.decode(sparse)
+        dense = self.no_mask.view(1, -1, 1, 1)
+        logits, iou = self.decoder.predict_masks(self.embedding, self.image_pe, sparse, dense)
+        return DecodedPrompts(iou.float(), lambda wanted: logits[wanted].float())
+
+
+def is_stock(decoder: nn.Module) -> bool:
+    """Whether a mask decoder is segment_anything's with two layers, of any width and heads."""
+    if type(decoder) is not MaskDecoder or _signature(decoder) != _stock_signature():
+        return False
+    attentions = [part for part in decoder.transformer.modules() if isinstance(part, Attention)]
+    return len({attention.num_heads for attention in attentions}) == 1
+
+
+def _signature(decoder: MaskDecoder) -> list[tuple]:
+    """The types of all parts but the heads, and what they hold beside weights."""
+    parts = (*decoder.transformer.modules(), *decoder.output_upscaling)
+    names = ("skip_first_layer_pe", "kernel_size", "stride", "padding")
+    return [(type(part), *(getattr(part, name, None) for name in names)) for part in parts]
+
+
+@cache
+def _stock_signature() -> list[tuple]:
+    transformer = TwoWayTransformer(depth=2, embedding_dim=32, num_heads=1, mlp_dim=1)
+    return _signature(MaskDecoder(transformer_dim=32, transformer=transformer))
+
+
 def _over_pixels(rows: Tensor, table: Tensor, heads: int, out: Tensor, add: bool = False) -> Tensor:
-    """Head by head ``rows @ table``: (R, D), (D, N) -> out (P, T * H, N), added to what is there where ``add``."""
+    """Head by head rows @ table, added where `add`: (R, D), (D, N) -> out (P, T * H, N)."""
     r, n = len(rows), table.shape[-1]
     by_head = out.view(r, heads, n).transpose(0, 1)
     left, right = rows.view(r, heads, -1).transpose(0, 1), table.view(heads, -1, n)
@@ -44,31 +119,16 @@ def _over_pixels(rows: Tensor, table: Tensor, heads: int, out: Tensor, add: bool
 
 
 def _from_pixels(weights: Tensor, table: Tensor, heads: int) -> Tensor:
-    """Head by head ``weights @ table^T``: (P, T * H, N), (D, N) -> (R, D)."""
+    """Head by head weights @ table^T: (P, T * H, N), (D, N) -> (R, D)."""
     n = table.shape[-1]
-    seen = torch.bmm(
-        weights.view(-1, heads, n).transpose(0, 1), table.view(heads, -1, n).transpose(1, 2)
-    )  # (H, R, d)
-    return seen.transpose(0, 1).flatten(1)
+    left, right = weights.view(-1, heads, n).transpose(0, 1), table.view(heads, -1, n)
+    return torch.bmm(left, right.transpose(1, 2)).transpose(0, 1).flatten(1)
 
 
 def _to_channels(rows: Tensor, weight: Tensor, heads: int, prompts: int) -> Tensor:
-    """Head by head ``rows @ weight``: (R, D), (D, C) -> (P, T * H, C)."""
-    r, c = len(rows), weight.shape[-1]
-    out = rows.new_empty(r, heads, c)
-    torch.bmm(
-        rows.view(r, heads, -1).transpose(0, 1), weight.view(heads, -1, c), out=out.transpose(0, 1)
-    )
-    return out.view(prompts, -1, c)
-
-
-def _from_channels(rows: Tensor, weight: Tensor, heads: int) -> Tensor:
-    """Head by head ``rows @ weight^T``: (P, T * H, C), (D, C) -> (R, D)."""
-    c = rows.shape[-1]
-    out = torch.bmm(
-        rows.view(-1, heads, c).transpose(0, 1), weight.view(heads, -1, c).transpose(1, 2)
-    )  # (H, R, d)
-    return out.transpose(0, 1).flatten(1)
+    """Head by head rows @ weight: (R, D), (D, C) -> (P, T * H, C)."""
+    out = rows.new_empty(prompts, len(rows) * heads // prompts, weight.shape[-1])
+    return _over_pixels(rows, weight, heads, out)
 
 
 def _centred(x: Tensor, dim: int = -1) -> Tensor:
@@ -83,39 +143,12 @@ def _token_softmax(scores: Tensor, tokens: int) -> Tensor:
 
 
 def _rows_dot(a: Tensor, b: Tensor) -> Tensor:
-    """(P, K, N), (P, K, N) -> (P, 1, N), the sum of ``a * b`` over K. Overwrites ``a``."""
+    """(P, K, N), (P, K, N) -> (P, 1, N), the sum of a * b over K; overwrites a."""
     return a.mul_(b).sum(1, keepdim=True)
 
 
-@dataclass
-class SharedDecoded:
-    """What the transformer makes of P prompts of one image, before any mask is drawn.
-
-    iou:     (P, M) predicted IoU of the M masks (4 in stock SAM: the single mask first).
-    tokens:  (P, M, C) output tokens of the masks.
-    scale:   (P, 1, N), what the image's part of the pixels is multiplied with in the end.
-    attention1, attention2: (P, T * H, N), of each layer, scaled as well. values1, values2: (P, T * H, C): the pixels are,
-             but for a constant, ``scale * image + attention1 values1 + attention2 values2``.
-    """
-
-    iou: Tensor
-    tokens: Tensor
-    scale: Tensor
-    attention1: Tensor
-    attention2: Tensor
-    values1: Tensor
-    values2: Tensor
-
-
-class SharedDecoder:
-    """Tables of one image made once, then any number of point or box prompts on it.
-
-    decoder:   a two-layer ``MaskDecoder``, see :func:`aopsam_lab.sam.image_decoder.misfit`; its weights are read, not
-    changed.
-    embedding: (1, C, h, w). image_pe: (1, C, h, w), ``PromptEncoder.get_dense_pe()``.
-    dense:     (C,), what is added to every pixel: the "no mask" embedding.
-    used:      (rows, columns) of the embedding from its first on which masks are drawn; None: all. Logits beyond are 0.
-    """
+class _SharedDecoder:
+    """Tables of one image, made once, then any number of prompts on it; see ImageDecoder."""
 
     @torch.no_grad()
     def __init__(
@@ -133,18 +166,15 @@ class SharedDecoder:
         x = embedding[0].flatten(1).T + dense  # (N, C)
         pos = image_pe[0].flatten(1).T
 
-        def table(
-            attn: Attention, name: str, pixels: Tensor, bias: bool = False
-        ) -> Tensor:  # (D, N)
+        def table(attn: Attention, name: str, pixels: Tensor, bias: bool = False) -> Tensor:
+            """(N, C) -> (D, N)."""
             projection = getattr(attn, name)
             projected = projection.weight @ pixels.T
             return projected + projection.bias[:, None] if bias else projected
 
         to_image, to_tokens = layer0.cross_attn_token_to_image, layer0.cross_attn_image_to_token
-        self.key0, self.value0 = (
-            table(to_image, "k_proj", x + pos),
-            table(to_image, "v_proj", x, bias=True),
-        )
+        self.key0 = table(to_image, "k_proj", x + pos)
+        self.value0 = table(to_image, "v_proj", x, bias=True)
         self.query0 = table(to_tokens, "q_proj", x + pos, bias=True)
         # layer 0's update: x + A1 (V1 W_o) + its bias, and the LayerNorm over it
         x = _centred(x + to_tokens.out_proj.bias)
@@ -164,11 +194,8 @@ class SharedDecoder:
         self.out01c = _centred(self.out01)
         self.out1 = _centred(to_tokens.out_proj.weight.T)
         self.out_bias1 = _centred(self.bias1 + to_tokens.out_proj.bias)
-        self.square1, self.cross01, self.cross1 = (
-            x.square().sum(-1),
-            self.out01c @ x.T,
-            self.out1 @ x.T,
-        )
+        self.square1 = x.square().sum(-1)
+        self.cross01, self.cross1 = self.out01c @ x.T, self.out1 @ x.T
         self.bias_cross1 = x @ self.out_bias1  # (N,)
         self.scale2, self.bias2 = layer1.norm4.weight, layer1.norm4.bias
         x = x * self.scale2
@@ -177,7 +204,7 @@ class SharedDecoder:
         self.key2, self.key_pos2 = table(final, "k_proj", x), table(final, "k_proj", pos)
         self.value2 = table(final, "v_proj", x)
         up = decoder.output_upscaling[0]
-        # each of the four new pixels less its mean over the channels, which the LayerNorm takes off: (dy dx C/4, C)
+        # (dy dx C/4, C): of four new pixels, less the mean that the LayerNorm takes off
         self.up_weight = _centred(up.weight.permute(2, 3, 1, 0), 2).flatten(0, 2)
         self.up = self._on_used(self.up_weight @ x.T).flatten(1)  # (C, n)
         self.up_bias = (self.up_weight @ self.bias2 + _centred(up.bias, 0).repeat(4))[:, None]
@@ -187,22 +214,19 @@ class SharedDecoder:
         return x.unflatten(-1, self.grid)[..., : self.used[0], : self.used[1]]
 
     @torch.no_grad()
-    def decode(self, sparse: Tensor) -> SharedDecoded:
-        """(P, t, C) token embeddings of P prompts -> their predicted IoU, and all that drawing their masks needs."""
+    def decode(self, sparse: Tensor) -> DecodedPrompts:
+        """Decode P prompts, given by their token embeddings (P, t, C)."""
         decoder = self.decoder
         p = len(sparse)
         outputs = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight])
-        token_pe = torch.cat(
-            [outputs.expand(p, -1, -1), sparse.to(outputs.dtype)], dim=1
-        )  # (P, T, C)
+        token_pe = torch.cat([outputs.expand(p, -1, -1), sparse.to(outputs.dtype)], dim=1)
         t, n = token_pe.shape[1], self.key0.shape[1]
         layer0, layer1 = decoder.transformer.layers
         heads = layer0.cross_attn_token_to_image.num_heads
         scores, work = (token_pe.new_empty(p, t * heads, n) for _ in range(2))
 
-        def queries(
-            projection: torch.nn.Linear, x: Tensor
-        ) -> Tensor:  # (R, D), scaled for the softmax
+        def queries(projection: nn.Linear, x: Tensor) -> Tensor:
+            """(P, T, C) -> (R, D), scaled for the softmax."""
             rows = projection(x).flatten(0, 1)
             return rows.mul_((rows.shape[-1] // heads) ** -0.5)
 
@@ -219,9 +243,8 @@ class SharedDecoder:
         value = attn.v_proj(tokens).flatten(0, 1)
         u0 = _to_channels(value, self.out0, heads, p)
         _over_pixels(2 * value, self.cross0, heads, work)
-        square = self.square0 + _rows_dot(
-            work.baddbmm_(u0 @ u0.mT, a1), a1
-        )  # |x + A1 U|^2, expanded
+        # |x + A1 U|^2, expanded
+        square = self.square0 + _rows_dot(work.baddbmm_(u0 @ u0.mT, a1), a1)
         c = u0.shape[-1]
         r1 = torch.rsqrt(square / c + layer0.norm4.eps)  # (P, 1, N)
         u1 = u0 * layer0.norm4.weight
@@ -236,7 +259,7 @@ class SharedDecoder:
         _over_pixels(q, self.key_pos1, heads, scores, add=True)
         weights = torch.softmax(scores, -1, out=work).mul_(r1)
         seen = _from_pixels(weights, self.value1, heads)
-        seen += _from_channels(torch.bmm(weights, a1.mT) @ u1, attn.v_proj.weight, heads)
+        seen += _from_pixels(torch.bmm(weights, a1.mT) @ u1, attn.v_proj.weight, heads)
         seen += attn.v_proj.weight @ self.bias1 + attn.v_proj.bias
         tokens = layer1.norm2(tokens + attn.out_proj(seen).view(p, t, -1))
         tokens = layer1.norm3(tokens + layer1.mlp(tokens))
@@ -252,9 +275,8 @@ class SharedDecoder:
         # |r1 (z + A1 U1) + A2 U2|^2, expanded; both of its halves by rows of A1 and of A2
         _over_pixels(2 * value1, self.cross01, heads, work)
         square = self.square1 + _rows_dot(work.baddbmm_(u1 @ u1.mT, a1), a1)
-        _over_pixels(value, self.cross1, heads, work).baddbmm_(u2 @ u1.mT, a1).mul_(
-            2 * r1
-        ).baddbmm_(u2 @ u2.mT, a2)
+        _over_pixels(value, self.cross1, heads, work).baddbmm_(u2 @ u1.mT, a1)
+        work.mul_(2 * r1).baddbmm_(u2 @ u2.mT, a2)
         square = square * r1.square() + 2 * r1 * self.bias_cross1 + _rows_dot(work, a2)
         r2 = torch.rsqrt(square / c + layer1.norm4.eps)
         u1, u2 = u1 * self.scale2, u2 * self.scale2
@@ -263,73 +285,75 @@ class SharedDecoder:
 
         # the last attention: what it makes of the prompt's own tokens, nothing reads
         attn = decoder.transformer.final_attn_token_to_image
-        tokens, token_pe = (x[:, : outputs.shape[0]] for x in (tokens, token_pe))
-        scores, work = (
-            x.view(-1)[: p * outputs.shape[0] * heads * n].view(p, -1, n) for x in (scores, work)
-        )
+        tokens, token_pe = (x[:, : len(outputs)] for x in (tokens, token_pe))
+        size = p * len(outputs) * heads * n
+        scores, work = (x.view(-1)[:size].view(p, -1, n) for x in (scores, work))
         q = queries(attn.q_proj, tokens + token_pe)
         folded = _to_channels(q, attn.k_proj.weight, heads, p)
-        _over_pixels(q, self.key2, heads, scores).mul_(r12).baddbmm_(folded @ u1.mT, a1).baddbmm_(
-            folded @ u2.mT, a2
-        )
+        _over_pixels(q, self.key2, heads, scores).mul_(r12)
+        scores.baddbmm_(folded @ u1.mT, a1).baddbmm_(folded @ u2.mT, a2)
         _over_pixels(q, self.key_pos2, heads, scores, add=True)
         weights = torch.softmax(scores, -1, out=work)
         by_channel = (torch.bmm(weights, a1.mT) @ u1).baddbmm_(torch.bmm(weights, a2.mT), u2)
         seen = _from_pixels(weights.mul_(r12), self.value2, heads)
-        seen += _from_channels(by_channel, attn.v_proj.weight, heads)
+        seen += _from_pixels(by_channel, attn.v_proj.weight, heads)
         seen += attn.v_proj.weight @ self.bias2 + attn.v_proj.bias
         tokens = decoder.transformer.norm_final_attn(tokens + attn.out_proj(seen).view_as(tokens))
-        return SharedDecoded(
-            decoder.iou_prediction_head(tokens[:, 0]), tokens[:, 1:], r12, a1, a2, u1, u2
-        )
+        iou = decoder.iou_prediction_head(tokens[:, 0])
+        return DecodedPrompts(iou, partial(self._draw, tokens[:, 1:], r12, ((u1, a1), (u2, a2))))
 
     @torch.no_grad()
-    def draw(self, decoded: SharedDecoded, wanted: Tensor) -> Tensor:
-        """Low-resolution logits (k, 4h, 4w) of the k masks that ``wanted`` (P, M) bool marks, prompt by prompt."""
+    def _draw(
+        self,
+        tokens: Tensor,
+        scale: Tensor,
+        halves: tuple[tuple[Tensor, Tensor], ...],
+        wanted: Tensor,
+    ) -> Tensor:
+        """Draw masks; but for a constant the pixels are scale * image + sum of attention @ values.
+
+        Args:
+            tokens: (P, M, C), output tokens of the masks.
+            scale: (P, 1, N).
+            halves: of each layer values (P, T * H, C) and attention (P, T * H, N).
+            wanted: (P, M) bool.
+        """
         decoder, (height, width), (h, w) = self.decoder, self.grid, self.used
         _, norm, act1, up2, act2 = decoder.output_upscaling
         nets = decoder.output_hypernetworks_mlps
-        hyper = torch.stack(
-            [net(decoded.tokens[:, i]) for i, net in enumerate(nets)], 1
-        )  # (P, M, C/8)
+        # (P, M, C/8)
+        hyper = torch.stack([net(tokens[:, i]) for i, net in enumerate(nets)], 1)
         weight2 = up2.weight.permute(2, 3, 1, 0).flatten(0, 2)  # (dy dx C/8, C/4)
         bias2 = up2.bias.repeat(4)[:, None]
         n, channels = h * w, len(weight2) // 4
         logits = hyper.new_empty(int(wanted.sum()), 4 * height, 4 * width)
         logits[:, 4 * h :], logits[:, : 4 * h, 4 * w :] = 0, 0
-        places = (
-            logits[:, : 4 * h, : 4 * w].unflatten(2, (w, 4)).unflatten(1, (h, 4))
-        )  # (k, y, dy, x, dx)
-        halves = (decoded.values1, decoded.attention1), (decoded.values2, decoded.attention2)
+        # (k, y, dy, x, dx)
+        places = logits[:, : 4 * h, : 4 * w].unflatten(2, (w, 4)).unflatten(1, (h, 4))
         rows, done = wanted.any(1).nonzero()[:, 0], 0
-        for some in (
-            rows.split(DRAWN_AT_A_TIME.get(rows.device.type, len(rows))) if len(rows) else ()
-        ):
-            x = torch.addcmul(
-                self.up_bias, self.up, self._on_used(decoded.scale[some]).flatten(2)
-            )  # (p, C, n)
+        if not len(rows):
+            return logits
+        for some in rows.split(DRAWN_AT_A_TIME.get(rows.device.type, len(rows))):
+            own = self._on_used(scale[some]).flatten(2)
+            x = torch.addcmul(self.up_bias, self.up, own)  # (p, C, n)
             for values, attention in halves:
-                for part, value, i in zip(
-                    x, self.up_weight @ values[some].mT, some.tolist()
-                ):  # no copies of the attention
+                # prompt by prompt, so that no attention is copied
+                added = self.up_weight @ values[some].mT
+                for part, value, i in zip(x, added, some.tolist(), strict=True):
                     part.addmm_(value, self._on_used(attention[i]).flatten(1))
             x = act1(_channel_norm(norm, x.view(len(some) * 4, -1, n)))  # (p 4, C/4, n)
             x = act2(torch.matmul(weight2, x).add_(bias2))  # (p 4, 4 C/8, n)
-            x = torch.matmul(
-                hyper[some].unsqueeze(1), x.view(len(some), 16, channels, n)
-            )  # (p, 16, M, n)
-            # of the two upscalings dy dx dy dx -> dy dy dx dx, of those marked
-            chosen = x.view(len(some), 2, 2, 2, 2, -1, h, w).permute(0, 5, 1, 3, 2, 4, 6, 7)[
-                wanted[some]
-            ]
-            places[done : done + len(chosen)] = chosen.reshape(-1, 4, 4, h, w).permute(
-                0, 3, 1, 4, 2
-            )
-            done += len(chosen)
+            # (p, 16, M, n)
+            x = torch.matmul(hyper[some].unsqueeze(1), x.view(len(some), 16, channels, n))
+            # of the two upscalings dy dx dy dx -> dy dy dx dx
+            x = x.view(len(some), 2, 2, 2, 2, -1, h, w).permute(0, 5, 1, 3, 2, 4, 6, 7)
+            marked = x[wanted[some]].reshape(-1, 4, 4, h, w).permute(0, 3, 1, 4, 2)
+            places[done : done + len(marked)] = marked
+            done += len(marked)
         return logits
 
 
-def _channel_norm(norm: torch.nn.Module, x: Tensor) -> Tensor:
-    """segment_anything's LayerNorm2d over the channels of (4, C, N) whose mean is 0, pixels last. Overwrites x."""
+def _channel_norm(norm: nn.Module, x: Tensor) -> Tensor:
+    """segment_anything's LayerNorm2d of (4, C, N), whose mean over C is 0; overwrites x."""
     x *= torch.rsqrt((x * x).mean(1, keepdim=True) + norm.eps)
     return torch.addcmul(norm.bias[:, None], x, norm.weight[:, None], out=x)

@@ -1,0 +1,117 @@
+"""A Segmentation drawn and written to files."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from aopsam_lab.files import write_atomically
+from aopsam_lab.masks import drawing
+from aopsam_lab.pipeline.segmentation import Segmentation
+from aopsam_lab.pipeline.types import STATUSES
+
+# How a prompt of each status is drawn: marker, colour, legend. Markers differ as well as colours.
+STATUS_STYLES = {
+    "kept": ("o", "#FFFFFF", "kept"),
+    "eliminated": ("x", "#E69F00", "eliminated, never decoded"),
+    "low_iou": ("v", "#56B4E9", "low predicted IoU"),
+    "unstable": ("s", "#CC79A7", "unstable"),
+    "duplicate": ("D", "#F0E442", "duplicate"),
+    "not_reached": ("+", "#BBBBBB", "beyond the limit, never decoded"),
+}
+
+
+def save(
+    seg: Segmentation, folder: str | os.PathLike, stem: str, file_name: str | None = None
+) -> dict[str, Path]:
+    """Write `<stem>_labels.png`, `<stem>_overlay.png` and `<stem>.json` (COCO).
+
+    Labels are 16-bit grey, i + 1 where mask i is on top. The JSON is written last: where it is, the
+    other two are.
+
+    Args:
+        seg: what to write.
+        folder: made if missing.
+        stem: the files' names without ending.
+        file_name: the image's name in the JSON; None: the stem.
+
+    Returns:
+        The paths under "labels", "overlay" and "coco".
+    """
+    folder = Path(folder)
+    labels = drawing.png_bytes(drawing.label_image(seg.masks, seg.image.shape[:2]))
+    overlay = drawing.png_bytes(drawing.overlay(seg.image, seg.masks))
+    coco = json.dumps(seg.to_coco(file_name=stem if file_name is None else file_name))
+    return {
+        "labels": write_atomically(folder / f"{stem}_labels.png", labels),
+        "overlay": write_atomically(folder / f"{stem}_overlay.png", overlay),
+        "coco": write_atomically(folder / f"{stem}.json", coco),
+    }
+
+
+def plot(
+    seg: Segmentation,
+    ax: Any = None,
+    masks: bool = True,
+    prompts: bool | Sequence[str] = True,
+    alpha: float = 0.45,
+    legend: bool = True,
+) -> Any:
+    """Draw the image, its masks and its prompts with matplotlib.
+
+    Args:
+        seg: what to draw.
+        ax: the axes; None: those of a new figure.
+        masks: whether masks are drawn, with the opacity `alpha`.
+        prompts: whether prompts are drawn, or the STATUSES of those that are.
+        alpha: from 0 to 1.
+        legend: whether the statuses are explained.
+
+    Returns:
+        The axes, in the image frame.
+    """
+    if ax is None:
+        import matplotlib.pyplot as plt
+
+        _, ax = plt.subplots(layout="constrained")
+    height, width = seg.image.shape[:2]
+    image = drawing.overlay(seg.image, seg.masks, alpha) if masks else seg.image
+    ax.imshow(image, extent=(0, width, height, 0), interpolation="nearest")
+    for status in STATUSES if prompts is True else tuple(prompts or ()):
+        if status not in STATUSES:
+            raise ValueError(f"prompts: {status!r} is not one of {', '.join(STATUSES)}.")
+        _draw_prompts(seg, ax, status)
+    if legend and ax.get_legend_handles_labels()[0]:
+        ax.legend(loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False, fontsize="small")
+    ax.set(xlim=(0, width), ylim=(height, 0), xticks=[], yticks=[])
+    counts = f"{len(seg.masks)} masks, {seg.n_decoded} of {seg.n_sampled} prompts decoded"
+    ax.set_title(f"{seg.method}: {counts}", fontsize="small")
+    return ax
+
+
+def _draw_prompts(seg: Segmentation, ax: Any, status: str) -> None:
+    from matplotlib import patheffects
+    from matplotlib.patches import Rectangle
+
+    rows = seg.prompts[seg.prompts["status"] == status]
+    if rows.empty:
+        return
+    marker, colour, text = STATUS_STYLES[status]
+    cross = marker in "x+"
+    edge = {"linewidths": 1.4} if cross else {"edgecolors": "black", "linewidths": 0.7}
+    # points squared: the image stays visible under a dense grid
+    area = float(np.clip(2600 / len(seg.prompts), 7, 26))
+    label = f"{text} ({len(rows)})"
+    drawn = ax.scatter(rows["x"], rows["y"], area, colour, marker=marker, label=label, **edge)
+    drawn.set_zorder(3)
+    if cross:  # it has no edge; a dark rim keeps it visible on bright pixels
+        rim = patheffects.Stroke(linewidth=2.6, foreground="black")
+        drawn.set_path_effects([rim, patheffects.Normal()])
+    for box in rows[["x0", "y0", "x1", "y1"]].dropna().itertuples(index=False):
+        size = (box.x1 - box.x0, box.y1 - box.y0)
+        ax.add_patch(Rectangle((box.x0, box.y0), *size, fill=False, ec=colour, lw=0.9, zorder=2))
