@@ -19,9 +19,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from aopsam_lab.masks import drawing
-from aopsam_lab.data import open_dataset
 from aopsam_lab.asf import ROUNDS
+from aopsam_lab.data import open_dataset
+from aopsam_lab.masks import drawing
 from aopsam_lab.masks.rle import encode_rle
 from aopsam_lab.widgets import packing
 from aopsam_lab.widgets.explorer import bundled
@@ -32,7 +32,7 @@ SHOTS = ROOT / "build" / "browser"
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
 )
-SIDE = 224  # of the picture in the notebook, pixels
+SIDE = 224  # of the image in the notebook, pixels
 PATIENCE = 180_000  # ms: a busy machine is slow, not broken
 FLAGS = [
     "--no-sandbox", "--disable-gpu", "--disable-background-networking",
@@ -144,7 +144,7 @@ class Page:
         self.page.get_by_label(f"opacity of {layer}", exact=True).fill(str(percent))
 
     def place(self, x: float, y: float) -> tuple[float, float]:
-        """A point of the square picture, shown whole -> the mouse's point on the page."""
+        """A point of the square image, shown whole -> the mouse's point on the page."""
         box = self.canvas.bounding_box()
         k = min(box["width"], box["height"]) / SIDE
         left, top = ((box[side] - k * SIDE) / 2 for side in ("width", "height"))
@@ -188,7 +188,7 @@ def lab(browser, tmp_path_factory):
         }""")
         idle = "document.querySelector('.jp-Notebook-ExecutionIndicator').dataset.status === 'idle'"
         lab.until(idle)
-        lab.page.keyboard.press("Control+b")  # the file list gives its room to the picture
+        lab.page.keyboard.press("Control+b")  # the file list gives its room to the image
         lab.canvas.scroll_into_view_if_needed()
         output = lab.page.locator(".jp-OutputArea-output:has(.aop)")
         output.evaluate("element => element.scrollIntoView()")
@@ -196,7 +196,7 @@ def lab(browser, tmp_path_factory):
         context.close()
 
 
-def test_the_notebook_runs_and_shows_the_picture(lab):
+def test_the_notebook_runs_and_shows_the_image(lab):
     lab.shot("1_opened")
     assert lab.errors == [] and lab.message() == ""
     assert lab.page.locator(".jp-RenderedText[data-mime-type*=stderr]").count() == 0
@@ -212,7 +212,7 @@ def numbers(badge: str) -> tuple[int, int]:
     return int(words[words.index("decoded") - 1]), int(words[words.index("of") + 1])
 
 
-def test_each_slider_changes_the_picture_and_the_badge(lab):
+def test_each_slider_changes_the_image_and_the_badge(lab):
     right, left = ["ArrowRight"], ["ArrowLeft"]
     there = [("elimination", ["End"]), ("smoothing", 8 * right)]
     there += [("confidence", 20 * right), ("spacing", 8 * right)]
@@ -231,7 +231,7 @@ def test_each_slider_changes_the_picture_and_the_badge(lab):
 
 
 def test_layers_need_nothing_from_the_kernel(lab):
-    """Opacity, hover, zoom and pan change the picture, and no byte goes either way."""
+    """Opacity, hover, zoom and pan change the image, and no byte goes either way."""
     lab.settled()
     lab.page.wait_for_timeout(500)
     sent, got = len(lab.sent), len(lab.got)
@@ -257,7 +257,7 @@ def test_layers_need_nothing_from_the_kernel(lab):
     lab.page.mouse.dblclick(box["x"] + 0.5 * box["width"], box["y"] + 0.5 * box["height"])
     lab.page.wait_for_timeout(600)
     lab.page.mouse.move(box["x"] + 0.4 * box["width"], box["y"] + 0.4 * box["height"])
-    # a double click brings the whole picture back
+    # a double click brings the whole image back
     assert lab.pixels() == hovering and len(seen) == 6
     alive = [frame for frame in lab.sent[sent:] if "comm_msg" in str(frame)]
     assert alive == [] and sum(lab.got[got:]) < 10_000  # the server's own heartbeat at most
@@ -393,7 +393,7 @@ def test_an_image_with_ground_truth_and_one_of_the_persons_own(lab, tmp_path):
     assert lab.pixels() != before
     lab.shot("8_ground_truth")
     small_photograph().crop((0, 0, SIDE, 150)).save(tmp_path / "mine.png")
-    (tmp_path / "bad.png").write_text("no picture")
+    (tmp_path / "bad.png").write_text("no image")
     own = "!document.querySelector('.aop-badge').innerText.includes('mIoU')"
     bad = "document.querySelector('.aop-message').innerText.includes('bad.png cannot be read')"
     for name, sign in (("mine.png", own), ("bad.png", bad)):

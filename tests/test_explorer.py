@@ -20,13 +20,13 @@ from nbconvert import HTMLExporter
 from PIL import Image
 
 import aopsam_lab as aop
-from aopsam_lab.masks import drawing
 from aopsam_lab.asf import AsfParams
+from aopsam_lab.masks import drawing
 from aopsam_lab.masks.points import deepest_point
+from aopsam_lab.masks.rle import decode_rle, encode_rle
 from aopsam_lab.pipeline.decode import decode_and_filter
 from aopsam_lab.pipeline.methods import METHODS, Grid
 from aopsam_lab.pipeline.run import run_method
-from aopsam_lab.masks.rle import decode_rle, encode_rle
 from aopsam_lab.pipeline.types import STATUSES, Models
 from aopsam_lab.widgets import explorer as explorer_module
 from aopsam_lab.widgets import packing
@@ -71,7 +71,7 @@ def unpacked(pack: dict) -> pd.DataFrame:
 # --- what can be opened ---
 
 
-def test_pictures_come_from_arrays_files_folders_samples_data_sets_and_mixtures(tmp_path, sample):
+def test_images_come_from_arrays_files_folders_samples_data_sets_and_mixtures(tmp_path, sample):
     for name in ("b.png", "a.jpg"):
         Image.fromarray(sample.image).save(tmp_path / name)
     assert [s.name for s in sources_of(tmp_path)] == ["a.jpg", "b.png"]
@@ -88,15 +88,15 @@ def test_pictures_come_from_arrays_files_folders_samples_data_sets_and_mixtures(
     assert [(s.name, s.code) for s in same] == [("image", "image[0]"), ("image 2", "image[1]")]
 
 
-def test_a_huge_picture_is_reduced_with_its_truth_and_says_so():
+def test_a_huge_image_is_reduced_with_its_ground_truth_and_says_so():
     masks = np.zeros((1, 1500, 4000), bool)
     masks[0, :, :2000] = True
-    picture = prepared(np.zeros((1500, 4000, 3), np.uint8), encode_rle(masks))
-    height, width = picture.image.shape[:2]
+    opened = prepared(np.zeros((1500, 4000, 3), np.uint8), encode_rle(masks))
+    height, width = opened.image.shape[:2]
     assert height * width <= MAX_PIXELS and abs(width / height - 4000 / 1500) < 0.01
-    reduced = decode_rle(picture.ground_truth, (height, width))
+    reduced = decode_rle(opened.ground_truth, (height, width))
     assert len(reduced) == 1 and abs(reduced.mean() - 0.5) < 0.01
-    assert "4000 x 1500" in picture.note and f"{width} x {height}" in picture.note
+    assert "4000 x 1500" in opened.note and f"{width} x {height}" in opened.note
 
 
 def test_a_huge_file_opens_without_a_warning_in_the_cell(tmp_path, sample, monkeypatch, recwarn):
@@ -127,7 +127,7 @@ def test_a_huge_file_opens_without_a_warning_in_the_cell(tmp_path, sample, monke
 def test_bad_input_is_said_in_the_message_line_and_the_panel_lives(tmp_path, make, words):
     what = make(tmp_path)
     if "read as" in words:
-        (tmp_path / "text.png").write_text("no picture")
+        (tmp_path / "text.png").write_text("no image")
     opened = aop.explore(what)
     assert words in opened.message
     assert opened.segmentation is None and words in repr(opened)
@@ -136,7 +136,7 @@ def test_bad_input_is_said_in_the_message_line_and_the_panel_lives(tmp_path, mak
         opened.to_figure()
 
 
-def test_a_bad_picture_among_good_ones_and_a_bad_model(sample):
+def test_a_bad_image_among_good_ones_and_a_bad_model(sample):
     opened = aop.explore([np.zeros((1, 1, 3), np.uint8), sample], params=EAGER)
     assert "too small" in opened.message
     opened.source = 1
@@ -172,7 +172,7 @@ def test_packed_maps_are_right_to_five_digits(values):
     assert np.allclose(got, np.clip(values, 0, 1), atol=1e-5)
 
 
-def test_packed_pictures_are_exact_when_small_and_bounded_when_large(sample):
+def test_packed_images_are_exact_when_small_and_bounded_when_large(sample):
     small = packing.pack_image(sample.image)
     assert np.array_equal(np.asarray(Image.open(io.BytesIO(small["data"]))), sample.image)
     noise = np.random.default_rng(0).integers(0, 256, (2000, 2000, 3), np.uint8)
@@ -181,7 +181,7 @@ def test_packed_pictures_are_exact_when_small_and_bounded_when_large(sample):
     assert Image.open(io.BytesIO(large["data"])).size == (2000, 2000)
 
 
-def test_the_film_of_rounds_is_what_happened(sam, predictor, photo):
+def test_the_order_of_rounds_is_what_happened(sam, predictor, photo):
     """Before each round of the method itself the same prompts wait as the page will show."""
     seg = run_method(sam, photo, "aop", predictor, params=EAGER)
     pack = packing.pack_prompts(seg)
@@ -308,13 +308,13 @@ def test_exports_are_the_segmentations_own(explorer):
     assert np.array_equal(np.asarray(Image.open(io.BytesIO(png))), expected)
 
 
-def test_an_uploaded_picture_is_opened_and_a_damaged_one_only_said(explorer, sample):
+def test_an_uploaded_image_is_opened_and_a_damaged_one_only_said(explorer, sample):
     stream = io.BytesIO()
     Image.fromarray(sample.image[:100]).save(stream, format="PNG")
     send(explorer, "upload", stream.getvalue(), name="mine.png")
     assert explorer.segmentation.image.shape == (100, 640, 3)
     assert explorer.names[-1] == "mine.png"
-    send(explorer, "upload", b"no picture", name="bad.png")
+    send(explorer, "upload", b"no image", name="bad.png")
     said = "bad.png cannot be read as an image: its format is none that Pillow knows."
     assert explorer.message == said and explorer.segmentation.image.shape == (100, 640, 3)
 
@@ -334,7 +334,7 @@ def test_the_figure_is_shown_by_a_notebook_without_pyplot(explorer):
     assert Image.open(io.BytesIO(data["image/png"])).width > 500
 
 
-def test_the_notebook_keeps_a_picture_for_where_no_kernel_runs(explorer):
+def test_the_notebook_keeps_a_image_for_where_no_kernel_runs(explorer):
     bundle = explorer._repr_mimebundle_()
     data = bundle[0] if isinstance(bundle, tuple) else bundle
     image = Image.open(io.BytesIO(base64.b64decode(data["image/png"])))

@@ -147,7 +147,8 @@ function render({ model, el }) {
   function update() {
     const get = (name) => model.get(name), preview = get("preview");
     if (get("image") !== shown.image) stage.open(get("image")).then(update);
-    const said = [get("message"), get("left"), get("right")]; // "Copied" is about what was there before
+    // "Copied" is about what was there before
+    const said = [get("message"), get("left"), get("right")];
     if (said.some((value, i) => value !== shown.said?.[i])) page.say(get("message"));
     shown = { image: get("image"), said };
     stage.clicks = get("manual");

@@ -30,11 +30,7 @@ def state_figure(
 ) -> ShownFigure:
     """Masks and prompts, those of what it is compared with, then PCM and PEM where there are any.
 
-    Args:
-        seg: what is shown.
-        compared: what is shown beside it.
-        selected: a row of `seg.prompts`. The PEM is that of its mask where this is a reference,
-            else the maximum.
+    The PEM is that of the prompt `selected`, where its mask is a reference, else the maximum.
     """
     results = [seg] if compared is None else [seg, compared]
     maps = [] if seg.pcm is None else [("PCM", seg.pcm, PCM_COLOURS)]

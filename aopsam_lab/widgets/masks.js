@@ -76,7 +76,7 @@ function drawPixels(width, height, at) {
 }
 
 /** Every `step`-th pixel of labels: outlined, and filled with an opacity from 0 to 1. */
-export function drawLabels(labels, { width, height }, colours, opacity, edge, step = 1) {
+function drawLabels(labels, { width, height }, colours, opacity, edge, step = 1) {
   const inside = Uint32Array.from([0, ...colours.map((c) => rgba(c, Math.round(255 * opacity)))]);
   const line = Uint32Array.from([0, ...colours.map((c) => rgba(c, 255))]);
   const d = Math.max(edge, step), far = d * height;

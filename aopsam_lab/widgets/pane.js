@@ -7,7 +7,8 @@ export const LAYERS = {
   ground_truth: "Ground truth", prompts: "Prompts",
 };
 export const COLOURS_OF = { pcm: "pcm", smoothed: "pcm", pem: "pem" }; // layer: its colour table
-export const KEPT = 0, ELIMINATED = 1, WAITING = -1;
+const KEPT = 0, ELIMINATED = 1;
+export const WAITING = -1;
 const WAITING_LOOK = ["o", "#dddddd", "waiting"];
 export const lookOf = (status, look) => look.statuses[status] ?? WAITING_LOOK;
 
@@ -103,7 +104,7 @@ const SHAPES = { // lines, closed where they have more than two points
   "-": [[[-1.2, 0], [1.2, 0]]],
 };
 
-export function addGlyph(path, marker, [x, y], r) {
+function addGlyph(path, marker, [x, y], r) {
   for (const line of SHAPES[marker] ?? []) {
     line.forEach(([dx, dy], i) => path[i ? "lineTo" : "moveTo"](x + r * dx, y + r * dy));
     if (line.length > 2) path.closePath();
@@ -113,7 +114,7 @@ export function addGlyph(path, marker, [x, y], r) {
   path.arc(x, y, r, 0, 7);
 }
 
-export function strokeGlyphs(ctx, path, colour, r, isOpen) {
+function strokeGlyphs(ctx, path, colour, r, isOpen) {
   ctx.lineJoin = "round";
   ctx.lineWidth = (isOpen ? 0.75 : 0.55) * r;
   ctx.strokeStyle = "#000c";
@@ -129,7 +130,7 @@ export function drawGlyph(ctx, marker, at, colour, r) {
   strokeGlyphs(ctx, path, colour, r, isOpen(marker));
 }
 
-export const isOpen = (marker) => "x+-".includes(marker);
+const isOpen = (marker) => "x+-".includes(marker);
 const onScreen = (view, { x, y }) => [view.x + view.k * x, view.y + view.k * y];
 const glyphSize = (pane, view) =>
   (view.glyph ?? 1) * Math.max(2.6, Math.min(5.5, 90 / Math.sqrt(pane.prompts.length || 1)));

@@ -65,16 +65,14 @@ export class Controls {
     return Object.assign(labelled(name, range, number), { title });
   }
   playRounds(act) {
-    const isPlaying = this.timer > 0, last = +this.rounds.max;
+    const isAtEnd = () => +this.rounds.value >= +this.rounds.max;
     clearInterval(this.timer);
-    this.timer = 0;
-    this.play.textContent = isPlaying ? "▶" : "⏸";
-    if (isPlaying) return;
-    if (+this.rounds.value >= last) act.set("round", 0);
-    this.timer = setInterval(() => {
-      if (!this.play.isConnected || +this.rounds.value >= +this.rounds.max) this.playRounds(act);
+    this.timer = this.timer ? 0 : setInterval(() => {
+      if (isAtEnd() || !this.play.isConnected) this.playRounds(act);
       else act.turn(1);
     }, ROUND_MS);
+    this.play.textContent = this.timer ? "⏸" : "▶";
+    if (this.timer && isAtEnd()) act.set("round", 0);
   }
   update() {
     const get = (name) => this.model.get(name), names = get("names"), params = get("params");
@@ -90,7 +88,8 @@ export class Controls {
       range.min = Math.min(min, value); // Python may go beyond what a slider needs
       range.max = Math.max(max, value);
       range.value = value;
-      number.value = value.toFixed(step < 0.1 ? 2 : 1);
+      const isTyping = number === document.activeElement;
+      if (!isTyping) number.value = value.toFixed(step < 0.1 ? 2 : 1);
       range.disabled = number.disabled = !this.methods[get("method")].includes(name);
     }
     this.rounds.max = get("left").rounds ?? 0;
@@ -102,9 +101,8 @@ export class Controls {
 export class Side {
   constructor(stage, act) {
     Object.assign(this, { stage, layers: {} });
-    this.legend = tag("div");
+    this.legend = tag("div", { className: "aop-statuses" });
     this.detail = tag("div", { className: "aop-detail" });
-    this.legend.className = "aop-statuses";
     const rows = Object.keys(LAYERS).map((name) => this.layer(name, act));
     const keys = Object.entries(KEYS).flatMap(([key, does]) => [text("dt", key), text("dd", does)]);
     this.box = tag("div", { className: "aop-side" },

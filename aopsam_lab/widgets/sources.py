@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -41,9 +40,7 @@ def sources_of(what, code: str = "image") -> list[Source]:
     """Sources of one or more images. Nothing is read yet.
 
     Args:
-        what: an array, a Pillow image, a path (an image file, a folder of them, a COCO-style
-            folder), "photos" (those in the box; a folder of that name is "./photos"), a Sample,
-            a data set, a list of any of these, or a dictionary from names to any of these.
+        what: as `explore` takes it.
         code: Python that names `what`.
 
     Returns:
@@ -51,7 +48,6 @@ def sources_of(what, code: str = "image") -> list[Source]:
 
     Raises:
         ValueError: for a folder without images, an empty list and another type.
-        FileNotFoundError: for a path where there is nothing.
     """
     if isinstance(what, Sample):
         return [Source(what.id, code, lambda: prepared(what.image, what.rles))]
@@ -126,8 +122,10 @@ def _joined(groups: Iterable[tuple[str, list[Source]]]) -> list[Source]:
             name = source.name
             if group_name:
                 name = group_name if len(group) == 1 else f"{group_name}: {name}"
-            names = itertools.chain([name], (f"{name} {n}" for n in itertools.count(2)))
-            unique = next(name for name in names if name not in sources)
+            unique, n = name, 1
+            while unique in sources:
+                n += 1
+                unique = f"{name} {n}"
             sources[unique] = source._replace(name=unique)
     if not sources:
         raise ValueError("There is no image in this list.")
