@@ -84,7 +84,7 @@ def test_photos_and_mobile_sam_are_the_defaults():
     for config, n_images in ((MAIN_COMPARISON, 12), (ABLATION, 28), (SWEEPS, 28)):
         assert (config.sam, config.dataset, config.n_images) == ("mobile_sam", "photos", n_images)
     defaults = inspect.signature(explore).parameters
-    assert (defaults["sam"].default, defaults["pictures"].default) == ("mobile_sam", "photos")
+    assert (defaults["sam"].default, defaults["source"].default) == ("mobile_sam", "photos")
     for path in (PACKAGE_ROOT / "notebooks").rglob("*.ipynb"):
         if ".ipynb_checkpoints" in path.parts or path.parent.name == "lessons":
             continue

@@ -48,8 +48,12 @@ def _from_file(path: Path) -> np.ndarray:
         raise ValueError(f"{path} is a folder, not an image file.")
     # Pillow 13 maps an uncompressed TIFF opened by name into memory, and scrambles grey and CMYK
     # ones that are turned by 90 degrees. From bytes it does not.
-    data = path.read_bytes()
-    problem = f"{path} cannot be read as an image"
+    return image_from_bytes(path.read_bytes(), path)
+
+
+def image_from_bytes(data: bytes, name: str | os.PathLike) -> np.ndarray:
+    """The content of an image file as `read_image` gives it; errors bear the name."""
+    problem = f"{name} cannot be read as an image"
     try:
         with Image.open(io.BytesIO(data)) as image:
             image.load()

@@ -1,1 +1,1 @@
-"""Explore a picture by hand: the PCM and PEM widget for JupyterLab and Voila."""
+"""The explorer: PCM, PEM and prompts of an image in JupyterLab and Voila."""

@@ -7,57 +7,51 @@ import io
 from matplotlib.figure import Figure
 
 from aopsam_lab.pipeline.segmentation import Segmentation
-from aopsam_lab.widgets.packing import COLOUR_MAPS
+from aopsam_lab.widgets.packing import PCM_COLOURS, PEM_COLOURS
 
-PANEL = 3.6  # inches, of a square picture
+PANEL = 3.6  # inches, of a square image
 
 
 class ShownFigure(Figure):
-    """A figure that a notebook shows as a picture. Others it shows only once pyplot is imported, which nothing here needs."""
+    """A figure that a notebook shows without pyplot, which nothing here imports."""
 
     def _repr_png_(self) -> bytes:
+        return self.png(100)
+
+    def png(self, dpi: int) -> bytes:
+        """The figure as a PNG."""
         stream = io.BytesIO()
-        self.savefig(stream, format="png", dpi=100)
+        self.savefig(stream, format="png", dpi=dpi)
         return stream.getvalue()
 
 
 def state_figure(
     seg: Segmentation, compared: Segmentation | None = None, selected: int = -1
-) -> Figure:
-    """Masks and prompts, those of what it is compared with, then PCM and PEM where the method has them.
+) -> ShownFigure:
+    """Masks and prompts, those of what it is compared with, then PCM and PEM where there are any.
 
-    The PEM is that of the selected prompt's mask where it is a reference, else the maximum. No backend is needed.
+    The PEM is that of the prompt `selected`, where its mask is a reference, else the maximum.
     """
     results = [seg] if compared is None else [seg, compared]
-    maps = [] if seg.pcm is None else [("PCM", seg.pcm, COLOUR_MAPS[0])]
+    maps = [] if seg.pcm is None else [("PCM", seg.pcm, PCM_COLOURS)]
     if seg.pems is not None:
-        rows = seg.references.index[seg.references["prompt"] == selected]
-        one = int(rows[0]) if len(rows) else None
-        maps.append(
-            (
-                "PEM, maximum" if one is None else f"PEM of prompt {selected}",
-                seg.pem(one),
-                COLOUR_MAPS[1],
-            )
-        )
+        rows = seg.references.index[seg.references["prompt"] == selected].tolist()
+        title = f"PEM of prompt {selected}" if rows else "PEM, maximum"
+        maps.append((title, seg.pem(rows[0] if rows else None), PEM_COLOURS))
     height, width = seg.image.shape[:2]
     across, down = PANEL * (width / height) ** 0.5, PANEL * (height / width) ** 0.5
     count = len(results) + len(maps)
-    figure = ShownFigure(
-        figsize=(across * count + 0.6 * len(maps), down + 0.5), layout="constrained"
-    )
-    axes = list(figure.subplots(1, count, squeeze=False)[0])
-    for ax, result in zip(axes, results):
+    size = (across * count + 0.6 * len(maps), down + 0.5)
+    figure = ShownFigure(figsize=size, layout="constrained")
+    axes = figure.subplots(1, count, squeeze=False)[0]
+    for ax, result in zip(axes[: len(results)], results, strict=True):
         result.plot(ax, legend=False)
-    for ax, (title, values, colours) in zip(axes[len(results) :], maps):
-        ends = [
-            seg.model_size * side / scaled
-            for side, scaled in zip((width, height), reversed(seg.input_size))
-        ]
+    for ax, (title, values, colours) in zip(axes[len(results) :], maps, strict=True):
+        right = seg.model_size * width / seg.input_size[1]
+        bottom = seg.model_size * height / seg.input_size[0]
         ax.imshow(seg.image, extent=(0, width, height, 0))
-        drawn = ax.imshow(
-            values, cmap=colours, vmin=0, vmax=1, alpha=0.85, extent=(0, ends[0], ends[1], 0)
-        )
+        extent = (0, right, bottom, 0)
+        drawn = ax.imshow(values, cmap=colours, vmin=0, vmax=1, alpha=0.85, extent=extent)
         ax.set(xlim=(0, width), ylim=(height, 0), xticks=[], yticks=[])
         ax.set_title(title, fontsize="small")
         figure.colorbar(drawn, ax=ax, shrink=0.7)

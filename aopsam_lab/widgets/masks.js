@@ -1,0 +1,123 @@
+// Masks, maps and tables as packing.py sends them: unpacked, and drawn on canvases.
+
+export function tag(name, properties = {}, ...children) {
+  const element = Object.assign(document.createElement(name), properties);
+  element.append(...children);
+  return element;
+}
+
+const rgba = ([r, g, b], a) => ((a << 24) | (b << 16) | (g << 8) | r) >>> 0;
+
+/** How wide outlines are, in pixels of the image. */
+const edgeOf = (size) => Math.max(1, Math.round(Math.max(size.width, size.height) / 700));
+
+const typed = (Type, { buffer, byteOffset, byteLength }) =>
+  new Type(buffer.slice(byteOffset, byteOffset + byteLength));
+
+/** A table -> an object a row. */
+export function unpackTable({ columns, rows }) {
+  const values = Array.from(typed(Float32Array, rows));
+  return Array.from({ length: values.length / columns.length }, (_, row) =>
+    Object.fromEntries(columns.map((name, i) => [name, values[row * columns.length + i]])));
+}
+
+export const unpackMaps = ({ w, h, data }) => ({ w, h, values: typed(Uint16Array, data) });
+
+/** COCO's compressed counts -> run lengths down the columns, background first. */
+function runLengths(counts) {
+  const runs = [];
+  for (let at = 0; at < counts.length; ) { // five bits a character, differences to the last but one
+    let value = 0, shift = 0, bits;
+    do {
+      bits = counts.charCodeAt(at++) - 48;
+      value |= (bits & 31) << shift;
+      shift += 5;
+    } while (bits & 32);
+    if (bits & 16 && shift < 32) value |= -1 << shift;
+    runs.push(runs.length > 2 ? value + runs.at(-2) : value);
+  }
+  return runs;
+}
+
+/** Packed masks -> a list of {runs, area, end (past the last pixel), colour, owner}. */
+export function unpackMasks({ counts = [], colours, owners }) {
+  return counts.map((text, i) => {
+    const runs = runLengths(text);
+    const area = runs.reduce((sum, length, j) => sum + (j % 2) * length, 0);
+    const covered = runs.slice(0, runs.length - (runs.length % 2));
+    const end = covered.reduce((sum, length) => sum + length, 0);
+    return { runs, area, end, colour: colours[i], owner: owners[i] };
+  });
+}
+
+function fillRuns(labels, runs, value, offset = 0) {
+  let at = runs[0] - offset;
+  for (let i = 1; i < runs.length; i += 2) {
+    labels.fill(value, at, at + runs[i]);
+    at += runs[i] + runs[i + 1];
+  }
+}
+
+/** Which mask lies on top, i + 1 or 0, column by column. Smaller ones lie over larger ones. */
+export function topMask(masks, size, isShown = () => true) {
+  const labels = new Int32Array(size.width * size.height);
+  const order = [...masks.keys()].sort((a, b) => masks[b].area - masks[a].area || b - a);
+  for (const i of order) if (isShown(masks[i])) fillRuns(labels, masks[i].runs, i + 1);
+  return labels;
+}
+
+/** A canvas of the colours that `at(x, y)` gives, 0 for none. */
+function drawPixels(width, height, at) {
+  const pixels = new ImageData(width, height), out = new Uint32Array(pixels.data.buffer);
+  for (let y = 0, i = 0; y < height; y++) for (let x = 0; x < width; x++) out[i++] = at(x, y);
+  const canvas = tag("canvas", { width, height });
+  canvas.getContext("2d").putImageData(pixels, 0, 0);
+  return canvas;
+}
+
+/** Every `step`-th pixel of labels: outlined, and filled with an opacity from 0 to 1. */
+function drawLabels(labels, { width, height }, colours, opacity, edge, step = 1) {
+  const inside = Uint32Array.from([0, ...colours.map((c) => rgba(c, Math.round(255 * opacity)))]);
+  const line = Uint32Array.from([0, ...colours.map((c) => rgba(c, 255))]);
+  const d = Math.max(edge, step), far = d * height;
+  return drawPixels(Math.ceil(width / step), Math.ceil(height / step), (i, j) => {
+    const x = i * step, y = j * step, at = x * height + y, label = labels[at];
+    const isInner = x >= d && x < width - d && y >= d && y < height - d &&
+      labels[at - d] === label && labels[at + d] === label &&
+      labels[at - far] === label && labels[at + far] === label;
+    return (isInner ? inside : line)[label];
+  });
+}
+
+/** All masks together; smaller ones over larger ones. */
+export const drawMasks = (masks, size, labels, opacity) =>
+  drawLabels(labels, size, masks.map((mask) => mask.colour), opacity, edgeOf(size));
+
+/** One mask alone: {canvas, left, step}, the canvas beginning at the column `left`. */
+export function drawMask({ runs, end }, size, colour, opacity, step) {
+  const left = Math.floor(runs[0] / size.height);
+  const part = { width: Math.ceil(end / size.height) - left, height: size.height };
+  const labels = new Int32Array(part.width * part.height);
+  fillRuns(labels, runs, 1, left * size.height);
+  return { canvas: drawLabels(labels, part, [colour], opacity, edgeOf(size), step), left, step };
+}
+
+export function drawMap({ w, h, values }, table) {
+  const colours = Uint32Array.from(table, (colour) => rgba(colour, 255));
+  return drawPixels(w, h, (x, y) => colours[values[y * w + x] >> 8]);
+}
+
+/** An image, its half, its quarter, ...: drawn small from one that fits, it does not flicker. */
+const halves = new WeakMap();
+export function fitting(source, k) {
+  if (!halves.has(source)) halves.set(source, [source]);
+  const levels = halves.get(source), wanted = Math.max(0, Math.min(4, Math.floor(-Math.log2(k))));
+  while (levels.length <= wanted) {
+    const last = levels.at(-1);
+    const width = Math.max(1, last.width >> 1), height = Math.max(1, last.height >> 1);
+    const half = tag("canvas", { width, height });
+    half.getContext("2d").drawImage(last, 0, 0, width, height);
+    levels.push(half);
+  }
+  return levels[wanted];
+}
