@@ -27,7 +27,7 @@ from segment_anything.modeling import Sam
 from aopsam_lab.asf import AsfParams
 from aopsam_lab.data.images import image_from_bytes
 from aopsam_lab.pipeline.methods import METHODS
-from aopsam_lab.pipeline.run import loaded_sam
+from aopsam_lab.pipeline.run import DEFAULT_PARAMS, loaded_sam
 from aopsam_lab.pipeline.segmentation import Segmentation
 from aopsam_lab.pipeline.show import STATUS_STYLES, save
 from aopsam_lab.sam.zoo import spec_of
@@ -381,7 +381,7 @@ def explore(
     source="photos",
     sam: str | Sam = "mobile_sam",
     method: str = "aop",
-    params: AsfParams = AsfParams(),
+    params: AsfParams = DEFAULT_PARAMS,
     manual: Sequence[Clicks] = (),
     compare: str = NOTHING,
 ) -> Explorer:
