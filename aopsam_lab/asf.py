@@ -25,10 +25,11 @@ from aopsam_lab.pipeline.types import BOX_NMS_THRESH, Found, Proposal
 from aopsam_lab.predictor import CELL
 
 REFERENCE_WIDTH = 256  # smoothing and spacing are in cells of a PCM this wide
-# These four were chosen for the first edition (commit 372a11b), not yet anew for MobileSAM.
+# OWN_QUANTILE, RIDGE and REFERENCE_IOU were chosen for the first edition (commit 372a11b), not yet
+# anew for MobileSAM.
 OWN_QUANTILE = 0.1  # of the PEM over a mask's own cells: the lower bound of its threshold
 RIDGE = 0.05  # added to the covariance's diagonal, in units of its mean, before it is inverted
-EVERY = 2  # the covariance is that of every second row and column: the same masks in less time
+EVERY = 2  # the covariance is that of every second row and column: a quarter of its cost
 REFERENCE_IOU = 0.5  # predicted IoU of a mask that may explain waiting prompts
 NO_COSINE = 0.5  # a PEM's value where a cell has no features, as on padding
 # These two were chosen on training photographs: `python -m aopsam_lab.training.trials filtering`
@@ -129,8 +130,9 @@ def sample_prompts(
 
     Args:
         pcm: (H, W) in [0, 1].
-        smoothing, confidence, spacing: as AsfParams. A window has the whole cells that lie within
-            the spacing.
+        smoothing: as AsfParams.
+        confidence: as AsfParams.
+        spacing: as AsfParams. A window has the whole cells that lie within it.
 
     Returns:
         (n, 2) long cells (row, column) and their (n,) values of the smoothed PCM, highest first.
@@ -290,7 +292,8 @@ def elimination_thresholds(
     a part is lost to its object, and a small object to its surroundings.
 
     Args:
-        pems, coverage: (n, h, w).
+        pems: (n, h, w).
+        coverage: (n, h, w), the share of each cell that the mask covers.
         valid: (h, w) bool, cells on the image.
         elimination: as AsfParams.
         floor: whether there is this lower bound; the paper has none.

@@ -1,5 +1,8 @@
-"""A small Sam with random weights, registered as "small" where this module is imported: quick, also
-in a process that a test starts. And what several tests write or compare with."""
+"""A small Sam with random weights, and what several tests write or compare with.
+
+The Sam is registered as "small" where this module is imported, so that a process that a test starts
+has it, too.
+"""
 
 from __future__ import annotations
 

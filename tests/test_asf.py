@@ -110,8 +110,7 @@ def test_valid_cells_are_those_whose_centres_lie_on_the_picture(high, wide, rows
 
 
 def two_tone() -> tuple[torch.Tensor, torch.Tensor]:
-    """2 x 2 grid: left cells point one way, right cells the other, plus a large shared
-    direction."""
+    """2 x 2 grid: left and right cells point opposite ways, all in a large shared direction."""
     features = torch.zeros(2, 2, 2)
     features[0, :, 0], features[0, :, 1], features[1] = 1.0, -1.0, 50.0
     return features, torch.ones(2, 2, dtype=torch.bool)

@@ -19,8 +19,7 @@ from aopsam_lab.sam.zoo import SamSpec
 
 
 def device_of(room: int):
-    """A stand-in for a device on which `room` items fit, and the sizes of the batches that it was
-    given."""
+    """A stand-in for a device with room for some items, and the sizes of the batches it got."""
     sizes = []
 
     def work(part):

@@ -1,5 +1,4 @@
-"""The explorer in a real browser: Chromium on a JupyterLab server of this machine. Screenshots go
-to build/browser/."""
+"""The explorer in a real browser, Chromium on a local JupyterLab; screenshots: build/browser/."""
 
 from __future__ import annotations
 
@@ -51,8 +50,7 @@ def free_port() -> int:
 
 @contextmanager
 def served(folder: Path, *command: str):
-    """A server of this machine as a process of its own, with settings of its own, until it answers;
-    its address."""
+    """Start a local server with settings of its own, wait until it answers; its address."""
     port = free_port()
     own = ("JUPYTER_CONFIG_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR")
     env = os.environ | {name: str(folder / "settings") for name in own}
@@ -207,7 +205,7 @@ def test_the_notebook_runs_and_shows_the_image(lab):
 
 
 def numbers(badge: str) -> tuple[int, int]:
-    """ "aop 35 decoded of 47 (0 new) ..." -> 35, 47."""
+    """Of "aop 35 decoded of 47 (0 new) ..." the numbers 35 and 47."""
     words = badge.split()
     return int(words[words.index("decoded") - 1]), int(words[words.index("of") + 1])
 

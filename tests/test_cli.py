@@ -90,7 +90,7 @@ def test_equal_stems_stay_apart(tmp_path, untrained):
     assert (
         cli.main(["segment", *map(str, pictures), "--out", str(tmp_path / "out"), *untrained]) == 0
     )
-    for stem, path in zip(("x", "x_2", "X_3"), pictures):
+    for stem, path in zip(("x", "x_2", "X_3"), pictures, strict=True):
         image = json.loads((tmp_path / "out" / f"{stem}.json").read_text())["images"][0]
         with (
             Image.open(path) as original,

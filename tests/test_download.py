@@ -22,8 +22,10 @@ from aopsam_lab.sam.zoo import load_sam
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Serves `content` at any path. `cut`: for each coming answer, after how many bytes to hang up
-    (None: never)."""
+    """Serves `content` at any path.
+
+    `cut`: for each coming answer, after how many bytes to hang up (None: never).
+    """
 
     def __init__(self, content: bytes):
         super().__init__(("127.0.0.1", 0), Handler)

@@ -62,7 +62,7 @@ def test_means_over_images_leave_out_those_without_ground_truth():
 
 
 def test_a_prediction_is_used_once_but_the_best_match_may_share():
-    # Both truths overlap the one prediction, the left half exactly, the whole by half.
+    # Both ground_truth overlap the one prediction, the left half exactly, the whole by half.
     score = evaluator.evaluate([WHOLE, LEFT], [LEFT])
     assert score.matches.tolist() == [-1, 0]
     assert score.miou == pytest.approx(0.5)  # (0 + 1) / 2
@@ -92,7 +92,7 @@ def test_ties(iou, matches):
 
 
 def test_overlapping_masks_each_count_and_duplicates_do_not_help():
-    # A part within its whole: both are truths, both are found.
+    # A part within its whole: both are ground_truth, both are found.
     score = evaluator.evaluate([WHOLE, LEFT], [LEFT, WHOLE])
     assert score.miou == 1 and score.matches.tolist() == [1, 0]
     assert evaluator.evaluate([LEFT, RIGHT], [LEFT, LEFT]).miou == pytest.approx(0.5)
@@ -139,32 +139,32 @@ def encode(pixels: np.ndarray) -> list[dict]:
     return [coco_mask.encode(np.asfortranarray(mask.astype(np.uint8))) for mask in pixels]
 
 
-@given(truths=masks, predictions=masks)
-def test_iou_agrees_with_counting_pixels(truths, predictions):
-    iou = evaluator.iou_matrix(encode(truths), encode(predictions))
-    for i, truth in enumerate(truths):
+@given(ground_truth=masks, predictions=masks)
+def test_iou_agrees_with_counting_pixels(ground_truth, predictions):
+    iou = evaluator.iou_matrix(encode(ground_truth), encode(predictions))
+    for i, truth in enumerate(ground_truth):
         for j, prediction in enumerate(predictions):
             union = (truth | prediction).sum()
             assert iou[i, j] == pytest.approx((truth & prediction).sum() / union if union else 0)
 
 
-@given(truths=masks, predictions=masks)
-def test_one_to_one_is_at_most_the_best_match(truths, predictions):
-    score = evaluator.evaluate(encode(truths), encode(predictions))
+@given(ground_truth=masks, predictions=masks)
+def test_one_to_one_is_at_most_the_best_match(ground_truth, predictions):
+    score = evaluator.evaluate(encode(ground_truth), encode(predictions))
     assume(score.n_truth)
     assert 0 <= score.miou <= score.miou_best + 1e-12 <= 1 + 2e-12
     used = score.matches[score.matches >= 0]
     assert len(set(used)) == len(used)
 
 
-@given(truths=masks, predictions=masks, seed=st.integers(0, 1000))
-def test_order_changes_nothing_in_the_mean(truths, predictions, seed):
-    iou = evaluator.iou_matrix(encode(truths), encode(predictions))
+@given(ground_truth=masks, predictions=masks, seed=st.integers(0, 1000))
+def test_order_changes_nothing_in_the_mean(ground_truth, predictions, seed):
+    iou = evaluator.iou_matrix(encode(ground_truth), encode(predictions))
     overlaps = iou[iou > 0]
     # with exact ties the order is what decides, see above
     assume(len(np.unique(overlaps)) == len(overlaps))
     rng = np.random.default_rng(seed)
-    parts = (encode(rng.permutation(masks)) for masks in (truths, predictions))
+    parts = (encode(rng.permutation(masks)) for masks in (ground_truth, predictions))
     shuffled = evaluator.evaluate(*parts)
     score = evaluator.score_matrix(iou)
     assert shuffled.n_truth == score.n_truth
@@ -240,23 +240,23 @@ images = st.lists(
 @given(images)
 def test_average_recall_is_cocos(images):
     limits = (1, 3, 100)
-    truths, predictions = [], []
+    ground_truth, predictions = [], []
     matches, n_truth = np.zeros((len(limits), 10), int), 0
     for i, (truth, found, scores) in enumerate(images, 1):
         order = np.argsort([-score for score in scores[: len(found)]], kind="stable")
         rles = encode(truth), encode(found)
-        truths += [(i, rle, None) for rle in rles[0]]
+        ground_truth += [(i, rle, None) for rle in rles[0]]
         predictions += [(i, rles[1][k], scores[k]) for k in range(len(found))]
         matches += evaluator.recall_matches(
             evaluator.iou_matrix(rles[0], [rles[1][k] for k in order]), limits
         )
         n_truth += len(truth)
-    if truths and predictions:
+    if ground_truth and predictions:
         ours = [evaluator.average_recall(counts, n_truth) for counts in matches.tolist()]
-        assert ours == pytest.approx(cocos_recall(len(images), truths, predictions, limits))
+        assert ours == pytest.approx(cocos_recall(len(images), ground_truth, predictions, limits))
 
 
-def cocos_recall(n_images, truths, predictions, limits) -> list[float]:
+def cocos_recall(n_images, ground_truth, predictions, limits) -> list[float]:
     """Average recall of class-agnostic masks by COCOeval itself."""
     annotations = [
         [
@@ -265,7 +265,7 @@ def cocos_recall(n_images, truths, predictions, limits) -> list[float]:
             | ({} if score is None else {"score": score})
             for k, (i, rle, score) in enumerate(rows, 1)
         ]
-        for rows in (truths, predictions)
+        for rows in (ground_truth, predictions)
     ]
     sides = []
     with contextlib.redirect_stdout(io.StringIO()):

@@ -1,5 +1,4 @@
-"""Masks at the picture's size against segment_anything's resizing, stability score, boxes and
-pycocotools' RLE."""
+"""Masks at the image's size against segment_anything's own and pycocotools' RLE."""
 
 import numpy as np
 import pytest
@@ -36,8 +35,7 @@ def stock(
 
 
 def blobs(low: int, seed: int) -> torch.Tensor:
-    """Logits of smooth and of ragged masks, of one that is empty, one that is full and one that is
-    nowhere sure."""
+    """Logits of smooth, ragged, empty, full and nowhere sure masks."""
     generator = torch.Generator().manual_seed(seed)
     coarse = torch.randn(3, 1, 6, 6, generator=generator) * 8
     coarse = F.interpolate(coarse, (low, low), mode="bicubic")[:, 0]
@@ -107,8 +105,7 @@ def test_equals_resizing_everything_at_any_size(used_y, used_x, height, width, l
 
 
 def test_a_box_of_few_pixels_by_hand():
-    """One logit on, doubled to the model frame and then as it is: its own 2 x 2 pixels, as those
-    beside weigh it too little."""
+    """One logit on, doubled to the model frame: its own 2 x 2 pixels, no others."""
     logits = torch.full((1, 4, 4), -9.0)
     # at 3/4 of each axis: (9 * 12 - 7 * 9) / 16 > 0; at 1/4 and 3/4: (3 * 12 - 13 * 9) / 16 < 0
     logits[0, 1, 2] = 12.0

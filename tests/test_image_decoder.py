@@ -57,8 +57,7 @@ def test_same_logits_as_the_stock_decoder(width, side, kind):
 
 @torch.no_grad()
 def test_the_trained_decoder_on_a_photograph(sam, photo):
-    """Trained weights have logits of some ten to 130, where two float32 decoders differ by 1e-4:
-    float64 says what is right.
+    """Against float64: with trained weights two float32 decoders differ by 1e-4.
 
     Of points drawn at random one set in ten meets a saturated attention, whose rounding decides the
     largest error, in stock's decoder as in ours. So each set is held to stock's error, and the

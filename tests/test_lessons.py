@@ -24,7 +24,7 @@ FEW = {
     "5_is_it_better": {"n_images": 2, "methods": ["amg_s", "aop"]},
     "6_your_own_ablation": {"n": 2},
 }
-FIGURES = dict(zip((path.stem for path in LESSONS), (3, 4, 3, 3, 3, 3, 1)))
+FIGURES = dict(zip((path.stem for path in LESSONS), (3, 4, 3, 3, 3, 3, 1), strict=True))
 
 
 def exercises(cells) -> dict[str, dict]:

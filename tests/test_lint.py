@@ -9,11 +9,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-LINTED = ["aopsam_lab/training", "tests/test_train_detector.py", "tests/test_train_predictor.py"]
 
 
 @pytest.mark.parametrize("command", [["check"], ["format", "--check"]], ids=["rules", "format"])
 def test_ruff_finds_nothing(command):
-    run = [sys.executable, "-m", "ruff", *command, "--no-cache", *LINTED]
+    run = [sys.executable, "-m", "ruff", *command, "--no-cache", "."]
     done = subprocess.run(run, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

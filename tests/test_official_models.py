@@ -25,8 +25,7 @@ def picture(height, width):
 
 
 def well_used(sam: Sam) -> Sam:
-    """Weights as training leaves them: BatchNorm statistics, position tables and biases are neither
-    zero nor one."""
+    """Weights as training leaves them: no statistic, position table or bias is zero or one."""
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for module in sam.modules():
@@ -42,13 +41,16 @@ def well_used(sam: Sam) -> Sam:
 
 
 def differences(original: Sam, ours: Sam, image: np.ndarray) -> dict[str, float]:
-    """The largest absolute differences on one picture between segment_anything's SamPredictor and
-    our decoding.
+    """The largest differences between segment_anything's SamPredictor and our decoding.
 
-    image: H x W x 3 uint8. embedding: of the image embedding. masks: of the logits on the picture
-        (padding is not
-    drawn) over six prompts with three masks each. size: the largest value of the original's
-    embedding.
+    Args:
+        original: segment_anything's own model.
+        ours: the same weights, as the kit loads them.
+        image: H x W x 3 uint8.
+
+    Returns:
+        embedding: of the image embedding. masks: of the logits on the image, over six prompts with
+        three masks each. size: the largest value of the original's.
     """
     height, width = image.shape[:2]
     points = torch.tensor([[x * width, y * height] for x in (0.2, 0.5, 0.8) for y in (0.3, 0.7)])

@@ -47,8 +47,7 @@ def test_encoding_equals_sam_predictor(small_sam, pictures):
 
 @torch.inference_mode()
 def test_every_technique_keeps_the_masks_of_the_stock_generator(sam, photo):
-    """As many, each matched at an IoU of 0.98: a logit within rounding of zero falls to either
-    side."""
+    """As many, each matched at an IoU of 0.98: a logit near zero falls to either side."""
     found = {name: run(sam, photo, 6) for name, run in benchmark.TECHNIQUES.items()}
     expected = found["segment_anything"]
     assert len(expected) > 10, "too few masks for the comparison to mean anything"
@@ -159,8 +158,8 @@ def test_prompts_never_lie_on_the_padding(small_sam, small_predictor, pictures):
 
 
 def test_turning_sliders_off_gives_fewer_or_more(sam, predictor, photo):
-    def sampled(**knobs):
-        params = AsfParams(**knobs)
+    def sampled(**values):
+        params = AsfParams(**values)
         return run_method(
             sam, photo, "aop_no_af", predictor, params=params, max_prompts=1
         ).n_sampled

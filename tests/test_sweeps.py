@@ -205,7 +205,7 @@ def test_the_best_setting_of_a_budget_by_hand():
     settings = sweeps.limited_settings(unlimited, budgets=[50])
     assert [s.label for s in settings] == ["default, at most 50", "spacing 5, at most 50"]
     rows = []
-    for setting, mious in zip(settings, ([0.5, 0.3, None], [0.6, 0.4, None])):
+    for setting, mious in zip(settings, ([0.5, 0.3, None], [0.6, 0.4, None]), strict=True):
         for i, miou in enumerate(mious):
             row = {"image": f"i{i}", "method": setting.label, "miou": miou, "miou_best": miou}
             row |= {"n_truth": int(miou is not None), "n_masks": 1, "n_sampled": 80}
@@ -238,7 +238,7 @@ def test_figures_of_the_sweeps():
     table = made_up_table()
     figure = sweep_figure(table)
     titles = [axes.get_title(loc="left") for axes in figure.axes[:4]]
-    assert titles == [f"({letter}) {name}" for letter, name in zip("abcd", SWEPT)]
+    assert titles == [f"({letter}) {name}" for letter, name in zip("abcd", SWEPT, strict=True)]
     for made in (figure, joint_figure(table), joint_figure(table.assign(total_s=np.nan))):
         assert figures.png(made).startswith(b"\x89PNG")
     # the default's settings are one mark, the others are named by their values

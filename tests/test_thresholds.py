@@ -60,7 +60,7 @@ def test_looser_pairs_are_runs_of_a_sam_with_these_thresholds(sam, encoded):
     run_method(sam, encoded, GRID, decode=loose)
     kept = loose.masks_at(PAIRS)
     assert len({len(masks) for masks in kept}) == len(PAIRS)
-    for pair, masks in zip(PAIRS, kept):
+    for pair, masks in zip(PAIRS, kept, strict=True):
         spec = replace(sam.spec, pred_iou_thresh=pair[0], stability_score_thresh=pair[1])
 
         def decode(sam, encoded, prompts, index, _, spec=spec):
@@ -91,7 +91,7 @@ def test_each_prompt_is_decoded_once_and_what_is_forgotten_again(
     again = LooseRun(small)
     run_method(sam, encoded, "aop", predictor, params=FEW_POINTS, decode=again)
     assert small.bytes <= small.max_bytes
-    for ours, theirs in zip(again.masks_at(PAIRS), runs["aop"].masks_at(PAIRS)):
+    for ours, theirs in zip(again.masks_at(PAIRS), runs["aop"].masks_at(PAIRS), strict=True):
         assert len(ours) == len(theirs)
 
 
@@ -143,7 +143,7 @@ def test_coverage_is_there_where_found_masks_are(study, monkeypatch):
     shown = study(methods=["aop"], **some)
     masks = {
         name: [{**rle, "counts": rle["counts"].encode()} for rle in example.detail["aop"]["masks"]]
-        for name, example in zip(shown.per_image["image"], shown.examples)
+        for name, example in zip(shown.per_image["image"], shown.examples, strict=True)
     }  # what a method found itself
     monkeypatch.setattr(runner, "found_masks", lambda images: masks)
     result = study(**some)
@@ -164,10 +164,13 @@ def made_up(points: dict[str, list[tuple[float, float]]], images: int = 2) -> pd
     """Curves from (masks kept, mIoU) at the first thresholds of each method."""
     rows = []
     for method, own in points.items():
-        for pair, (n_masks, miou) in zip(THRESHOLDS, own):
+        for pair, (n_masks, miou) in zip(THRESHOLDS, own, strict=False):
             for i in range(images):
                 row = {"image": f"i{i}", "method": method, "own": pair == THRESHOLDS[0]}
-                row |= dict(zip(thresholds.PAIR, pair)) | {"n_truth": 2 + i, "n_masks": n_masks}
+                row |= dict(zip(thresholds.PAIR, pair, strict=True)) | {
+                    "n_truth": 2 + i,
+                    "n_masks": n_masks,
+                }
                 rows.append({**row, "miou": miou + 0.1 * i, "ar_1000": 0.3 + 0.1 * i})
     return pd.DataFrame(rows)
 

@@ -25,9 +25,11 @@ class Dataset(Protocol):
 
     def __getitem__(self, i: int) -> Sample: ...
 
-    def sample_fingerprint(self, i: int) -> str: ...
+    def sample_fingerprint(self, i: int) -> str:
+        """A hash of all that a score of sample i depends on."""
 
-    def describe(self) -> dict[str, str | int]: ...
+    def describe(self) -> dict[str, str | int]:
+        """Name, fingerprint and size, for a report."""
 
 
 def open_dataset(dataset: str | os.PathLike, n_images: int | None = None, seed: int = 0) -> Dataset:

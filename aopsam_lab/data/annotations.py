@@ -41,7 +41,8 @@ def ground_truth(
 
     Args:
         annotations: COCO's records.
-        height, width: of the image.
+        height: of the image.
+        width: of the image.
         where: what errors name.
         left_out: counts what is left out.
 

@@ -17,7 +17,7 @@ MAX_LABELS = 65535
 
 
 def mask_colours(n: int) -> np.ndarray:
-    """n colours (n, 3) uint8 RGB: Okabe and Ito's, the same lighter, then darker, then again."""
+    """Colours (n, 3) uint8 RGB: Okabe and Ito's, the same lighter, then darker, then again."""
     colours = []
     for change in (0.0, 0.18, -0.16):
         for code in OKABE_ITO:

@@ -46,6 +46,7 @@ class Stopwatch:
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
+        """Count the seconds of a `with` block for a stage."""
         self._sync()
         start = time.perf_counter()
         yield

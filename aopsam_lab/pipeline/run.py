@@ -48,9 +48,11 @@ def run_method(
     """Run one method on an encoded image.
 
     Args:
-        sam, encoded: the model and the image.
+        sam: the model.
+        encoded: the image, as `encode` returns it.
         method: a name in METHODS, or a method of your own.
-        predictor, detector: what the method needs.
+        predictor: for the methods that need one.
+        detector: for the methods that need one.
         params: the ASF parameters.
         decode: what decodes a round, such as a DecodeCache that remembers earlier settings.
         max_prompts: how many prompts are decoded at most, strongest first; None: all.
@@ -170,7 +172,8 @@ def segment(
         image: an array, a Pillow image or a path; see `read_image` for the formats.
         method: a name in METHODS.
         sam: a name for `load_sam`, or a `Sam`.
-        predictor, detector: what the method needs; None: the bundled one.
+        predictor: for the methods that need one; None: the bundled one.
+        detector: for the methods that need one; None: the bundled one.
         params: the ASF parameters.
         device: "auto" (the GPU if there is one), "cpu", "cuda", ...
         max_prompts: how many prompts are decoded at most, strongest first; None: all.

@@ -1,0 +1,1 @@
+"""SAM by name, official files, and the fast mask decoder."""

@@ -23,8 +23,8 @@ from aopsam_lab.study.sweeps import SWEPT, pareto_front
 BLUE, RED, GREEN, PINK = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
 INK, MUTED, RULE = "#1b1b1b", "#5f6368", "#d9dce0"
 COLOURS = {"amg": BLUE, "oas": RED, "aop": GREEN}
-MARKERS = dict(zip(tables.TITLES, "sDsov^oPX"))
-SWEEP_STYLES = dict(zip(SWEPT, ((BLUE, "s"), (RED, "^"), (PINK, "D"), (GREEN, "o"))))
+MARKERS = dict(zip(tables.TITLES, "sDsov^oPX", strict=True))
+SWEEP_STYLES = dict(zip(SWEPT, ((BLUE, "s"), (RED, "^"), (PINK, "D"), (GREEN, "o")), strict=True))
 PAPER_LINE = {
     "color": INK,
     "lw": 1.3,
@@ -68,10 +68,12 @@ def examples_figure(examples: Sequence[Example], methods: Sequence[str]) -> Figu
     width, columns = 3.5, 1 + len(methods)
     figure = new_figure(width * columns, width * sum(heights) + 0.5 * len(examples), dpi=110)
     shape = {"squeeze": False, "gridspec_kw": {"height_ratios": heights}}
-    for row, example in zip(figure.subplots(len(examples), columns, **shape), examples):
+    for row, example in zip(
+        figure.subplots(len(examples), columns, **shape), examples, strict=True
+    ):
         text = f"ground truth\n{len(example.truth)} masks"
         _draw(row[0], example.image, example.truth, text)
-        for axes, method in zip(row[1:], methods):
+        for axes, method in zip(row[1:], methods, strict=True):
             found = example.detail[method]
             states = [status for *_, status in found["prompts"]]
             decoded = sum(status not in ("eliminated", "not_reached") for status in states)
@@ -91,7 +93,7 @@ def threshold_figure(summary: pd.DataFrame) -> Figure:
     """
     panels = [name for name in CURVE_TITLES if name in summary]
     figure = new_figure(1.2 + 3.9 * len(panels), 5.0)
-    for axes, name in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
+    for axes, name in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         prepare(axes, CURVE_TITLES[name])
         log_axis(axes, "masks kept per image (log scale)")
         for method, own in summary.groupby("method", sort=False):
@@ -119,7 +121,7 @@ def sweep_figure(table: pd.DataFrame) -> Figure:
     figure = new_figure(2.9 * len(names) + 0.5, 6.6)
     shape = {"sharey": "row", "sharex": "col", "gridspec_kw": {"height_ratios": (3, 3, 2)}}
     grid = figure.subplots(3, len(names), squeeze=False, **shape)
-    for column, letter, name in zip(grid.T, "abcd", names):
+    for column, letter, name in zip(grid.T, "abcd", names, strict=False):
         own = table[table["parameter"] == name]
         x, miou, default = own["value"], 100 * own["miou"], own["is_default"].astype(bool)
         base = miou - 100 * own["miou_diff"]
@@ -127,7 +129,7 @@ def sweep_figure(table: pd.DataFrame) -> Figure:
         column[0].fill_between(x, low, high, color=GREEN, alpha=0.16, lw=0)
         theirs = sweep_curve(name, x.min(), x.max())
         for axes, y, shown in zip(
-            column, (miou, own["n_masks"], own["n_decoded"]), ("miou", "n_masks", None)
+            column, (miou, own["n_masks"], own["n_decoded"]), ("miou", "n_masks", None), strict=True
         ):
             prepare(axes, f"({letter}) {name}" if shown == "miou" else "")
             axes.plot(x, y, "o-", color=GREEN, mfc="white", lw=1.8, mew=1.6, label="ours")
@@ -139,7 +141,7 @@ def sweep_figure(table: pd.DataFrame) -> Figure:
         column[2].set_xlabel(name, color=MUTED)
     for axes in grid[1:, 0]:
         axes.set_ylim(0, 1.05 * max(axes.get_ylim()[1], 1))
-    for axes, text in zip(grid[:, 0], ("mIoU %", "#P, masks kept", "prompts decoded")):
+    for axes, text in zip(grid[:, 0], ("mIoU %", "#P, masks kept", "prompts decoded"), strict=True):
         axes.set_ylabel(text, color=MUTED)
     figure.align_ylabels(grid[:, 0])
     legend(figure, grid[0, 0], 2)

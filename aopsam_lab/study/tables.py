@@ -62,7 +62,7 @@ def share(part: float, whole: float) -> float:
 def interval_columns(name: str, values: Sequence[float]) -> dict[str, float]:
     """The mean of images' values and its 95% interval: `name`, `name`_lo and `name`_hi."""
     interval = mean_interval(values, BOOTSTRAP_SEED)
-    return dict(zip((name, f"{name}_lo", f"{name}_hi"), interval))
+    return dict(zip((name, f"{name}_lo", f"{name}_hi"), interval, strict=True))
 
 
 def per_image_table(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:

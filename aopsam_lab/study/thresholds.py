@@ -56,7 +56,7 @@ def summary_of_curves(curves: pd.DataFrame, reference: str = REFERENCE) -> pd.Da
     rows = []
     for key, own in parts.items():
         scored = own[own["n_truth"] > 0].set_index("image")
-        row = dict(zip(("method", *PAIR), key)) | {"own": own["own"].iloc[0]}
+        row = dict(zip(("method", *PAIR), key, strict=True)) | {"own": own["own"].iloc[0]}
         row |= {"n_images": len(scored), "n_masks": own["n_masks"].mean()}
         row |= tables.interval_columns("miou", scored["miou"])
         base = parts.get((reference, *key[1:]))
@@ -68,7 +68,7 @@ def summary_of_curves(curves: pd.DataFrame, reference: str = REFERENCE) -> pd.Da
         def pooled(draws: np.ndarray, masks: np.ndarray = masks, recall: np.ndarray = recall):
             return (recall * masks)[draws].sum(axis=1) / masks[draws].sum(axis=1)
 
-        row |= dict(zip(SUMMARY_COLUMNS[-3:], _drawn_interval(pooled, len(scored))))
+        row |= dict(zip(SUMMARY_COLUMNS[-3:], _drawn_interval(pooled, len(scored)), strict=True))
         if "coverage" in own:
             row |= tables.interval_columns("coverage", own["coverage"].dropna())
         rows.append(row)
@@ -111,9 +111,11 @@ def equal_masks(
             return np.array(read) - base[draws, j].mean(axis=1)
 
         change, reached = _drawn_interval(difference, len(wide)), base[:, j].mean()
-        row = {"method": method, "reference": reference, **dict(zip(PAIR, pair))}
+        row = {"method": method, "reference": reference, **dict(zip(PAIR, pair, strict=True))}
         row |= {"n_images": len(wide), "n_masks": at, "reference_miou": reached}
-        rows.append(row | {"miou": reached + change[0], **dict(zip(DIFFERENCE, change))})
+        rows.append(
+            row | {"miou": reached + change[0], **dict(zip(DIFFERENCE, change, strict=True))}
+        )
     return pd.DataFrame(rows, columns=list(EQUAL_COLUMNS))
 
 

@@ -44,7 +44,7 @@ def pack_image(image: np.ndarray, ground_truth: Sequence[dict] = ()) -> dict:
 
 
 def pack_masks(masks: Sequence[dict], owners: Sequence[int] | None = None) -> dict:
-    """n COCO RLE -> counts, colours (RGB) and owners: the prompt that each is of, or -1."""
+    """COCO RLE of n masks -> counts, colours (RGB) and owners: each one's prompt, or -1."""
     return {
         "counts": [mask["counts"].decode("ascii") for mask in masks],
         "colours": mask_colours(len(masks)).tolist(),

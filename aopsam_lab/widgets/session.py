@@ -63,6 +63,7 @@ class Session:
 
     @cached_property
     def encoded(self) -> Encoded:
+        """The image with its embedding."""
         return encode(self.sam, self.opened.image)
 
     @cached_property

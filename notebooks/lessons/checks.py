@@ -124,7 +124,9 @@ def _equal(given, expected: np.ndarray) -> bool:
 
 def _shown(exercise: Exercise, arguments: tuple) -> str:
     names = list(inspect.signature(exercise.right).parameters)
-    return ", ".join(f"{name} = {_short(value)}" for name, value in zip(names, arguments))
+    return ", ".join(
+        f"{name} = {_short(value)}" for name, value in zip(names, arguments, strict=True)
+    )
 
 
 def _short(value) -> str:
