@@ -27,9 +27,20 @@ from aopsam_lab.pipeline.decode import encode
 
 HELD_OUT = 8  # one photograph in so many is held out
 SECOND = 0.5  # greatest height of a click that is not needed to give every mask
+POINTS = 64  # of a prompt, at most
 ON_MASK = 0.5  # a cell of the PCM's grid is on a mask that covers this share of it
 
-Prompt = tuple[float, float, float]  # x, y in the image frame, height in [0, 1]
+
+class Prompt(NamedTuple):
+    """A prompt to learn: points (n, 2) in the image frame, on any of which it may lie; its height.
+
+    The height is in [0, 1].
+    """
+
+    points: np.ndarray
+    height: float
+
+
 Place = Callable[[Sample], list[Prompt]]  # where prompts should lie
 
 
@@ -73,9 +84,10 @@ def own_prompts(sample: Sample) -> list[Prompt]:
 
     This is the paper's ground truth: SA-1B's masks with the points that found them.
     """
-    if sample.points is not None:
-        return [(x, y, 1.0) for x, y in sample.points.tolist()]
-    return [(*deepest_point(coco_mask.decode(rle))[:2], 1.0) for rle in sample.rles]
+    points = sample.points
+    if points is None:
+        points = [deepest_point(coco_mask.decode(rle))[:2] for rle in sample.rles]
+    return [Prompt(np.float32([point]), 1.0) for point in points]
 
 
 def covering_prompts(sample: Sample) -> list[Prompt]:
@@ -85,32 +97,64 @@ def covering_prompts(sample: Sample) -> list[Prompt]:
     masks not yet given, and of equals the one deepest inside the mask. A mask without clicks (a
     person drew it) gets its deepest point, unless a prompt lies on it already. Another click's
     height is SECOND times the sum of 1 / n over its masks, at most SECOND; n is the number of
-    clicks that give a mask.
+    clicks that give a mask. A click is a point of a regular grid; its prompt may lie anywhere about
+    it, see `_about`, or else the network would learn the grid.
     """
     clicks = [[(x, y) for x, y in own] for own in sample.clicks or [[]] * len(sample.rles)]
     given: dict[tuple[float, float], set[int]] = {}
     for i, own in enumerate(clicks):
         for click in own:
             given.setdefault(click, set()).add(i)
-    prompts: list[tuple[float, float]] = []
+    reach = _half_steps(np.array(list(given)).reshape(-1, 2))
+    about: dict[tuple[float, float], np.ndarray] = {}
+    needed: set[tuple[float, float]] = set()
     left = {i for i, own in enumerate(clicks) if own}
     for i in sorted(left, key=lambda i: len(clicks[i])):
+        mask = np.pad(coco_mask.decode(sample.rles[i]), 1)
+        depth = cv2.distanceTransform(mask, cv2.DIST_L2, 5)[1:-1, 1:-1]
+        for click in clicks[i]:
+            if click not in about:
+                about[click] = _about(click, depth, reach)
         if i in left:
-            mask = np.pad(coco_mask.decode(sample.rles[i]), 1)
-            depth = cv2.distanceTransform(mask, cv2.DIST_L2, 5)[1:-1, 1:-1]
             best = max(clicks[i], key=lambda p: (len(given[p] & left), _at(depth, p)))
-            prompts.append(best)
+            needed.add(best)
             left -= given[best]
+    prompts = []
+    for click, masks in given.items():
+        share = SECOND * min(1.0, sum(1 / len(clicks[i]) for i in masks))
+        prompts.append(Prompt(about[click], 1.0 if click in needed else share))
+    lying = list(needed)
     for own, rle in zip(clicks, sample.rles, strict=True):
         mask = coco_mask.decode(rle)
-        if not own and not any(_at(mask, p) for p in prompts):
-            prompts.append(deepest_point(mask)[:2])
-    heights = {
-        click: SECOND * min(1.0, sum(1 / len(clicks[i]) for i in masks))
-        for click, masks in given.items()
-    }
-    heights |= dict.fromkeys(prompts, 1.0)
-    return [(*point, height) for point, height in heights.items()]
+        if not own and not any(_at(mask, point) for point in lying):
+            lying.append(deepest_point(mask)[:2])
+            prompts.append(Prompt(np.float32([lying[-1]]), 1.0))
+    return prompts
+
+
+def _half_steps(clicks: np.ndarray) -> tuple[int, int]:
+    """Half the step of the grid that clicks (n, 2) lie on, in whole pixels along x and y."""
+    steps = (np.diff(np.unique(along)) for along in clicks.T)
+    reach_x, reach_y = (int(step.min() / 2) if len(step) else 0 for step in steps)
+    return reach_x, reach_y
+
+
+def _about(click: tuple[float, float], depth: np.ndarray, reach: tuple[int, int]) -> np.ndarray:
+    """Pixels of a click's grid cell that lie at least half as deep in its mask as the deepest.
+
+    Args:
+        click: x, y in the image frame.
+        depth: (H, W), each pixel's distance to the edge of the mask; 0 outside of it.
+        reach: as `_half_steps`.
+
+    Returns:
+        (n, 2) float32, the pixels' centres, at most POINTS about evenly; else the click itself.
+    """
+    left, top = (max(0, int(at) - half) for at, half in zip(click, reach, strict=True))
+    window = depth[top : int(click[1]) + reach[1] + 1, left : int(click[0]) + reach[0] + 1]
+    rows, columns = np.nonzero(window >= max(1, window.max(initial=0) / 2))
+    points = np.stack((columns + left, rows + top), axis=1).astype(np.float32) + 0.5
+    return points[:: -(-len(points) // POINTS)] if len(points) else np.float32([click])
 
 
 def _at(values: np.ndarray, point: tuple[float, float]) -> float:
@@ -121,20 +165,25 @@ def _at(values: np.ndarray, point: tuple[float, float]) -> float:
 PLACES: dict[str, Place] = {"own": own_prompts, "covering": covering_prompts}
 
 
-def target_map(prompts: list[Prompt], scale: float, grid: tuple[int, int]) -> np.ndarray:
+def target_map(
+    prompts: list[Prompt], scale: float, grid: tuple[int, int], rng: np.random.Generator
+) -> np.ndarray:
     """The prompts' heights in the PCM's cells, the maximum where they meet, 0 elsewhere.
 
     Args:
-        prompts: where they lie.
+        prompts: what should be learned.
         scale: PCM cells along a pixel of the image.
         grid: (H, W) of the PCM.
+        rng: draws one of each prompt's points.
 
     Returns:
         H x W float32 in [0, 1].
     """
-    target, table = np.zeros(grid, np.float32), np.array(prompts, np.float32).reshape(-1, 3)
-    cells = np.clip((table[:, 1::-1] * scale).astype(int), 0, np.subtract(grid, 1))
-    np.maximum.at(target, tuple(cells.T), table[:, 2])
+    target = np.zeros(grid, np.float32)
+    if prompts:
+        drawn = np.stack([points[rng.integers(len(points))] for points, _ in prompts])
+        cells = np.clip((drawn[:, ::-1] * scale).astype(int), 0, np.subtract(grid, 1))
+        np.maximum.at(target, tuple(cells.T), [height for _, height in prompts])
     return target
 
 
@@ -147,30 +196,33 @@ class Examples:
         self.data, self.rows, self.embeddings, self.place = data, rows, embeddings, place
         self.sam, self.grid = sam, tuple(sam.prompt_encoder.mask_input_size)
         self._resize = ResizeLongestSide(sam.image_encoder.img_size)
-        self._kept: dict[int, tuple[Tensor, Tensor, Tensor, Path]] = {}
+        self._kept: dict[int, tuple[Tensor, Tensor, Path, list[Prompt], float]] = {}
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, i: int) -> Example:
+    def example(self, i: int, rng: np.random.Generator) -> Example:
+        """Example i, each of its prompts drawn anew."""
         if i not in self._kept:
             self._kept[i] = self._make(self.data[self.rows[i]])
-        image, target, valid, file = self._kept[i]
+        image, valid, file, prompts, scale = self._kept[i]
+        target = torch.from_numpy(target_map(prompts, scale, self.grid, rng))
         return Example(image, torch.from_numpy(np.load(file)), target, valid)
 
-    def _make(self, sample: Sample) -> tuple[Tensor, Tensor, Tensor, Path]:
+    def _make(self, sample: Sample) -> tuple[Tensor, Tensor, Path, list[Prompt], float]:
         scaled = self._resize.apply_image(sample.image)
         pixels = torch.as_tensor(scaled, device=self.sam.device).permute(2, 0, 1)[None]
         image = self.sam.preprocess(pixels.contiguous())
         side = image.shape[-1]
         image = F.avg_pool2d(image, side // self.grid[1])[0].half().cpu()
-        target = target_map(self.place(sample), self.scale(sample), self.grid)
         valid = valid_cells(scaled.shape[:2], side, self.grid)
-        return image, torch.from_numpy(target), valid, embedding_file(self.embeddings, sample.id)
+        file = embedding_file(self.embeddings, sample.id)
+        return image, valid, file, self.place(sample), self.scale(sample)
 
-    def batch(self, indices: list[int]) -> Example:
-        """Some of the examples, stacked, as float32 on the SAM's device."""
-        stacked = map(torch.stack, zip(*(self[i] for i in indices), strict=True))
+    def batch(self, indices: list[int], seed: int = 0) -> Example:
+        """Some of the examples, stacked, as float32 on the SAM's device; the seed draws prompts."""
+        rng = np.random.default_rng(seed)
+        stacked = map(torch.stack, zip(*(self.example(i, rng) for i in indices), strict=True))
         return Example(*(part.to(self.sam.device).float() for part in stacked))
 
     def scale(self, sample: Sample) -> float:

@@ -40,7 +40,6 @@ TOP = (64, 128, 256)  # numbers of candidates that recall is measured for
 FINE = {"smoothing": 1.0, "confidence": 0.0, "spacing": 4.0}  # sampling that recall is measured for
 WARMUP = 50  # steps
 PEAK_WEIGHT = 4.0  # of a block with a prompt, beside 1 for every block
-MIDDLE = 1.5  # of the calibration: added to the logit of a block's middle
 PLACE_WEIGHT = 0.05  # of the places' loss to the confidences'
 SHIFTS = (-8.0, 8.0)  # of the calibration: where the shift of the logits is sought
 ABOUT_CURVE = (
@@ -117,8 +116,7 @@ def calibrate(predictor: PromptPredictor, held: Examples, wanted: float, slope: 
     The confidences' logits are multiplied by the slope, then shifted until the held-out photographs
     give so many candidates as wanted on average at the default settings. The smaller the slope, the
     flatter is the PCM, and the more weak peaks stay apart from strong neighbours when it is
-    smoothed. The place in the middle of a block is preferred, so that neighbours keep their
-    distance.
+    smoothed.
 
     Returns:
         The shift.
@@ -127,8 +125,6 @@ def calibrate(predictor: PromptPredictor, held: Examples, wanted: float, slope: 
     parts = len(bias) // (1 + BLOCK**2)
     weight[:parts] *= slope
     bias[:parts] *= slope
-    middle = 1 + BLOCK**2 // 2 + BLOCK // 2
-    bias[parts * middle : parts * (middle + 1)] += MIDDLE
     blocks = []
     for i in range(len(held)):
         image, embedding, _, valid = held.batch([i])
@@ -193,7 +189,8 @@ class Training:
     def _batch(self) -> Example:
         """Random examples without repetition; the step decides which."""
         rng, n = np.random.default_rng([self.args.seed, self.step]), len(self.examples)
-        return self.examples.batch(rng.choice(n, min(self.args.batch, n), replace=False))
+        chosen = rng.choice(n, min(self.args.batch, n), replace=False)
+        return self.examples.batch(chosen.tolist(), self.step)
 
     def _learn(self, batch: Example) -> float:
         rate = 1.0
@@ -285,7 +282,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--batch", type=int, default=8)
     add("--lr", type=float, default=2e-3)
     add("--width", type=int, default=64, help="channels in which the two branches meet")
-    add("--candidates", type=float, default=250, help="of the calibration; 0: not calibrated")
+    add("--candidates", type=float, default=180, help="of the calibration; 0: not calibrated")
     add("--slope", type=float, default=0.5, help="of the calibration; smaller: more candidates")
     add("--log-every", type=int, default=100, help="steps between evaluations")
     add("--licence", default="the terms of the training data hold", help="a line of the card")
