@@ -282,6 +282,7 @@ def test_trials_decode_as_many_prompts_as_they_may(
     assert sampled == float(rows[0]["sampled"]) > 3 and three == 3 and half == round(sampled / 2)
     assert rows[3:] == rows[:3] and rows[0]["elimination"] == "" and rows[1]["limit"] == "0.5"
     assert all(0 <= float(row["coverage"]) <= 1 and row["miou"] == "" for row in rows)
+    assert 0 <= float(rows[2]["hit"]) <= float(rows[0]["hit"]) <= 1
     with pytest.raises(ValueError, match="other columns"):
         append_rows(out, [{"imgsz": 1}])
 

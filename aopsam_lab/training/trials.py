@@ -7,8 +7,8 @@
 limits of prompts. "filtering" compares both readings of adaptive filtering, by the share of prompts
 before the first elimination, the number of rounds and the threshold; beside them stand as many
 prompts without filtering. Each trial is a row of a CSV, with means a photograph: `miou` is against
-the masks that people drew, `coverage` the share of the masks that the SAM found. A limit below 1
-is a share of the candidates.
+the masks that people drew, `coverage` the share of the masks that the SAM found, `hit` the share of
+these that a decoded prompt lies on. A limit below 1 is a share of the candidates.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from aopsam_lab.asf import AsfParams
 from aopsam_lab.data import open_dataset
 from aopsam_lab.data.sample import Sample
 from aopsam_lab.evaluator import covered, evaluate, iou_matrix
+from aopsam_lab.masks.rle import decode_rle
 from aopsam_lab.pipeline.decode import encode
 from aopsam_lab.pipeline.decode_cache import DecodeCache, PcmCache
 from aopsam_lab.pipeline.methods import METHODS, Aop, Grid, Method
@@ -35,15 +36,16 @@ from aopsam_lab.sam.zoo import MODELS, load_sam
 from aopsam_lab.training.examples import split
 from aopsam_lab.training.results import append_rows
 
-LIMITS = (64, 100, 144, 196, 256, 409, 1024)
+LIMITS = (64, 100, 128, 144, 196, 256, 409, 1024)
 SHARES = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 GRIDS = (8, 10, 12, 14, 16, 32)
 SAMPLINGS = (  # smoothing, confidence, spacing
-    (4.0, 0.01, 8.0), (3.0, 0.01, 8.0), (3.0, 0.01, 6.0), (2.0, 0.2, 6.0), (2.0, 0.02, 6.0),
-    (1.5, 0.02, 5.0), (1.0, 0.01, 4.0), (0.5, 0.01, 2.0), (0.0, 0.005, 2.0),
+    (3.0, 0.01, 8.0), (3.0, 0.01, 6.0), (2.0, 0.2, 6.0), (2.0, 0.02, 6.0), (1.0, 0.01, 4.0),
+    (0.5, 0.01, 3.0), (0.0, 0.005, 2.0),
 )  # fmt: skip
 FIRSTS, ROUNDS, ELIMINATIONS = (0.2, 0.3, 0.5), (2, 4, 8), (1.25, 1.3, 1.35, 1.4)
 
+NOT_DECODED = ("eliminated", "not_reached")
 # a method, its parameters, and how many prompts it may decode: a number, a share, or all
 Trial = tuple[Method, AsfParams, float | None]
 
@@ -81,6 +83,7 @@ def measure(
     pairs = list(zip(sample.rles, sample.clicks or [[]] * len(sample.rles), strict=True))
     by_people = [rle for rle, clicks in pairs if not clicks]
     by_sam = [rle for rle, clicks in pairs if clicks]
+    drawn = decode_rle(by_sam, sample.image.shape[:2])
     rows, sampled = [], 0
     for method, params, limit in trials:
         most = None
@@ -89,9 +92,12 @@ def measure(
         found = run_method(sam, encoded, method, pcm, params=params, decode=cache, max_prompts=most)
         sampled = max(sampled, found.n_sampled)
         n_covered = covered(iou_matrix(by_sam, found.masks))
+        decoded = found.prompts[~found.prompts["status"].isin(NOT_DECODED)]
+        x, y = decoded[["x", "y"]].to_numpy().astype(int).T
         row = {
             "miou": evaluate(by_people, found.masks).miou,
             "coverage": n_covered / len(by_sam) if by_sam else None,
+            "hit": drawn[:, y, x].any(1).mean() if by_sam else None,
             "sampled": found.n_sampled,
             "decoded": found.n_decoded,
             "eliminated": found.n_eliminated / max(1, found.n_sampled),
@@ -108,7 +114,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--data", required=True, type=Path, help="a folder of `find-masks`")
     add("--predictor", type=Path, help="weights other than the bundled ones")
     add("--sam", default="mobile_sam", choices=list(MODELS))
-    add("--photos", type=int, default=24, help="held-out photographs to measure on")
+    add("--photos", type=int, default=24, help="held-out photographs to measure on, at most")
+    add("--whole", action="store_true", help="the training saw none: hold out all of DATA")
     add("--out", type=Path, help="the CSV to add to; reports/training/KIND.csv")
     add("--device", default="auto")
 
@@ -118,7 +125,7 @@ def run(args: argparse.Namespace) -> int:
     sam = load_sam(args.sam, device=args.device)
     predictor = load_predictor(args.sam, args.predictor, sam.device)
     data, trials = open_dataset(args.data), TRIALS[args.kind]()
-    held = split(data)[1]
+    held = list(range(len(data))) if args.whole else split(data)[1]
     held = held[:: max(1, len(held) // args.photos)][: args.photos]
     tables = [measure(sam, predictor, data[i], trials) for i in tqdm(held, unit="photo")]
     means = pd.concat(tables).groupby(level=0).mean().to_dict("records")
