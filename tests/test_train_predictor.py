@@ -193,10 +193,13 @@ def test_the_training_learns_stops_and_goes_on(small_sam, photos, tmp_path, monk
     monkeypatch.setattr(predictor, "load_sam", lambda *_: small_sam)
     assert cli.main(command(photos, tmp_path, "--epochs", "7")) == 0
     first = list(csv.DictReader((tmp_path / "work/curve.csv").open()))
-    assert cli.main(command(photos, tmp_path, "--epochs", "30")) == 0
+    more = ("--epochs", "30", "--trials", str(tmp_path / "trials.csv"))
+    assert cli.main(command(photos, tmp_path, *more)) == 0
     curve = list(csv.DictReader((tmp_path / "work/curve.csv").open()))
     assert curve[: len(first)] == first and int(curve[-1]["step"]) > int(first[-1]["step"])
     assert float(curve[-1]["loss"]) < 0.8 * float(curve[0]["loss"])
+    (trial,) = csv.DictReader((tmp_path / "trials.csv").open())
+    assert trial["objective"] == "blocks" and trial["step"] == curve[-1]["step"]
     made = load_predictor("mobile_sam", tmp_path / "predictor.safetensors", "cpu")
     assert isinstance(made, PromptPredictor) and made.width == 16 and len(made.sha256) == 64
     card = (tmp_path / "predictor.md").read_text()

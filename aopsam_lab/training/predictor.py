@@ -34,7 +34,7 @@ from aopsam_lab.files import write_atomically
 from aopsam_lab.predictor import BLOCK, SIGMA, PromptPredictor, blurred, draw_pcm
 from aopsam_lab.sam.zoo import MODELS, load_sam, spec_of
 from aopsam_lab.training.examples import PLACES, Example, Examples, cache_embeddings, split
-from aopsam_lab.training.results import write_card
+from aopsam_lab.training.results import append_rows, write_card
 
 TOP = (64, 128, 256)  # numbers of candidates that recall is measured for
 FINE = {"smoothing": 1.0, "confidence": 0.0, "spacing": 4.0}  # sampling that recall is measured for
@@ -260,6 +260,10 @@ class Training:
         }
         summary, curve = f"Prompt Predictor of {spec.name}.", pd.DataFrame(self.curve)
         write_card(args.out, summary, facts, curve, ABOUT_CURVE)
+        if args.trials:
+            about = {"preset": args.preset, "place": self.place, "objective": self.loss}
+            about |= {"width": args.width, "image": not args.no_image, "lr": args.lr}
+            append_rows(args.trials, [{**about, "examples": len(self.examples), **self.curve[-1]}])
         print(f"Prompt Predictor: {args.out}")
 
 
@@ -284,6 +288,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--width", type=int, default=64, help="channels in which the two branches meet")
     add("--candidates", type=float, default=180, help="of the calibration; 0: not calibrated")
     add("--slope", type=float, default=0.5, help="of the calibration; smaller: more candidates")
+    add("--trials", type=Path, help="a CSV to add this training's options and last recall to")
     add("--log-every", type=int, default=100, help="steps between evaluations")
     add("--licence", default="the terms of the training data hold", help="a line of the card")
     add("--device", default="auto")
