@@ -139,17 +139,6 @@ def covered(iou: np.ndarray) -> int:
     return int((iou >= COVERED_IOU).any(axis=1).sum())
 
 
-def aggregate(
-    miou: Sequence[float], miou_best: Sequence[float], n_truth: Sequence[int]
-) -> dict[str, float]:
-    """Means of miou and miou_best over the images with ground truth, and n_images, their number."""
-    scored = np.asarray(n_truth, dtype=int) > 0
-    columns = {"miou": miou, "miou_best": miou_best}
-    means = {name: np.asarray(x, dtype=float)[scored] for name, x in columns.items()}
-    means = {name: float(x.mean()) if len(x) else float("nan") for name, x in means.items()}
-    return {**means, "n_images": int(scored.sum())}
-
-
 def mean_interval(values: Sequence[float], seed: int = 0) -> tuple[float, float, float]:
     """Mean of per-image values and its 95% bootstrap interval over images: (mean, low, high).
 

@@ -10,10 +10,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from small import all_masks
 
 from aopsam_lab.asf import AsfParams
 from aopsam_lab.pipeline import decode_cache
-from aopsam_lab.pipeline.decode import STABILITY_OFFSET, all_masks, decode_and_filter
+from aopsam_lab.pipeline.decode import STABILITY_OFFSET, decode_and_filter
 from aopsam_lab.pipeline.decode_cache import DecodeCache, PcmCache
 from aopsam_lab.pipeline.methods import METHODS, method_named
 from aopsam_lab.pipeline.run import run_method, strongest

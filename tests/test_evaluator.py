@@ -54,13 +54,6 @@ def test_masks_of_two_sizes_are_refused():
         evaluator.evaluate([LEFT], [other])
 
 
-def test_means_over_images_leave_out_those_without_ground_truth():
-    total = evaluator.aggregate([1.0, 0.0, float("nan")], [1.0, 0.4, float("nan")], [1, 3, 0])
-    assert total == {"miou": 0.5, "miou_best": pytest.approx(0.7), "n_images": 2}
-    total = evaluator.aggregate([], [], [])
-    assert np.isnan(total["miou"]) and total["n_images"] == 0
-
-
 def test_a_prediction_is_used_once_but_the_best_match_may_share():
     # Both ground_truth overlap the one prediction, the left half exactly, the whole by half.
     score = evaluator.evaluate([WHOLE, LEFT], [LEFT])

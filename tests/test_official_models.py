@@ -9,15 +9,13 @@ import pytest
 import torch
 from segment_anything import SamPredictor
 from segment_anything.modeling import Sam
-from small import build_small_sam
+from small import EVERYTHING, build_small_sam
 from torch import nn
 
 from aopsam_lab.pipeline.decode import decode_and_filter, encode
 from aopsam_lab.pipeline.types import Prompts
 from aopsam_lab.sam import zoo
-from aopsam_lab.sam.zoo import SamSpec, load_sam
-
-EVERYTHING = SamSpec("custom", -float("inf"), -float("inf"), "")  # no mask is filtered out
+from aopsam_lab.sam.zoo import load_sam
 
 
 def picture(height, width):

@@ -9,10 +9,11 @@ import pandas as pd
 import pytest
 import torch
 from conftest import part
+from small import all_masks
 
 from aopsam_lab.asf import AsfParams
 from aopsam_lab.pipeline import decode_cache
-from aopsam_lab.pipeline.decode import all_masks, decode_and_filter
+from aopsam_lab.pipeline.decode import decode_and_filter
 from aopsam_lab.pipeline.decode_cache import DecodeCache, LooseRun
 from aopsam_lab.pipeline.methods import Grid, method_named
 from aopsam_lab.pipeline.run import run_method

@@ -11,7 +11,6 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -25,7 +24,7 @@ from aopsam_lab.masks.fullsize import FullSize
 from aopsam_lab.pipeline.batching import in_batches
 from aopsam_lab.pipeline.types import BOX_NMS_THRESH, Encoded, Found, Prompts
 from aopsam_lab.sam.mask_decoder import ImageDecoder
-from aopsam_lab.sam.zoo import SamSpec, spec_of
+from aopsam_lab.sam.zoo import SamSpec
 
 STABILITY_OFFSET = 1.0
 # Pixels of the embedding times prompts decoded at a time: fits a CPU's cache, fills a GPU.
@@ -143,14 +142,6 @@ def decode_and_filter(
     parts = in_batches(index, decode_batch(encoded), found_of, MIN_DECODE_BATCH)
     best, kept = zip((empty, none), *parts, strict=True)
     return Found(*(torch.cat(x) for x in zip(*kept, strict=True)), torch.cat(best))
-
-
-def all_masks(sam: Sam, encoded: Encoded, prompts: Prompts, row: int) -> Found:
-    """All masks of the prompt `row`, whatever their scores."""
-    lowest = float("-inf")
-    spec = replace(spec_of(sam), pred_iou_thresh=lowest, stability_score_thresh=lowest)
-    index = torch.tensor([row], device=prompts.points.device)
-    return decode_and_filter(sam, encoded, prompts, index, spec)
 
 
 def encode_early(sam: Sam, encoded: Encoded, found: list[Found]) -> None:
