@@ -34,8 +34,8 @@ CHANNELS = 2  # every second channel tells objects apart as well, at half the co
 REFERENCE_IOU = 0.5  # predicted IoU of a mask that may explain waiting prompts
 NO_COSINE = 0.5  # a PEM's value where a cell has no features, as on padding
 # These two were chosen on training photographs: `python -m aopsam_lab.training.trials filtering`
-FIRST = 0.3  # the share of the prompts, the strongest, that is decoded before any is eliminated
-ROUNDS = 8  # in which prompts are decoded
+FIRST = 0.2  # the share of the prompts, the strongest, that is decoded before any is eliminated
+ROUNDS = 4  # in which prompts are decoded
 
 
 @dataclass(frozen=True)

@@ -3,9 +3,9 @@
     python -m aopsam_lab.study.prompts --dataset photos --out reports/prompts
 
 Each grid is compared with `aop` where it may decode as many prompts, strongest first: at its
-default sampling, and at the sampling chosen for that number (CHOSEN): few prompts need a coarse
-one, which spreads them over the image, many a fine one, which has as many peaks. Every prompt is
-decoded once. Scores go into `OUT/results.sqlite`: a stopped run goes on, and scores nothing twice.
+default sampling, and at the sampling chosen for that number: few prompts need peaks that lie apart,
+which spreads them over the image, many a sampling that has as many peaks. Every prompt is decoded
+once. Scores go into `OUT/results.sqlite`: a stopped run goes on, and scores nothing twice.
 """
 
 from __future__ import annotations
@@ -28,15 +28,13 @@ DENSE = METHODS["amg_d"]
 SIDES = {grid.side**2: name for name, grid in GRIDS.items()} | {DENSE.side**2: DENSE.name}
 SHARE = 0.4  # of the dense grid's prompts, with which AoP-SAM should come near it
 LIMITS = sorted([*SIDES, int(SHARE * DENSE.side**2)])
-# By the number of prompts, the sampling with the highest mIoU on six training photographs. To be
-# chosen again, by `python -m aopsam_lab.training.trials prompts`, whenever the predictor changes.
-COARSE = AsfParams(smoothing=3.0, confidence=0.01, spacing=8.0)
-MEDIUM = AsfParams(smoothing=2.0, confidence=0.02, spacing=6.0)
-FINE = AsfParams(smoothing=0.0, confidence=0.005, spacing=2.0)
-CHOSEN = {64: COARSE, 100: COARSE, 144: replace(COARSE, spacing=6.0), 196: MEDIUM, 256: MEDIUM}
+# Chosen on 44 held-out training photographs (`python -m aopsam_lab.training.trials prompts`): up to
+# 196 prompts peaks that keep some distance, for more every peak.
+APART = AsfParams(smoothing=0.5, confidence=0.01, spacing=3.0)
+EVERY_PEAK = AsfParams(smoothing=0.0, confidence=0.005, spacing=2.0)
 SAMPLINGS = {
     "aop": dict.fromkeys(LIMITS, AsfParams()),
-    "aop, chosen": {limit: CHOSEN.get(limit, FINE) for limit in LIMITS},
+    "aop, chosen": {limit: APART if limit < 200 else EVERY_PEAK for limit in LIMITS},
 }
 CONFIG = StudyConfig(
     n_images=None, timed_images=0, memory=False, thresholds=(), out="reports/prompts"
