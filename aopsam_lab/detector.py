@@ -9,7 +9,6 @@ MobileSAMv2 (Zhang et al. 2023), its detector trained on boxes of all masks.
 from __future__ import annotations
 
 import atexit
-import inspect
 import json
 import os
 import shutil
@@ -24,7 +23,7 @@ import cv2
 import numpy as np
 import torch
 from PIL import Image
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 from aopsam_lab.sam.zoo import file_sha256, official_weights, resolve_device
 from aopsam_lab.weights import WEIGHTS
@@ -34,12 +33,7 @@ OFFICIAL_NAME = "yolov8n"  # in aopsam_lab.sam.download
 CLASS_NAMES = {0: "object"}
 # Where the weights do not say. A box more costs the baseline time, not mIoU.
 DEFAULTS = {"imgsz": 640, "confidence": 0.05, "overlap": 0.7}
-_OFFLINE = {
-    "YOLO_OFFLINE": "true",
-    "YOLO_AUTOINSTALL": "false",
-    "YOLO_VERBOSE": "false",
-    "ULTRALYTICS_SAFE_LOAD": "true",
-}
+_OFFLINE = {"YOLO_OFFLINE": "true", "YOLO_AUTOINSTALL": "false", "YOLO_VERBOSE": "false"}
 
 
 @contextmanager
@@ -58,37 +52,29 @@ def process_left_alone() -> Iterator[None]:
         torch.set_num_threads(threads)
         cv2.setNumThreads(cv_threads)
         np.set_printoptions(**printing)
-        ours = {name: os.environ[name] for name in _OFFLINE if name in os.environ}
-        for name in os.environ.keys() - environment.keys() - ours.keys():
-            del os.environ[name]
-        os.environ.update({**environment, **ours})
+        os.environ.clear()
+        os.environ.update(environment)
 
 
 def import_ultralytics() -> ModuleType:
     """The ultralytics package, offline and silent, its settings in a temporary folder.
 
-    Where the caller imported it before, its folder is the caller's choice.
-
     Raises:
         ImportError: it is not installed.
     """
-    os.environ.update(_OFFLINE)
+    if "ultralytics" not in sys.modules:
+        folder = tempfile.mkdtemp(prefix="aopsam_lab_ultralytics_")
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        os.environ.update({**_OFFLINE, "YOLO_CONFIG_DIR": folder})
     with process_left_alone():
-        if "ultralytics" not in sys.modules:
-            folder = tempfile.mkdtemp(prefix="aopsam_lab_ultralytics_")
-            atexit.register(shutil.rmtree, folder, ignore_errors=True)
-            os.environ["YOLO_CONFIG_DIR"] = folder
         try:
             import ultralytics
         except ImportError as error:
             advice = "pip install ultralytics-opencv-headless (AGPL-3.0)"
             raise ImportError(f"The OAS methods need Ultralytics YOLO: {advice}") from error
-        # statistics and every integration, in memory only: its own update() would write the file
-        settings = ultralytics.settings
-        dict.update(settings, {name: False for name, on in settings.items() if on is True})
-        from ultralytics.utils import events
-
-        events.events.enabled = False
+    # statistics and every integration, in memory only: its own update() would write the file
+    settings = ultralytics.settings
+    dict.update(settings, {name: False for name, on in settings.items() if on is True})
     return ultralytics
 
 
@@ -151,45 +137,23 @@ class Detector:
 def _from_safetensors(path: Path) -> tuple[torch.nn.Module, dict[str, float]]:
     from ultralytics.nn.tasks import DetectionModel
 
-    try:
-        with safe_open(path, framework="pt") as file:
-            state = {name: file.get_tensor(name) for name in file.keys()}
-            options = {**DEFAULTS, **json.loads((file.metadata() or {}).get("detector", "{}"))}
-    except (SafetensorError, json.JSONDecodeError) as error:
-        message = f"{path} is not a readable safetensors file ({error}); give detector weights"
-        raise ValueError(message) from error
+    with safe_open(path, framework="pt") as file:
+        state = {name: file.get_tensor(name) for name in file.keys()}
+        options = json.loads((file.metadata() or {}).get("detector", "{}"))
     model = DetectionModel(ARCHITECTURE, nc=len(CLASS_NAMES), verbose=False)
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        advice = "give the bundled file, or a YOLOv8 .pt file"
-        message = f"{path} does not hold one-class YOLOv8n weights; {advice}"
-        raise ValueError(message) from error
+    model.load_state_dict(state)
     model.names = dict(CLASS_NAMES)
-    return model, options
+    return model, {**DEFAULTS, **options}
 
 
 def _from_checkpoint(path: Path) -> tuple[torch.nn.Module, dict[str, float]]:
     from ultralytics.nn.tasks import torch_safe_load
 
-    # ULTRALYTICS_SAFE_LOAD is read when ultralytics is first imported, perhaps long before; the
-    # argument does nothing on an old torch.
-    by_argument = "safe_only" in inspect.signature(torch_safe_load).parameters
-    if not by_argument or not hasattr(torch.serialization, "get_unsafe_globals_in_checkpoint"):
-        raise ValueError(
-            f"{path} was not read: this Ultralytics or PyTorch cannot read a .pt file without "
-            "running code from it. Install the versions of requirements.txt, or use .safetensors."
-        )
-    try:
-        checkpoint, _ = torch_safe_load(str(path), safe_only=True)
-        model = (checkpoint.get("ema") or checkpoint["model"]).float()
-    except Exception as error:  # a broken file shows itself as one of many types
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        message = f"{path} is not a YOLOv8 checkpoint Ultralytics can read ({reason})"
-        raise ValueError(message) from error
-    if getattr(model, "task", "detect") != "detect":
-        wanted = "box prompts need one for 'detect'"
-        raise ValueError(f"{path} holds a YOLO model for '{model.task}'; {wanted}")
+    # ULTRALYTICS_SAFE_LOAD is read when ultralytics is first imported, perhaps long before
+    checkpoint, _ = torch_safe_load(str(path), safe_only=True)
+    model = (checkpoint.get("ema") or checkpoint["model"]).float()
+    if model.task != "detect":
+        raise ValueError(f"it is for '{model.task}', box prompts need one for 'detect'")
     for module in model.modules():
         if isinstance(module, torch.nn.Upsample):
             module.recompute_scale_factor = None  # files of a PyTorch before 1.11 lack it
@@ -223,9 +187,14 @@ def read_weights(
     if path.suffix not in (".safetensors", ".pt"):
         raise ValueError(f"{path}: detector weights are .safetensors or .pt files")
     import_ultralytics()
-    with process_left_alone():
-        read = _from_safetensors if path.suffix == ".safetensors" else _from_checkpoint
-        return *read(path), path
+    read = _from_safetensors if path.suffix == ".safetensors" else _from_checkpoint
+    try:
+        with process_left_alone():
+            return *read(path), path
+    except Exception as error:  # a broken file shows itself as one of many types
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        wanted = "one-class YOLOv8n of the kit, or a detection checkpoint of Ultralytics"
+        raise ValueError(f"{path} is no {wanted} ({reason})") from error
 
 
 def load_detector(

@@ -8,16 +8,10 @@ public projects quote for the same addresses.
 from __future__ import annotations
 
 import os
-import shutil
-import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 CACHE_VARIABLE = "AOPSAM_CACHE"
-ATTEMPTS = 4  # connections for one file before a person is asked to try again
-_BLOCK = 1 << 16
 _SAM = "https://dl.fbaipublicfiles.com/segment_anything"
 
 
@@ -85,9 +79,6 @@ def command(name: str) -> str:
 def download(name: str, progress: bool = True) -> Path:
     """Fetch an official file into the cache folder, unless it is there; check its sha256.
 
-    An interrupted download goes on where it stopped, in this call or a later one. Where another
-    process fetches the same file, this one waits for it.
-
     Args:
         name: a key of OFFICIAL.
         progress: whether to show a bar.
@@ -97,121 +88,23 @@ def download(name: str, progress: bool = True) -> Path:
 
     Raises:
         ValueError: there is no such file, or the server's is not the official one.
-        ConnectionError: it cannot be fetched.
-        OSError: the folder cannot be written or lacks the room.
+        OSError: it cannot be fetched or written.
     """
     if name not in OFFICIAL:
         names = ", ".join(OFFICIAL)
         raise ValueError(f"There are no official weights {name!r}. Choose one of {names}.")
     import pooch
-    from filelock import FileLock
+    from requests import RequestException
 
     wanted, path = OFFICIAL[name], kept_file(name)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    with FileLock(path.with_name(path.name + ".lock")):
-        if path.exists() and pooch.file_hash(str(path)) != wanted.sha256:
-            path.unlink()  # it was changed after it had come
-        if path.exists():
-            return path
-        _check_room(part, wanted)
-        pooch.get_logger().setLevel("WARNING")
-        while True:
-            resumed = part.exists()
-            try:
-                pooch.retrieve(
-                    wanted.url,
-                    f"sha256:{wanted.sha256}",
-                    fname=path.name,
-                    path=str(path.parent),
-                    downloader=_resuming(part, wanted.size, progress),
-                )
-                return path
-            except ValueError as error:  # pooch has removed what came
-                # the fault may lie in the earlier part: once more, from the beginning
-                if not resumed:
-                    raise ValueError(
-                        f"{wanted.url} did not give the official {path.name}: its sha256 is not "
-                        f"{wanted.sha256}. Nothing was kept. Try again later or from another "
-                        "network."
-                    ) from error
-
-
-def _check_room(part: Path, wanted: OfficialFile) -> None:
-    needed = wanted.size - _size(part)
-    free = shutil.disk_usage(part.parent).free
-    if needed > free:
-        raise OSError(
-            f"{wanted.name} needs {needed / 1e6:,.0f} MB and {part.parent} has {free / 1e6:,.0f} "
-            f"MB free. Make room, or set {CACHE_VARIABLE} to a folder on another disk."
-        )
-
-
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.exists() else 0
-
-
-def _resuming(part: Path, size: int, progress: bool) -> Callable[..., None]:
-    """A downloader for pooch that gathers bytes in `part`, over connections and processes."""
-
-    def fetch(url: str, output_file: str, pooch: Any, check_only: bool = False) -> None:
-        import requests
-        from tqdm.auto import tqdm
-
-        if _size(part) > size:
-            part.unlink()
-        look = {"unit": "B", "unit_scale": True, "desc": part.stem, "dynamic_ncols": True}
-        with tqdm(total=size, initial=_size(part), disable=not progress, **look) as bar:
-            for attempt in range(1, ATTEMPTS + 1):
-                try:
-                    _fetch_rest(url, part, size, bar)
-                    break
-                except requests.RequestException as error:
-                    answer = error.response
-                    if attempt < ATTEMPTS and answer is None:  # a server that answers "no" means it
-                        continue
-                    reason = type(error).__name__
-                    if answer is not None:
-                        reason = f"HTTP {answer.status_code}"
-                    raise ConnectionError(
-                        f"{url} could not be fetched ({reason}; {_size(part):,} of {size:,} bytes "
-                        "are here). Run the same again and it goes on from there, or put the file, "
-                        f"fetched by other means, at {part.with_suffix('')}."
-                    ) from error
-        os.replace(part, output_file)
-
-    return fetch
-
-
-def _fetch_rest(url: str, part: Path, size: int, bar: Any) -> None:
-    """One connection: append to `part` what it lacks of `size` bytes."""
-    import requests
-
-    have = _size(part)
-    if have == size:
-        return
-    headers = {"Accept-Encoding": "identity", **({"Range": f"bytes={have}-"} if have else {})}
-    with requests.get(url, stream=True, headers=headers, timeout=(15, 60)) as response:
-        response.raise_for_status()
-        given = response.headers.get("Content-Range", "")
-        resumed = response.status_code == 206 and given.startswith(f"bytes {have}-")
-        if not resumed:
-            have = 0  # this server begins at the beginning
-        bar.update(have - bar.n)
-        with part.open("ab" if resumed else "wb") as file:
-            for block in response.iter_content(_BLOCK):
-                file.write(block)
-                bar.update(len(block))
-    if _size(part) < size:
-        raise requests.ConnectionError(f"{url} ended early")
-
-
-def ask_to_download(name: str) -> bool:
-    """Ask the person at a terminal whether to fetch a file now; False where nobody is there."""
-    if not (sys.stdin and sys.stdin.isatty() and sys.stderr.isatty()):
-        return False
-    wanted = OFFICIAL[name]
-    size = f"{wanted.size / 1e6:,.0f} MB"
-    question = f"{name} needs {wanted.name} ({size}, {wanted.licence}) from {wanted.url}."
-    print(question, "Fetch it now? [y/N]", end=" ", file=sys.stderr, flush=True)
-    return sys.stdin.readline().strip().lower() in {"y", "yes"}
+    pooch.get_logger().setLevel("WARNING")
+    fetch = pooch.HTTPDownloader(progressbar=progress)
+    place = {"fname": path.name, "path": path.parent}
+    try:
+        pooch.retrieve(wanted.url, f"sha256:{wanted.sha256}", **place, downloader=fetch)
+    except RequestException as error:
+        raise ConnectionError(
+            f"{wanted.url} could not be fetched ({error}). Try again later, or put the file, "
+            f"fetched by other means, at {path}."
+        ) from error
+    return path

@@ -23,7 +23,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 
 import torch
 from segment_anything.modeling import MaskDecoder, TwoWayTransformer
@@ -71,9 +71,10 @@ class ImageDecoder:
         if is_stock(decoder):  # made here, as batches of prompts may come from several threads
             self._shared = _SharedDecoder(decoder, embedding, image_pe, no_mask, used)
         else:
-            wanted = "segment_anything's MaskDecoder, its two layers and its upscaling"
-            found = f"{type(decoder).__name__} is not {wanted}"
-            warnings.warn(f"This mask decoder is run as it is, slowly: {found}.", stacklevel=2)
+            warnings.warn(
+                "This mask decoder is run as it is, slowly: it is not segment_anything's own.",
+                stacklevel=2,
+            )
 
     @torch.no_grad()
     def decode(self, sparse: Tensor) -> DecodedPrompts:
@@ -87,23 +88,10 @@ class ImageDecoder:
 
 def is_stock(decoder: nn.Module) -> bool:
     """Whether a mask decoder is segment_anything's with two layers, of any width and heads."""
-    if type(decoder) is not MaskDecoder or _signature(decoder) != _stock_signature():
+    if type(decoder) is not MaskDecoder:
         return False
-    attentions = [part for part in decoder.transformer.modules() if isinstance(part, Attention)]
-    return len({attention.num_heads for attention in attentions}) == 1
-
-
-def _signature(decoder: MaskDecoder) -> list[tuple]:
-    """The types of all parts but the heads, and what they hold beside weights."""
-    parts = (*decoder.transformer.modules(), *decoder.output_upscaling)
-    names = ("skip_first_layer_pe", "kernel_size", "stride", "padding")
-    return [(type(part), *(getattr(part, name, None) for name in names)) for part in parts]
-
-
-@cache
-def _stock_signature() -> list[tuple]:
-    transformer = TwoWayTransformer(depth=2, embedding_dim=32, num_heads=1, mlp_dim=1)
-    return _signature(MaskDecoder(transformer_dim=32, transformer=transformer))
+    transformer = decoder.transformer
+    return type(transformer) is TwoWayTransformer and len(transformer.layers) == 2
 
 
 def _over_pixels(rows: Tensor, table: Tensor, heads: int, out: Tensor, add: bool = False) -> Tensor:

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import os
-import pickle
-import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import shorten
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from segment_anything import sam_model_registry
 from segment_anything.modeling import Sam
 from torch import Tensor
 
-from aopsam_lab.sam.download import OFFICIAL, ask_to_download, command, download, kept_file
+from aopsam_lab.sam.download import OFFICIAL, command, kept_file
 from aopsam_lab.sam.mobile import build_mobile_sam
 from aopsam_lab.weights import WEIGHTS
 
@@ -31,16 +30,6 @@ MODELS: dict[str, Callable[[], Sam]] = {
 # SamAutomaticMaskGenerator's defaults, chosen for the official models.
 PRED_IOU_THRESH = 0.88
 STABILITY_SCORE_THRESH = 0.95
-# what reading a damaged file raises
-DAMAGED = (
-    SafetensorError,
-    RuntimeError,
-    EOFError,
-    OSError,
-    LookupError,
-    ValueError,
-    AttributeError,
-)
 
 
 @dataclass(frozen=True)
@@ -63,7 +52,6 @@ def load_sam(
     name: str = DEFAULT,
     checkpoint: str | os.PathLike | None = None,
     device: str | torch.device = "auto",
-    fetch: bool | None = None,
 ) -> Sam:
     """Load a SAM for inference: in eval mode, without gradients, its `SamSpec` in `.spec`.
 
@@ -75,76 +63,63 @@ def load_sam(
             SamAutomaticMaskGenerator's 0.88 and 0.95 hold. None: the bundled weights, or the
             official file in the cache folder, whose sha256 is checked.
         device: "auto" (the GPU if there is one), "cpu", "cuda", ...
-        fetch: whether to download an official file that is not there. None: ask a person at a
-            terminal.
 
     Returns:
         The model on `device`.
 
     Raises:
-        FileNotFoundError: the file is missing.
+        OSError: the file is missing or cannot be read.
         ValueError: an unknown name, a model without its file, or a file that is damaged, holds more
             than weights, or belongs to another model (named where it can be told).
     """
     if name not in MODELS:
         raise ValueError(f"There is no SAM called {name!r}. Choose one of {', '.join(MODELS)}.")
     device = resolve_device(device)
-    official = checkpoint is None and name not in BUNDLED
-    if official:
-        checkpoint = official_weights(name, fetch)
-    path = Path(BUNDLED[name] if checkpoint is None else checkpoint)
+    if checkpoint is None:
+        checkpoint = BUNDLED[name] if name in BUNDLED else official_weights(name)
+    path = Path(checkpoint)
     state, metadata = _read_weights(path)
     found = identify(state)
-    if found != name and found is not None:
-        advice = "That model is not supported"
-        if found in MODELS:
-            advice = f"Load it with load_sam({found!r}, ...)"
+    if found not in (name, None):
         raise ValueError(
-            f"{path} holds the weights of {found}, not of {name}. {advice}, or pass {name}'s own "
-            "file."
+            f"{path} holds the weights of {found}, not of {name}: use load_sam({found!r}, ...), or "
+            f"pass {name}'s own file."
         )
     sam = MODELS[name]()
-    misfit = _misfit(sam.state_dict(), state)
-    if misfit:
-        wanted = f"a file with the keys of the bundled {name}, or none for the bundled weights"
-        if name in OFFICIAL:
-            wanted = f"the official {OFFICIAL[name].name} or one with its keys"
-        raise ValueError(f"{path} does not fit {name}: {misfit}. Pass {wanted}.")
-    sam.load_state_dict(state)
-    sam.spec = SamSpec(
-        name,
-        _threshold(path, metadata, "pred_iou_thresh", PRED_IOU_THRESH),
-        _threshold(path, metadata, "stability_score_thresh", STABILITY_SCORE_THRESH),
-        OFFICIAL[name].sha256 if official else file_sha256(path),
+    try:
+        sam.load_state_dict(state)
+    except RuntimeError as error:  # a line for each kind of difference, with all its keys
+        reason = shorten(str(error), 300, placeholder=" ...")
+        raise ValueError(f"{path} does not fit {name}: {reason}") from error
+    thresholds = (
+        float(metadata.get("pred_iou_thresh", PRED_IOU_THRESH)),
+        float(metadata.get("stability_score_thresh", STABILITY_SCORE_THRESH)),
     )
+    sam.spec = SamSpec(name, *thresholds, file_sha256(path))
     return sam.requires_grad_(False).to(device).eval()
 
 
-def official_weights(name: str, fetch: bool | None = None) -> Path:
+def official_weights(name: str) -> Path:
     """The official file of a model in the cache folder.
 
     Args:
         name: a key of OFFICIAL.
-        fetch: as `load_sam`.
 
     Raises:
-        ValueError: it is not there and is not fetched, or its sha256 is not the official one; and
-            what `download` raises.
+        ValueError: it is not there, or its sha256 is not the official one.
     """
     path = kept_file(name)
-    if path.exists():
-        if file_sha256(path) != OFFICIAL[name].sha256:
-            raise ValueError(
-                f"{path} is not the official {path.name}, or no longer: its sha256 differs. "
-                f"`{command(name)}` fetches it anew; weights of your own are passed as checkpoint."
-            )
-        return path
-    if fetch or (fetch is None and ask_to_download(name)):
-        return download(name)
-    raise ValueError(
-        f"{name} needs its weights {path.name} ({OFFICIAL[name].size / 1e6:,.0f} MB): "
-        f"run `{command(name)}`, or pass the path of such a file as checkpoint."
-    )
+    if not path.exists():
+        raise ValueError(
+            f"{name} needs its weights {path.name} ({OFFICIAL[name].size / 1e6:,.0f} MB): "
+            f"run `{command(name)}`, or pass the path of such a file as checkpoint."
+        )
+    if file_sha256(path) != OFFICIAL[name].sha256:
+        raise ValueError(
+            f"{path} is not the official {path.name}: its sha256 differs. `{command(name)}` "
+            "fetches it anew; weights of your own are passed as checkpoint."
+        )
+    return path
 
 
 def spec_of(sam: Sam) -> SamSpec:
@@ -165,89 +140,46 @@ def resolve_device(device: str | torch.device = "auto") -> torch.device:
         torch.empty(0, device=chosen)
     # torch says "absent" in all these ways
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
         raise ValueError(
-            f"Device {str(device)!r} cannot be used here ({reason}). Use 'auto' or 'cpu'."
+            f"Device {str(device)!r} cannot be used here ({_first_line(error)}). Use 'auto' or "
+            "'cpu'."
         ) from error
     return chosen
 
 
 def identify(state: dict[str, Tensor]) -> str | None:
     """The model whose weights these look like, by its image encoder; None where none is known."""
-    patches = state.get("image_encoder.patch_embed.proj.weight")
-    if patches is not None:
-        return {768: "vit_b", 1024: "vit_l", 1280: "vit_h"}.get(patches.shape[0])
     if "image_encoder.patch_embed.seq.0.c.weight" in state:
         return "mobile_sam"
-    if any(key.startswith("image_encoder.trunk.") for key in state):
-        return "SAM 2"
-    return None
+    patches = state.get("image_encoder.patch_embed.proj.weight")
+    channels = 0 if patches is None else len(patches)
+    return {768: "vit_b", 1024: "vit_l", 1280: "vit_h"}.get(channels)
 
 
 def _read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors of a checkpoint by key, and its metadata (only safetensors have any)."""
-    if not path.exists():
-        raise FileNotFoundError(f"There is no checkpoint {path}.")
-    if path.is_dir():
-        raise ValueError(f"{path} is a folder, not a checkpoint.")
     with path.open("rb") as file:
-        head = file.read(9)
-    is_zip, is_safetensors = zipfile.is_zipfile(path), head[8:] == b"{"  # 8 bytes of length, JSON
+        is_safetensors = file.read(9)[8:] == b"{"  # 8 bytes of length, then JSON
     metadata: dict[str, str] = {}
     try:
-        if path.suffix == ".safetensors" or is_safetensors:
+        if is_safetensors:
             with safe_open(path, framework="pt") as file:
                 state = {key: file.get_tensor(key) for key in file.keys()}
                 metadata = file.metadata() or {}
         else:
-            # memory-mapped where the format allows, so that a large model is not held twice
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
-    except pickle.UnpicklingError as error:
-        damaged = "" if is_zip else ", or is damaged"  # a whole one is refused for its content
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            for wrapper in ("model", "state_dict"):  # how training scripts often wrap them
+                state = state.get(wrapper, state)
+    except Exception as error:  # a damaged file shows itself as one of many types
         raise ValueError(
-            f"{path} holds Python objects beside weights{damaged}. It was not loaded, as such "
-            "objects can run code; save the state dict alone."
+            f"{path} is damaged, or no checkpoint of weights alone ({_first_line(error)}). Code in "
+            "a file is never run: save the state dict alone, or download it again."
         ) from error
-    except DAMAGED as error:
-        reason = "is no checkpoint of torch.save or safetensors, or it is damaged"
-        if head.startswith(b"PK") or is_safetensors:
-            reason = f"is damaged or cut short ({path.stat().st_size} bytes)"
-        raise ValueError(f"{path} {reason}. Download or copy it again.") from error
-    for wrapper in ("model", "state_dict"):  # how training scripts often wrap them
-        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
-            state = state[wrapper]
-    tensors = isinstance(state, dict) and all(isinstance(x, Tensor) for x in state.values())
-    if not tensors or not state:
-        raise ValueError(f"{path} is no checkpoint: it holds no dictionary of tensors.")
     return state, metadata
 
 
-def _misfit(wanted: dict[str, Tensor], given: dict[str, Tensor]) -> str:
-    """How weights differ from the wanted in keys and shapes; "" where they fit."""
-    missing = [key for key in wanted if key not in given]
-    extra = [key for key in given if key not in wanted]
-    shaped = [key for key in wanted if key in given and wanted[key].shape != given[key].shape]
-    parts = []
-    if missing:
-        parts.append(f"it lacks {len(missing)} of {len(wanted)} tensors, such as {missing[0]}")
-    if extra:
-        parts.append(f"it has {len(extra)} others, such as {extra[0]}")
-    if shaped:
-        key = shaped[0]
-        shapes = f"{tuple(given[key].shape)}, not {tuple(wanted[key].shape)}"
-        parts.append(f"{len(shaped)} have another shape, such as {key}: {shapes}")
-    return "; ".join(parts)
-
-
-def _threshold(path: Path, metadata: dict[str, str], key: str, default: float) -> float:
-    text = metadata.get(key, str(default))
-    try:
-        value = float(text)
-    except ValueError:
-        value = float("nan")
-    if not 0 <= value <= 1:
-        raise ValueError(f"{path}: its metadata has {key} = {text!r}, no number from 0 to 1.")
-    return value
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def file_sha256(path: Path) -> str:

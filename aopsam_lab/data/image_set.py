@@ -1,0 +1,200 @@
+"""What COCO-style folders, COCO, LVIS and SA-1B have in common: n images chosen by a seed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from pycocotools import mask as coco_mask
+
+from aopsam_lab.data.images import image_from_bytes
+from aopsam_lab.data.sample import Sample
+
+Known = Callable[[], tuple[dict, list[dict]]]  # gives COCO's record of an image and its annotations
+
+
+class GroundTruth(NamedTuple):
+    """The masks of one image.
+
+    Args:
+        rles: N COCO RLE.
+        points: (N, 2) float32, a prompt point (x, y) for each, where all have one; else None.
+        clicks: for each the points [x, y] known to give it, where the file has any; else None.
+    """
+
+    rles: list[dict]
+    points: np.ndarray | None
+    clicks: list[list[list[float]]] | None
+
+
+class ImageSet:
+    """Images with masks in COCO's format. Opening reads each image taken once, for its hash.
+
+    An image without masks stays: methods run on it, the scores skip it. One whose file is missing
+    is left out before the n images are chosen. `ground_truth` says which masks are left out. All
+    are counted, see `describe`.
+
+    Args:
+        path: where it lies; see the subclasses.
+        n_images: how many images to take, None for all; where there are fewer, all.
+        seed: which: images are ordered by a hash of the seed and their id. So a seed always gives
+            the same images, and fewer images are a part of more.
+
+    Attributes:
+        ids: of the images taken; unique.
+        sizes: (height, width) of each in pixels.
+        fingerprint: a hash of all images and masks.
+
+    Raises:
+        FileNotFoundError: there is no such folder, no file or no image.
+        ValueError: a file is not in the format, or a mask does not fit its image.
+    """
+
+    name: str
+
+    def __init__(self, path: str | os.PathLike, n_images: int | None = None, seed: int = 0) -> None:
+        self.path = Path(path)
+        self._counts: Counter[str] = Counter()
+        with expected_format(self.path):
+            known = self._find()
+        self._available = len(known)
+        self.ids = sorted(known, key=lambda id: _order(seed, id))[:n_images]
+        self._truth: list[GroundTruth] = []
+        self.sizes: list[tuple[int, int]] = []
+        self._fingerprints: list[str] = []
+        for id in self.ids:
+            with expected_format(f"{id} of {self.path}"):
+                self._take(id, *known[id]())
+        self.fingerprint = hashlib.sha256("\n".join(self._fingerprints).encode()).hexdigest()
+
+    def _find(self) -> dict[str, Known]:
+        """The images that are there, by id; sets the name and counts missing_images."""
+        raise NotImplementedError
+
+    def _image_bytes(self, id: str) -> bytes:
+        """The file of an image."""
+        raise NotImplementedError
+
+    def _take(self, id: str, record: dict, annotations: list[dict]) -> None:
+        size = record["height"], record["width"]
+        found = ground_truth(annotations, size, f"{id} of {self.path}", self._counts)
+        digest = hashlib.sha256(self._image_bytes(id))
+        for i, rle in enumerate(found.rles):
+            point = None if found.points is None else found.points[i].tolist()
+            digest.update(b"|" + rle["counts"] + json.dumps(point).encode())
+        self._truth.append(found)
+        self.sizes.append(size)
+        self._fingerprints.append(digest.hexdigest())
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, i: int) -> Sample:
+        """Read image i; its masks are in the order of the file.
+
+        Raises:
+            ValueError: it is no image, or has not the size that its masks were made for.
+        """
+        rles, points, clicks = self._truth[i]
+        where = f"{self.ids[i]} of {self.path}"
+        image = image_from_bytes(self._image_bytes(self.ids[i]), where)
+        if image.shape[:2] != self.sizes[i]:
+            said = "{} x {}".format(*self.sizes[i])
+            raise ValueError(f"{where} has {image.shape[:2]} pixels, its annotations say {said}.")
+        return Sample(self.ids[i], image, points=points, rles=rles, clicks=clicks)
+
+    def sample_fingerprint(self, i: int) -> str:
+        """A hash of the bytes of image i and of its masks."""
+        return self._fingerprints[i]
+
+    def describe(self) -> dict[str, str | int]:
+        """Name, fingerprint and counts: of images and masks, and of what was left out, by reason.
+
+        images_available counts the files that are there, missing_images those that are not; the
+        rest is about the images taken.
+        """
+        return {
+            "name": self.name,
+            "fingerprint": self.fingerprint,
+            "images": len(self),
+            "images_available": self._available,
+            "masks": sum(len(found.rles) for found in self._truth),
+            "images_without_masks": sum(not found.rles for found in self._truth),
+            "missing_images": self._counts["missing_images"],
+            "crowd_regions": self._counts["crowd_regions"],
+            "annotations_without_mask": self._counts["annotations_without_mask"],
+        }
+
+
+@contextmanager
+def expected_format(where: str | Path) -> Iterator[None]:
+    """Reading of JSON: what is not as expected is a ValueError that says where."""
+    try:
+        yield
+    except (json.JSONDecodeError, UnicodeDecodeError, LookupError, TypeError) as error:
+        reason = f"{type(error).__name__} {error}"
+        raise ValueError(f"{where} is not in COCO's instances format: {reason}.") from error
+
+
+def ground_truth(
+    annotations: Iterable[dict], size: tuple[int, int], where: str, left_out: Counter[str]
+) -> GroundTruth:
+    """Read one image's annotations, in their order.
+
+    Crowd regions (`iscrowd` 1) mark many objects at once and are left out, as is an annotation
+    whose mask has no pixel.
+
+    Args:
+        annotations: COCO's records; segmentations are polygons or RLE.
+        size: (height, width) of the image.
+        where: what errors name.
+        left_out: counts crowd_regions and annotations_without_mask.
+
+    Raises:
+        ValueError: a mask does not fit the image.
+    """
+    rles, points, clicks = [], [], []
+    for annotation in annotations:
+        if annotation.get("iscrowd", 0):
+            left_out["crowd_regions"] += 1
+            continue
+        rle = _encoded(annotation.get("segmentation"), size, where)
+        if rle is None or coco_mask.area(rle) == 0:
+            left_out["annotations_without_mask"] += 1
+            continue
+        rles.append(rle)
+        points.append(annotation.get("point_coords"))
+        clicks.append(annotation.get("clicks", []))
+    return GroundTruth(
+        rles,
+        np.float32([p[0] for p in points]) if points and all(points) else None,
+        clicks if any(clicks) else None,
+    )
+
+
+def _encoded(segmentation: dict | list | None, size: tuple[int, int], where: str) -> dict | None:
+    """Compressed RLE, None where there is no mask."""
+    if isinstance(segmentation, dict):
+        if tuple(segmentation["size"]) != size:
+            raise ValueError(f"A mask of {where} has size {segmentation['size']}, not {size}.")
+        counts = segmentation["counts"]
+        if isinstance(counts, str):
+            return {"size": list(size), "counts": counts.encode("ascii")}
+        if sum(counts) != size[0] * size[1]:
+            raise ValueError(f"The counts of a mask of {where} do not add up to its pixels.")
+        return coco_mask.frPyObjects(segmentation, *size)
+    # pycocotools takes four numbers for a box, and they are no polygon
+    polygons = [part for part in segmentation or [] if len(part) >= 6]
+    return coco_mask.merge(coco_mask.frPyObjects(polygons, *size)) if polygons else None
+
+
+def _order(seed: int, id: str) -> tuple[str, str]:
+    """A sort key that shuffles by seed, on every machine alike."""
+    return hashlib.sha256(f"{seed}:{id}".encode()).hexdigest(), id
