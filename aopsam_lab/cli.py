@@ -79,27 +79,22 @@ def _parser() -> argparse.ArgumentParser:
         "download",
         help="fetch official weights",
         description=f"Fetches official weights into the folder {CACHE_VARIABLE}, or the system's "
-        "cache folder, and checks their sha256. What was interrupted goes on where it stopped.",
+        "cache folder, and checks their sha256.",
     )
     command.set_defaults(run=download_command)
     names = ", ".join(OFFICIAL)
     command.add_argument("names", nargs="+", choices=list(OFFICIAL), metavar="NAME", help=names)
-    command = commands.add_parser(
-        "find-masks",
-        help="find all masks that a SAM can on a folder of images: ground truth for a training",
-        description=ground_truth.__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    command.set_defaults(run=ground_truth.run)
-    ground_truth.add_arguments(command)
-    command = commands.add_parser(
-        "train-predictor",
-        help="train the Prompt Predictor of a SAM",
-        description=predictor_training.__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    command.set_defaults(run=predictor_training.run)
-    predictor_training.add_arguments(command)
+    trainings = {
+        "find-masks": (ground_truth, "find all masks that a SAM can: ground truth for a training"),
+        "train-predictor": (predictor_training, "train the Prompt Predictor of a SAM"),
+    }
+    for name, (module, about) in trainings.items():
+        raw = argparse.RawDescriptionHelpFormatter
+        command = commands.add_parser(
+            name, help=about, description=module.__doc__, formatter_class=raw
+        )
+        command.set_defaults(run=module.run)
+        module.add_arguments(command)
     return parser
 
 
@@ -141,13 +136,11 @@ def download_command(args: argparse.Namespace) -> int:
 
 def unique_stems(paths: Sequence[Path]) -> list[str]:
     """The stem of each path, with _2, _3, ... where it is taken, whatever its case."""
-    taken: set[str] = set()
-    stems = []
+    stems: dict[str, str] = {}
     for path in paths:
         stem, n = path.stem, 1
-        while stem.casefold() in taken:
+        while stem.casefold() in stems:
             n += 1
             stem = f"{path.stem}_{n}"
-        taken.add(stem.casefold())
-        stems.append(stem)
-    return stems
+        stems[stem.casefold()] = stem
+    return list(stems.values())

@@ -152,8 +152,8 @@ def _from_checkpoint(path: Path) -> tuple[torch.nn.Module, dict[str, float]]:
     # ULTRALYTICS_SAFE_LOAD is read when ultralytics is first imported, perhaps long before
     checkpoint, _ = torch_safe_load(str(path), safe_only=True)
     model = (checkpoint.get("ema") or checkpoint["model"]).float()
-    if model.task != "detect":
-        raise ValueError(f"it is for '{model.task}', box prompts need one for 'detect'")
+    if getattr(model, "task", "detect") != "detect":
+        raise ValueError(f"it is for '{model.task}'; box prompts need one for 'detect'")
     for module in model.modules():
         if isinstance(module, torch.nn.Upsample):
             module.recompute_scale_factor = None  # files of a PyTorch before 1.11 lack it

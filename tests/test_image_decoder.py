@@ -102,12 +102,8 @@ def test_logits_beyond_what_is_used_are_zero(used):
     sparse, dense = encoder(**prompts("one point", 2, 128))
     logits, iou = decoder.predict_masks(embedding, encoder.get_dense_pe(), sparse, dense)
     every = torch.ones_like(iou, dtype=torch.bool)
-    drawn = (
-        image_decoder(encoder, decoder, embedding, used=used)
-        .decode(sparse)
-        .draw(every)
-        .view_as(logits)
-    )
+    decoded = image_decoder(encoder, decoder, embedding, used=used).decode(sparse)
+    drawn = decoded.draw(every).view_as(logits)
     rows, columns = 4 * used[0], 4 * used[1]
     expected = torch.zeros_like(logits)
     expected[..., :rows, :columns] = logits[..., :rows, :columns]
