@@ -38,20 +38,18 @@ _OFFLINE = {"YOLO_OFFLINE": "true", "YOLO_AUTOINSTALL": "false", "YOLO_VERBOSE":
 
 @contextmanager
 def process_left_alone() -> Iterator[None]:
-    """Puts back what Ultralytics changes: threads, printing, environment, others' functions.
+    """Puts back what Ultralytics changes: threads, environment, others' functions.
 
     Its `PIL.Image.open` would go and install a package when it meets a file that is no image.
     """
-    image_open, torch_save = Image.open, torch.save
+    image_open, environment = Image.open, dict(os.environ)
     threads, cv_threads = torch.get_num_threads(), cv2.getNumThreads()
-    printing, environment = np.get_printoptions(), dict(os.environ)
     try:
         yield
     finally:
-        Image.open, torch.save = image_open, torch_save
+        Image.open = image_open
         torch.set_num_threads(threads)
         cv2.setNumThreads(cv_threads)
-        np.set_printoptions(**printing)
         os.environ.clear()
         os.environ.update(environment)
 
@@ -117,13 +115,7 @@ class Detector:
         Returns:
             Boxes (n, 4) float32, x0 y0 x1 y1 in the image frame, within the image and not empty;
             their scores (n,) float32, highest first.
-
-        Raises:
-            ValueError: another kind of array.
         """
-        if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
-            kind = f"{image.shape} {image.dtype}"
-            raise ValueError(f"a detector takes H x W x 3 uint8 images, not {kind}")
         height, width = image.shape[:2]
         bgr = np.ascontiguousarray(image[..., ::-1])
         found = self._predictor([bgr])[0].boxes

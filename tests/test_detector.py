@@ -66,15 +66,6 @@ def test_boxes_are_sorted_inside_the_picture_and_at_most_a_hundred(detector, hei
     np.testing.assert_array_equal(detector.boxes(image)[0], boxes)
 
 
-@pytest.mark.parametrize(
-    "image",
-    [np.zeros((8, 8), np.uint8), np.zeros((8, 8, 3), np.float32), np.zeros((8, 8, 4), np.uint8)],
-)
-def test_other_arrays_are_refused(detector, image):
-    with pytest.raises(ValueError, match="uint8"):
-        detector.boxes(image)
-
-
 def test_what_is_no_detector_gives_one_clear_error(tmp_path):
     with pytest.raises(FileNotFoundError, match="training.detector"):
         load_detector(tmp_path / "none.safetensors")
@@ -148,15 +139,13 @@ def refuse(*args, **kwargs):
     raise OSError("no network in this test")
 socket.getaddrinfo = socket.create_connection = socket.socket.connect = refuse
 import numpy as np
-import torch
-torch_save = torch.save
 from aopsam_lab.detector import load_detector
 found = load_detector(sys.argv[1], "cpu").boxes(np.zeros((64, 64, 3), np.uint8))
 import ultralytics
 from ultralytics.utils import SETTINGS, USER_CONFIG_DIR
 from ultralytics.utils.events import events
 from PIL import Image
-assert Image.open.__module__ == "PIL.Image" and torch_save is torch.save
+assert Image.open.__module__ == "PIL.Image"
 print("sync", SETTINGS["sync"], events.enabled, "config", USER_CONFIG_DIR)
 """
 

@@ -4,32 +4,14 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Protocol
 
 from aopsam_lab.data.coco import Coco, CocoFolder, Lvis
+from aopsam_lab.data.image_set import ImageSet
 from aopsam_lab.data.sa1b import Sa1b
-from aopsam_lab.data.sample import Sample
 
 PHOTOS = Path(__file__).parent / "photos"  # the photographs in the box: a COCO-style folder
-PUBLISHED = {"coco": Coco, "lvis": Lvis, "sa1b": Sa1b}
-
-
-class Dataset(Protocol):
-    """What the studies need of a data set. Samples are made when asked for."""
-
-    name: str
-    ids: list[str]
-    fingerprint: str  # changes when the content of any sample would
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, i: int) -> Sample: ...
-
-    def sample_fingerprint(self, i: int) -> str:
-        """A hash of all that a score of sample i depends on."""
-
-    def describe(self) -> dict[str, str | int]:
-        """Name, fingerprint and size, for a report."""
+Dataset = ImageSet  # what the studies need of a data set
+PUBLISHED: dict[str, type[ImageSet]] = {"coco": Coco, "lvis": Lvis, "sa1b": Sa1b}
 
 
 def open_dataset(dataset: str | os.PathLike, n_images: int | None = None, seed: int = 0) -> Dataset:
@@ -46,7 +28,7 @@ def open_dataset(dataset: str | os.PathLike, n_images: int | None = None, seed: 
             n_images adds to them.
 
     Returns:
-        The data set, see Dataset and Sample.
+        The data set, see ImageSet and Sample.
 
     Raises:
         ValueError: n_images < 1 or seed < 0; and what the data sets raise.
