@@ -71,9 +71,11 @@ def test_equal_stems_stay_apart(tmp_path, untrained):
 
 
 def test_folders_and_patterns(tmp_path, monkeypatch):
-    for name in ("b.png", "a.JPG", "deep/c.tif", "[odd].png", "done_labels.png"):
+    for name in ("b.png", "a.JPG", "deep/c.tif", "[odd].png", "done_labels.png", "keep_labels.png"):
         picture(tmp_path / "in" / name)
     (tmp_path / "in" / "notes.txt").write_text("text")
+    (tmp_path / "in" / "done.json").write_text("{}")
+    (tmp_path / "in" / "done.json").write_text("{}")
     (tmp_path / "none").mkdir()
     monkeypatch.chdir(tmp_path)
 
@@ -81,7 +83,7 @@ def test_folders_and_patterns(tmp_path, monkeypatch):
         paths, bad = cli.find_images(arguments)
         return [path.as_posix() for path in paths], [name for name, _ in bad]
 
-    assert found("in") == (["in/[odd].png", "in/a.JPG", "in/b.png"], [])
+    assert found("in") == (["in/[odd].png", "in/a.JPG", "in/b.png", "in/keep_labels.png"], [])
     assert found("in/**/*.tif", "in/b.png", "in/b*") == (["in/deep/c.tif", "in/b.png"], [])
     assert found("in/[odd].png", "in/[ab].png") == (["in/[odd].png", "in/b.png"], [])
     assert found("none", "in/*.bmp", "in/notes.txt") == (["in/notes.txt"], ["none", "in/*.bmp"])

@@ -149,6 +149,8 @@ def segmentation(value: dict):
     ("change", "message"),
     [
         (lambda c: c.pop("images"), "annotations.json is not in COCO's instances format"),
+        (lambda c: c["images"].append(c["images"][0]), "each needs its own"),
+        (lambda c: c["images"][0].update(file_name="../annotations.json"), "outside the folder"),
         (lambda c: c["images"][0].pop("width"), "picture0.png of .* instances format: KeyError"),
         (segmentation({"size": [3, 3], "counts": "0"}), "has size"),
         (segmentation({"size": [HEIGHT, WIDTH], "counts": [3]}), "do not add up"),

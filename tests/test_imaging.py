@@ -37,9 +37,8 @@ def test_array_picture_and_path_agree(tmp_path):
 
 
 @pytest.mark.parametrize("image", [GREY, GREY[..., None], Image.fromarray(GREY)])
-def test_grey_and_one_pixel(image):
+def test_grey(image):
     assert np.array_equal(read_image(image), grey3(GREY))
-    assert read_image(RGB[:1, :1]).shape == (1, 1, 3)
 
 
 def test_one_bit_and_booleans():
@@ -62,6 +61,13 @@ def test_alpha_lies_over_white():
     assert read_image(Image.fromarray(grey_alpha, mode="LA")).tolist() == expected
 
 
+def test_premultiplied_alpha():
+    rgba = Image.fromarray(np.array([[[0, 100, 200, 51]]], np.uint8))
+    assert np.abs(read_image(rgba.convert("RGBa")).astype(int) - read_image(rgba)).max() <= 3
+    grey = Image.fromarray(np.array([[[100, 51]]], np.uint8), mode="LA")
+    assert np.abs(read_image(grey.convert("La")).astype(int) - read_image(grey)).max() <= 3
+
+
 def test_palette_with_and_without_transparency(tmp_path):
     picture = Image.new("P", (3, 1))
     picture.putpalette([200, 0, 0, 0, 150, 0, 0, 0, 90])
@@ -76,6 +82,12 @@ def test_palette_with_and_without_transparency(tmp_path):
     ]
 
 
+def test_colour_key(tmp_path):
+    picture = Image.fromarray(np.array([[[1, 2, 3], [4, 5, 6]]], np.uint8))
+    path = on_disk(tmp_path, picture, "key.png", transparency=(4, 5, 6))
+    assert read_image(path).tolist() == [[[1, 2, 3], [255, 255, 255]]]
+
+
 def test_cmyk(tmp_path):
     colours = np.array([[[255, 0, 0], [0, 0, 255], [255, 255, 255], [0, 0, 0]]], np.uint8)
     colours = colours.repeat(8, 0).repeat(8, 1)
@@ -84,6 +96,20 @@ def test_cmyk(tmp_path):
     path = on_disk(tmp_path, picture, "ink.jpg", quality=100)
     assert np.abs(read_image(path).astype(int) - colours).max() < 12
     assert np.array_equal(read_image(on_disk(tmp_path, picture, "ink.tif")), colours)
+
+
+@pytest.mark.parametrize("mode", ["YCbCr", "HSV", "LAB"])
+def test_other_colour_spaces(mode):
+    smooth = np.full((4, 4, 3), (120, 90, 60), np.uint8)
+    picture = Image.fromarray(smooth)
+    if mode == "LAB":
+        from PIL import ImageCms
+
+        srgb, lab = ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB")
+        picture = ImageCms.profileToProfile(picture, srgb, lab, outputMode="LAB")
+    else:
+        picture = picture.convert(mode)
+    assert np.abs(read_image(picture).astype(int) - smooth).max() <= 3
 
 
 @pytest.mark.parametrize("name", ["deep.png", "deep.tif"])
@@ -98,9 +124,27 @@ def test_sixteen_bit_files(tmp_path, name):
     assert np.array_equal(read_image(deep.astype(">u2")), expected)
 
 
-def test_small_integers_are_eight_bits():
-    assert read_image(np.array([[0, 100, 255]]))[0, :, 0].tolist() == [0, 100, 255]
-    assert read_image(np.array([[0, 257, 25700]]))[0, :, 0].tolist() == [0, 1, 100]
+def test_big_endian_tiff(tmp_path):
+    deep = np.array([[0, 257, 65535], [128 * 257, 1000, 30000]], np.uint16)
+    header = b"MM\x00*\x00\x00\x00\x08"
+    entries = [(256, 3, 3), (257, 3, 2), (258, 3, 16), (259, 3, 1), (262, 3, 1)]
+    entries += [(273, 4, 8 + 2 + 9 * 12 + 4), (277, 3, 1), (278, 3, 2), (279, 4, 12)]
+    directory = len(entries).to_bytes(2, "big")
+    for tag, kind, value in entries:
+        directory += tag.to_bytes(2, "big") + kind.to_bytes(2, "big") + (1).to_bytes(4, "big")
+        directory += value.to_bytes(2, "big") + b"\0\0" if kind == 3 else value.to_bytes(4, "big")
+    path = tmp_path / "big.tif"
+    path.write_bytes(header + directory + b"\0\0\0\0" + deep.astype(">u2").tobytes())
+    assert np.array_equal(read_image(path), read_image(deep))
+
+
+@pytest.mark.parametrize(
+    ("top", "white"), [(4095, 4095), (1023, 1023), (3000, 4095), (255, 255), (4096, 16383)]
+)
+def test_fewer_bits_in_sixteen(top, white):
+    deep = np.array([[0, top // 2, top]], np.uint16)
+    expected = [round(value * 255 / white) for value in (0, top // 2, top)]
+    assert read_image(deep)[0, :, 0].tolist() == expected
 
 
 @settings(deadline=None)
@@ -143,16 +187,23 @@ def test_exif_orientation(tmp_path, orientation, name):
 
 
 @pytest.mark.parametrize(
+    "image", [RGB[:1, :1], GREY[:1, :1], Image.new("RGBA", (1, 1)), np.ones((1, 1))]
+)
+def test_one_pixel(image):
+    assert read_image(image).shape == (1, 1, 3)
+
+
+@pytest.mark.parametrize(
     ("image", "message"),
     [
-        (np.zeros((3, 20, 30), np.uint8), "channels; this has shape"),
+        (np.zeros((3, 20, 30), np.uint8), "channels last"),
         (np.zeros((2, 4, 4, 3), np.uint8), "shape"),
         (np.zeros(9, np.uint8), "shape"),
         (np.zeros((4, 4, 5), np.uint8), "shape"),
         (np.zeros((0, 4, 3), np.uint8), "empty"),
         (Image.new("RGB", (0, 4)), "empty"),
-        (np.full((2, 2), np.nan), "from nan"),
-        (np.full((2, 2), np.inf), "to inf"),
+        (np.full((2, 2), np.nan), "NaN"),
+        (np.full((2, 2), np.inf), "infinite"),
         (np.full((2, 2), 200.0), "from 0 to 1"),
         (np.full((2, 2), -5), "from 0 to"),
         (np.full((2, 2), 1j), "complex"),
@@ -175,8 +226,10 @@ def test_files_that_are_no_images(tmp_path):
         (tmp_path / name).write_bytes(data)
         with pytest.raises(ValueError, match=f"{name} cannot be read"):
             read_image(tmp_path / name)
-    with pytest.raises(FileNotFoundError, match="absent.png"):
+    with pytest.raises(FileNotFoundError, match="no image file .*absent.png"):
         read_image(tmp_path / "absent.png")
+    with pytest.raises(ValueError, match="is a folder"):
+        read_image(tmp_path)
 
 
 def test_float_tiff(tmp_path):

@@ -23,8 +23,15 @@ class CocoFolder(ImageSet):
         file, self._root, self.name = self._locate()
         images, annotations = _read(file)
         known = {}
+        for what in (lambda image: image["id"], self._image_path):
+            for value, n in Counter(map(what, images)).most_common(1):
+                if n > 1:
+                    raise ValueError(f"{file} lists {n} images as {value!r}; each needs its own.")
         for image in images:
             id = self._image_path(image)
+            if Path(id).is_absolute() or ".." in Path(id).parts:
+                message = f"The image {id!r} of {file} lies outside the folder {self._root}"
+                raise ValueError(f"{message}; its file_name must stay below it.")
             if (self._root / id).is_file():
                 known[id] = partial(lambda image: (image, annotations[image["id"]]), image)
         if not known:

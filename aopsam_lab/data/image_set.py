@@ -191,7 +191,7 @@ def _encoded(segmentation: dict | list | None, size: tuple[int, int], where: str
             raise ValueError(f"The counts of a mask of {where} do not add up to its pixels.")
         return coco_mask.frPyObjects(segmentation, *size)
     # pycocotools takes four numbers for a box, and they are no polygon
-    polygons = [part for part in segmentation or [] if len(part) >= 6]
+    polygons = [part for part in segmentation or [] if len(part) >= 6 and len(part) % 2 == 0]
     return coco_mask.merge(coco_mask.frPyObjects(polygons, *size)) if polygons else None
 
 

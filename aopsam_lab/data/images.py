@@ -12,8 +12,8 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 ImageLike = np.ndarray | Image.Image | str | os.PathLike
-SLACK = 1e-3  # how far resampled float pixels may leave [0, 1]
-RESULTS = ("_labels.png", "_overlay.png")  # what an earlier run wrote
+_DEPTHS = (8, 10, 12, 14, 16, 32)
+_SLACK = 1e-3  # how far resampled float pixels may leave [0, 1]
 
 
 def read_image(image: ImageLike) -> np.ndarray:
@@ -24,17 +24,15 @@ def read_image(image: ImageLike) -> np.ndarray:
     Args:
         image: a path or a Pillow image of any mode (of several frames the first); or an array H x
             W, or H x W x 1 (grey), 2 (grey, alpha), 3 (RGB) or 4 (RGB, alpha), of uint8, booleans,
-            floats from 0 to 1, or larger integers of 16 bits, white 65535, unless all are below
-            256.
+            floats from 0 to 1, or larger integers. White of these is the largest value of the
+            smallest usual depth that holds them all: cameras keep 10 to 14 bits in 16-bit files.
 
     Raises:
-        OSError: there is no such file.
+        FileNotFoundError: there is no such file.
         ValueError: what is given is no image, is damaged, empty or out of range.
     """
     if isinstance(image, (str, os.PathLike)):
-        # Pillow 13 maps an uncompressed TIFF opened by name into memory, and scrambles grey and
-        # CMYK ones that are turned by 90 degrees. From bytes it does not.
-        return image_from_bytes(Path(image).read_bytes(), image)
+        return _from_file(Path(image))
     if isinstance(image, Image.Image):
         return _from_pillow(image)
     if isinstance(image, np.ndarray):
@@ -43,11 +41,22 @@ def read_image(image: ImageLike) -> np.ndarray:
     raise ValueError(f"An image is a NumPy array, a Pillow image or a path, not a {kind}.")
 
 
+def _from_file(path: Path) -> np.ndarray:
+    if not path.exists():
+        raise FileNotFoundError(f"There is no image file {path}.")
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder, not an image file.")
+    # Pillow 13 maps an uncompressed TIFF opened by name into memory, and scrambles grey and CMYK
+    # ones that are turned by 90 degrees. From bytes it does not.
+    return image_from_bytes(path.read_bytes(), path)
+
+
 def image_from_bytes(data: bytes, name: str | os.PathLike) -> np.ndarray:
     """The content of an image file as `read_image` gives it; errors bear the name."""
     problem = f"{name} cannot be read as an image"
     try:
         with Image.open(io.BytesIO(data)) as image:
+            image.load()
             return _from_pillow(image)
     except UnidentifiedImageError:  # its own text names a buffer in memory
         raise ValueError(f"{problem}: its format is none that Pillow knows.") from None
@@ -64,32 +73,53 @@ def _from_pillow(image: Image.Image) -> np.ndarray:
     if image.has_transparency_data:
         if image.mode == "La":  # premultiplied grey converts to RGBA only by way of LA
             image = image.convert("LA")
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image.convert("RGBA"))
+        return _over_white(np.asarray(image.convert("RGBA")))
     return np.array(image.convert("RGB"))
 
 
 def _from_array(pixels: np.ndarray) -> np.ndarray:
-    if pixels.ndim == 3 and pixels.shape[2] == 1:
-        pixels = pixels[..., 0]
-    if pixels.ndim != 2 and (pixels.ndim != 3 or pixels.shape[2] not in (2, 3, 4)):
+    shape = pixels.shape
+    if pixels.ndim not in (2, 3) or (pixels.ndim == 3 and shape[2] not in (1, 2, 3, 4)):
+        hint = " Move its channels last." if pixels.ndim == 3 and shape[0] in (1, 3, 4) else ""
         wanted = "H x W, or H x W x 1, 2, 3 or 4 channels"
-        raise ValueError(f"An image array is {wanted}; this has shape {pixels.shape}.")
+        raise ValueError(f"An image array is {wanted}; this has shape {shape}.{hint}")
     if pixels.size == 0:
-        raise ValueError(f"The image array is empty: shape {pixels.shape}.")
-    if pixels.dtype.kind not in "buif":
-        raise ValueError(f"Image arrays hold booleans, integers or floats, not {pixels.dtype}.")
-    if pixels.dtype != np.uint8:
-        low, high, white = pixels.min(), pixels.max(), 1
-        if pixels.dtype.kind in "ui":
-            white = 255 if high < 256 else 65535
-        if not -SLACK <= low <= high <= white + SLACK:  # so NaN are refused, too
+        raise ValueError(f"The image array is empty: shape {shape}.")
+    pixels = _to_uint8(pixels if pixels.ndim == 3 else pixels[..., None])
+    if pixels.shape[2] <= 2:  # grey -> R = G = B
+        pixels = np.concatenate([pixels[..., :1].repeat(3, axis=2), pixels[..., 1:]], axis=2)
+    return _over_white(pixels) if pixels.shape[2] == 4 else np.array(pixels, order="C")
+
+
+def _to_uint8(pixels: np.ndarray) -> np.ndarray:
+    if pixels.dtype == np.uint8:
+        return pixels
+    if pixels.dtype == np.bool_:
+        return pixels.astype(np.uint8) * 255
+    if np.issubdtype(pixels.dtype, np.floating):
+        low, high = float(pixels.min()), float(pixels.max())
+        if not np.isfinite([low, high]).all():
+            raise ValueError("The image array holds NaN or infinite pixels. Replace them first.")
+        if low < -_SLACK or high > 1 + _SLACK:
             raise ValueError(
-                "Float pixels run from 0 to 1, integers from 0 to 255 or 65535; these run from "
-                f"{low} to {high}."
+                f"Float pixels run from 0 to 1; these run from {low:g} to {high:g}. Scale them, or "
+                "pass 8-bit integers."
             )
-        pixels = np.round(pixels.astype(float).clip(0, white) * (255 / white)).astype(np.uint8)
-    return _from_pillow(Image.fromarray(pixels))
+        return np.round(np.clip(pixels, 0, 1).astype(np.float64) * 255).astype(np.uint8)
+    if np.issubdtype(pixels.dtype, np.integer):
+        low, high = int(pixels.min()), int(pixels.max())
+        if low < 0 or high >= 2**32:
+            range_ = f"from 0 to {2**32 - 1} at most; these run from {low} to {high}"
+            raise ValueError(f"Integer pixels run {range_}.")
+        white = next(2**depth - 1 for depth in _DEPTHS if high < 2**depth)
+        return np.round(pixels.astype(np.float64) * (255 / white)).astype(np.uint8)
+    raise ValueError(f"Image arrays hold booleans, integers or floats, not {pixels.dtype}.")
+
+
+def _over_white(rgba: np.ndarray) -> np.ndarray:
+    """(H, W, 4) uint8, alpha not premultiplied -> (H, W, 3) uint8."""
+    colour, alpha = rgba[..., :3].astype(np.uint32), rgba[..., 3:].astype(np.uint32)
+    return ((colour * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
 
 
 def find_images(names: Sequence[str]) -> tuple[list[Path], list[tuple[str, str]]]:
@@ -107,17 +137,27 @@ def find_images(names: Sequence[str]) -> tuple[list[Path], list[tuple[str, str]]
     found: dict[Path, Path] = {}
     bad = []
     for name in names:
-        path = Path(name)
+        path, reason = Path(name), ""
         if path.is_dir():
+            reason = "no images in this folder"
             matches = [file for file in sorted(path.iterdir()) if file.suffix.lower() in endings]
         elif path.exists() or not glob.has_magic(name):
             found.setdefault(path.resolve(), path)  # where it is missing, reading it says so
             continue
         else:
+            reason = "no file matches this pattern"
             matches = [Path(match) for match in sorted(glob.glob(name, recursive=True))]
-        matches = [file for file in matches if file.is_file() and not file.name.endswith(RESULTS)]
+        matches = [file for file in matches if file.is_file() and not _is_result(file)]
         if not matches:
-            bad.append((name, "no images in this folder or pattern"))
+            bad.append((name, reason))
         for match in matches:
             found.setdefault(match.resolve(), match)
     return list(found.values()), bad
+
+
+def _is_result(path: Path) -> bool:
+    """Whether an earlier run wrote this image: its JSON lies beside it."""
+    for ending in ("_labels.png", "_overlay.png"):
+        if path.name.endswith(ending):
+            return path.with_name(path.name[: -len(ending)] + ".json").exists()
+    return False
