@@ -30,7 +30,7 @@ REFERENCE_WIDTH = 256  # smoothing and spacing are in cells of a PCM this wide
 OWN_QUANTILE = 0.1  # of the PEM over a mask's own cells: the lower bound of its threshold
 RIDGE = 0.05  # added to the covariance's diagonal, in units of its mean, before it is inverted
 EVERY = 2  # the covariance is that of every second row and column: a quarter of its cost
-CHANNELS = 2  # every second channel tells objects apart as well, at half the cost of the PEM
+CHANNELS = 2  # of embedding and positions every second channel: half the cost of the PEM
 REFERENCE_IOU = 0.5  # predicted IoU of a mask that may explain waiting prompts
 NO_COSINE = 0.5  # a PEM's value where a cell has no features, as on padding
 # These two were chosen on training photographs: `python -m aopsam_lab.training.trials filtering`

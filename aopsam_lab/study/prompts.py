@@ -2,10 +2,11 @@
 
     python -m aopsam_lab.study.prompts --dataset photos --out reports/prompts
 
-Each grid is compared with `aop` where it may decode as many prompts, strongest first: at its
-default sampling, and at the sampling chosen for that number: few prompts need peaks that lie apart,
-which spreads them over the image, many a sampling that has as many peaks. Every prompt is decoded
-once. Scores go into `OUT/results.sqlite`: a stopped run goes on, and scores nothing twice.
+Each grid is compared with `aop` where it may decode as many prompts, strongest first. `aop` stands
+there twice: with its default sampling, and with one chosen for that number of prompts. Few prompts
+should lie apart, to spread over the image; for many the map must have as many peaks. Every prompt
+is decoded once. Scores go into `OUT/results.sqlite`: a stopped run goes on and scores nothing
+twice.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ DENSE = METHODS["amg_d"]
 SIDES = {grid.side**2: name for name, grid in GRIDS.items()} | {DENSE.side**2: DENSE.name}
 SHARE = 0.4  # of the dense grid's prompts, with which AoP-SAM should come near it
 LIMITS = sorted([*SIDES, int(SHARE * DENSE.side**2)])
-# Chosen on 44 held-out training photographs (`python -m aopsam_lab.training.trials prompts`): up to
-# 196 prompts peaks that keep some distance, for more every peak.
+# Chosen on held-out training photographs: `python -m aopsam_lab.training.trials prompts`. Up to 196
+# prompts the peaks keep some distance; for more every peak counts.
 APART = AsfParams(smoothing=0.5, confidence=0.01, spacing=3.0)
 EVERY_PEAK = AsfParams(smoothing=0.0, confidence=0.005, spacing=2.0)
 SAMPLINGS = {

@@ -32,9 +32,12 @@ ON_MASK = 0.5  # a cell of the PCM's grid is on a mask that covers this share of
 
 
 class Prompt(NamedTuple):
-    """A prompt to learn: points (n, 2) in the image frame, on any of which it may lie; its height.
+    """A prompt to learn.
 
-    The height is in [0, 1].
+    Args:
+        points: (n, 2) float32, x and y in the image frame; a training draws one of them anew each
+            time.
+        height: of the target there, in [0, 1].
     """
 
     points: np.ndarray
