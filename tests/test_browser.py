@@ -213,10 +213,10 @@ def numbers(badge: str) -> tuple[int, int]:
 def test_each_slider_changes_the_image_and_the_badge(lab):
     right, left = ["ArrowRight"], ["ArrowLeft"]
     there = [("elimination", ["End"]), ("smoothing", 8 * right)]
-    there += [("confidence", 20 * right), ("spacing", 8 * right)]
-    # up to 1.2 or so the floor decides, and nothing changes
-    back = [("spacing", 8 * left), ("confidence", 20 * left), ("smoothing", 8 * left)]
-    back += [("elimination", ["Home"]), ("elimination", 100 * right)]
+    there += [("confidence", 40 * right), ("spacing", 8 * right)]
+    # the weakest peak exceeds 0.3; an elimination up to 1.2 changes nothing, as the floor decides
+    back = [("spacing", 8 * left), ("confidence", 40 * left), ("smoothing", 8 * left)]
+    back += [("elimination", ["Home"]), ("elimination", 80 * right)]
     for i, (name, keys) in enumerate(there + back):
         badge, pixels = lab.badge(), lab.pixels()
         lab.page.get_by_label(name, exact=True).focus()
