@@ -159,7 +159,8 @@ METHODS: dict[str, Method] = {
         Aop("aop_no_as_af", adaptive_sampling=False, filtering=False),
         Aop("aop_no_af", filtering=False),
         Aop("aop"),
-        Aop("aop_raw", literal=True),
+        # its `first` was chosen on training photographs: reports/training/filtering.csv
+        Aop("aop_raw", literal=True, first=0.5),
         Aop("aop_gated", gated=True),
     )
 }

@@ -32,7 +32,7 @@ LIMITS = sorted([*SIDES, int(SHARE * DENSE.side**2)])
 # Chosen on held-out training photographs: `python -m aopsam_lab.training.trials prompts`. Up to 196
 # prompts the peaks keep some distance; for more every peak counts.
 APART = AsfParams(smoothing=0.5, confidence=0.01, spacing=3.0)
-EVERY_PEAK = AsfParams(smoothing=0.0, confidence=0.005, spacing=2.0)
+EVERY_PEAK = AsfParams(smoothing=0.25, confidence=0.005, spacing=2.0)
 SAMPLINGS = {
     "aop": dict.fromkeys(LIMITS, AsfParams()),
     "aop, chosen": {limit: APART if limit < 200 else EVERY_PEAK for limit in LIMITS},
