@@ -11,6 +11,7 @@ import pytest
 from aopsam_lab import files
 from aopsam_lab.asf import AsfParams
 from aopsam_lab.data.sample import Sample
+from aopsam_lab.masks.rle import encode_rle
 from aopsam_lab.study import score
 from aopsam_lab.study.settings import SCORING_MODULES, LoadedModels, Setting
 
@@ -52,9 +53,7 @@ def test_what_runs_while_scoring_is_in_the_fingerprint(small_sam, small_predicto
             ran.add(frame.f_code.co_filename)
 
     image = np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8)
-    half = np.zeros((1, 60, 80), bool)
-    half[:, :30] = True
-    sample = Sample("a", image, half)
+    sample = Sample("a", image, encode_rle(np.ones((1, 60, 80), bool)))
     models = LoadedModels(small_sam, small_predictor)
     setting = Setting("aop", "aop", AsfParams(confidence=0.0, spacing=60.0))
     sys.setprofile(note)

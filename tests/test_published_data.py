@@ -20,7 +20,7 @@ from aopsam_lab.data import open_dataset
 from aopsam_lab.data.coco import Coco, Lvis
 from aopsam_lab.data.image_set import ground_truth
 from aopsam_lab.data.sa1b import Sa1b
-from aopsam_lab.data.sample import Sample
+from aopsam_lab.masks.rle import decode_rle
 
 HEIGHT, WIDTH = 30, 40
 TRIANGLE = [[5.0, 5.0, 25.0, 8.0, 12.0, 27.0]]
@@ -132,23 +132,13 @@ def polygons():
 @given(st.lists(polygons(), max_size=3))
 @settings(max_examples=60, deadline=None)
 def test_masks_are_those_of_pycocotools(segmentations):
-    annotations = [
-        {"id": i, "image_id": 0, "segmentation": s, "area": 1} for i, s in enumerate(segmentations)
-    ]
+    annotations = [{"image_id": 0, "segmentation": s} for s in segmentations]
     oracle = COCO()
-    oracle.dataset = {
-        "images": [{"id": 0, "height": HEIGHT, "width": WIDTH}],
-        "annotations": annotations,
-    }
-    oracle.createIndex()
-    expected = [
-        oracle.annToMask(annotation).astype(bool)
-        for annotation in annotations
-        if annotation["segmentation"]
-    ]
-    rles, *_ = ground_truth(annotations, (HEIGHT, WIDTH), "here", Counter())
-    found = Sample("", np.zeros((HEIGHT, WIDTH, 3), np.uint8), rles=rles).masks
+    oracle.imgs = {0: {"height": HEIGHT, "width": WIDTH}}
+    expected = [oracle.annToMask(one) for one in annotations if one["segmentation"]]
     expected = [mask for mask in expected if mask.any()]
+    rles, *_ = ground_truth(annotations, (HEIGHT, WIDTH), "here", Counter())
+    found = decode_rle(rles, (HEIGHT, WIDTH))
     assert np.array_equal(found, np.reshape(expected, (-1, HEIGHT, WIDTH)))
 
 
@@ -248,12 +238,3 @@ def test_a_name_without_its_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match="lvis needs the folder it lies in: lvis:PATH"):
         open_dataset("lvis")
-
-
-def test_a_sample_has_both_forms_of_its_masks():
-    masks = np.stack([blob(0, 0), blob(4, 9)])
-    image = np.zeros((HEIGHT, WIDTH, 3), np.uint8)
-    given_rles = Sample("a", image, rles=Sample("a", image, masks).rles)
-    assert np.array_equal(given_rles.masks, masks)
-    with pytest.raises(ValueError, match="needs its masks"):
-        Sample("a", image)

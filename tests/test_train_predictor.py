@@ -16,6 +16,7 @@ from aopsam_lab import cli
 from aopsam_lab.asf import AsfParams, sample_prompts
 from aopsam_lab.data import open_dataset
 from aopsam_lab.data.sample import Sample
+from aopsam_lab.masks.rle import encode_rle
 from aopsam_lab.pipeline.methods import METHODS
 from aopsam_lab.predictor import BLOCK, SIGMA, PromptPredictor, draw_pcm, load_predictor
 from aopsam_lab.training import examples as training_examples
@@ -39,7 +40,7 @@ def square(x, y, side, size=64):
 
 
 def sample(masks, points=None, clicks=None):
-    return Sample("a", np.zeros((64, 64, 3), np.uint8), np.stack(masks), points, clicks=clicks)
+    return Sample("a", np.zeros((64, 64, 3), np.uint8), encode_rle(np.stack(masks)), points, clicks)
 
 
 def spots(prompts):

@@ -19,19 +19,11 @@ def open_dataset(dataset: str | os.PathLike, n_images: int | None = None, seed: 
 
     Args:
         dataset: "photos", the 28 photographs in the box, with the masks that people drew for COCO;
-            "coco:PATH", "lvis:PATH" or "sa1b:PATH", where PATH is the folder with the files as
-            they are published, or an annotation file or shard in it (see Coco, Lvis, Sa1b);
-            or the path of a COCO-style folder. The plain string "photos" is always the set in the
-            box: give a folder of that name as "./photos", or as a `Path`.
+            "coco:PATH", "lvis:PATH" or "sa1b:PATH" (see Coco, Lvis, Sa1b); or the path of a
+            COCO-style folder. A folder called photos is given as "./photos", or as a `Path`.
         n_images: how many images; None: all of them.
         seed: which images, and their order. The same seed gives the same images, and a larger
             n_images adds to them.
-
-    Returns:
-        The data set, see ImageSet and Sample.
-
-    Raises:
-        ValueError: n_images < 1 or seed < 0; and what the data sets raise.
     """
     if n_images is not None and n_images < 1:
         raise ValueError(f"n_images must be 1 or more, or None; got {n_images}.")

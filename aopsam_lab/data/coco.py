@@ -14,10 +14,7 @@ SOURCE = "sam"  # the `source` of an annotation that a SAM found
 
 
 class CocoFolder(ImageSet):
-    """A folder with `images/` and `annotations.json` in COCO's instances format.
-
-    An id is the image's `file_name`. Arguments, attributes and errors are those of ImageSet.
-    """
+    """A folder with `images/` and `annotations.json`; an id is the image's `file_name`."""
 
     def _find(self) -> dict[str, Known]:
         file, self._root, self.name = self._locate()
@@ -30,8 +27,7 @@ class CocoFolder(ImageSet):
         for image in images:
             id = self._image_path(image)
             if Path(id).is_absolute() or ".." in Path(id).parts:
-                message = f"The image {id!r} of {file} lies outside the folder {self._root}"
-                raise ValueError(f"{message}; its file_name must stay below it.")
+                raise ValueError(f"The image {id!r} of {file} lies outside the folder.")
             if (self._root / id).is_file():
                 known[id] = partial(lambda image: (image, annotations[image["id"]]), image)
         if not known:
@@ -52,23 +48,18 @@ class CocoFolder(ImageSet):
             )
         file = self.path / "annotations.json"
         if not file.is_file():
-            where = "a COCO-style folder has it beside images/"
-            raise FileNotFoundError(f"{self.path} has no annotations.json; {where}.")
+            raise FileNotFoundError(f"{self.path} has no annotations.json beside images/.")
         return file, self.path / "images", self.path.resolve().name
 
     @staticmethod
     def _image_path(image: dict) -> str:
-        """An image's path below the image folder."""
         return image["file_name"]
 
 
 class Coco(CocoFolder):
     """COCO as it is published: `annotations/instances_val2017.json`, and the images in `val2017/`.
 
-    Args:
-        path: the folder that holds both, for the validation split; or the annotation file of
-            another split, such as `annotations/instances_train2017.json`.
-        n_images, seed: as CocoFolder.
+    The path is the folder that holds both, or the annotation file of another split.
     """
 
     def _locate(self) -> tuple[Path, Path, str]:
@@ -82,12 +73,8 @@ class Coco(CocoFolder):
 class Lvis(CocoFolder):
     """LVIS v1 as it is published: `lvis_v1_val.json`, and COCO's `train2017/` and `val2017/`.
 
-    A split's images come from both of COCO's folders, so an id is `val2017/NAME.jpg`.
-
-    Args:
-        path: the folder that holds the three, for the validation split; or the annotation file of
-            another split.
-        n_images, seed: as CocoFolder.
+    The path is the folder that holds the three, or the annotation file of another split. A split's
+    images come from both of COCO's folders, so an id is `val2017/NAME.jpg`.
     """
 
     def _locate(self) -> tuple[Path, Path, str]:
@@ -120,7 +107,7 @@ def _first_folder(folders: list[Path], file: Path) -> Path:
 
 
 def _read(file: Path) -> tuple[list[dict], dict[int, list[dict]]]:
-    """The images of a file in COCO's format, and their annotations by image id."""
+    """The images of a file, and their annotations by image id."""
     annotations: dict[int, list[dict]] = defaultdict(list)
     with expected_format(file):
         content = json.loads(file.read_text(encoding="utf-8"))
@@ -132,20 +119,15 @@ def _read(file: Path) -> tuple[list[dict], dict[int, list[dict]]]:
 def found_masks(dataset: Any) -> dict[str, list[dict]] | None:
     """Read the masks that a SAM found on the images of a data set.
 
-    `found.json` has the format of `annotations.json`. An image is known by its file_name, and the
-    file may list images that `dataset` has not taken. Annotations may have a `source`; only those
-    of "sam" are read.
-
-    Args:
-        dataset: a data set as `open_dataset` opens it.
+    `found.json` has the format of `annotations.json`. It may list images that `dataset` has not
+    taken. Annotations may have a `source`; only those of "sam" are read.
 
     Returns:
         For each id of the data set a list of COCO RLE in the image frame, in the order of the file;
         or None where the data set is no COCO-style folder or has no `found.json`.
 
     Raises:
-        ValueError: the file is not in COCO's format, an image of the data set is not in it, or a
-            mask does not have its image's size.
+        ValueError: the file is not in COCO's format, or does not fit the data set.
     """
     file = dataset.path / "found.json" if isinstance(dataset, CocoFolder) else None
     if file is None or not file.is_file():
@@ -158,5 +140,5 @@ def found_masks(dataset: Any) -> dict[str, list[dict]] | None:
             advice = "Find the masks of this image too, or remove the file."
             raise ValueError(f"{file} does not list {name!r}. {advice}")
         by_sam = [one for one in by_name[name] if one.get("source", SOURCE) == SOURCE]
-        found[name] = ground_truth(by_sam, size, f"{name} in {file}", Counter()).rles
+        found[name] = ground_truth(by_sam, size, f"{name} in {file}", Counter())[0]
     return found

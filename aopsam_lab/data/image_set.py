@@ -9,7 +9,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from pycocotools import mask as coco_mask
@@ -20,32 +19,19 @@ from aopsam_lab.data.sample import Sample
 Known = Callable[[], tuple[dict, list[dict]]]  # gives COCO's record of an image and its annotations
 
 
-class GroundTruth(NamedTuple):
-    """The masks of one image.
-
-    Args:
-        rles: N COCO RLE.
-        points: (N, 2) float32, a prompt point (x, y) for each, where all have one; else None.
-        clicks: for each the points [x, y] known to give it, where the file has any; else None.
-    """
-
-    rles: list[dict]
-    points: np.ndarray | None
-    clicks: list[list[list[float]]] | None
+GroundTruth = tuple[list[dict], np.ndarray | None, list[list[list[float]]] | None]
 
 
 class ImageSet:
     """Images with masks in COCO's format. Opening reads each image taken once, for its hash.
 
     An image without masks stays: methods run on it, the scores skip it. One whose file is missing
-    is left out before the n images are chosen. `ground_truth` says which masks are left out. All
-    are counted, see `describe`.
+    is left out before the n images are chosen.
 
     Args:
         path: where it lies; see the subclasses.
-        n_images: how many images to take, None for all; where there are fewer, all.
-        seed: which: images are ordered by a hash of the seed and their id. So a seed always gives
-            the same images, and fewer images are a part of more.
+        n_images: how many images to take at most, None for all.
+        seed: orders the images, with their ids; fewer images are the first of more.
 
     Attributes:
         ids: of the images taken; unique.
@@ -66,7 +52,7 @@ class ImageSet:
             known = self._find()
         self._available = len(known)
         self.ids = sorted(known, key=lambda id: _order(seed, id))[:n_images]
-        self._truth: list[GroundTruth] = []
+        self._ground_truth: list[GroundTruth] = []
         self.sizes: list[tuple[int, int]] = []
         self._fingerprints: list[str] = []
         for id in self.ids:
@@ -79,17 +65,17 @@ class ImageSet:
         raise NotImplementedError
 
     def _image_bytes(self, id: str) -> bytes:
-        """The file of an image."""
         raise NotImplementedError
 
     def _take(self, id: str, record: dict, annotations: list[dict]) -> None:
         size = record["height"], record["width"]
         found = ground_truth(annotations, size, f"{id} of {self.path}", self._counts)
+        rles, points, _ = found
         digest = hashlib.sha256(self._image_bytes(id))
-        for i, rle in enumerate(found.rles):
-            point = None if found.points is None else found.points[i].tolist()
+        for i, rle in enumerate(rles):
+            point = None if points is None else points[i].tolist()
             digest.update(b"|" + rle["counts"] + json.dumps(point).encode())
-        self._truth.append(found)
+        self._ground_truth.append(found)
         self.sizes.append(size)
         self._fingerprints.append(digest.hexdigest())
 
@@ -97,36 +83,28 @@ class ImageSet:
         return len(self.ids)
 
     def __getitem__(self, i: int) -> Sample:
-        """Read image i; its masks are in the order of the file.
-
-        Raises:
-            ValueError: it is no image, or has not the size that its masks were made for.
-        """
-        rles, points, clicks = self._truth[i]
+        """Read image i; its masks are in the order of the file."""
         where = f"{self.ids[i]} of {self.path}"
         image = image_from_bytes(self._image_bytes(self.ids[i]), where)
         if image.shape[:2] != self.sizes[i]:
             said = "{} x {}".format(*self.sizes[i])
             raise ValueError(f"{where} has {image.shape[:2]} pixels, its annotations say {said}.")
-        return Sample(self.ids[i], image, points=points, rles=rles, clicks=clicks)
+        return Sample(self.ids[i], image, *self._ground_truth[i])
 
     def sample_fingerprint(self, i: int) -> str:
         """A hash of the bytes of image i and of its masks."""
         return self._fingerprints[i]
 
     def describe(self) -> dict[str, str | int]:
-        """Name, fingerprint and counts: of images and masks, and of what was left out, by reason.
-
-        images_available counts the files that are there, missing_images those that are not; the
-        rest is about the images taken.
-        """
+        """Name, fingerprint, counts; images_available and missing_images are of the whole set."""
+        n_masks = [len(rles) for rles, *_ in self._ground_truth]
         return {
             "name": self.name,
             "fingerprint": self.fingerprint,
             "images": len(self),
             "images_available": self._available,
-            "masks": sum(len(found.rles) for found in self._truth),
-            "images_without_masks": sum(not found.rles for found in self._truth),
+            "masks": sum(n_masks),
+            "images_without_masks": n_masks.count(0),
             "missing_images": self._counts["missing_images"],
             "crowd_regions": self._counts["crowd_regions"],
             "annotations_without_mask": self._counts["annotations_without_mask"],
@@ -148,8 +126,7 @@ def ground_truth(
 ) -> GroundTruth:
     """Read one image's annotations, in their order.
 
-    Crowd regions (`iscrowd` 1) mark many objects at once and are left out, as is an annotation
-    whose mask has no pixel.
+    Crowd regions (`iscrowd` 1) and masks without a pixel are left out.
 
     Args:
         annotations: COCO's records; segmentations are polygons or RLE.
@@ -157,8 +134,9 @@ def ground_truth(
         where: what errors name.
         left_out: counts crowd_regions and annotations_without_mask.
 
-    Raises:
-        ValueError: a mask does not fit the image.
+    Returns:
+        N COCO RLE; (N, 2) float32 prompt points (x, y), None unless all masks have one; for each
+        mask the points [x, y] known to give it, None where the file has none.
     """
     rles, points, clicks = [], [], []
     for annotation in annotations:
@@ -172,11 +150,8 @@ def ground_truth(
         rles.append(rle)
         points.append(annotation.get("point_coords"))
         clicks.append(annotation.get("clicks", []))
-    return GroundTruth(
-        rles,
-        np.float32([p[0] for p in points]) if points and all(points) else None,
-        clicks if any(clicks) else None,
-    )
+    first = np.float32([p[0] for p in points]) if points and all(points) else None
+    return rles, first, clicks if any(clicks) else None
 
 
 def _encoded(segmentation: dict | list | None, size: tuple[int, int], where: str) -> dict | None:

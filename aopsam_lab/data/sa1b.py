@@ -27,10 +27,9 @@ class _Bytes(NamedTuple):
 class Sa1b(ImageSet):
     """Images of SA-1B with their masks and the prompt points these were made from.
 
-    An id is the name without ending. An image without its JSON, or the other way round, counts as
-    missing. The path is a folder with `sa_*.jpg` and `sa_*.json`, with tar shards
-    (`sa_000000.tar`), or with both, also in folders below it; or one shard. A shard is read where
-    it lies. Other arguments, attributes and errors are those of ImageSet.
+    The path is a folder with such files or tar shards, also in folders below it; or one shard, read
+    where it lies. An id is the name without ending. An image or a JSON without the other counts as
+    missing.
     """
 
     name = "sa1b"
@@ -40,14 +39,11 @@ class Sa1b(ImageSet):
         for shard in [self.path] if self.path.is_file() else self.path.rglob("*.tar"):
             self._places |= _members(shard)
         names = {Path(name).stem for name in self._places if name.endswith((".jpg", ".json"))}
-        pairs = {
-            name
-            for name in names
-            if f"{name}.jpg" in self._places and f"{name}.json" in self._places
-        }
+        pairs = {name for name in names if {f"{name}.jpg", f"{name}.json"} <= self._places.keys()}
         if not pairs:
-            where = f"{self.path}, nor in a .tar there"
-            raise FileNotFoundError(f"There is no sa_*.jpg with its .json in {where}.")
+            raise FileNotFoundError(
+                f"There is no sa_*.jpg with its .json in {self.path}, nor in a .tar there."
+            )
         self._counts["missing_images"] = len(names) - len(pairs)
         return {name: partial(self._annotated, name) for name in pairs}
 
@@ -60,7 +56,6 @@ class Sa1b(ImageSet):
 
 
 def _members(shard: Path) -> dict[str, _Bytes]:
-    """The places of a shard's files by name."""
     try:
         with tarfile.open(shard, "r:") as archive:
             return {
