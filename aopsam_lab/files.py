@@ -10,23 +10,16 @@ from collections.abc import Iterable
 from pathlib import Path
 
 PACKAGE = Path(__file__).parent
+_DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
-def write_atomically(
-    path: str | os.PathLike, data: bytes | str | Iterable[bytes | memoryview]
-) -> Path:
-    """Write text (as UTF-8), bytes or pieces of bytes; make the folder; return the path.
-
-    No reader, and no run that is killed, ever meets half of the file.
-    """
+def write_atomically(path: str | os.PathLike, data: bytes | str) -> Path:
+    """Write text (as UTF-8) or bytes, never half of it; make the folder; return the path."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{uuid.uuid4().hex}.tmp")
-    if isinstance(data, str):
-        data = data.encode("utf-8")
     try:
-        with beside.open("wb") as file:
-            file.writelines([data] if isinstance(data, (bytes, bytearray, memoryview)) else data)
+        beside.write_bytes(data.encode("utf-8") if isinstance(data, str) else data)
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
@@ -34,7 +27,7 @@ def write_atomically(
 
 
 def modules(package: Path = PACKAGE) -> dict[str, Path]:
-    """The modules of a package by name, such as `aopsam_lab.sam.zoo`, and their files."""
+    """The files of a package's modules, by names such as `aopsam_lab.sam.zoo`."""
     found = {}
     for path in sorted(package.rglob("*.py")):
         parts = path.relative_to(package.parent).with_suffix("").parts
@@ -78,13 +71,7 @@ def code_fingerprint(roots: Iterable[str]) -> str:
     for name in sorted(modules_behind(roots, known)):
         tree = ast.parse(known[name].read_text(encoding="utf-8"))
         for node in ast.walk(tree):
-            body = getattr(node, "body", None)
-            if isinstance(body, list) and body and _is_text(body[0]):
-                del body[0]
+            if isinstance(node, _DOCUMENTED) and ast.get_docstring(node, clean=False) is not None:
+                del node.body[0]
         digest.update(f"{name} {ast.dump(tree)}".encode())
     return digest.hexdigest()
-
-
-def _is_text(node: ast.stmt) -> bool:
-    value = node.value if isinstance(node, ast.Expr) else None
-    return isinstance(value, ast.Constant) and isinstance(value.value, str)

@@ -66,7 +66,7 @@ def test_a_file_is_fetched_once_and_anew_where_it_was_changed(server, capsys):
     kept_file("vit_b").write_bytes(server.content[:9])
     with pytest.raises(ValueError, match="not the official sam_vit_b.pth.*vit_b. fetches it anew"):
         load_sam("vit_b", device="cpu")
-    assert download("vit_b", progress=False).read_bytes() == server.content
+    assert download("vit_b").read_bytes() == server.content
 
 
 def test_what_cannot_be_fetched_is_one_clear_error(server, capsys):
@@ -82,7 +82,7 @@ def test_what_cannot_be_fetched_is_one_clear_error(server, capsys):
 def test_an_official_file_that_turns_out_to_hold_code_never_runs(server, tmp_path):
     torch.save({"model": RunsCode(tmp_path / "ran")}, tmp_path / "evil.pth")
     server.offer((tmp_path / "evil.pth").read_bytes())  # as if the file had been replaced
-    download("vit_b", progress=False)
+    download("vit_b")
     with pytest.raises(ValueError, match="never run"):
         load_sam("vit_b", device="cpu")
     assert not (tmp_path / "ran").exists()
@@ -99,7 +99,7 @@ def test_load_sam_says_what_to_fetch_and_loads_it(server, tmp_path, monkeypatch)
     with pytest.raises(ValueError, match="download yolov8n"):
         load_detector("yolov8n", "cpu")
     assert server.asked == 0
-    download("vit_b", progress=False)
+    download("vit_b")
     sam = load_sam("vit_b", device="cpu")
     assert sam.spec.sha256 == OFFICIAL["vit_b"].sha256
     assert all(torch.equal(value, original[key]) for key, value in sam.state_dict().items())

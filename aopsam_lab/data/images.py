@@ -31,17 +31,14 @@ def read_image(image: ImageLike) -> np.ndarray:
         FileNotFoundError: there is no such file.
         ValueError: what is given is no image, is damaged, empty or out of range.
     """
-    if isinstance(image, (str, os.PathLike)):
-        return _from_file(Path(image))
     if isinstance(image, Image.Image):
         return _from_pillow(image)
     if isinstance(image, np.ndarray):
         return _from_array(image)
-    kind = type(image).__name__
-    raise ValueError(f"An image is a NumPy array, a Pillow image or a path, not a {kind}.")
-
-
-def _from_file(path: Path) -> np.ndarray:
+    if not isinstance(image, (str, os.PathLike)):
+        kind = type(image).__name__
+        raise ValueError(f"An image is a NumPy array, a Pillow image or a path, not a {kind}.")
+    path = Path(image)
     if not path.exists():
         raise FileNotFoundError(f"There is no image file {path}.")
     if path.is_dir():
@@ -101,16 +98,12 @@ def _to_uint8(pixels: np.ndarray) -> np.ndarray:
         if not np.isfinite([low, high]).all():
             raise ValueError("The image array holds NaN or infinite pixels. Replace them first.")
         if low < -_SLACK or high > 1 + _SLACK:
-            raise ValueError(
-                f"Float pixels run from 0 to 1; these run from {low:g} to {high:g}. Scale them, or "
-                "pass 8-bit integers."
-            )
+            raise ValueError(f"Float pixels run from 0 to 1; these from {low:g} to {high:g}.")
         return np.round(np.clip(pixels, 0, 1).astype(np.float64) * 255).astype(np.uint8)
     if np.issubdtype(pixels.dtype, np.integer):
         low, high = int(pixels.min()), int(pixels.max())
         if low < 0 or high >= 2**32:
-            range_ = f"from 0 to {2**32 - 1} at most; these run from {low} to {high}"
-            raise ValueError(f"Integer pixels run {range_}.")
+            raise ValueError(f"Integer pixels run from 0 to 2**32 - 1; these from {low} to {high}.")
         white = next(2**depth - 1 for depth in _DEPTHS if high < 2**depth)
         return np.round(pixels.astype(np.float64) * (255 / white)).astype(np.uint8)
     raise ValueError(f"Image arrays hold booleans, integers or floats, not {pixels.dtype}.")
@@ -123,12 +116,11 @@ def _over_white(rgba: np.ndarray) -> np.ndarray:
 
 
 def find_images(names: Sequence[str]) -> tuple[list[Path], list[tuple[str, str]]]:
-    """Find image files.
+    """Find image files; results of an earlier run are not taken from folders and patterns.
 
     Args:
         names: files, whatever their ending; folders, of which the files directly in them whose
-            ending Pillow knows; glob patterns, which may hold `**`. Results of an earlier run are
-            not taken from folders and patterns.
+            ending Pillow knows; glob patterns, which may hold `**`.
 
     Returns:
         The files in that order, each once; and (name, reason) of names that give none.

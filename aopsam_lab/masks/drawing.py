@@ -13,7 +13,6 @@ from pycocotools import mask as coco_mask
 
 # Okabe and Ito's colours (2008), told apart with every common kind of colour vision, less black.
 OKABE_ITO = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7")
-MAX_LABELS = 65535
 
 
 def mask_colours(n: int) -> np.ndarray:
@@ -34,12 +33,9 @@ def label_image(masks: Sequence[dict], size: tuple[int, int]) -> np.ndarray:
 
     Returns:
         (H, W) uint16, i + 1 where COCO RLE i is on top, 0 where there is none.
-
-    Raises:
-        ValueError: there are more masks than 16 bits can number.
     """
-    if len(masks) > MAX_LABELS:
-        raise ValueError(f"A 16-bit label image holds {MAX_LABELS} masks, not {len(masks)}.")
+    if len(masks) > 65535:
+        raise ValueError(f"A 16-bit label image holds 65535 masks, not {len(masks)}.")
     labels = np.zeros(size, dtype=np.uint16, order="F")  # as masks decode: columns first
     for i in painting_order(masks):
         pixels, (x, y) = _cut_out(masks[i])

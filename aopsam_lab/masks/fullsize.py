@@ -1,9 +1,8 @@
 """Masks at the image's own size, from low-resolution logits.
 
 `Sam.postprocess_masks` resizes twice, both times linearly: to the model frame, and from the part of
-that which is image to the image. On a CPU, OpenCV does this mask by mask. Of a large image only the
-rows are made that the mask can be on: a pixel is a weighted mean of the logits around it, so it
-exceeds a threshold only where one of these does.
+that which is image to the image. Of a large image only the rows are made that the mask can be on: a
+pixel is a weighted mean of the logits around it, so it exceeds a threshold only where one does.
 """
 
 from __future__ import annotations
@@ -27,17 +26,11 @@ GPU_PIXELS = 1 << 26  # of masks that a GPU resizes at a time
 
 @dataclass(frozen=True)
 class FullSize:
-    """Resizes low-resolution logits (n, 4h, 4w), model frame, to masks of one image.
+    """Resizes low-resolution logits (n, 4h, 4w), model frame, to masks of one image."""
 
-    Args:
-        model: S, the side of the model frame.
-        input_size: (height, width) of the scaled image in the model frame.
-        image_size: (H, W) of the image.
-    """
-
-    model: int
-    input_size: tuple[int, int]
-    image_size: tuple[int, int]
+    model: int  # S, the side of the model frame
+    input_size: tuple[int, int]  # (height, width) of the scaled image in the model frame
+    image_size: tuple[int, int]  # (H, W) of the image
 
     def measure(
         self, logits: Tensor, threshold: float, offset: float, least: float = 0.0
@@ -51,8 +44,7 @@ class FullSize:
             least: boxes of masks with a lower score are not needed and may be 0.
 
         Returns:
-            Scores (n,), NaN for 0 / 0; boxes (n, 4) long, x0 y0 x1 y1, inclusive pixel indices, 0
-            for an empty mask.
+            Scores (n,), NaN for 0 / 0; boxes (n, 4), inclusive pixel indices, 0 for an empty mask.
         """
         scores = logits.new_full((len(logits),), float("nan"))
         boxes = torch.zeros(len(logits), 4, dtype=torch.long, device=logits.device)
@@ -88,7 +80,7 @@ class FullSize:
         """Of each mask the rows of pixels that may exceed `least`, and which is the first."""
         (height, width), (used_y, used_x) = self.image_size, self.input_size
         for mask in logits.numpy():
-            model = cv2.resize(mask, (self.model, self.model), interpolation=cv2.INTER_LINEAR)
+            model = cv2.resize(mask, (self.model, self.model))
             model, first, last = model[:used_y, :used_x], 0, height
             if height * width > WHOLE_PIXELS:
                 on = (model > least).any(1).nonzero()[0]
@@ -102,8 +94,7 @@ class FullSize:
             if first == last:
                 yield np.zeros((0, width), np.float32), 0
                 continue
-            size = (width, last - first)
-            yield cv2.resize(model, size, interpolation=cv2.INTER_LINEAR), first
+            yield cv2.resize(model, (width, last - first)), first  # linearly
 
     def _batches(self, logits: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """Full-size logits (k, H, W) of a few masks at a time, and which masks these are."""

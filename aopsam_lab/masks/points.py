@@ -15,9 +15,6 @@ def deepest_point(mask: np.ndarray) -> tuple[float, float, float]:
     Returns:
         x, y in the image frame and the distance in pixels from that pixel's centre to the nearest
         centre outside. Of several such pixels the first in reading order.
-
-    Raises:
-        ValueError: the mask is empty.
     """
     mask = np.ascontiguousarray(mask, dtype=np.uint8)
     if mask.ndim != 2 or not mask.any():

@@ -1,8 +1,7 @@
 """The official weights: where they are, and how they are fetched, checked and kept.
 
-They lie in one folder, `AOPSAM_CACHE` in the environment or the system's cache folder. A file takes
-its own name there only once its sha256 is right. Meta publishes no sha256; those here are what many
-public projects quote for the same addresses.
+A file takes its own name in the cache folder only once its sha256 is right. Meta publishes no
+sha256; those here are what many public projects quote for the same addresses.
 """
 
 from __future__ import annotations
@@ -71,20 +70,8 @@ def kept_file(name: str) -> Path:
     return cache_folder() / OFFICIAL[name].name
 
 
-def command(name: str) -> str:
-    """What to type to fetch a file."""
-    return f"python -m aopsam_lab download {name}"
-
-
-def download(name: str, progress: bool = True) -> Path:
-    """Fetch an official file into the cache folder, unless it is there; check its sha256.
-
-    Args:
-        name: a key of OFFICIAL.
-        progress: whether to show a bar.
-
-    Returns:
-        Its path.
+def download(name: str) -> Path:
+    """Fetch a file of OFFICIAL into the cache folder, unless it is there; return its path.
 
     Raises:
         ValueError: there is no such file, or the server's is not the official one.
@@ -98,10 +85,9 @@ def download(name: str, progress: bool = True) -> Path:
 
     wanted, path = OFFICIAL[name], kept_file(name)
     pooch.get_logger().setLevel("WARNING")
-    fetch = pooch.HTTPDownloader(progressbar=progress)
-    place = {"fname": path.name, "path": path.parent}
+    known_hash = f"sha256:{wanted.sha256}"
     try:
-        pooch.retrieve(wanted.url, f"sha256:{wanted.sha256}", **place, downloader=fetch)
+        pooch.retrieve(wanted.url, known_hash, path.name, path.parent, progressbar=True)
     except RequestException as error:
         raise ConnectionError(
             f"{wanted.url} could not be fetched ({error}). Try again later, or put the file, "

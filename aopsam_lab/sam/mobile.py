@@ -12,9 +12,7 @@ WIDTH, STRIDE = 256, 16
 def build_mobile_sam() -> Sam:
     """An untrained MobileSAM with the keys and shapes of the official `mobile_sam.pt`.
 
-    Returns:
-        The model: 1024 x 1024 pixels in, an embedding of 256 x 64 x 64 out. Call `.eval()` again
-        after loading weights: TinyViT stores its attention biases in evaluation mode.
+    Call `.eval()` again after loading weights: TinyViT stores its attention biases then.
     """
     with warnings.catch_warnings():
         # mobile_sam uses old names of timm's modules and registers models that timm has as well

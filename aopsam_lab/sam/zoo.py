@@ -15,18 +15,14 @@ from segment_anything import sam_model_registry
 from segment_anything.modeling import Sam
 from torch import Tensor
 
-from aopsam_lab.sam.download import OFFICIAL, command, kept_file
+from aopsam_lab.sam.download import OFFICIAL, kept_file
 from aopsam_lab.sam.mobile import build_mobile_sam
 from aopsam_lab.weights import WEIGHTS
 
 BUNDLED = {"mobile_sam": WEIGHTS / "mobile_sam.safetensors"}
 DEFAULT = "mobile_sam"
-MODELS: dict[str, Callable[[], Sam]] = {
-    "mobile_sam": build_mobile_sam,
-    "vit_b": sam_model_registry["vit_b"],
-    "vit_l": sam_model_registry["vit_l"],
-    "vit_h": sam_model_registry["vit_h"],
-}
+_VITS = {name: sam_model_registry[name] for name in ("vit_b", "vit_l", "vit_h")}
+MODELS: dict[str, Callable[[], Sam]] = {"mobile_sam": build_mobile_sam, **_VITS}
 # SamAutomaticMaskGenerator's defaults, chosen for the official models.
 PRED_IOU_THRESH = 0.88
 STABILITY_SCORE_THRESH = 0.95
@@ -34,18 +30,12 @@ STABILITY_SCORE_THRESH = 0.95
 
 @dataclass(frozen=True)
 class SamSpec:
-    """Which SAM this is, and the two thresholds that its masks are filtered with.
+    """Which SAM this is, and the two thresholds that its masks are filtered with."""
 
-    Args:
-        name: its name in the zoo, or "custom".
-        pred_iou_thresh, stability_score_thresh: as SamAutomaticMaskGenerator.
-        sha256: of its weights file; "" for a Sam that is not from the zoo.
-    """
-
-    name: str
+    name: str  # in the zoo, or "custom"
     pred_iou_thresh: float
     stability_score_thresh: float
-    sha256: str
+    sha256: str  # of its weights file; "" for a Sam that is not from the zoo
 
 
 def load_sam(
@@ -64,9 +54,6 @@ def load_sam(
             official file in the cache folder, whose sha256 is checked.
         device: "auto" (the GPU if there is one), "cpu", "cuda", ...
 
-    Returns:
-        The model on `device`.
-
     Raises:
         OSError: the file is missing or cannot be read.
         ValueError: an unknown name, a model without its file, or a file that is damaged, holds more
@@ -82,8 +69,7 @@ def load_sam(
     found = identify(state)
     if found not in (name, None):
         raise ValueError(
-            f"{path} holds the weights of {found}, not of {name}: use load_sam({found!r}, ...), or "
-            f"pass {name}'s own file."
+            f"{path} holds the weights of {found}, not of {name}: use load_sam({found!r}, ...)."
         )
     sam = MODELS[name]()
     try:
@@ -91,32 +77,23 @@ def load_sam(
     except RuntimeError as error:  # a line for each kind of difference, with all its keys
         reason = shorten(str(error), 300, placeholder=" ...")
         raise ValueError(f"{path} does not fit {name}: {reason}") from error
-    thresholds = (
-        float(metadata.get("pred_iou_thresh", PRED_IOU_THRESH)),
-        float(metadata.get("stability_score_thresh", STABILITY_SCORE_THRESH)),
-    )
-    sam.spec = SamSpec(name, *thresholds, file_sha256(path))
+    pred_iou = float(metadata.get("pred_iou_thresh", PRED_IOU_THRESH))
+    stability = float(metadata.get("stability_score_thresh", STABILITY_SCORE_THRESH))
+    sam.spec = SamSpec(name, pred_iou, stability, file_sha256(path))
     return sam.requires_grad_(False).to(device).eval()
 
 
 def official_weights(name: str) -> Path:
-    """The official file of a model in the cache folder.
-
-    Args:
-        name: a key of OFFICIAL.
-
-    Raises:
-        ValueError: it is not there, or its sha256 is not the official one.
-    """
-    path = kept_file(name)
+    """The path of a file of OFFICIAL; ValueError where it is not in the cache, or another file."""
+    path, command = kept_file(name), f"python -m aopsam_lab download {name}"
     if not path.exists():
         raise ValueError(
             f"{name} needs its weights {path.name} ({OFFICIAL[name].size / 1e6:,.0f} MB): "
-            f"run `{command(name)}`, or pass the path of such a file as checkpoint."
+            f"run `{command}`, or pass the path of such a file as checkpoint."
         )
     if file_sha256(path) != OFFICIAL[name].sha256:
         raise ValueError(
-            f"{path} is not the official {path.name}: its sha256 differs. `{command(name)}` "
+            f"{path} is not the official {path.name}: its sha256 differs. `{command}` "
             "fetches it anew; weights of your own are passed as checkpoint."
         )
     return path
@@ -128,11 +105,7 @@ def spec_of(sam: Sam) -> SamSpec:
 
 
 def resolve_device(device: str | torch.device = "auto") -> torch.device:
-    """A device by name; "auto" is the CUDA GPU if there is one, else the CPU.
-
-    Raises:
-        ValueError: this machine has no such device.
-    """
+    """A device by name; "auto": the CUDA GPU or else the CPU. ValueError where there is none."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -140,10 +113,8 @@ def resolve_device(device: str | torch.device = "auto") -> torch.device:
         torch.empty(0, device=chosen)
     # torch says "absent" in all these ways
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(
-            f"Device {str(device)!r} cannot be used here ({_first_line(error)}). Use 'auto' or "
-            "'cpu'."
-        ) from error
+        reason = f"cannot be used here ({_first_line(error)})"
+        raise ValueError(f"Device {str(device)!r} {reason}. Use 'auto' or 'cpu'.") from error
     return chosen
 
 
