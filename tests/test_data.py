@@ -34,15 +34,6 @@ def as_string(mask: np.ndarray) -> dict:
     return {"size": [HEIGHT, WIDTH], "counts": rle["counts"].decode("ascii")}
 
 
-def as_list(mask: np.ndarray) -> dict:
-    flat, counts, value = mask.flatten(order="F"), [], 0
-    while len(flat):
-        run = len(flat) if (flat == value).all() else int(np.argmax(flat != value))
-        counts.append(run)
-        flat, value = flat[run:], 1 - value
-    return {"size": [HEIGHT, WIDTH], "counts": counts}
-
-
 def write(folder: Path, segmentations: list[list], **extra) -> Path:
     """A folder of as many images as there are lists; their annotations, `extra` added to each."""
     images, annotations = {}, {}
@@ -62,8 +53,10 @@ def edit(folder: Path, change) -> None:
 
 
 def test_masks_are_those_of_pycocotools(tmp_path):
-    shape = square(3, 4, 5)
-    folder = write(tmp_path / "set", [[TRIANGLE, TWO_PARTS], [as_string(shape), as_list(shape)]])
+    # a square of 5 x 5 as lengths of runs, by columns
+    runs = [4 * HEIGHT + 3, *[5, HEIGHT - 5] * 4, 5, 4 + 11 * HEIGHT]
+    as_list = {"size": [HEIGHT, WIDTH], "counts": runs}
+    folder = write(tmp_path / "set", [[TRIANGLE, TWO_PARTS], [as_string(square(3, 4, 5)), as_list]])
     coco = COCO(str(folder / "annotations.json"))
     dataset = CocoFolder(folder)
     for i, name in enumerate(dataset.ids):
@@ -126,19 +119,15 @@ def test_the_fingerprint_follows_the_content(tmp_path):
     assert CocoFolder(folder).sample_fingerprint(1 - i) != before.sample_fingerprint(1 - i)
 
 
-def test_prompt_points_are_read_where_the_file_has_them(tmp_path):
-    folder = write(tmp_path / "set", [[TRIANGLE, TWO_PARTS]], point_coords=[[7.5, 3.5]])
-    assert CocoFolder(folder)[0].points.tolist() == [[7.5, 3.5], [7.5, 3.5]]
-
-
-def test_a_photograph_taken_sideways(tmp_path):
-    folder = write(tmp_path / "set", [[TRIANGLE]])
+def test_a_photograph_taken_sideways_and_prompt_points(tmp_path):
+    folder = write(tmp_path / "set", [[TRIANGLE]], point_coords=[[7.5, 3.5]])
     exif = Image.Exif()
     exif[0x0112] = 6
     picture = Image.new("RGB", (HEIGHT, WIDTH))  # stored sideways
     picture.save(folder / "images" / "picture0.png", exif=exif)
     sample = CocoFolder(folder)[0]
     assert sample.image.shape == (HEIGHT, WIDTH, 3) and sample.masks.shape == (1, HEIGHT, WIDTH)
+    assert sample.points.tolist() == [[7.5, 3.5]]
 
 
 def segmentation(value: dict):
@@ -180,6 +169,8 @@ def test_no_folder_no_annotations_and_arguments_out_of_range(tmp_path):
         open_dataset(tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError, match="annotations.json"):
         open_dataset(tmp_path)
+    with pytest.raises(ValueError, match="lvis needs the folder it lies in: lvis:PATH"):
+        open_dataset("lvis")
     with pytest.raises(ValueError, match="n_images"):
         open_dataset("photos", 0)
     with pytest.raises(ValueError, match="seed"):
