@@ -25,9 +25,7 @@ def way(request, monkeypatch):
 NEAR = 2e-5  # logits this near to a cut may fall to either side: resizing works in float32
 
 
-def stock(
-    logits: torch.Tensor, model: int, input_size: tuple[int, int], image_size: tuple[int, int]
-) -> torch.Tensor:
+def stock(logits, model, input_size, image_size) -> torch.Tensor:
     """``Sam.postprocess_masks`` of (n, L, L) logits."""
     scaled = F.interpolate(logits[:, None], (model, model), mode="bilinear", align_corners=False)
     part = scaled[..., : input_size[0], : input_size[1]]
@@ -40,15 +38,8 @@ def blobs(low: int, seed: int) -> torch.Tensor:
     coarse = torch.randn(3, 1, 6, 6, generator=generator) * 8
     coarse = F.interpolate(coarse, (low, low), mode="bicubic")[:, 0]
     ragged = 3 * torch.randn(1, low, low, generator=generator)
-    return torch.cat(
-        [
-            coarse,
-            ragged,
-            torch.full((2, low, low), -5.0),
-            torch.full((1, low, low), 5.0),
-            0.05 * ragged,
-        ]
-    )
+    empty, full = torch.full((2, low, low), -5.0), torch.full((1, low, low), 5.0)
+    return torch.cat([coarse, ragged, empty, full, 0.05 * ragged])
 
 
 def same(logits, model, input_size, image_size, threshold=0.0, offset=1.0) -> None:
@@ -93,15 +84,13 @@ def test_equals_resizing_everything(low, model, input_size, image_size):
     deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(
-    st.integers(1, 64),
-    st.integers(1, 64),
-    st.integers(1, 90),
-    st.integers(1, 90),
+    st.tuples(*[st.integers(1, 64)] * 2),
+    st.tuples(*[st.integers(1, 90)] * 2),
     st.sampled_from([16, 32]),
     st.integers(0, 99),
 )
-def test_equals_resizing_everything_at_any_size(used_y, used_x, height, width, low, seed):
-    same(blobs(low, seed), 64, (used_y, used_x), (height, width))
+def test_equals_resizing_everything_at_any_size(used, size, low, seed):
+    same(blobs(low, seed), 64, used, size)
 
 
 def test_a_box_of_few_pixels_by_hand():

@@ -46,10 +46,6 @@ def test_its_embedding_and_masks_are_those_of_the_mobile_sam_package(sam):
     theirs.set_image(image)
     ours.set_image(image)
     assert torch.equal(theirs.features, ours.features)
-    point = {
-        "point_coords": np.array([[60.0, 40.0]]),
-        "point_labels": np.array([1]),
-        "return_logits": True,
-    }
-    for found, expected in zip(ours.predict(**point), theirs.predict(**point), strict=True):
+    both = (one.predict(np.array([[60.0, 40.0]]), np.array([1])) for one in (ours, theirs))
+    for found, expected in zip(*both, strict=True):
         assert np.allclose(found, expected, atol=1e-4)

@@ -10,7 +10,6 @@ import torch
 from segment_anything import SamPredictor
 from segment_anything.modeling import Sam
 from small import EVERYTHING, build_small_sam
-from torch import nn
 
 from aopsam_lab.pipeline.decode import decode_and_filter, encode
 from aopsam_lab.pipeline.types import Prompts
@@ -18,33 +17,18 @@ from aopsam_lab.sam import zoo
 from aopsam_lab.sam.zoo import load_sam
 
 
-def picture(height, width):
-    return np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
-
-
+@torch.no_grad()
 def well_used(sam: Sam) -> Sam:
-    """Weights as training leaves them: no statistic, position table or bias is zero or one."""
+    """Weights as training leaves them: no position table is zero."""
     generator = torch.Generator().manual_seed(7)
-    with torch.no_grad():
-        for module in sam.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.running_mean.normal_(0, 0.1, generator=generator)
-                module.running_var.uniform_(0.5, 2, generator=generator)
-                module.weight.uniform_(0.5, 1.5, generator=generator)
-                module.bias.normal_(0, 0.1, generator=generator)
-        for name, value in sam.named_parameters():
-            if "attention_biases" in name or "pos_embed" in name or "rel_pos" in name:
-                value.normal_(0, 0.5, generator=generator)
+    for name, value in sam.named_parameters():
+        if "pos_embed" in name or "rel_pos" in name:
+            value.normal_(0, 0.5, generator=generator)
     return sam.eval()
 
 
 def differences(original: Sam, ours: Sam, image: np.ndarray) -> dict[str, float]:
     """The largest differences between segment_anything's SamPredictor and our decoding.
-
-    Args:
-        original: segment_anything's own model.
-        ours: the same weights, as the kit loads them.
-        image: H x W x 3 uint8.
 
     Returns:
         embedding: of the image embedding. masks: of the logits on the image, over six prompts with
@@ -61,18 +45,11 @@ def differences(original: Sam, ours: Sam, image: np.ndarray) -> dict[str, float]
     encoded = encode(ours, image)
     prompts = Prompts(points, torch.ones(len(points)))
     found = decode_and_filter(ours, encoded, prompts, torch.arange(len(points)), EVERYTHING)
-    if len(found.low_res) < len(points):  # masks without a pixel fall out, the others stay
-        raise RuntimeError(
-            f"only {len(found.low_res)} masks of {len(points)} prompts are there to be compared"
-        )
+    assert len(found.low_res) >= len(points), "masks without a pixel fall out, the others stay"
     side, whole = expected.shape[-1], ours.image_encoder.img_size
     rows, columns = (length * side // whole for length in encoded.input_size)
-    apart = (
-        (found.low_res[:, None] - expected[found.prompt])[..., :rows, :columns]
-        .abs()
-        .flatten(2)
-        .amax(2)
-    )
+    apart = (found.low_res[:, None] - expected[found.prompt])[..., :rows, :columns]
+    apart = apart.abs().amax((2, 3))
     # (found, 3): which of the three it is, is not told
     apart += (found.iou[:, None] - scores[found.prompt]).abs()
     embedding = stock.get_image_embedding()
@@ -92,17 +69,9 @@ def test_vits_give_the_numbers_of_segment_anything(tmp_path, monkeypatch, name, 
     torch.save(original.state_dict(), tmp_path / "sam.pth")
     monkeypatch.setitem(zoo.MODELS, name, partial(build_small_sam, width, heads))
     ours = load_sam(name, tmp_path / "sam.pth", "cpu")
-    image = picture(75, 100)
+    image = np.random.default_rng(0).integers(0, 256, (75, 100, 3), dtype=np.uint8)
     found = differences(original, ours, image)
     assert found["embedding"] < 1e-5 and found["masks"] < 1e-4 and found["size"] > 1
     other = "vit_h" if name == "vit_b" else "vit_b"
     with pytest.raises(ValueError, match=f"of {name}, not of {other}.*load_sam\\('{name}'"):
         load_sam(other, tmp_path / "sam.pth", "cpu")
-
-
-def test_a_fine_tuned_file_of_the_same_shape_loads(sam, tmp_path):
-    state = {key: value.clone() for key, value in sam.state_dict().items()}
-    state["mask_decoder.iou_token.weight"] += 1
-    torch.save({"state_dict": state}, tmp_path / "mine.pth")
-    mine = load_sam("mobile_sam", tmp_path / "mine.pth", "cpu")
-    assert torch.equal(mine.mask_decoder.iou_token.weight, state["mask_decoder.iou_token.weight"])

@@ -51,9 +51,10 @@ def test_weights_of_another_model(small_file, tmp_path):
 def test_half_precision_wrapped_and_legacy_files(small_file, tmp_path):
     state = load_file(small_file)
     torch.save({"model": state}, tmp_path / "wrapped.pt")
+    torch.save({"state_dict": state}, tmp_path / "state.pt")
     torch.save(state, tmp_path / "legacy.pt", _use_new_zipfile_serialization=False)
     save_file({key: value.half() for key, value in state.items()}, tmp_path / "half")
-    for name in ("wrapped.pt", "legacy.pt", "half"):
+    for name in ("wrapped.pt", "state.pt", "legacy.pt", "half"):
         loaded = load_sam("small", tmp_path / name, "cpu").state_dict()
         assert all(torch.allclose(value, state[key], atol=1e-3) for key, value in loaded.items())
         assert loaded["mask_decoder.iou_token.weight"].dtype == torch.float32
