@@ -33,7 +33,7 @@ EVERY = 2  # the covariance is that of every second row and column: a quarter of
 CHANNELS = 2  # of embedding and positions every second channel: half the cost of the PEM
 REFERENCE_IOU = 0.5  # predicted IoU of a mask that may explain waiting prompts
 NO_COSINE = 0.5  # a PEM's value where a cell has no features, as on padding
-# These two were chosen on training photographs: `python -m aopsam_lab.training.trials filtering`
+# `python -m aopsam_lab.training.trials filtering` chose these two on training photographs
 FIRST = 0.2  # the share of the prompts, the strongest, that is decoded before any is eliminated
 ROUNDS = 4  # in which prompts are decoded
 
@@ -48,9 +48,6 @@ class AsfParams:
         spacing: a peak is the maximum of a window that reaches this far to each side, in cells of a
             256-wide PCM.
         elimination: a prompt is dropped where a PEM exceeds this many times its own mean.
-
-    Raises:
-        ValueError: a value is out of range.
     """
 
     smoothing: float = 2.0
@@ -98,12 +95,7 @@ def _window_maximum(x: Tensor, reach: int, dim: int) -> Tensor:
 
 
 def local_maxima(score: Tensor, threshold: float, spacing: int) -> tuple[Tensor, Tensor]:
-    """Cells of (H, W) that exceed a threshold and are the maximum of their window.
-
-    Args:
-        score: (H, W).
-        threshold: what a maximum exceeds.
-        spacing: a window has 2 * spacing + 1 cells a side.
+    """Cells of (H, W) that exceed a threshold and are the maximum within `spacing` cells.
 
     Returns:
         (n, 2) long (row, column) and their (n,) scores, highest first, ties by row then column. Of
@@ -127,13 +119,7 @@ def local_maxima(score: Tensor, threshold: float, spacing: int) -> tuple[Tensor,
 def sample_prompts(
     pcm: Tensor, smoothing: float = 2.0, confidence: float = 0.2, spacing: float = 6.0
 ) -> tuple[Tensor, Tensor]:
-    """Adaptive sampling: the peaks of the smoothed PCM.
-
-    Args:
-        pcm: (H, W) in [0, 1].
-        smoothing: as AsfParams.
-        confidence: as AsfParams.
-        spacing: as AsfParams. A window has the whole cells that lie within it.
+    """Adaptive sampling: the peaks of the smoothed PCM (H, W), by the values of AsfParams.
 
     Returns:
         (n, 2) long cells (row, column) and their (n,) values of the smoothed PCM, highest first.
@@ -170,19 +156,15 @@ def valid_cells(
 ) -> Tensor:
     """Which cells (h, w) of a grid over the model frame have their centre on the image.
 
-    Args:
-        input_size: (height, width) of the scaled image in the model frame.
-        img_size: S, the side of the model frame.
-        grid: (h, w).
-        device: of the result.
+    `input_size` is the (height, width) of the scaled image in the model frame of side `img_size`.
     """
-    valid = torch.ones(grid, dtype=torch.bool, device=device)
-    for dim, (part, cells) in enumerate(zip(input_size, grid, strict=True)):
+
+    def on_image(part: int, cells: int) -> Tensor:
         # the centre of cell i lies at (i + 1/2) * img_size / cells: in whole numbers, to be exact
-        centres = (2 * torch.arange(cells, device=device) + 1) * img_size
-        on = centres < 2 * part * cells
-        valid &= on[:, None] if dim == 0 else on
-    return valid
+        return (2 * torch.arange(cells, device=device) + 1) * img_size < 2 * part * cells
+
+    rows, columns = map(on_image, input_size, grid)
+    return rows[:, None] & columns
 
 
 def centred_features(features: Tensor, valid: Tensor) -> Tensor:
@@ -211,18 +193,12 @@ def whitened_features(embedding: Tensor, valid: Tensor) -> Tensor:
 def elimination_features(embedding: Tensor, image_pe: Tensor, valid: Tensor) -> Tensor:
     """Features of the PEM: what a cell looks like, and where it lies.
 
-    The whitened embedding and the centred positional encoding, each of one length in every cell,
-    stand one upon the other, as SAM's decoder attends to their sum. Embeddings that are only
-    centred tell kinds of surface apart, but not one object from another of its kind.
-
-    Args:
-        embedding: (C, h, w).
-        image_pe: (C, h, w), SAM's dense positional encoding.
-        valid: (h, w) bool, cells on the image.
+    The whitened embedding (C, h, w) and SAM's centred positional encoding (C, h, w), each of one
+    length in every cell, stand one upon the other. What a cell looks like tells kinds of surface
+    apart; where it lies tells one object from another of its kind.
 
     Returns:
-        (C, h, w), from every second channel of both, each valid cell of unit length, zero on
-        padding.
+        (C, h, w), from every second channel of both; valid cells (h, w) have unit length, others 0.
     """
     look, place = embedding[::CHANNELS], image_pe[::CHANNELS]
     parts = [whitened_features(look, valid), centred_features(place, valid)]
@@ -258,28 +234,20 @@ def cell_coverage(masks: Tensor) -> Tensor:
 def filled_cells(coverage: Tensor, valid: Tensor) -> Tensor:
     """A mask's own cells, those that it covers by half at least: (n, h, w) bool.
 
-    A mask without any explains nothing: its cells are mostly its surroundings, and it would drop
-    the prompts of other small things upon them.
+    A mask without any explains nothing: its cells are mostly its surroundings.
     """
     return (coverage >= 0.5) & valid
 
 
 def reference_features(features: Tensor, coverage: Tensor) -> Tensor:
-    """The mean of features (C, h, w) under each mask's coverage (n, h, w).
-
-    Returns:
-        (n, C) of unit length; zeros for a mask that covers no cell.
-    """
+    """The mean of features (C, h, w) under each mask's coverage (n, h, w): (n, C), length 1 or 0."""
     return F.normalize(coverage.flatten(1) @ features.flatten(1).T, dim=1)
 
 
 def elimination_maps(features: Tensor, references: Tensor) -> Tensor:
-    """The PEM of each reference (n, C): (1 + cos(features, reference)) / 2.
+    """The PEM of each reference (n, C): (1 + cos(features, reference)) / 2, (n, h, w) in [0, 1].
 
     Both are of unit length; where features (C, h, w) are zero, the PEM is one half.
-
-    Returns:
-        (n, h, w) in [0, 1].
     """
     half = references.new_full((1,), NO_COSINE)
     pems = torch.addmm(half, references, features.flatten(1), alpha=0.5)
@@ -292,17 +260,14 @@ def elimination_thresholds(
     """What each PEM must exceed to eliminate a prompt: `elimination` times its mean.
 
     With the floor it is at least the OWN_QUANTILE of the PEM over the mask's own cells. Without it
-    a part is lost to its object, and a small object to its surroundings.
+    a part is lost to its object, and a small object to its surroundings. The paper has none.
 
     Args:
         pems: (n, h, w).
         coverage: (n, h, w), the share of each cell that the mask covers.
         valid: (h, w) bool, cells on the image.
         elimination: as AsfParams.
-        floor: whether there is this lower bound; the paper has none.
-
-    Returns:
-        (n,).
+        floor: whether there is this lower bound.
     """
     weights = valid.to(pems.dtype).flatten()
     adaptive = elimination * (pems.flatten(1) @ (weights / weights.sum()))
@@ -320,7 +285,7 @@ def eliminate(
     """Which waiting prompts do the references explain?
 
     Args:
-        pems: (n, h, w).
+        pems: (n, h, w), n at least 1.
         thresholds: (n,).
         cells: (m, 2) long, the (row, column) of each waiting prompt.
         gates: (n, h, w) bool; a reference eliminates only where its gate is on. None: everywhere.
@@ -329,22 +294,19 @@ def eliminate(
         (m,) long, the reference that eliminates the prompt, -1 for none; where several do, the one
         whose PEM exceeds its threshold by the largest factor. And (m,) the PEM there, NaN for none.
     """
-    m = len(cells)
-    if len(pems) == 0 or m == 0:
-        return cells.new_full((m,), -1), pems.new_full((m,), float("nan"))
     at = pems[:, cells[:, 0], cells[:, 1]]  # (n, m)
     excess = at / thresholds[:, None]
     if gates is not None:
         excess = excess.masked_fill(~gates[:, cells[:, 0], cells[:, 1]], 0)
     best, by = excess.max(0)
     gone = best > 1
-    values = at[by, torch.arange(m, device=at.device)]
+    values = at.gather(0, by[None])[0]
     return torch.where(gone, by, -1), torch.where(gone, values, float("nan"))
 
 
-def dilate(coverage: Tensor, cells: int = 1) -> Tensor:
-    """Where a cell that a mask covers by more than half is within `cells`: (n, h, w) bool."""
-    return F.max_pool2d(coverage[:, None], 2 * cells + 1, stride=1, padding=cells)[:, 0] > 0.5
+def dilate(coverage: Tensor) -> Tensor:
+    """Which cells (n, h, w) a mask covers by more than half, or lie beside such a cell."""
+    return F.max_pool2d(coverage[:, None], 3, stride=1, padding=1)[:, 0] > 0.5
 
 
 def best_of_each(iou: Tensor, prompt: Tensor, m: int) -> Tensor:
@@ -381,11 +343,11 @@ class FilteredProposal(Proposal):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        m, more = len(self.prompts), self.rounds - 1
+        m, later = len(self.prompts), self.rounds - 1
         start = math.ceil(self.first * m)
         # where each round ends among the prompts, strongest first
-        self._ends = [start]
-        self._ends += [start + math.ceil((m - start) * (i + 1) / more) for i in range(more)]
+        ends = (start + math.ceil((m - start) * i / later) for i in range(1, self.rounds))
+        self._ends = [start, *ends]
         # of each possible reference coverage, prompt, predicted IoU and box
         self._seen: list[tuple[Tensor, ...]] = []
 

@@ -44,22 +44,15 @@ class PromptPredictor(nn.Module):
         embed_dim: C, channels of the embedding.
         stride: model-frame pixels along a side of an embedding's cell, 8 or 16.
         width: channels in which the two branches meet; later layers have half as many more.
-        sees_image: whether there is a branch on the image; the paper has one.
     """
 
-    def __init__(
-        self, embed_dim: int = 256, stride: int = 16, width: int = 64, sees_image: bool = True
-    ) -> None:
+    def __init__(self, embed_dim: int = 256, stride: int = 16, width: int = 64) -> None:
         super().__init__()
         if stride not in (8, 16):
-            raise ValueError(
-                f"a Prompt Predictor is made for embeddings at stride 8 or 16, not {stride}"
-            )
+            raise ValueError(f"the embedding's stride must be 8 or 16, not {stride}")
         self.embed_dim, self.stride, self.width = embed_dim, stride, width
         inner = width + width // 2
-        self.image = None
-        if sees_image:
-            self.image = nn.Sequential(_conv(3, 16, stride=2), _conv(16, width, stride=2))
+        self.image = nn.Sequential(_conv(3, 16, stride=2), _conv(16, width, stride=2))
         self.drop = nn.Dropout2d(DROPPED)
         self.embed = _conv(embed_dim, width, 1)
         self.fuse = nn.Sequential(
@@ -82,10 +75,8 @@ class PromptPredictor(nn.Module):
             Logits of its confidence (B, h, w) and of the places in it (B, BLOCK^2, h, w).
         """
         valid = valid[:, None].to(embedding.dtype)
-        out = self.embed(self.drop(embedding))
-        if self.image is not None:
-            out = out + self.image[1](self.image[0](image) * F.max_pool2d(valid, 2))
-        out = out * F.max_pool2d(valid, CELL)
+        seen = self.image[1](self.image[0](image) * F.max_pool2d(valid, 2))
+        out = (self.embed(self.drop(embedding)) + seen) * F.max_pool2d(valid, CELL)
         on = F.max_pool2d(valid, COARSE)
         for layer in self.fuse:
             out = layer(out) * on
@@ -178,10 +169,8 @@ def load_predictor(
     """
     if path is None:
         if name not in BUNDLED:
-            raise ValueError(
-                f"no Prompt Predictor is bundled for {name!r}: train one and give its path "
-                f"(bundled: {', '.join(BUNDLED)})"
-            )
+            advice = f"train one and give its path (bundled: {', '.join(BUNDLED)})"
+            raise ValueError(f"no Prompt Predictor is bundled for {name!r}: {advice}")
         path = BUNDLED[name]
     path = Path(path)
     if not path.is_file():
@@ -191,13 +180,11 @@ def load_predictor(
             about = file.metadata() or {}
             weights = {key: file.get_tensor(key) for key in file.keys()}
         sizes = (int(about[key]) for key in ("embed_dim", "stride", "width"))
-        sees_image = any(key.startswith("image.") for key in weights)
-        predictor = PromptPredictor(*sizes, sees_image)
+        predictor = PromptPredictor(*sizes)
         predictor.load_state_dict(weights)  # into float32, whatever the file has
     except (SafetensorError, KeyError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        message = f"{path} does not hold weights of this Prompt Predictor ({reason})"
-        raise ValueError(message) from error
+        found = f"{path} does not hold weights of this Prompt Predictor"
+        raise ValueError(f"{found} ({str(error).splitlines()[0]})") from error
     predictor.sha256 = file_sha256(path)
     predictor = predictor.eval().fold().requires_grad_(False).to(resolve_device(device))
     # a sixth less time on a CPU, except for the matrix product of the embedding

@@ -14,6 +14,7 @@ from aopsam_lab.pipeline.decode import encode
 from aopsam_lab.pipeline.methods import METHODS, method_named
 from aopsam_lab.pipeline.run import run_method
 from aopsam_lab.pipeline.types import Models
+from aopsam_lab.sam.zoo import load_sam
 from aopsam_lab.study import benchmark
 
 FEW = AsfParams(spacing=10, confidence=0.05, elimination=1.1)
@@ -203,7 +204,9 @@ def test_a_box_is_decoded_to_one_mask(sam, photo):
 
 
 def test_segment_takes_any_picture_and_keeps_its_models(pictures, monkeypatch):
-    monkeypatch.setattr(pipeline, "_LOADED", {})  # other tests load models as well
+    loads = []
+    monkeypatch.setattr(pipeline, "load_sam", lambda *a, **k: loads.append(a) or load_sam(*a, **k))
+    pipeline._loaded.cache_clear()  # other tests load models as well
     grey = pictures[1].mean(2).astype(np.uint8)
     result = aop.segment(grey, device="cpu", max_prompts=3, params=AsfParams(confidence=0.0))
     assert result.image.shape == (*grey.shape, 3) and result.n_decoded == 3
@@ -211,4 +214,4 @@ def test_segment_takes_any_picture_and_keeps_its_models(pictures, monkeypatch):
     assert again.n_decoded == 4 and again.n_sampled == 256
     if not torch.cuda.is_available():
         assert pipeline.loaded_sam("mobile_sam") is pipeline.loaded_sam("mobile_sam", "cpu")
-    assert len([key for key in pipeline._LOADED if key[0] == "sam"]) == 1
+    assert loads == [("mobile_sam",)]

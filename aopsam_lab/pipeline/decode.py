@@ -104,12 +104,6 @@ def full_size(sam: Sam, encoded: Encoded) -> FullSize:
     return FullSize(sam.image_encoder.img_size, *sizes)
 
 
-def decode_batch(encoded: Encoded) -> int:
-    """Prompts to decode at a time."""
-    pixels = DECODE_PIXELS.get(encoded.embedding.device.type, DECODE_PIXELS["cpu"])
-    return max(MIN_DECODE_BATCH, pixels // encoded.embedding[0, 0].numel())
-
-
 def decode_and_filter(
     sam: Sam, encoded: Encoded, prompts: Prompts, index: Tensor, spec: SamSpec
 ) -> Found:
@@ -139,7 +133,9 @@ def decode_and_filter(
         fields = (low_res, decoded.iou[wanted], stability, boxes, owner)
         return best, tuple(x[stable] for x in fields)
 
-    parts = in_batches(index, decode_batch(encoded), found_of, MIN_DECODE_BATCH)
+    pixels = DECODE_PIXELS.get(index.device.type, DECODE_PIXELS["cpu"])
+    size = max(MIN_DECODE_BATCH, pixels // encoded.embedding[0, 0].numel())
+    parts = in_batches(index, size, found_of, MIN_DECODE_BATCH)
     best, kept = zip((empty, none), *parts, strict=True)
     return Found(*(torch.cat(x) for x in zip(*kept, strict=True)), torch.cat(best))
 
@@ -154,16 +150,19 @@ def encode_early(sam: Sam, encoded: Encoded, found: list[Found]) -> None:
     kept = max(KEPT_LOGITS, KEPT_MASKS * 4 * math.prod(encoded.image.shape[:2]))
     if sum(part.low_res.nbytes for part in waiting) > kept:
         for part in waiting:
-            every = torch.arange(len(part.iou), device=part.iou.device)
-            part.masks = encoded_masks(sam, encoded, part.low_res, every)
+            part.masks = encoded_masks(sam, encoded, part.low_res)
     for part in found:
         if part.masks is not None:
             part.low_res = part.low_res.new_zeros(0, *part.low_res.shape[1:])
 
 
-def encoded_masks(sam: Sam, encoded: Encoded, low_res: Tensor, index: Tensor) -> list[dict]:
-    """COCO RLE of the masks `index`, in its order."""
+def encoded_masks(
+    sam: Sam, encoded: Encoded, low_res: Tensor, index: Tensor | None = None
+) -> list[dict]:
+    """COCO RLE of the masks `index`, in its order; None: of all."""
     sizes = full_size(sam, encoded)
+    if index is None:
+        index = torch.arange(len(low_res), device=low_res.device)
 
     def encode_part(part: Tensor) -> list[dict]:
         return sizes.encode(low_res[part], sam.mask_threshold)
@@ -173,13 +172,13 @@ def encoded_masks(sam: Sam, encoded: Encoded, low_res: Tensor, index: Tensor) ->
 
 def remove_duplicates(sam: Sam, encoded: Encoded, found: list[Found]) -> dict[str, Any]:
     """Box NMS over all rounds, then RLE of what is left: the mask fields of a Segmentation."""
-    names = ("iou", "stability", "boxes", "prompt")
     if not any(len(part.iou) for part in found):
         none = np.zeros(0, np.float32)
-        boxes, owner = none.reshape(0, 4), none.astype(int)
-        return dict(masks=[], scores=none, stability=none, boxes=boxes, mask_prompt=owner)
+        boxes, prompt = none.reshape(0, 4), none.astype(int)
+        return dict(masks=[], scores=none, stability=none, boxes=boxes, mask_prompt=prompt)
     iou, stability, boxes, prompt = (
-        torch.cat([getattr(part, name) for part in found]) for name in names
+        torch.cat([getattr(part, name) for part in found])
+        for name in ("iou", "stability", "boxes", "prompt")
     )
     keep = nms(boxes.float(), iou, BOX_NMS_THRESH)  # best first
     masks, first = {}, 0
@@ -194,10 +193,5 @@ def remove_duplicates(sam: Sam, encoded: Encoded, found: list[Found]) -> dict[st
     scores, stability, boxes, prompt = (
         x[keep].cpu().numpy() for x in (iou.float(), stability.float(), boxes.float(), prompt)
     )
-    return dict(
-        masks=[masks[i] for i in keep.tolist()],
-        scores=scores,
-        stability=stability,
-        boxes=boxes,
-        mask_prompt=prompt,
-    )
+    masks = [masks[i] for i in keep.tolist()]
+    return dict(masks=masks, scores=scores, stability=stability, boxes=boxes, mask_prompt=prompt)

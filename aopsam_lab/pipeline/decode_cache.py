@@ -1,8 +1,7 @@
 """What was computed of an image for one setting, kept for the next.
 
-A point decoded for one setting of the parameters is the same point in another, so sweeps and live
-sliders decode each once. The caches belong to one encoded image and one model and refuse others.
-Times of a run that uses them are not those of the method.
+The caches belong to one encoded image and one model and refuse others. Times of a run that uses
+them are not those of the method.
 """
 
 from __future__ import annotations
@@ -10,6 +9,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import compress
 
 import torch
 from segment_anything.modeling import Sam
@@ -54,7 +54,8 @@ class DecodeCache:
     `n_served` those that were known.
 
     Args:
-        sam, encoded: the model and the image.
+        sam: the model.
+        encoded: the image.
         loosest: (predicted IoU, stability score) below which nothing is kept, if lower than SAM's
             own thresholds. Masks are then encoded at once: at loose thresholds nearly all pass, and
             1,024 prompts of MobileSAM have 800 MB of logits but 3 MB of RLE. None: SAM's own.
@@ -83,21 +84,19 @@ class DecodeCache:
     def __call__(
         self, sam: Sam, encoded: Encoded, prompts: Prompts, index: Tensor, spec: SamSpec
     ) -> Found:
-        """As `decode_and_filter`: the masks that pass SAM's own thresholds.
+        """As `decode_and_filter`: the masks that pass SAM's own thresholds."""
+        return _strict_masks(self.candidates(sam, encoded, prompts, index, spec), index)
+
+    def candidates(
+        self, sam: Sam, encoded: Encoded, prompts: Prompts, index: Tensor, spec: SamSpec
+    ) -> list[Candidates]:
+        """What passes the cache's thresholds, of each of the prompts `index`.
 
         Raises:
             ValueError: another image, model or pair of thresholds than the cache was made for.
         """
-        self.check(sam, encoded, spec)
-        return strict_masks(self.candidates(prompts, index), index)
-
-    def check(self, sam: Sam, encoded: Encoded, spec: SamSpec) -> None:
-        """Refuse what the cache was not made for, see `__call__`."""
         if sam is not self.sam or encoded is not self.encoded or spec != self.own:
             raise ValueError(WRONG)
-
-    def candidates(self, prompts: Prompts, index: Tensor) -> list[Candidates]:
-        """What passes the cache's thresholds, of each of the prompts `index`."""
         keys = [_key(prompts, row) for row in index.tolist()]
         known = {key: self._known[key] for key in keys if key in self._known}
         new = [i for i, key in enumerate(keys) if key not in known]
@@ -118,36 +117,33 @@ class DecodeCache:
 
     def _decode(self, prompts: Prompts, index: Tensor) -> list[Candidates]:
         found = decode_and_filter(self.sam, self.encoded, prompts, index, self.loosest)
-        rles = None
-        if self._early:
-            every = torch.arange(len(found.iou), device=found.iou.device)
-            rles = encoded_masks(self.sam, self.encoded, found.low_res, every)
+        rles = encoded_masks(self.sam, self.encoded, found.low_res) if self._early else None
         strict = found.iou > self.own.pred_iou_thresh
         strict &= found.stability >= self.own.stability_score_thresh
         decoded, first = [], 0
         for row, best in zip(index, found.best_iou, strict=True):  # masks stand prompt by prompt
             part = slice(first, first + int((found.prompt == row).sum()))
-            own = strict[part].clone()
-            numbers = (x[part].clone() for x in (found.iou, found.stability, found.boxes))
+            # copies: the rest is forgotten
+            fields = found.iou, found.stability, found.boxes, strict
+            *numbers, own = (x[part].clone() for x in fields)
             masks = None if rles is None else rles[part]
-            logits = found.low_res[part][own]  # a copy: the rest is forgotten
+            logits = found.low_res[part][own]
             decoded.append(Candidates(*numbers, masks, own, logits, best.clone()))
             first = part.stop
         return decoded
 
 
-def strict_masks(decoded: Sequence[Candidates], index: Tensor) -> Found:
-    """The masks of the prompts `index` that pass SAM's own thresholds."""
+def _strict_masks(decoded: Sequence[Candidates], index: Tensor) -> Found:
     counts = torch.tensor([int(own.strict.sum()) for own in decoded], device=index.device)
     masks = None
     if all(own.masks is not None for own in decoded):
-        kept = [zip(own.masks, own.strict.tolist(), strict=True) for own in decoded]
-        masks = [rle for pairs in kept for rle, strict in pairs if strict]
+        masks = [rle for own in decoded for rle in compress(own.masks, own.strict.tolist())]
     return Found(
-        low_res=torch.cat([own.logits for own in decoded]),
-        iou=torch.cat([own.iou[own.strict] for own in decoded]),
-        stability=torch.cat([own.stability[own.strict] for own in decoded]),
-        boxes=torch.cat([own.boxes[own.strict] for own in decoded]),
+        torch.cat([own.logits for own in decoded]),
+        *(
+            torch.cat([getattr(own, name)[own.strict] for own in decoded])
+            for name in ("iou", "stability", "boxes")
+        ),
         prompt=index.repeat_interleave(counts),
         best_iou=torch.stack([own.best_iou for own in decoded]),
         masks=masks,
@@ -158,8 +154,8 @@ def strict_masks(decoded: Sequence[Candidates], index: Tensor) -> Found:
 class LooseRun:
     """One run of a method on a cache with loose thresholds: for `run_method(decode=...)`.
 
-    The run sees the masks that pass SAM's own thresholds, so its prompts and references are those
-    of an ordinary run; `masks_at` tells what other thresholds would have kept.
+    Its prompts and references are those of an ordinary run; `masks_at` tells what other thresholds
+    would have kept.
     """
 
     cache: DecodeCache
@@ -169,11 +165,10 @@ class LooseRun:
         self, sam: Sam, encoded: Encoded, prompts: Prompts, index: Tensor, spec: SamSpec
     ) -> Found:
         """As the cache."""
-        self.cache.check(sam, encoded, spec)
-        decoded = self.cache.candidates(prompts, index)
+        decoded = self.cache.candidates(sam, encoded, prompts, index, spec)
         # without logits: what the cache forgets must not stay here
         self._decoded += [replace(own, logits=own.logits.new_zeros(0)) for own in decoded]
-        return strict_masks(decoded, index)
+        return _strict_masks(decoded, index)
 
     @torch.inference_mode()
     def masks_at(self, thresholds: Sequence[tuple[float, float]]) -> list[list[dict]]:

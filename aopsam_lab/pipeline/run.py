@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -54,7 +55,7 @@ def run_method(
         predictor: for the methods that need one.
         detector: for the methods that need one.
         params: the ASF parameters.
-        decode: what decodes a round, such as a DecodeCache that remembers earlier settings.
+        decode: what decodes a round, such as a DecodeCache.
         max_prompts: how many prompts are decoded at most, strongest first; None: all.
 
     Raises:
@@ -180,32 +181,28 @@ def segment(
     """
     pixels, needs = read_image(image), method_named(method).needs
     sam = loaded_sam(sam, device)
-    if needs == "predictor" and predictor is None:
-        predictor = loaded_model(needs, sam)
-    if needs == "detector" and detector is None:
-        detector = loaded_model(needs, sam)
+    if needs == "predictor":
+        predictor = predictor or loaded_model(needs, sam)
+    if needs == "detector":
+        detector = detector or loaded_model(needs, sam)
     encoded = encode(sam, pixels)
     return run_method(sam, encoded, method, predictor, detector, params, max_prompts=max_prompts)
 
 
 def loaded_sam(sam: str | Sam, device: str | torch.device = "auto") -> Sam:
     """A SAM by name, loaded once in this process; a `Sam` as it is."""
-    return _cached("sam", load_sam, sam, device) if isinstance(sam, str) else sam
+    # "auto" and the device's name are one model
+    return _loaded("sam", sam, str(resolve_device(device))) if isinstance(sam, str) else sam
 
 
 def loaded_model(kind: str, sam: Sam) -> PromptPredictor | Detector:
     """The bundled "predictor" or "detector" for a SAM, loaded once in this process."""
-    if kind == "predictor":
-        return _cached(kind, load_predictor, spec_of(sam).name, sam.device)
-    return _cached(kind, lambda _, device: load_detector(device=device), "bundled", sam.device)
+    name = "any" if kind == "detector" else spec_of(sam).name
+    return _loaded(kind, name, str(sam.device))
 
 
-_LOADED: dict[tuple[str, str, str], Any] = {}
-
-
-def _cached(kind: str, load: Callable, name: str, device: str | torch.device) -> Any:
-    device = resolve_device(device)  # "auto" and its name are one model
-    key = (kind, name, str(device))
-    if key not in _LOADED:
-        _LOADED[key] = load(name, device=device)
-    return _LOADED[key]
+@cache
+def _loaded(kind: str, name: str, device: str) -> Any:
+    if kind == "detector":
+        return load_detector(device=device)
+    return {"sam": load_sam, "predictor": load_predictor}[kind](name, device=device)
