@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import csv
 import json
 import shutil
@@ -275,11 +274,9 @@ def test_trials_decode_as_many_prompts_as_they_may(
     monkeypatch.setitem(trials.TRIALS, "prompts", lambda: limits)
     monkeypatch.setattr(trials, "load_sam", lambda *_, **__: small_sam)
     monkeypatch.setattr(trials, "load_predictor", lambda *_: small_predictor)
-    parser, out = argparse.ArgumentParser(), tmp_path / "trials.csv"
-    trials.add_arguments(parser)
-    arguments = ["prompts", "--data", str(photos), "--photos", "1", "--out", str(out)]
-    assert trials.run(parser.parse_args(arguments)) == 0
-    assert trials.run(parser.parse_args(arguments)) == 0
+    out = tmp_path / "trials.csv"
+    for _ in range(2):
+        trials.main(["prompts", "--data", str(photos), "--photos", "1", "--out", str(out)])
     rows = list(csv.DictReader(out.open()))
     sampled, half, three = (float(row["decoded"]) for row in rows[:3])
     assert sampled == float(rows[0]["sampled"]) > 3 and three == 3 and half == round(sampled / 2)

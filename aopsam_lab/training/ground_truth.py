@@ -55,16 +55,15 @@ def find_masks(
     """Find all masks that a SAM gives from a grid, by the rules of `SamAutomaticMaskGenerator`.
 
     Args:
-        sam: the model, with its thresholds in `.spec`.
+        sam: the model.
         image: H x W x 3 uint8, RGB.
         side: points along each side of the grid.
-        embeddings: a file to which the embedding (C x h x w, float16) is written, or None.
+        embeddings: a file to which the embedding is written, or None.
 
     Returns:
-        COCO annotations, the highest predicted IoU first. Beside COCO's keys each has
-        `predicted_iou`, `stability_score`, `point_coords` (the prompt that gave the mask, one
-        [x, y] in the image frame), and `clicks` (all prompts of the grid that gave this mask or a
-        duplicate of it).
+        COCO annotations, the highest predicted IoU first. `point_coords` is the prompt that gave
+        the mask, [x, y] in the image frame, `clicks` all prompts of the grid that gave it or a
+        duplicate of it.
     """
     encoded = encode(sam, image)
     if embeddings is not None:
@@ -112,7 +111,6 @@ def _loaded(name: str, checkpoint: str | None, device: str) -> Sam:
 
 
 def _record(photo: Photo, out: Path) -> Path:
-    """The file that holds what was found on a photograph."""
     return out / "records" / f"{photo.path.stem}.json"
 
 
@@ -138,10 +136,10 @@ def _work(args: argparse.Namespace, threads: int, photo: Photo) -> str | None:
 
 
 def find_on(photos: list[Photo], args: argparse.Namespace) -> list[tuple[Path, str]]:
-    """Find the masks of every photograph that has no record yet, then write the COCO-style folder.
+    """Find the masks of photographs without a record, then write the COCO-style folder.
 
     Returns:
-        The photographs that could not be read or segmented, each with the reason.
+        The photographs that failed, each with the reason.
     """
     todo = [photo for photo in photos if not _record(photo, args.out).exists()]
     work = partial(_work, args, max(1, torch.get_num_threads() // args.workers))
@@ -156,7 +154,7 @@ def find_on(photos: list[Photo], args: argparse.Namespace) -> list[tuple[Path, s
     return [(photo.path, reason) for photo, reason in zip(todo, reasons, strict=True) if reason]
 
 
-def write_folder(photos: list[Photo], args: argparse.Namespace) -> Path:
+def write_folder(photos: list[Photo], args: argparse.Namespace) -> None:
     """Gather the records in OUT/annotations.json, with copies of the photographs in OUT/images."""
     images: list[dict] = []
     annotations: list[dict] = []
@@ -177,7 +175,7 @@ def write_folder(photos: list[Photo], args: argparse.Namespace) -> Path:
         "annotations": annotations,
         "categories": [{"id": 1, "name": "object", "supercategory": ""}],
     }
-    return write_atomically(args.out / "annotations.json", json.dumps(content))
+    write_atomically(args.out / "annotations.json", json.dumps(content))
 
 
 def photos_of(folder: Path) -> list[Photo]:

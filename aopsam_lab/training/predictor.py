@@ -53,10 +53,8 @@ PRESETS = {"paper": ("own", "mse"), "bundled": ("covering", "blocks")}  # where 
 def pcm_loss(blocks: tuple[Tensor, Tensor], target: Tensor, valid: Tensor) -> Tensor:
     """Mean squared error of the PCM over the cells on the image: the paper's loss.
 
-    Args:
-        blocks: logits of confidence and place, see `PromptPredictor.blocks`.
-        target: (B, 4h, 4w), the prompts' heights in their cells.
-        valid: (B, 4h, 4w), 1 on the image and 0 on padding.
+    The blocks are logits of confidence and place, see `PromptPredictor.blocks`; target and valid
+    are (B, 4h, 4w), see `Example`.
     """
     wanted = blurred(target[:, None], SIGMA)[:, 0].clamp(0, 1)
     return ((draw_pcm(*blocks, soft=True)[:, 0] - wanted).square() * valid).sum() / valid.sum()
@@ -88,12 +86,7 @@ def predicted(predictor: PromptPredictor, held: Examples, i: int) -> Tensor:
 
 @torch.inference_mode()
 def recall(predictor: PromptPredictor, held: Examples) -> dict[str, float]:
-    """Measure a predictor in evaluation mode on the held-out photographs.
-
-    Returns:
-        recall_K for each K of TOP, the share of the masks that one of the K strongest candidates
-        lies on; candidates, their mean number at the default settings.
-    """
+    """Measure a predictor in evaluation mode on the held-out photographs; see ABOUT_CURVE."""
     hits, masks_seen, candidates = dict.fromkeys(TOP, 0), 0, []
     for i in range(len(held)):
         pcm = predicted(predictor, held, i)
@@ -111,15 +104,11 @@ def recall(predictor: PromptPredictor, held: Examples) -> dict[str, float]:
 
 @torch.inference_mode()
 def calibrate(predictor: PromptPredictor, held: Examples, wanted: float, slope: float) -> float:
-    """Change the last layer so that the default confidence has a meaning, whatever the loss was.
+    """Change the last layer so that the default confidence has a meaning; return the shift.
 
     The confidences' logits are multiplied by the slope, then shifted until the held-out photographs
-    give so many candidates as wanted on average at the default settings. The smaller the slope, the
-    flatter is the PCM, and the more weak peaks stay apart from strong neighbours when it is
-    smoothed.
-
-    Returns:
-        The shift.
+    give so many candidates as wanted on average at the default settings. A small slope keeps weak
+    peaks apart from strong neighbours when the PCM is smoothed.
     """
     weight, bias = predictor.head.parameters()
     parts = len(bias) // (1 + BLOCK**2)

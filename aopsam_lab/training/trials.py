@@ -14,6 +14,7 @@ these that a decoded prompt lies on. A limit below 1 is a share of the candidate
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import product
 from pathlib import Path
@@ -86,7 +87,7 @@ def measure(
     drawn = decode_rle(by_sam, sample.image.shape[:2])
     rows, sampled = [], 0
     for method, params, limit in trials:
-        most = None
+        most = limit
         if limit is not None:
             most = max(1, round(limit * sampled if limit < 1 else limit))
         found = run_method(sam, encoded, method, pcm, params=params, decode=cache, max_prompts=most)
@@ -94,21 +95,24 @@ def measure(
         n_covered = covered(iou_matrix(by_sam, found.masks))
         decoded = found.prompts[~found.prompts["status"].isin(NOT_DECODED)]
         x, y = decoded[["x", "y"]].to_numpy().astype(int).T
-        row = {
-            "miou": evaluate(by_people, found.masks).miou,
-            "coverage": n_covered / len(by_sam) if by_sam else None,
-            "hit": drawn[:, y, x].any(1).mean() if by_sam else None,
-            "sampled": found.n_sampled,
-            "decoded": found.n_decoded,
-            "eliminated": found.n_eliminated / max(1, found.n_sampled),
-            "masks": len(found.masks),
-        }
-        rows.append(row)
+        rows.append(
+            {
+                "miou": evaluate(by_people, found.masks).miou,
+                "coverage": n_covered / len(by_sam) if by_sam else None,
+                "hit": drawn[:, y, x].any(1).mean() if by_sam else None,
+                "sampled": found.n_sampled,
+                "decoded": found.n_decoded,
+                "eliminated": found.n_eliminated / max(1, found.n_sampled),
+                "masks": len(found.masks),
+            }
+        )
     return pd.DataFrame(rows, dtype=float)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of the trials."""
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure the trials of a kind and add their rows to the CSV."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     add = parser.add_argument
     add("kind", choices=list(TRIALS))
     add("--data", required=True, type=Path, help="a folder of `find-masks`")
@@ -118,10 +122,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--whole", action="store_true", help="the training saw none: hold out all of DATA")
     add("--out", type=Path, help="the CSV to add to; reports/training/KIND.csv")
     add("--device", default="auto")
-
-
-def run(args: argparse.Namespace) -> int:
-    """Measure the trials of a kind and add their rows to the CSV; 0."""
+    args = parser.parse_args(arguments)
     sam = load_sam(args.sam, device=args.device)
     predictor = load_predictor(args.sam, args.predictor, sam.device)
     data, trials = open_dataset(args.data), TRIALS[args.kind]()
@@ -138,11 +139,7 @@ def run(args: argparse.Namespace) -> int:
             about |= dict.fromkeys(("elimination", "first", "rounds"))
         rows.append({**about, **row})
     append_rows(args.out or Path("reports/training") / f"{args.kind}.csv", rows)
-    return 0
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    add_arguments(parser)
-    run(parser.parse_args())
+    main()
