@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import shutil
 
 import numpy as np
 import pytest
@@ -141,11 +140,10 @@ def test_padding_changes_no_number():
     assert not part[43:].any() and not part[:, 50:].any()
 
 
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory):
-    """30 images of two bright squares, with the clicks that give each, as `find-masks` writes."""
+def squares(folder, n):
+    """Images of two bright squares, with the clicks that give each, as `find-masks` writes."""
     images, annotations = {}, {}
-    for i in range(30):
+    for i in range(n):
         rng = np.random.default_rng(i)
         image = rng.integers(0, 40, (96, 128, 3), dtype=np.uint8)
         name = f"{i:02d}.png"
@@ -155,7 +153,12 @@ def photos(tmp_path_factory):
             click = [x + 10.0, y + 10.0]
             about = {"clicks": [click], "point_coords": [click]}
             annotations[name].append({"segmentation": corners(x, y, 20), **about})
-    return write_coco(tmp_path_factory.mktemp("photos"), images, annotations)
+    return write_coco(folder, images, annotations)
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    return squares(tmp_path_factory.mktemp("photos"), 30)
 
 
 def test_an_example_lies_in_the_model_frame(small_sam, photos, tmp_path):
@@ -163,8 +166,7 @@ def test_an_example_lies_in_the_model_frame(small_sam, photos, tmp_path):
     cache_embeddings(small_sam, data, tmp_path)
     examples = Examples(data, [0, 1], tmp_path, small_sam, own_prompts)
     image, embedding, target, valid = examples.example(0, np.random.default_rng(0))
-    assert image.shape == (3, 32, 32)
-    assert embedding.shape == (32, 8, 8)
+    assert image.shape == (3, 32, 32) and embedding.shape == (32, 8, 8)
     assert embedding.dtype == torch.float16
     assert target.shape == (32, 32) and valid[:24].all() and not valid[24:].any()
     x, y = data[0].points[0]
@@ -210,26 +212,20 @@ def test_the_training_learns_stops_and_goes_on(small_sam, photos, tmp_path, monk
     assert np.mean(counts) == pytest.approx(6, abs=2), "calibrated"
 
 
-def test_too_few_photographs_are_refused_in_one_line(
-    small_sam, photos, tmp_path, monkeypatch, capsys
-):
+@pytest.fixture
+def on_small_sam(small_sam, monkeypatch):
     monkeypatch.setattr(predictor, "load_sam", lambda *_: small_sam)
+
+
+def test_too_few_photographs_are_refused_in_one_line(on_small_sam, photos, tmp_path, capsys):
     assert cli.main(command(photos, tmp_path, "--limit", "1")) == 2
     assert "too few to train on some and hold some out" in capsys.readouterr().err
 
 
-def test_masks_are_found_once_and_gathered(small_sam, photos, tmp_path, monkeypatch, capsys):
+def test_masks_are_found_once_and_gathered(small_sam, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(ground_truth, "load_sam", lambda *_: small_sam)
     ground_truth._loaded.cache_clear()
-    few, out, kept = tmp_path / "few", tmp_path / "found", tmp_path / "embeddings"
-    (few / "images").mkdir(parents=True)
-    content = json.loads((photos / "annotations.json").read_text())
-    content["images"] = content["images"][:2]
-    ids = [image["id"] for image in content["images"]]
-    content["annotations"] = [a for a in content["annotations"] if a["image_id"] in ids]
-    for image in content["images"]:
-        shutil.copy(photos / "images" / image["file_name"], few / "images")
-    (few / "annotations.json").write_text(json.dumps(content))
+    few, out, kept = squares(tmp_path / "few", 2), tmp_path / "found", tmp_path / "embeddings"
     options = ["--out", str(out), "--side", "4", "--embeddings", str(kept)]
     assert cli.main(["find-masks", str(few), *options]) == 0
     written = (out / "records/00.json").stat().st_mtime_ns
