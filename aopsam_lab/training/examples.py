@@ -84,10 +84,10 @@ def covering_prompts(sample: Sample) -> list[Prompt]:
     it, see `_about`, or else the network would learn the grid.
     """
     clicks = [[(x, y) for x, y in own] for own in sample.clicks or [[]] * len(sample.rles)]
-    given: dict[tuple[float, float], set[int]] = {}
+    given: dict[tuple[float, float], set[int]] = {click: set() for own in clicks for click in own}
     for i, own in enumerate(clicks):
         for click in own:
-            given.setdefault(click, set()).add(i)
+            given[click].add(i)
     reach = _half_steps(np.array(list(given)).reshape(-1, 2))
     about: dict[tuple[float, float], np.ndarray] = {}
     needed: set[tuple[float, float]] = set()
@@ -188,10 +188,7 @@ class Examples:
         image = F.avg_pool2d(image, side // self.grid[1])[0].half().cpu()
         valid = valid_cells(scaled.shape[:2], side, self.grid)
         file = embedding_file(self.embeddings, sample.id)
-        return image, valid, file, self.place(sample), self._scale(sample)
-
-    def _scale(self, sample: Sample) -> float:
-        return self.grid[1] / max(sample.image.shape[:2])
+        return image, valid, file, self.place(sample), self.grid[1] / max(sample.image.shape[:2])
 
     def batch(self, indices: list[int], seed: int = 0) -> Example:
         """Some of the examples, stacked, as float32 on the SAM's device; the seed draws prompts."""
@@ -202,7 +199,7 @@ class Examples:
     def masks(self, i: int) -> np.ndarray:
         """The ground truth of example i on the PCM's grid, from its top left: N x H' x W' bool."""
         sample = self.data[self.rows[i]]
-        scale = self._scale(sample)
+        scale = self.grid[1] / max(sample.image.shape[:2])
         size = [max(1, round(side * scale)) for side in sample.image.shape[1::-1]]
         masks = np.zeros((len(sample.rles), *size[::-1]), bool)
         for mask, rle in zip(masks, sample.rles, strict=True):

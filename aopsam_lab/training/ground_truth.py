@@ -85,12 +85,13 @@ def find_masks(
     points = prompts.points.cpu().numpy().round(1)
     found = []
     for i, (rle, own) in enumerate(zip(kept["masks"], kept["mask_prompt"], strict=True)):
-        annotation = _annotation(rle, "sam")
-        annotation["predicted_iou"] = round(float(kept["scores"][i]), 4)
-        annotation["stability_score"] = round(float(kept["stability"][i]), 4)
-        annotation["point_coords"] = [points[own].tolist()]
-        annotation["clicks"] = points[np.unique(np.append(owner[same == i], own))].tolist()
-        found.append(annotation)
+        about = {
+            "predicted_iou": round(float(kept["scores"][i]), 4),
+            "stability_score": round(float(kept["stability"][i]), 4),
+            "point_coords": [points[own].tolist()],
+            "clicks": points[np.unique(np.append(owner[same == i], own))].tolist(),
+        }
+        found.append(_annotation(rle, "sam") | about)
     return found
 
 
@@ -105,9 +106,7 @@ def _annotation(rle: dict, source: str) -> dict:
     }
 
 
-@cache
-def _loaded(name: str, checkpoint: str | None, device: str) -> Sam:
-    return load_sam(name, checkpoint, device)
+_loaded = cache(load_sam)
 
 
 def _record(photo: Photo, out: Path) -> Path:
@@ -201,21 +200,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--device", default="auto")
     add("--workers", type=int, default=1, help="processes, on a CPU at most one a core")
     add("--embeddings", type=Path, help="folder in which the embeddings are kept, for a training")
-    add("--limit", type=int, help="photographs of each folder, taken evenly; all if not given")
     add("--skip", type=Path, help="text file with names of photographs to leave out, one a line")
 
 
 def run(args: argparse.Namespace) -> int:
     """The command `find-masks`; 0, or 1 where some photographs failed."""
     skipped = args.skip.read_text().split("\n") if args.skip else []
-    placed = []
-    for folder in args.folders:
-        photos = [photo for photo in photos_of(folder) if photo.path.name not in skipped]
-        if args.limit:
-            photos = photos[:: max(1, len(photos) // args.limit)][: args.limit]
-        placed += [((i + 0.5) / len(photos), photo) for i, photo in enumerate(photos)]
-    # the folders take turns: what a stopped run has done is then a sample of all of them
-    photos = [photo for _, photo in sorted(placed, key=lambda pair: pair[0])]
+    given = [photo for folder in args.folders for photo in photos_of(folder)]
+    photos = [photo for photo in given if photo.path.name not in skipped]
     failures = find_on(photos, args)
     print(f"{len(photos) - len(failures)} of {len(photos)} photographs in {args.out}")
     for path, reason in failures:

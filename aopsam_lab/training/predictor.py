@@ -3,13 +3,11 @@
     python -m aopsam_lab train-predictor --data FOUND --out predictor.safetensors --minutes 15
     python -m aopsam_lab train-predictor --sam vit_h --data sa1b:DIR --preset paper --out OUT
 
-The preset "paper" is the paper's recipe: one Gaussian a mask, at the prompt point that the data set
-gives or else at the mask's deepest point; mean squared error of the PCM; Adam, 1000 epochs. The
-preset "bundled" is ours: the prompts that together give all masks and, lower, the other clicks
-(`find-masks` writes which clicks give a mask); cross-entropy of each block of the PCM; Adam with a
-cosine schedule. SAM is frozen, and its embeddings are computed once. The learning curve is measured
-on photographs that are held out, about every eighth. A stopped training goes on from its last
-evaluation.
+The preset "paper" is the paper's recipe: one Gaussian a mask, at the data set's prompt point or the
+mask's deepest point; mean squared error of the PCM; Adam, 1000 epochs. The preset "bundled" is
+ours: the prompts that together give all masks and, lower, the other clicks that `find-masks`
+found; cross-entropy of each block of the PCM; Adam with a cosine schedule. About every eighth
+photograph is held out for the learning curve. A stopped training goes on from its last evaluation.
 """
 
 from __future__ import annotations
@@ -33,7 +31,7 @@ from aopsam_lab.data import open_dataset
 from aopsam_lab.files import write_atomically
 from aopsam_lab.predictor import BLOCK, SIGMA, PromptPredictor, blurred, draw_pcm
 from aopsam_lab.sam.zoo import MODELS, load_sam, spec_of
-from aopsam_lab.training.examples import PLACES, Example, Examples, cache_embeddings, split
+from aopsam_lab.training.examples import PLACES, Examples, cache_embeddings, split
 from aopsam_lab.training.results import append_rows, write_card
 
 TOP = (64, 128, 256)  # numbers of candidates that recall is measured for
@@ -164,7 +162,7 @@ class Training:
         started, losses = time.perf_counter() - self.seconds, []
         with tqdm(total=self.steps or None, initial=self.step, desc="training", unit="step") as bar:
             while self._progress() < 1:
-                losses.append(self._learn(self._batch()))
+                losses.append(self._learn())
                 bar.update()
                 self.seconds = time.perf_counter() - started
                 if self._progress() >= 1 or self.step % self.args.log_every == 0:
@@ -175,13 +173,11 @@ class Training:
     def _progress(self) -> float:
         return self.step / self.steps if self.steps else self.seconds / (60 * self.args.minutes)
 
-    def _batch(self) -> Example:
-        """Random examples without repetition; the step decides which."""
+    def _learn(self) -> float:
+        """Take a step on random examples without repetition; the step's number decides which."""
         rng, n = np.random.default_rng([self.args.seed, self.step]), len(self.examples)
         chosen = rng.choice(n, min(self.args.batch, n), replace=False)
-        return self.examples.batch(chosen.tolist(), self.step)
-
-    def _learn(self, batch: Example) -> float:
+        batch = self.examples.batch(chosen.tolist(), self.step)
         rate = 1.0
         if self.args.preset != "paper":
             rate = 0.5 * (1 + math.cos(math.pi * self._progress()))
@@ -224,9 +220,8 @@ class Training:
         if args.candidates:
             shift = calibrate(predictor, self.held, args.candidates, args.slope)
             calibration = (
-                f"confidences' logits times {args.slope:g} and shifted by {shift:+.2f}, so that "
-                f"the held-out photographs give {args.candidates:g} candidates on average at the "
-                "default settings"
+                f"confidences' logits times {args.slope:g} and shifted by {shift:+.2f}, for "
+                f"{args.candidates:g} candidates a held-out photograph at the default settings"
             )
         about = {name: str(getattr(predictor, name)) for name in ("embed_dim", "stride", "width")}
         about |= {"sam": spec.name, "sam_sha256": spec.sha256}

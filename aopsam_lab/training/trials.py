@@ -3,12 +3,11 @@
     python -m aopsam_lab.training.trials prompts --data FOUND --predictor FILE
     python -m aopsam_lab.training.trials filtering --data FOUND
 
-"prompts" compares regular grids with the candidates of a Prompt Predictor at several samplings and
-limits of prompts. "filtering" compares both readings of adaptive filtering, by the share of prompts
-before the first elimination, the number of rounds and the threshold; beside them stand as many
-prompts without filtering. Each trial is a row of a CSV, with means a photograph: `miou` is against
-the masks that people drew, `coverage` the share of the masks that the SAM found, `hit` the share of
-these that a decoded prompt lies on. A limit below 1 is a share of the candidates.
+"prompts" compares grids with the candidates of a Prompt Predictor, by sampling and prompt limit.
+"filtering" compares both readings of adaptive filtering with as many prompts without it. Each trial
+is a row of a CSV, with means a photograph: `miou` is against the masks that people drew, `coverage`
+the share of the masks that the SAM found, `hit` the share of these that a decoded prompt lies on. A
+limit below 1 is a share of the candidates.
 """
 
 from __future__ import annotations
@@ -51,28 +50,15 @@ NOT_DECODED = ("eliminated", "not_reached")
 Trial = tuple[Method, AsfParams, float | None]
 
 
-def prompt_trials() -> list[Trial]:
-    """Grids, and AoP-SAM at each of SAMPLINGS, with and without filtering, at each of LIMITS."""
-    grids = [(Grid("grid", side), AsfParams(), None) for side in GRIDS]
-    return grids + [
-        (METHODS[name], AsfParams(*values), limit)
-        for values, name, limit in product(SAMPLINGS, ("aop", "aop_no_af"), LIMITS)
-    ]
-
-
-def filtering_trials() -> list[Trial]:
-    """No filtering, then both readings with each of FIRSTS, ROUNDS and ELIMINATIONS."""
-    trials: list[Trial]
-    trials = [(METHODS["aop_no_af"], AsfParams(), share) for share in (None, *SHARES)]
-    for name, first, rounds, elimination in product(
-        ("aop", "aop_raw"), FIRSTS, ROUNDS, ELIMINATIONS
-    ):
-        method = Aop(name, literal=name == "aop_raw", first=first, rounds=rounds)
-        trials.append((method, AsfParams(elimination=elimination), None))
-    return trials
-
-
-TRIALS = {"prompts": prompt_trials, "filtering": filtering_trials}
+TRIALS: dict[str, list[Trial]] = {
+    "prompts": [(Grid("grid", side), AsfParams(), None) for side in GRIDS],
+    "filtering": [(METHODS["aop_no_af"], AsfParams(), share) for share in (None, *SHARES)],
+}
+for values, name, limit in product(SAMPLINGS, ("aop", "aop_no_af"), LIMITS):
+    TRIALS["prompts"].append((METHODS[name], AsfParams(*values), limit))
+for name, first, rounds, elimination in product(("aop", "aop_raw"), FIRSTS, ROUNDS, ELIMINATIONS):
+    method = Aop(name, literal=name == "aop_raw", first=first, rounds=rounds)
+    TRIALS["filtering"].append((method, AsfParams(elimination=elimination), None))
 
 
 def measure(
@@ -81,9 +67,9 @@ def measure(
     """What each trial gives on one photograph, a row each; every point is decoded once."""
     encoded = encode(sam, sample.image)
     cache, pcm = DecodeCache(sam, encoded), PcmCache(predictor, encoded)
-    pairs = list(zip(sample.rles, sample.clicks or [[]] * len(sample.rles), strict=True))
-    by_people = [rle for rle, clicks in pairs if not clicks]
-    by_sam = [rle for rle, clicks in pairs if clicks]
+    by_people, by_sam = [], []
+    for rle, clicks in zip(sample.rles, sample.clicks or [[]] * len(sample.rles), strict=True):
+        (by_sam if clicks else by_people).append(rle)
     drawn = decode_rle(by_sam, sample.image.shape[:2])
     rows, sampled = [], 0
     for method, params, limit in trials:
@@ -125,7 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     sam = load_sam(args.sam, device=args.device)
     predictor = load_predictor(args.sam, args.predictor, sam.device)
-    data, trials = open_dataset(args.data), TRIALS[args.kind]()
+    data, trials = open_dataset(args.data), TRIALS[args.kind]
     held = list(range(len(data))) if args.whole else split(data)[1]
     held = held[:: max(1, len(held) // args.photos)][: args.photos]
     tables = [measure(sam, predictor, data[i], trials) for i in tqdm(held, unit="photo")]
