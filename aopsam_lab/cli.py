@@ -32,11 +32,7 @@ ASF_HELP = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command.
-
-    Returns:
-        0 done, 1 some images failed, 2 nothing could be done, 130 interrupted.
-    """
+    """Run a command; 0: done, 1: some images failed, 2: nothing could be done, 130: interrupted."""
     args = _parser().parse_args(argv)
     try:
         return args.run(args)
@@ -61,10 +57,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.set_defaults(run=segment_command)
     add = command.add_argument
-    images = "image files, folders of images, or glob patterns"
-    add("images", nargs="+", metavar="IMAGE", help=images)
-    out = "where the results go; made if missing"
-    add("--out", required=True, type=Path, metavar="DIR", help=out)
+    add("images", nargs="+", metavar="IMAGE", help="image files, folders, or glob patterns")
+    add("--out", required=True, type=Path, metavar="DIR", help="where the results go")
     add("--method", default="aop", choices=list(METHODS), help="how prompts are found")
     add("--sam", default="mobile_sam", choices=list(MODELS), help="which SAM")
     other = "weights other than the bundled"
@@ -84,15 +78,12 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(run=download_command)
     names = ", ".join(OFFICIAL)
     command.add_argument("names", nargs="+", choices=list(OFFICIAL), metavar="NAME", help=names)
-    trainings = {
-        "find-masks": (ground_truth, "find all masks that a SAM can: ground truth for a training"),
-        "train-predictor": (predictor_training, "train the Prompt Predictor of a SAM"),
-    }
-    for name, (module, about) in trainings.items():
-        raw = argparse.RawDescriptionHelpFormatter
-        command = commands.add_parser(
-            name, help=about, description=module.__doc__, formatter_class=raw
-        )
+    raw = {"formatter_class": argparse.RawDescriptionHelpFormatter}
+    for name, module, about in (
+        ("find-masks", ground_truth, "find all masks that a SAM can: ground truth for a training"),
+        ("train-predictor", predictor_training, "train the Prompt Predictor of a SAM"),
+    ):
+        command = commands.add_parser(name, help=about, description=module.__doc__, **raw)
         command.set_defaults(run=module.run)
         module.add_arguments(command)
     return parser
@@ -111,18 +102,17 @@ def segment_command(args: argparse.Namespace) -> int:
     elif needs == "detector":
         detector = load_detector(args.detector, sam.device)
     paths, failures = find_images(args.images)
+    total = len(paths) + len(failures)
     jobs = list(zip(paths, unique_stems(paths), strict=True))
-    done = 0
     for path, stem in tqdm(jobs, desc="segmenting", unit="image", dynamic_ncols=True):
         try:
             found = segment(path, args.method, sam, predictor, detector, params)
             save(found, args.out, stem, file_name=path.as_posix())
-            done += 1
         except (ValueError, OSError, MemoryError, torch.OutOfMemoryError) as error:
             failures.append((str(path), str(error) or type(error).__name__))
-    print(f"{done} of {done + len(failures)} images segmented, results in {args.out}")
+    print(f"{total - len(failures)} of {total} images segmented, results in {args.out}")
+    lines = [f"  {name}: {reason}" for name, reason in failures]
     if failures:
-        lines = [f"  {name}: {reason}" for name, reason in failures]
         print("\n".join(["Failed:", *lines]), file=sys.stderr)
     return 1 if failures else 0
 

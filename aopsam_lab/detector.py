@@ -55,11 +55,7 @@ def process_left_alone() -> Iterator[None]:
 
 
 def import_ultralytics() -> ModuleType:
-    """The ultralytics package, offline and silent, its settings in a temporary folder.
-
-    Raises:
-        ImportError: it is not installed.
-    """
+    """The ultralytics package, offline and silent, its settings in a temporary folder."""
     if "ultralytics" not in sys.modules:
         folder = tempfile.mkdtemp(prefix="aopsam_lab_ultralytics_")
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
@@ -77,14 +73,11 @@ def import_ultralytics() -> ModuleType:
 
 
 class Detector:
-    """One loaded model.
+    """One loaded YOLOv8 detection model.
 
     Args:
-        model: a YOLOv8 detection model.
-        name, sha256: which weights it has.
         options: imgsz, the longest side that images are scaled to, in pixels; confidence, the least
             of a box; overlap, the IoU of NMS.
-        device: where it runs.
     """
 
     def __init__(
@@ -100,21 +93,20 @@ class Detector:
 
             self.name, self.sha256, self.options = name, sha256, dict(options)
             self.imgsz = int(options["imgsz"])
-            overrides = dict(task="detect", mode="predict", save=False, verbose=False, batch=1)
-            overrides |= dict(imgsz=self.imgsz, rect=True, max_det=300, agnostic_nms=True)
-            overrides |= dict(conf=options["confidence"], iou=options["overlap"])
-            overrides |= dict(project=tempfile.gettempdir(), name="aopsam_lab_unused")
-            overrides |= dict(device=str(device))
+            overrides = {
+                "task": "detect", "mode": "predict", "save": False, "verbose": False, "batch": 1,
+                "imgsz": self.imgsz, "rect": True, "max_det": 300, "agnostic_nms": True,
+                "conf": options["confidence"], "iou": options["overlap"], "device": str(device),
+                "project": tempfile.gettempdir(), "name": "aopsam_lab_unused",
+            }  # fmt: skip
             self._predictor = DetectionPredictor(overrides=overrides)
             self._predictor.setup_model(model.eval(), verbose=False)
             self._predictor([np.zeros((self.imgsz, self.imgsz, 3), np.uint8)])
 
     def boxes(self, image: np.ndarray, max_boxes: int = 100) -> tuple[np.ndarray, np.ndarray]:
-        """The most confident boxes of an image (H, W, 3) uint8, RGB.
+        """The most confident boxes of an image (H, W, 3) uint8, RGB, and their scores.
 
-        Returns:
-            Boxes (n, 4) float32, x0 y0 x1 y1 in the image frame, within the image and not empty;
-            their scores (n,) float32, highest first.
+        Boxes are (n, 4) float32, x0 y0 x1 y1, within the image and not empty, the surest first.
         """
         height, width = image.shape[:2]
         bgr = np.ascontiguousarray(image[..., ::-1])
@@ -156,23 +148,15 @@ def _from_checkpoint(path: Path) -> tuple[torch.nn.Module, dict[str, float]]:
 def read_weights(
     weights: str | os.PathLike | None = None,
 ) -> tuple[torch.nn.Module, dict[str, float], Path]:
-    """Read a YOLOv8 model, without running code from its file.
-
-    Args:
-        weights: as `load_detector`.
+    """Read the weights of `load_detector`, without running code from the file.
 
     Returns:
         The model on the CPU, its options (`DEFAULTS` where the file does not say), and the file.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file holds no YOLOv8 detection model, or cannot be read safely.
-        ImportError: Ultralytics is not installed.
     """
-    if weights is None:
-        path = WEIGHTS / "detector.safetensors"
+    if weights == OFFICIAL_NAME:
+        path = official_weights(OFFICIAL_NAME)
     else:
-        path = official_weights(OFFICIAL_NAME) if weights == OFFICIAL_NAME else Path(weights)
+        path = WEIGHTS / "detector.safetensors" if weights is None else Path(weights)
     if not path.is_file():
         advice = "train some with python -m aopsam_lab.training.detector"
         raise FileNotFoundError(f"No detector weights at {path}; {advice}")
@@ -192,13 +176,18 @@ def read_weights(
 def load_detector(
     weights: str | os.PathLike | None = None, device: str | torch.device = "auto"
 ) -> Detector:
-    """Load a YOLOv8 detector; it raises what `read_weights` raises.
+    """Load a YOLOv8 detector.
 
     Args:
         weights: None for the bundled one-class YOLOv8n, "yolov8n" for the official one, or a file:
             .safetensors of training/detector.py, or a detection checkpoint (.pt) of Ultralytics.
             Classes are ignored.
         device: "auto", "cpu", "cuda", ...
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file holds no YOLOv8 detection model, or cannot be read safely.
+        ImportError: Ultralytics is not installed.
     """
     target = resolve_device(device)
     model, options, path = read_weights(weights)

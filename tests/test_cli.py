@@ -75,7 +75,6 @@ def test_folders_and_patterns(tmp_path, monkeypatch):
         picture(tmp_path / "in" / name)
     (tmp_path / "in" / "notes.txt").write_text("text")
     (tmp_path / "in" / "done.json").write_text("{}")
-    (tmp_path / "in" / "done.json").write_text("{}")
     (tmp_path / "none").mkdir()
     monkeypatch.chdir(tmp_path)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import csv
 import json
 
@@ -57,12 +56,6 @@ def test_recall_of_boxes_by_hand():
     np.testing.assert_allclose(training.box_recall(ground_truth, found), [2 / 4, 1 / 4])
     np.testing.assert_array_equal(training.box_recall(ground_truth, found[:0]), [0, 0])
     np.testing.assert_array_equal(training.box_recall(ground_truth, wanted), [1, 1])
-
-
-def main(arguments):
-    parser = argparse.ArgumentParser()
-    training.add_arguments(parser)
-    return training.run(parser.parse_args(arguments))
 
 
 class _Known:
@@ -150,12 +143,12 @@ def test_a_training_stops_goes_on_and_exports(tmp_path, command, monkeypatch):
     write = training.write_atomically
     monkeypatch.setattr(training, "write_atomically", killed)
     with pytest.raises(KeyboardInterrupt):
-        main(command)
+        training.main(command)
     monkeypatch.setattr(training, "write_atomically", write)
     run = next((tmp_path / "work").glob("*/last.pt")).parent
     spent = training.learning_curve(run)["time"].max()
     before_stop = torch.load(run / "last.pt", weights_only=False)
-    assert main(command) == 0
+    training.main(command)
     assert torch.get_num_threads() == before, "the process is left as it was"
     curve = training.learning_curve(run)
     assert list(curve["epoch"]) == list(range(1, len(curve) + 1)) and len(curve) > 1
@@ -171,8 +164,9 @@ def test_a_training_stops_goes_on_and_exports(tmp_path, command, monkeypatch):
     assert str(tmp_path) not in card
     assert len(list(csv.DictReader(trials.open()))) == 2 * len(training.CONFIDENCES)
     written = (run / "last.pt").stat().st_mtime_ns
-    assert main(command) == 0 and (run / "last.pt").stat().st_mtime_ns == written, "finished"
-    assert main([*command, "--start", str(out)]) == 0
+    training.main(command)
+    assert (run / "last.pt").stat().st_mtime_ns == written, "finished"
+    training.main([*command, "--start", str(out)])
     assert f"from `{out.name}`" in out.with_suffix(".md").read_text()
 
 

@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import time
+from collections.abc import Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,7 @@ SETTINGS = {
 def boxes_of(rles: list[dict]) -> torch.Tensor:
     """The boxes of COCO RLE, n x 4 float64 (x0, y0, x1, y1) in the image frame, the ends exclusive.
 
-    Of two boxes that overlap by more than IoU 0.7 the first stays.
+    Of two boxes of one object the first stays.
     """
     found = torch.as_tensor(coco_mask.toBbox(rles), dtype=torch.float64).reshape(-1, 4)
     boxes = box_convert(found, "xywh", "xyxy")
@@ -154,10 +155,7 @@ def try_settings(
 ) -> list[dict]:
     """Measure a YOLOv8 model with every image side and confidence that is tried, a row each.
 
-    Args:
-        model: the model.
-        photos: images (H x W x 3 uint8) with their ground-truth boxes (n x 4, image frame).
-        device: "auto", "cpu", "cuda", ...
+    The photographs are images (H x W x 3 uint8) with their ground-truth boxes (n x 4, image frame).
     """
     rows = []
     for side in tqdm(SIDES, desc="trying image sides"):
@@ -168,11 +166,10 @@ def try_settings(
         milliseconds = 1000 * (time.perf_counter() - started) / len(photos)
         for confidence in CONFIDENCES:  # NMS goes by falling score, so a filter may follow it
             kept = [boxes[scores >= confidence] for boxes, scores in found]
-            pairs = [
-                (wanted, own) for (_, wanted), own in zip(photos, kept, strict=True) if len(wanted)
-            ]
+            pairs = zip((wanted for _, wanted in photos), kept, strict=True)
+            recalls = [box_recall(wanted, own) for wanted, own in pairs if len(wanted)]
             row = {**options, "confidence": confidence}
-            row["recall_50"], row["recall_75"] = np.mean([box_recall(*pair) for pair in pairs], 0)
+            row["recall_50"], row["recall_75"] = np.mean(recalls, 0)
             row["boxes"] = np.mean([len(own) for own in kept])
             rows.append({**row, "milliseconds": milliseconds})
     return rows
@@ -194,8 +191,10 @@ def export(model: torch.nn.Module, out: Path, settings: dict) -> None:
     write_atomically(out, to_safetensors(weights, metadata=metadata))
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of the detector's training."""
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Train, choose the settings, write the weights and their model card."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     add = parser.add_argument
     add("--data", required=True, help="a folder of `find-masks`, or another data set with masks")
     add("--out", required=True, type=Path, help="the weights (safetensors); the card lies beside")
@@ -207,10 +206,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--trials", type=Path, help="the CSV to add the settings tried to; WORKDIR/trials.csv")
     add("--licence", default="the terms of the training data hold", help="a line of the card")
     add("--device", default="auto")
-
-
-def run(args: argparse.Namespace) -> int:
-    """Train, choose the settings, write the weights and their model card; 0."""
+    args = parser.parse_args(arguments)
     data = open_dataset(args.data)
     rows, held = split(data)
     # a run with other data or settings has a folder of its own
@@ -243,11 +239,7 @@ def run(args: argparse.Namespace) -> int:
     about_curve = "time in seconds; mAP: COCO's, of the held-out photographs' boxes"
     write_card(args.out, summary, facts, learning_curve(folder), about_curve)
     print(f"Detector: {args.out}")
-    return 0
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    add_arguments(parser)
-    run(parser.parse_args())
+    main()

@@ -32,61 +32,41 @@ ON_MASK = 0.5  # a cell of the PCM's grid is on a mask that covers this share of
 
 
 class Prompt(NamedTuple):
-    """A prompt to learn.
+    """A prompt to learn: a training draws one of its points anew each time."""
 
-    Args:
-        points: (n, 2) float32, x and y in the image frame; a training draws one of them anew each
-            time.
-        height: of the target there, in [0, 1].
-    """
-
-    points: np.ndarray
-    height: float
+    points: np.ndarray  # (n, 2) float32, x and y in the image frame
+    height: float  # of the target there, in [0, 1]
 
 
 Place = Callable[[Sample], list[Prompt]]  # where prompts should lie
 
 
 class Example(NamedTuple):
-    """One photograph to learn from, or a batch of them.
+    """One photograph to learn from, or a batch of them."""
 
-    image: (3, 4h, 4w) float16, the normalised mean of the pixels in each PCM cell. embedding:
-    (C, h, w) float16. target: (4h, 4w) float32, see `target_map`. valid: (4h, 4w) bool, cells on
-    the image.
-    """
-
-    image: Tensor
-    embedding: Tensor
-    target: Tensor
-    valid: Tensor
+    image: Tensor  # (3, 4h, 4w) float16, the normalised mean of the pixels in each PCM cell
+    embedding: Tensor  # (C, h, w) float16
+    target: Tensor  # (4h, 4w) float32, see `target_map`
+    valid: Tensor  # (4h, 4w) bool, cells on the image
 
 
 def split(data: Dataset) -> tuple[list[int], list[int]]:
-    """Divide a data set for a training.
+    """The rows of a data set to train on, and those that are held out; neither is empty.
 
     A hash of the image's name decides, so more photographs change nothing for those before.
-
-    Returns:
-        The rows to train on, and those that are held out.
-
-    Raises:
-        ValueError: one of the two would be empty.
     """
-    digests = (int(hashlib.sha256(name.encode()).hexdigest(), 16) for name in data.ids)
-    out = [digest % HELD_OUT == 0 for digest in digests]
-    if all(out) or not any(out):
-        raise ValueError(
-            f"{data.name} has {len(data)} photographs: too few to train on some and hold some out."
-        )
-    rows = range(len(data))
-    return [i for i in rows if not out[i]], [i for i in rows if out[i]]
+    parts: tuple[list[int], list[int]] = [], []
+    for i, name in enumerate(data.ids):
+        digest = int(hashlib.sha256(name.encode()).hexdigest(), 16)
+        parts[digest % HELD_OUT == 0].append(i)
+    if not all(parts):
+        few = "too few to train on some and hold some out."
+        raise ValueError(f"{data.name} has {len(data)} photographs: {few}")
+    return parts
 
 
 def own_prompts(sample: Sample) -> list[Prompt]:
-    """One prompt a mask: the data set's own prompt point, else the mask's deepest point.
-
-    This is the paper's ground truth: SA-1B's masks with the points that found them.
-    """
+    """One prompt a mask, as in the paper: the data set's prompt point, else the deepest point."""
     points = sample.points
     if points is None:
         points = [deepest_point(coco_mask.decode(rle))[:2] for rle in sample.rles]
@@ -104,10 +84,10 @@ def covering_prompts(sample: Sample) -> list[Prompt]:
     it, see `_about`, or else the network would learn the grid.
     """
     clicks = [[(x, y) for x, y in own] for own in sample.clicks or [[]] * len(sample.rles)]
-    given: dict[tuple[float, float], set[int]] = {}
+    given: dict[tuple[float, float], set[int]] = {click: set() for own in clicks for click in own}
     for i, own in enumerate(clicks):
         for click in own:
-            given.setdefault(click, set()).add(i)
+            given[click].add(i)
     reach = _half_steps(np.array(list(given)).reshape(-1, 2))
     about: dict[tuple[float, float], np.ndarray] = {}
     needed: set[tuple[float, float]] = set()
@@ -143,15 +123,10 @@ def _half_steps(clicks: np.ndarray) -> tuple[int, int]:
 
 
 def _about(click: tuple[float, float], depth: np.ndarray, reach: tuple[int, int]) -> np.ndarray:
-    """Pixels of a click's grid cell that lie at least half as deep in its mask as the deepest.
+    """Centres of pixels near a click (x, y) that lie half as deep in its mask as the deepest.
 
-    Args:
-        click: x, y in the image frame.
-        depth: (H, W), each pixel's distance to the edge of the mask; 0 outside of it.
-        reach: as `_half_steps`.
-
-    Returns:
-        (n, 2) float32, the pixels' centres, at most POINTS about evenly; else the click itself.
+    The pixels are those of the click's grid cell, (n, 2) float32, at most POINTS taken evenly;
+    where there are none, the click itself. Depth is (H, W), 0 outside of the mask.
     """
     left, top = (max(0, int(at) - half) for at, half in zip(click, reach, strict=True))
     window = depth[top : int(click[1]) + reach[1] + 1, left : int(click[0]) + reach[0] + 1]
@@ -171,16 +146,9 @@ PLACES: dict[str, Place] = {"own": own_prompts, "covering": covering_prompts}
 def target_map(
     prompts: list[Prompt], scale: float, grid: tuple[int, int], rng: np.random.Generator
 ) -> np.ndarray:
-    """The prompts' heights in the PCM's cells, the maximum where they meet, 0 elsewhere.
+    """The prompts' heights in the cells of the PCM (H, W), the maximum where they meet, else 0.
 
-    Args:
-        prompts: what should be learned.
-        scale: PCM cells along a pixel of the image.
-        grid: (H, W) of the PCM.
-        rng: draws one of each prompt's points.
-
-    Returns:
-        H x W float32 in [0, 1].
+    The scale is PCM cells along a pixel of the image; rng draws one of each prompt's points.
     """
     target = np.zeros(grid, np.float32)
     if prompts:
@@ -220,7 +188,7 @@ class Examples:
         image = F.avg_pool2d(image, side // self.grid[1])[0].half().cpu()
         valid = valid_cells(scaled.shape[:2], side, self.grid)
         file = embedding_file(self.embeddings, sample.id)
-        return image, valid, file, self.place(sample), self.scale(sample)
+        return image, valid, file, self.place(sample), self.grid[1] / max(sample.image.shape[:2])
 
     def batch(self, indices: list[int], seed: int = 0) -> Example:
         """Some of the examples, stacked, as float32 on the SAM's device; the seed draws prompts."""
@@ -228,14 +196,10 @@ class Examples:
         stacked = map(torch.stack, zip(*(self.example(i, rng) for i in indices), strict=True))
         return Example(*(part.to(self.sam.device).float() for part in stacked))
 
-    def scale(self, sample: Sample) -> float:
-        """PCM cells along a pixel of the image."""
-        return self.grid[1] / max(sample.image.shape[:2])
-
     def masks(self, i: int) -> np.ndarray:
         """The ground truth of example i on the PCM's grid, from its top left: N x H' x W' bool."""
         sample = self.data[self.rows[i]]
-        scale = self.scale(sample)
+        scale = self.grid[1] / max(sample.image.shape[:2])
         size = [max(1, round(side * scale)) for side in sample.image.shape[1::-1]]
         masks = np.zeros((len(sample.rles), *size[::-1]), bool)
         for mask, rle in zip(masks, sample.rles, strict=True):

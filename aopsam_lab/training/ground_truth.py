@@ -55,16 +55,15 @@ def find_masks(
     """Find all masks that a SAM gives from a grid, by the rules of `SamAutomaticMaskGenerator`.
 
     Args:
-        sam: the model, with its thresholds in `.spec`.
+        sam: the model.
         image: H x W x 3 uint8, RGB.
         side: points along each side of the grid.
-        embeddings: a file to which the embedding (C x h x w, float16) is written, or None.
+        embeddings: a file to which the embedding is written, or None.
 
     Returns:
-        COCO annotations, the highest predicted IoU first. Beside COCO's keys each has
-        `predicted_iou`, `stability_score`, `point_coords` (the prompt that gave the mask, one
-        [x, y] in the image frame), and `clicks` (all prompts of the grid that gave this mask or a
-        duplicate of it).
+        COCO annotations, the highest predicted IoU first. `point_coords` is the prompt that gave
+        the mask, [x, y] in the image frame, `clicks` all prompts of the grid that gave it or a
+        duplicate of it.
     """
     encoded = encode(sam, image)
     if embeddings is not None:
@@ -86,12 +85,13 @@ def find_masks(
     points = prompts.points.cpu().numpy().round(1)
     found = []
     for i, (rle, own) in enumerate(zip(kept["masks"], kept["mask_prompt"], strict=True)):
-        annotation = _annotation(rle, "sam")
-        annotation["predicted_iou"] = round(float(kept["scores"][i]), 4)
-        annotation["stability_score"] = round(float(kept["stability"][i]), 4)
-        annotation["point_coords"] = [points[own].tolist()]
-        annotation["clicks"] = points[np.unique(np.append(owner[same == i], own))].tolist()
-        found.append(annotation)
+        about = {
+            "predicted_iou": round(float(kept["scores"][i]), 4),
+            "stability_score": round(float(kept["stability"][i]), 4),
+            "point_coords": [points[own].tolist()],
+            "clicks": points[np.unique(np.append(owner[same == i], own))].tolist(),
+        }
+        found.append(_annotation(rle, "sam") | about)
     return found
 
 
@@ -106,13 +106,10 @@ def _annotation(rle: dict, source: str) -> dict:
     }
 
 
-@cache
-def _loaded(name: str, checkpoint: str | None, device: str) -> Sam:
-    return load_sam(name, checkpoint, device)
+_loaded = cache(load_sam)
 
 
 def _record(photo: Photo, out: Path) -> Path:
-    """The file that holds what was found on a photograph."""
     return out / "records" / f"{photo.path.stem}.json"
 
 
@@ -138,10 +135,10 @@ def _work(args: argparse.Namespace, threads: int, photo: Photo) -> str | None:
 
 
 def find_on(photos: list[Photo], args: argparse.Namespace) -> list[tuple[Path, str]]:
-    """Find the masks of every photograph that has no record yet, then write the COCO-style folder.
+    """Find the masks of photographs without a record, then write the COCO-style folder.
 
     Returns:
-        The photographs that could not be read or segmented, each with the reason.
+        The photographs that failed, each with the reason.
     """
     todo = [photo for photo in photos if not _record(photo, args.out).exists()]
     work = partial(_work, args, max(1, torch.get_num_threads() // args.workers))
@@ -156,7 +153,7 @@ def find_on(photos: list[Photo], args: argparse.Namespace) -> list[tuple[Path, s
     return [(photo.path, reason) for photo, reason in zip(todo, reasons, strict=True) if reason]
 
 
-def write_folder(photos: list[Photo], args: argparse.Namespace) -> Path:
+def write_folder(photos: list[Photo], args: argparse.Namespace) -> None:
     """Gather the records in OUT/annotations.json, with copies of the photographs in OUT/images."""
     images: list[dict] = []
     annotations: list[dict] = []
@@ -177,7 +174,7 @@ def write_folder(photos: list[Photo], args: argparse.Namespace) -> Path:
         "annotations": annotations,
         "categories": [{"id": 1, "name": "object", "supercategory": ""}],
     }
-    return write_atomically(args.out / "annotations.json", json.dumps(content))
+    write_atomically(args.out / "annotations.json", json.dumps(content))
 
 
 def photos_of(folder: Path) -> list[Photo]:
@@ -203,21 +200,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--device", default="auto")
     add("--workers", type=int, default=1, help="processes, on a CPU at most one a core")
     add("--embeddings", type=Path, help="folder in which the embeddings are kept, for a training")
-    add("--limit", type=int, help="photographs of each folder, taken evenly; all if not given")
     add("--skip", type=Path, help="text file with names of photographs to leave out, one a line")
 
 
 def run(args: argparse.Namespace) -> int:
     """The command `find-masks`; 0, or 1 where some photographs failed."""
     skipped = args.skip.read_text().split("\n") if args.skip else []
-    placed = []
-    for folder in args.folders:
-        photos = [photo for photo in photos_of(folder) if photo.path.name not in skipped]
-        if args.limit:
-            photos = photos[:: max(1, len(photos) // args.limit)][: args.limit]
-        placed += [((i + 0.5) / len(photos), photo) for i, photo in enumerate(photos)]
-    # the folders take turns: what a stopped run has done is then a sample of all of them
-    photos = [photo for _, photo in sorted(placed, key=lambda pair: pair[0])]
+    given = [photo for folder in args.folders for photo in photos_of(folder)]
+    photos = [photo for photo in given if photo.path.name not in skipped]
     failures = find_on(photos, args)
     print(f"{len(photos) - len(failures)} of {len(photos)} photographs in {args.out}")
     for path, reason in failures:

@@ -3,13 +3,11 @@
     python -m aopsam_lab train-predictor --data FOUND --out predictor.safetensors --minutes 15
     python -m aopsam_lab train-predictor --sam vit_h --data sa1b:DIR --preset paper --out OUT
 
-The preset "paper" is the paper's recipe: one Gaussian a mask, at the prompt point that the data set
-gives or else at the mask's deepest point; mean squared error of the PCM; Adam, 1000 epochs. The
-preset "bundled" is ours: the prompts that together give all masks and, lower, the other clicks
-(`find-masks` writes which clicks give a mask); cross-entropy of each block of the PCM; Adam with a
-cosine schedule. SAM is frozen, and its embeddings are computed once. The learning curve is measured
-on photographs that are held out, about every eighth. A stopped training goes on from its last
-evaluation.
+The preset "paper" is the paper's recipe: one Gaussian a mask, at the data set's prompt point or the
+mask's deepest point; mean squared error of the PCM; Adam, 1000 epochs. The preset "bundled" is
+ours: the prompts that together give all masks and, lower, the other clicks that `find-masks`
+found; cross-entropy of each block of the PCM; Adam with a cosine schedule. About every eighth
+photograph is held out for the learning curve. A stopped training goes on from its last evaluation.
 """
 
 from __future__ import annotations
@@ -33,7 +31,7 @@ from aopsam_lab.data import open_dataset
 from aopsam_lab.files import write_atomically
 from aopsam_lab.predictor import BLOCK, SIGMA, PromptPredictor, blurred, draw_pcm
 from aopsam_lab.sam.zoo import MODELS, load_sam, spec_of
-from aopsam_lab.training.examples import PLACES, Example, Examples, cache_embeddings, split
+from aopsam_lab.training.examples import PLACES, Examples, cache_embeddings, split
 from aopsam_lab.training.results import append_rows, write_card
 
 TOP = (64, 128, 256)  # numbers of candidates that recall is measured for
@@ -53,10 +51,8 @@ PRESETS = {"paper": ("own", "mse"), "bundled": ("covering", "blocks")}  # where 
 def pcm_loss(blocks: tuple[Tensor, Tensor], target: Tensor, valid: Tensor) -> Tensor:
     """Mean squared error of the PCM over the cells on the image: the paper's loss.
 
-    Args:
-        blocks: logits of confidence and place, see `PromptPredictor.blocks`.
-        target: (B, 4h, 4w), the prompts' heights in their cells.
-        valid: (B, 4h, 4w), 1 on the image and 0 on padding.
+    The blocks are logits of confidence and place, see `PromptPredictor.blocks`; target and valid
+    are (B, 4h, 4w), see `Example`.
     """
     wanted = blurred(target[:, None], SIGMA)[:, 0].clamp(0, 1)
     return ((draw_pcm(*blocks, soft=True)[:, 0] - wanted).square() * valid).sum() / valid.sum()
@@ -88,12 +84,7 @@ def predicted(predictor: PromptPredictor, held: Examples, i: int) -> Tensor:
 
 @torch.inference_mode()
 def recall(predictor: PromptPredictor, held: Examples) -> dict[str, float]:
-    """Measure a predictor in evaluation mode on the held-out photographs.
-
-    Returns:
-        recall_K for each K of TOP, the share of the masks that one of the K strongest candidates
-        lies on; candidates, their mean number at the default settings.
-    """
+    """Measure a predictor in evaluation mode on the held-out photographs; see ABOUT_CURVE."""
     hits, masks_seen, candidates = dict.fromkeys(TOP, 0), 0, []
     for i in range(len(held)):
         pcm = predicted(predictor, held, i)
@@ -111,15 +102,11 @@ def recall(predictor: PromptPredictor, held: Examples) -> dict[str, float]:
 
 @torch.inference_mode()
 def calibrate(predictor: PromptPredictor, held: Examples, wanted: float, slope: float) -> float:
-    """Change the last layer so that the default confidence has a meaning, whatever the loss was.
+    """Change the last layer so that the default confidence has a meaning; return the shift.
 
     The confidences' logits are multiplied by the slope, then shifted until the held-out photographs
-    give so many candidates as wanted on average at the default settings. The smaller the slope, the
-    flatter is the PCM, and the more weak peaks stay apart from strong neighbours when it is
-    smoothed.
-
-    Returns:
-        The shift.
+    give so many candidates as wanted on average at the default settings. A small slope keeps weak
+    peaks apart from strong neighbours when the PCM is smoothed.
     """
     weight, bias = predictor.head.parameters()
     parts = len(bias) // (1 + BLOCK**2)
@@ -175,7 +162,7 @@ class Training:
         started, losses = time.perf_counter() - self.seconds, []
         with tqdm(total=self.steps or None, initial=self.step, desc="training", unit="step") as bar:
             while self._progress() < 1:
-                losses.append(self._learn(self._batch()))
+                losses.append(self._learn())
                 bar.update()
                 self.seconds = time.perf_counter() - started
                 if self._progress() >= 1 or self.step % self.args.log_every == 0:
@@ -186,13 +173,11 @@ class Training:
     def _progress(self) -> float:
         return self.step / self.steps if self.steps else self.seconds / (60 * self.args.minutes)
 
-    def _batch(self) -> Example:
-        """Random examples without repetition; the step decides which."""
+    def _learn(self) -> float:
+        """Take a step on random examples without repetition; the step's number decides which."""
         rng, n = np.random.default_rng([self.args.seed, self.step]), len(self.examples)
         chosen = rng.choice(n, min(self.args.batch, n), replace=False)
-        return self.examples.batch(chosen.tolist(), self.step)
-
-    def _learn(self, batch: Example) -> float:
+        batch = self.examples.batch(chosen.tolist(), self.step)
         rate = 1.0
         if self.args.preset != "paper":
             rate = 0.5 * (1 + math.cos(math.pi * self._progress()))
@@ -235,9 +220,8 @@ class Training:
         if args.candidates:
             shift = calibrate(predictor, self.held, args.candidates, args.slope)
             calibration = (
-                f"confidences' logits times {args.slope:g} and shifted by {shift:+.2f}, so that "
-                f"the held-out photographs give {args.candidates:g} candidates on average at the "
-                "default settings"
+                f"confidences' logits times {args.slope:g} and shifted by {shift:+.2f}, for "
+                f"{args.candidates:g} candidates a held-out photograph at the default settings"
             )
         about = {name: str(getattr(predictor, name)) for name in ("embed_dim", "stride", "width")}
         about |= {"sam": spec.name, "sam_sha256": spec.sha256}

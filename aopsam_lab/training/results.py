@@ -15,15 +15,7 @@ CURVE_ROWS = 10  # of a learning curve, in a card
 def write_card(
     weights: Path, summary: str, facts: dict[str, str], curve: pd.DataFrame, about_curve: str
 ) -> None:
-    """Write the model card NAME.md beside NAME.safetensors.
-
-    Args:
-        weights: the file of the weights.
-        summary: a sentence or two on what they are.
-        facts: more about them, by name.
-        curve: the learning curve, of which at most ten rows are shown.
-        about_curve: what its columns are.
-    """
+    """Write the model card NAME.md beside NAME.safetensors, with ten rows of the learning curve."""
     size = weights.stat().st_size / 1e6
     lines = [f"# {weights.name}", "", summary, "", f"- **File**: {size:.1f} MB, float16"]
     lines += [f"- **{name}**: {text}" for name, text in facts.items()]
@@ -35,11 +27,7 @@ def write_card(
 
 
 def append_rows(path: Path, rows: list[dict]) -> None:
-    """Add rows to a CSV file, which is made where it is missing. Numbers have four decimals.
-
-    Raises:
-        ValueError: the file has other columns.
-    """
+    """Add rows, numbers with four decimals, to a CSV file, old or new, of the same columns."""
     table = pd.DataFrame(rows)
     if path.exists() and list(pd.read_csv(path, nrows=0)) != list(table):
         raise ValueError(f"{path} has other columns than {', '.join(table)}; name another file")

@@ -3,17 +3,17 @@
     python -m aopsam_lab.training.trials prompts --data FOUND --predictor FILE
     python -m aopsam_lab.training.trials filtering --data FOUND
 
-"prompts" compares regular grids with the candidates of a Prompt Predictor at several samplings and
-limits of prompts. "filtering" compares both readings of adaptive filtering, by the share of prompts
-before the first elimination, the number of rounds and the threshold; beside them stand as many
-prompts without filtering. Each trial is a row of a CSV, with means a photograph: `miou` is against
-the masks that people drew, `coverage` the share of the masks that the SAM found, `hit` the share of
-these that a decoded prompt lies on. A limit below 1 is a share of the candidates.
+"prompts" compares grids with the candidates of a Prompt Predictor, by sampling and prompt limit.
+"filtering" compares both readings of adaptive filtering with as many prompts without it. Each trial
+is a row of a CSV, with means a photograph: `miou` is against the masks that people drew, `coverage`
+the share of the masks that the SAM found, `hit` the share of these that a decoded prompt lies on. A
+limit below 1 is a share of the candidates.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import product
 from pathlib import Path
@@ -50,28 +50,15 @@ NOT_DECODED = ("eliminated", "not_reached")
 Trial = tuple[Method, AsfParams, float | None]
 
 
-def prompt_trials() -> list[Trial]:
-    """Grids, and AoP-SAM at each of SAMPLINGS, with and without filtering, at each of LIMITS."""
-    grids = [(Grid("grid", side), AsfParams(), None) for side in GRIDS]
-    return grids + [
-        (METHODS[name], AsfParams(*values), limit)
-        for values, name, limit in product(SAMPLINGS, ("aop", "aop_no_af"), LIMITS)
-    ]
-
-
-def filtering_trials() -> list[Trial]:
-    """No filtering, then both readings with each of FIRSTS, ROUNDS and ELIMINATIONS."""
-    trials: list[Trial]
-    trials = [(METHODS["aop_no_af"], AsfParams(), share) for share in (None, *SHARES)]
-    for name, first, rounds, elimination in product(
-        ("aop", "aop_raw"), FIRSTS, ROUNDS, ELIMINATIONS
-    ):
-        method = Aop(name, literal=name == "aop_raw", first=first, rounds=rounds)
-        trials.append((method, AsfParams(elimination=elimination), None))
-    return trials
-
-
-TRIALS = {"prompts": prompt_trials, "filtering": filtering_trials}
+TRIALS: dict[str, list[Trial]] = {
+    "prompts": [(Grid("grid", side), AsfParams(), None) for side in GRIDS],
+    "filtering": [(METHODS["aop_no_af"], AsfParams(), share) for share in (None, *SHARES)],
+}
+for values, name, limit in product(SAMPLINGS, ("aop", "aop_no_af"), LIMITS):
+    TRIALS["prompts"].append((METHODS[name], AsfParams(*values), limit))
+for name, first, rounds, elimination in product(("aop", "aop_raw"), FIRSTS, ROUNDS, ELIMINATIONS):
+    method = Aop(name, literal=name == "aop_raw", first=first, rounds=rounds)
+    TRIALS["filtering"].append((method, AsfParams(elimination=elimination), None))
 
 
 def measure(
@@ -80,13 +67,13 @@ def measure(
     """What each trial gives on one photograph, a row each; every point is decoded once."""
     encoded = encode(sam, sample.image)
     cache, pcm = DecodeCache(sam, encoded), PcmCache(predictor, encoded)
-    pairs = list(zip(sample.rles, sample.clicks or [[]] * len(sample.rles), strict=True))
-    by_people = [rle for rle, clicks in pairs if not clicks]
-    by_sam = [rle for rle, clicks in pairs if clicks]
+    by_people, by_sam = [], []
+    for rle, clicks in zip(sample.rles, sample.clicks or [[]] * len(sample.rles), strict=True):
+        (by_sam if clicks else by_people).append(rle)
     drawn = decode_rle(by_sam, sample.image.shape[:2])
     rows, sampled = [], 0
     for method, params, limit in trials:
-        most = None
+        most = limit
         if limit is not None:
             most = max(1, round(limit * sampled if limit < 1 else limit))
         found = run_method(sam, encoded, method, pcm, params=params, decode=cache, max_prompts=most)
@@ -94,21 +81,24 @@ def measure(
         n_covered = covered(iou_matrix(by_sam, found.masks))
         decoded = found.prompts[~found.prompts["status"].isin(NOT_DECODED)]
         x, y = decoded[["x", "y"]].to_numpy().astype(int).T
-        row = {
-            "miou": evaluate(by_people, found.masks).miou,
-            "coverage": n_covered / len(by_sam) if by_sam else None,
-            "hit": drawn[:, y, x].any(1).mean() if by_sam else None,
-            "sampled": found.n_sampled,
-            "decoded": found.n_decoded,
-            "eliminated": found.n_eliminated / max(1, found.n_sampled),
-            "masks": len(found.masks),
-        }
-        rows.append(row)
+        rows.append(
+            {
+                "miou": evaluate(by_people, found.masks).miou,
+                "coverage": n_covered / len(by_sam) if by_sam else None,
+                "hit": drawn[:, y, x].any(1).mean() if by_sam else None,
+                "sampled": found.n_sampled,
+                "decoded": found.n_decoded,
+                "eliminated": found.n_eliminated / max(1, found.n_sampled),
+                "masks": len(found.masks),
+            }
+        )
     return pd.DataFrame(rows, dtype=float)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of the trials."""
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure the trials of a kind and add their rows to the CSV."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     add = parser.add_argument
     add("kind", choices=list(TRIALS))
     add("--data", required=True, type=Path, help="a folder of `find-masks`")
@@ -118,13 +108,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--whole", action="store_true", help="the training saw none: hold out all of DATA")
     add("--out", type=Path, help="the CSV to add to; reports/training/KIND.csv")
     add("--device", default="auto")
-
-
-def run(args: argparse.Namespace) -> int:
-    """Measure the trials of a kind and add their rows to the CSV; 0."""
+    args = parser.parse_args(arguments)
     sam = load_sam(args.sam, device=args.device)
     predictor = load_predictor(args.sam, args.predictor, sam.device)
-    data, trials = open_dataset(args.data), TRIALS[args.kind]()
+    data, trials = open_dataset(args.data), TRIALS[args.kind]
     held = list(range(len(data))) if args.whole else split(data)[1]
     held = held[:: max(1, len(held) // args.photos)][: args.photos]
     tables = [measure(sam, predictor, data[i], trials) for i in tqdm(held, unit="photo")]
@@ -138,11 +125,7 @@ def run(args: argparse.Namespace) -> int:
             about |= dict.fromkeys(("elimination", "first", "rounds"))
         rows.append({**about, **row})
     append_rows(args.out or Path("reports/training") / f"{args.kind}.csv", rows)
-    return 0
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    add_arguments(parser)
-    run(parser.parse_args())
+    main()
