@@ -21,6 +21,7 @@ from PIL import Image
 
 import aopsam_lab as aop
 from aopsam_lab.asf import AsfParams
+from aopsam_lab.data.sample import Sample
 from aopsam_lab.masks import drawing
 from aopsam_lab.masks.points import deepest_point
 from aopsam_lab.masks.rle import decode_rle, encode_rle
@@ -57,9 +58,9 @@ def explorer(sample):
     return aop.explore(sample, params=EAGER)
 
 
-def send(explorer, kind: str, *buffers: bytes, **more) -> None:
+def send(explorer, *buffers: bytes, **content) -> None:
     """A message as the page sends it."""
-    explorer._handle_custom_msg({"kind": kind, **more}, list(buffers))
+    explorer._handle_custom_msg(content, list(buffers))
 
 
 def unpacked(pack: dict) -> pd.DataFrame:
@@ -91,7 +92,7 @@ def test_images_come_from_arrays_files_folders_samples_data_sets_and_mixtures(tm
 def test_a_huge_image_is_reduced_with_its_ground_truth_and_says_so():
     masks = np.zeros((1, 1500, 4000), bool)
     masks[0, :, :2000] = True
-    opened = prepared(np.zeros((1500, 4000, 3), np.uint8), encode_rle(masks))
+    opened = prepared(Sample("huge", np.zeros((1500, 4000, 3), np.uint8), masks))
     height, width = opened.image.shape[:2]
     assert height * width <= MAX_PIXELS and abs(width / height - 4000 / 1500) < 0.01
     reduced = decode_rle(opened.ground_truth, (height, width))
@@ -131,7 +132,7 @@ def test_bad_input_is_said_in_the_message_line_and_the_panel_lives(tmp_path, mak
     opened = aop.explore(what)
     assert words in opened.message
     assert opened.segmentation is None and words in repr(opened)
-    send(opened, "ask", x=1, y=1, label=1)  # nothing happens
+    opened.manual = [[(1, 1, 1)]]  # nothing happens
     with pytest.raises(ValueError, match=words):
         opened.to_figure()
 
@@ -184,7 +185,7 @@ def test_packed_images_are_exact_when_small_and_bounded_when_large(sample):
 def test_the_order_of_rounds_is_what_happened(sam, predictor, photo):
     """Before each round of the method itself the same prompts wait as the page will show."""
     seg = run_method(sam, photo, "aop", predictor, params=EAGER)
-    pack = packing.pack_prompts(seg)
+    pack = packing.pack_result(seg, EAGER.smoothing, "")
     prompts = unpacked(pack["prompts"])
     with torch.inference_mode():
         proposal = METHODS["aop"].start(photo, Models(predictor), EAGER)
@@ -247,12 +248,10 @@ def test_rounds_follow_the_result(explorer):
     assert explorer.left["rounds"] == 1
 
 
-def test_clicks_by_hand_add_a_mask_shift_clicks_refine_it_and_undo_takes_back(explorer, sample):
+def test_clicks_by_hand_add_a_mask_are_refined_and_taken_back(explorer, sample, monkeypatch):
     before = explorer.segmentation
-    x, y, _ = deepest_point(max(sample.masks, key=np.sum))
-    send(explorer, "ask", x=x, y=y, label=0)
-    assert "background point belongs to an object" in explorer.message and explorer.manual == []
-    send(explorer, "ask", x=x, y=y, label=1)
+    x, y, _ = map(float, deepest_point(max(sample.masks, key=np.sum)))
+    explorer.manual = [[[x, y, 1]]]
     one = explorer.segmentation
     assert explorer.message == "" and len(one.masks) == len(before.masks) + 1
     assert one.n_decoded == before.n_decoded + 1
@@ -261,15 +260,17 @@ def test_clicks_by_hand_add_a_mask_shift_clicks_refine_it_and_undo_takes_back(ex
     assert decode_rle([mine], sample.image.shape[:2])[0, int(y), int(x)]
     last = one.prompts.iloc[-1]
     assert (last["x"], last["y"], last["round"], last["status"]) == (x, y, -1, "kept")
-    send(explorer, "ask", x=5.0, y=5.0, label=0)
-    assert explorer.manual == [[(x, y, 1), (5.0, 5.0, 0)]]
+    explorer.set_state({"manual": [[[x, y, 1], [5.0, 5.0, 0]]]})  # as the page does
     assert len(explorer.segmentation.masks) == len(one.masks)
+    assert explorer.segmentation.masks != one.masks
     assert "manual=[[(" in explorer.call
     again = eval(explorer.call, {"aop": aop, "image": sample})
     assert again.segmentation.masks == explorer.segmentation.masks, "the call makes the same state"
-    for _ in range(3):
-        send(explorer, "undo")
-    assert explorer.manual == [] and same_result(explorer.segmentation, before)
+    monkeypatch.setattr(session_module.Session, "ask", lambda *_: None)
+    explorer.manual = [[[x, y, 1]], [[1.0, 1.0, 1]]]
+    assert explorer.message == "SAM found nothing there." and len(explorer.manual) == 1
+    explorer.manual = []
+    assert explorer.message == "" and same_result(explorer.segmentation, before)
 
 
 def test_beside_another_method_or_this_setting_pinned(explorer):
@@ -281,7 +282,7 @@ def test_beside_another_method_or_this_setting_pinned(explorer):
     assert explorer.compared is pinned and pinned is not explorer.segmentation
     explorer.compare = NOTHING
     assert explorer.compared is None and explorer.right == {}
-    with pytest.raises(ValueError, match="compare must be"):
+    with pytest.raises(ValueError, match="no method 'nosuch'"):
         explorer.compare = "nosuch"
 
 
@@ -299,7 +300,7 @@ def test_exports_are_the_segmentations_own(explorer):
     sent = []
     explorer.send = lambda content, buffers=None: sent.append((content, buffers))
     for what in ("coco", "labels"):
-        send(explorer, "export", what=what)
+        send(explorer, what=what)
     (coco, [text]), (labels, [png]) = sent
     assert json.loads(text)["annotations"] == explorer.segmentation.to_coco()["annotations"]
     assert coco["name"].endswith(".json") and labels["name"].endswith("_labels.png")
@@ -311,10 +312,10 @@ def test_exports_are_the_segmentations_own(explorer):
 def test_an_uploaded_image_is_opened_and_a_damaged_one_only_said(explorer, sample):
     stream = io.BytesIO()
     Image.fromarray(sample.image[:100]).save(stream, format="PNG")
-    send(explorer, "upload", stream.getvalue(), name="mine.png")
+    send(explorer, stream.getvalue(), name="mine.png")
     assert explorer.segmentation.image.shape == (100, 640, 3)
     assert explorer.names[-1] == "mine.png"
-    send(explorer, "upload", b"no image", name="bad.png")
+    send(explorer, b"no image", name="bad.png")
     said = "bad.png cannot be read as an image: its format is none that Pillow knows."
     assert explorer.message == said and explorer.segmentation.image.shape == (100, 640, 3)
 
@@ -387,12 +388,15 @@ def test_a_newer_setting_stops_the_older_one_between_rounds(explorer, monkeypatc
         while "decoding" not in explorer.busy or " of 1024" not in explorer.busy:
             await asyncio.sleep(0.005)
         explorer.observe(lambda change: finished.append(change["new"].method), "segmentation")
-        explorer.set_state({"method": "aop"})
+        explorer.set_state({"method": "aop_no_af"})
         while explorer.busy:
             await asyncio.sleep(0.01)
+        explorer.set_state({"method": "amg_d"})
+        explorer.set_state({"method": "aop_no_af"})  # its answer is there already
+        assert explorer.busy == "" and explorer.preview == {}
 
     asyncio.run(asyncio.wait_for(change_twice(), 60))
-    assert finished == ["aop"]
+    assert finished == ["aop_no_af"]
 
 
 def test_what_fails_in_the_worker_is_said(explorer, monkeypatch):

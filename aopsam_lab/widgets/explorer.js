@@ -1,19 +1,15 @@
 // The explorer in the page: shows the model's traits, and sets them. explorer.py joins these
 // modules, this one last.
 
-import { tag, unpackTable } from "./masks.js";
+import { tag } from "./masks.js";
 import { LAYERS } from "./pane.js";
-import { Controls, Side } from "./side.js";
+import { makeControls, makeSide } from "./side.js";
 import { Stage } from "./stage.js";
 
 const KERNEL_LOST =
   "The kernel was restarted or stopped, so nothing can be computed here. Run the cell again.";
-
-function download(blob, name) {
-  const url = URL.createObjectURL(blob);
-  tag("a", { href: url, download: name }).click();
-  setTimeout(() => URL.revokeObjectURL(url), 10000);
-}
+const NO_OBJECT = "A background point belongs to an object: " +
+  "click the object first, then shift-click what is not it.";
 
 /** Mouse and touch on the stage. */
 function listenToPointer(stage, act) {
@@ -51,12 +47,15 @@ function listenToPointer(stage, act) {
   }, { passive: false });
 }
 
+const isShortcut = (e) => e.ctrlKey || e.metaKey || e.altKey;
+
 /** Keys on the stage. */
 function listenToKeys(stage, act) {
   const move = (dx, dy, e) => {
     const { size, here } = stage, far = (e.shiftKey ? 40 : 4) / stage.view.k;
-    const x = Math.max(0, Math.min(size.width - 0.5, here.x + dx * far));
-    act.point({ x, y: Math.max(0, Math.min(size.height - 0.5, here.y + dy * far)) }, true);
+    const within = (value, most) => Math.max(0, Math.min(most - 0.5, value));
+    const x = within(here.x + dx * far, size.width), y = within(here.y + dy * far, size.height);
+    act.point({ x, y }, true);
   };
   const zoom = (factor) => {
     const { view, here } = stage;
@@ -65,128 +64,119 @@ function listenToKeys(stage, act) {
   const does = {
     ArrowLeft: (e) => move(-1, 0, e), ArrowRight: (e) => move(1, 0, e),
     ArrowUp: (e) => move(0, -1, e), ArrowDown: (e) => move(0, 1, e),
-    Enter: (e) => act.click(stage.here, e.shiftKey), Escape: () => act.select(-1),
+    Enter: (e) => act.click(stage.here, e.shiftKey), Escape: () => act.set("selected", -1),
     u: act.undo, n: () => act.step(1), p: () => act.step(-1),
     "+": () => zoom(1.25), "=": () => zoom(1.25), "-": () => zoom(0.8), 0: () => stage.fit(),
     "[": () => act.turn(-1), "]": () => act.turn(1),
   };
   Object.keys(LAYERS).forEach((name, i) => { does[i + 1] = () => act.toggle(name); });
   stage.canvas.onkeydown = (e) => {
-    if (e.ctrlKey || e.metaKey || e.altKey || !(e.key in does)) return;
+    if (isShortcut(e) || !(e.key in does)) return;
     e.preventDefault();
     does[e.key](e);
   };
 }
 
-/** What a hand can do; the kernel is asked by messages, the rest are traits. */
-function actions(model, stage, page) {
-  const last = {}; // opacity of layers that are off
-  const send = (content, buffers) =>
-    page.isLost() ? page.say(KERNEL_LOST) : model.send(content, undefined, buffers);
+/** What a hand can do, and what is said of it. */
+function actions(model, stage, message, readout) {
+  const last = {}, get = (name) => model.get(name); // last: opacity of layers that are off
+  let isLost = false;
+  const say = (words) => { message.textContent = words; };
+  const ask = (question) => isLost ? say(KERNEL_LOST) : question();
   const act = {
+    say,
+    /** ipywidgets' own event: the other end is gone. */
+    lose() {
+      isLost = true;
+      say(KERNEL_LOST);
+    },
     set(name, value) {
       model.set(name, value);
-      if (page.isLost()) page.say(KERNEL_LOST);
-      else model.save_changes();
+      ask(() => model.save_changes());
     },
-    point(at, isByKey = false) { page.read(stage.point(at, isByKey)); },
+    point(at, isByKey = false) { readout.textContent = stage.point(at, isByKey); },
     click(at, isBackground) {
       if (!stage.panes.length || !stage.isInside(at)) return;
       const prompt = isBackground ? -1 : stage.promptNear(at);
-      if (prompt >= 0) act.select(prompt);
-      else send({ kind: "ask", ...at, label: isBackground ? 0 : 1 });
+      if (prompt >= 0) return act.set("selected", prompt);
+      const manual = [...get("manual")], object = isBackground ? manual.pop() : [];
+      if (!object) return say(NO_OBJECT);
+      act.set("manual", [...manual, [...object, [at.x, at.y, isBackground ? 0 : 1]]]);
     },
-    select(prompt) { act.set("selected", prompt); },
+    undo() {
+      const manual = [...get("manual")], left = manual.pop()?.slice(0, -1) ?? [];
+      act.set("manual", left.length ? [...manual, left] : manual);
+    },
     step(by) {
-      const n = stage.panes[0]?.prompts.length, from = model.get("selected");
-      if (n) act.select(((from < 0 && by < 0 ? 0 : from) + by + n) % n);
+      const n = stage.panes[0]?.prompts.length, from = get("selected");
+      if (n) act.set("selected", ((from < 0 && by < 0 ? 0 : from) + by + n) % n);
     },
     turn(by) {
-      const most = stage.panes[0]?.rounds ?? 0;
-      act.set("round", Math.max(0, Math.min(most, model.get("round") + by)));
+      const most = get("left").rounds ?? 0;
+      act.set("round", Math.max(0, Math.min(most, get("round") + by)));
     },
     /** The kernel learns an opacity with the next change of something else. */
-    setOpacity(name, value) { model.set("layers", { ...model.get("layers"), [name]: value }); },
+    setOpacity(name, value) { model.set("layers", { ...get("layers"), [name]: value }); },
     toggle(name) {
-      const value = model.get("layers")[name];
+      const value = get("layers")[name];
       if (value) last[name] = value;
       act.setOpacity(name, value ? 0 : last[name] ?? 0.8);
     },
-    undo() { send({ kind: "undo" }); },
-    exported(what) { send({ kind: "export", what }); },
-    async upload(file) { send({ kind: "upload", name: file.name }, [await file.arrayBuffer()]); },
-    saveOverlay() { stage.overlay().toBlob((blob) => page.save(blob, "overlay.png")); },
+    exported(what) { ask(() => model.send({ what })); },
+    async upload(file) {
+      const data = await file.arrayBuffer();
+      ask(() => model.send({ name: file.name }, undefined, [data]));
+    },
+    save(blob, download) {
+      const href = URL.createObjectURL(blob);
+      tag("a", { href, download }).click();
+      setTimeout(() => URL.revokeObjectURL(href), 10000);
+      say(`Saved ${download}.`);
+    },
+    saveOverlay() { stage.overlay().toBlob((blob) => act.save(blob, "overlay.png")); },
     copyCall() {
-      const call = model.get("call"); // without a clipboard the text can be marked
+      const call = get("call"); // without a clipboard the text can be marked
       const copied = navigator.clipboard.writeText(call);
-      copied.then(() => page.say(`Copied: ${call}`), () => page.say(call));
+      copied.then(() => say(`Copied: ${call}`), () => say(call));
     },
   };
   return act;
 }
 
-/** anywidget's entry. */
+/** anywidget's entry; it takes the listeners off itself. */
 function render({ model, el }) {
-  const stage = new Stage(model.get("look"));
   const message = tag("span", { className: "aop-message", role: "status" });
   const readout = tag("span", { className: "aop-readout" });
-  let isLost = false, shown = {};
-  const page = {
-    isLost: () => isLost,
-    say: (text) => { message.textContent = text; },
-    read: (text) => { readout.textContent = text; },
-    save: (blob, name) => {
-      download(blob, name);
-      page.say(`Saved ${name}.`);
-    },
-  };
-  const act = actions(model, stage, page);
-  const controls = new Controls(model, act), side = new Side(stage, act);
+  const get = (name) => model.get(name), stage = new Stage(get);
+  const act = actions(model, stage, message, readout);
+  const controls = makeControls(get, act), side = makeSide(get, act, stage);
+  let said = [];
 
   /** The page is what the traits say. */
   function update() {
-    const get = (name) => model.get(name), preview = get("preview");
-    if (get("image") !== shown.image) stage.open(get("image")).then(update);
+    if (get("image") !== stage.packed) stage.open(get("image")).then(update);
+    const now = [get("message"), get("left"), get("right")];
     // "Copied" is about what was there before
-    const said = [get("message"), get("left"), get("right")];
-    if (said.some((value, i) => value !== shown.said?.[i])) page.say(get("message"));
-    shown = { image: get("image"), said };
-    stage.clicks = get("manual");
-    stage.waiting = preview.rows ? unpackTable(preview) : [];
-    stage.busy.textContent = get("busy");
-    stage.busy.hidden = !get("busy");
-    stage.opacity = get("layers");
-    stage.setResults([get("left"), get("right")].filter((r) => stage.image && r.prompts));
-    stage.setRound(get("round"));
-    stage.select(get("selected"), stage.image ? get("detail") : {});
-    controls.update();
-    side.update();
+    if (now.some((value, i) => value !== said[i])) act.say(get("message"));
+    said = now;
+    for (const part of [stage, controls, side]) part.update();
   }
-  const listeners = {
-    change: update,
-    "msg:custom": ({ name }, [data]) => page.save(new Blob([data]), name),
-    comm_live_update: () => { // ipywidgets' own: the other end is gone
-      isLost = true;
-      page.say(KERNEL_LOST);
-    },
-  };
   const root = tag("div", { className: "aop" }, controls.box,
     tag("div", { className: "aop-main" }, stage.box, side.box),
     tag("div", { className: "aop-line" }, message, readout));
   root.onkeydown = (e) => { // JupyterLab's shortcuts of a single key stay out
-    if (!e.ctrlKey && !e.metaKey && !e.altKey) e.stopPropagation();
+    if (!isShortcut(e)) e.stopPropagation();
   };
   el.append(root);
   listenToPointer(stage, act);
   listenToKeys(stage, act);
-  for (const name in listeners) model.on(name, listeners[name]);
+  model.on("change", update);
+  model.on("msg:custom", ({ name }, [data]) => act.save(new Blob([data]), name));
+  model.on("comm_live_update", act.lose);
   update();
   const observer = new ResizeObserver(() => stage.layout());
   observer.observe(stage.box);
-  return () => {
-    observer.disconnect();
-    for (const name in listeners) model.off(name, listeners[name]);
-  };
+  return () => observer.disconnect();
 }
 
 export default { render };

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import json
 import re
 import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
@@ -26,7 +25,8 @@ from segment_anything.modeling import Sam
 
 from aopsam_lab.asf import AsfParams
 from aopsam_lab.data.images import image_from_bytes
-from aopsam_lab.pipeline.methods import METHODS
+from aopsam_lab.evaluator import evaluate
+from aopsam_lab.pipeline.methods import METHODS, method_named
 from aopsam_lab.pipeline.run import DEFAULT_PARAMS, loaded_sam
 from aopsam_lab.pipeline.segmentation import Segmentation
 from aopsam_lab.pipeline.show import STATUS_STYLES, save
@@ -113,15 +113,12 @@ class Explorer(anywidget.AnyWidget):
         self,
         sources: Sequence[Source] = (),
         sam: str | Sam = "mobile_sam",
-        manual: Sequence[Clicks] = (),
         shown: Segmentation | None = None,
         **state,
     ):
         self._sources, self._sam = list(sources), sam
         self._session: Session | None = None
-        self._answers: dict[str, Answer] = {}  # by side
-        self._due: set[str] = set()  # sides that wait for an answer
-        self._clicked: list = []  # (clicks, their mask)
+        self._answers: dict[str, Answer | None] = {}  # by side
         self._task: asyncio.Task | None = None
         self._worker = ThreadPoolExecutor(1)
         look = {
@@ -135,32 +132,36 @@ class Explorer(anywidget.AnyWidget):
         super().__init__(names=[source.name for source in sources], look=look, **state)
         self.on_msg(self._on_message)
         self._open(shown=shown)
-        if manual and self._session:
-            with self._errors_in_message():
-                self._set_manual([[tuple(click) for click in clicks] for clicks in manual])
 
     # --- changes -----------------------------------------------------------------------------
 
     @traitlets.validate("method", "compare")
     def _is_known(self, proposal) -> str:
         name, value = proposal["trait"].name, proposal["value"]
-        known = [*METHODS] if name == "method" else [NOTHING, PINNED, *METHODS]
-        if value not in known:
-            raise ValueError(f"{name} must be one of {', '.join(known)}, not {value!r}")
+        if name == "method" or value not in (NOTHING, PINNED):
+            method_named(value)
         return value
 
     @traitlets.observe("params", "method", "compare")
     def _setting_changed(self, change) -> None:
         if self._session is None:
             return
-        if change["name"] != "compare":
-            self._ask("left", *(["right"] if change["name"] == "params" else []))
+        if change["name"] == "compare":
+            pinned = self._answers.get("left") if self.compare == PINNED else None
+            self._publish({"right": pinned})
+        self._ask()
+
+    @traitlets.observe("manual")
+    def _manual_changed(self, change) -> None:
+        if self._session is None:
             return
-        self._answers.pop("right", None)
-        if self.compare == PINNED and "left" in self._answers:
-            self._answers["right"] = self._answers["left"]
-        self._publish()
-        self._ask("right")
+        with self._errors_in_message():
+            found = all(map(self._session.ask, self.manual))
+            if found:
+                self._publish({})
+            else:
+                self.manual = change["old"]
+            self.message = self._session.opened.note if found else "SAM found nothing there."
 
     @traitlets.observe("selected")
     def _selected_changed(self, _=None) -> None:
@@ -176,52 +177,61 @@ class Explorer(anywidget.AnyWidget):
             self.detail = {"prompt": self.selected, "masks": packed, "lines": lines}
 
     @traitlets.observe("source")
-    def _open(self, _=None, shown: Segmentation | None = None) -> None:
+    def _open(self, change=None, shown: Segmentation | None = None) -> None:
         """Show the image `source`; its Segmentation may be known already."""
         self._cancel()
-        self._session, self._answers, self._due, self._clicked = None, {}, set(), []
+        self._session, self._answers = None, {}
         with self.hold_sync():
             self.left, self.right, self.preview, self.image = {}, {}, {}, {}
-            self.segmentation, self.compared, self.manual, self.selected = None, None, [], -1
+            self.segmentation, self.compared, self.selected = None, None, -1
+            if change is not None:
+                self.manual = []
         if not self._sources:
             return
         with self._errors_in_message(), warnings.catch_warnings():
             # `prepared` has a note on large images
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             opened = self._sources[self.source].read()
-            session = Session(opened, loaded_sam(self._sam))
+            self._session = Session(opened, loaded_sam(self._sam))
             self.image = packing.pack_image(opened.image, opened.ground_truth)
-            self.message, self._session = opened.note, session
-            if shown is None:
-                self._ask("left", "right")
-            else:
-                self._received("left", Answer(shown, shown.seconds["total"], shown.n_decoded))
+            if shown is not None:
+                setting = self._settings()["left"]
+                answer = Answer(setting, shown, shown.seconds["total"], shown.n_decoded)
+                self._publish({"left": answer})
+            self._ask()
 
     # --- answers -----------------------------------------------------------------------------
+
+    def _settings(self) -> dict[str, tuple[str, AsfParams]]:
+        """By side the setting that it should show."""
+        settings = {"left": self.method, "right": self.compare}
+        return {side: (name, self.params) for side, name in settings.items() if name in METHODS}
 
     def _cancel(self) -> None:
         if self._task is not None:
             self._task.cancel()
         self._task, self.busy = None, ""
 
-    def _ask(self, *sides: str) -> None:
-        """Answer for these sides: at once where Python asks, else when the slider rests."""
+    def _ask(self) -> None:
+        """Answer what is not answered: at once where Python asks, else when the slider rests."""
         self._cancel()
-        self._due.update(sides)
-        if self.compare not in METHODS:
-            self._due.discard("right")
+        self.message, self.preview = self._session.opened.note, {}
+        due = {
+            side: setting
+            for side, setting in self._settings().items()
+            if (answer := self._answers.get(side)) is None or answer.setting != setting
+        }
         with self._errors_in_message():
             if not self._property_lock:  # ipywidgets has it while it takes a change of the page
-                for side in sorted(self._due):
-                    self._received(side, self._session.run(*self._setting(side)))
-            elif self._due:
-                if self.segmentation is not None and "left" in sides:
-                    waiting = self._session.sample(self.method, self.params)
-                    self.preview = packing.pack_waiting(waiting)
+                for side, setting in due.items():
+                    self._publish({side: self._session.run(*setting)})
+            elif due:
+                if self.segmentation is not None and "left" in due:
+                    self.preview = packing.pack_table(self._session.sample(*due["left"]))
                 self.busy = "decoding …"
-                self._task = asyncio.get_running_loop().create_task(self._answer_later())
+                self._task = asyncio.get_running_loop().create_task(self._answer_later(due))
 
-    async def _answer_later(self) -> None:
+    async def _answer_later(self, due: dict[str, tuple[str, AsfParams]]) -> None:
         """Answer in the worker. A newer setting cancels this task, and then the worker gives up."""
         loop, task = asyncio.get_running_loop(), asyncio.current_task()
 
@@ -229,25 +239,21 @@ class Explorer(anywidget.AnyWidget):
             if not task.cancelling():
                 self.busy = f"decoding {done} of {total} …"
 
-        progress = partial(loop.call_soon_threadsafe, say)
+        def progress(done: int, total: int) -> None:
+            if task.cancelling():
+                raise CancelledError
+            loop.call_soon_threadsafe(say, done, total)
+
         await asyncio.sleep(DEBOUNCE)
         with self._errors_in_message():
-            for side in sorted(self._due):
-                run = partial(self._session.run, *self._setting(side), task.cancelling, progress)
-                self._received(side, await loop.run_in_executor(self._worker, run))
+            for side, setting in due.items():
+                run = partial(self._session.run, *setting, progress)
+                self._publish({side: await loop.run_in_executor(self._worker, run)})
             self.busy = ""
 
-    def _setting(self, side: str) -> tuple[str, AsfParams]:
-        return self.method if side == "left" else self.compare, self.params
-
-    def _received(self, side: str, answer: Answer) -> None:
-        self._due.discard(side)
-        self._answers[side] = answer
-        self.message = self._session.opened.note
-        self._publish()
-
-    def _publish(self) -> None:
-        """Traits and page get what is known."""
+    def _publish(self, new: dict[str, Answer | None]) -> None:
+        """Take new answers by side; traits and page get what is known."""
+        self._answers.update(new)
         answer, beside = self._answers.get("left"), self._answers.get("right")
         with self.hold_sync():
             self.call = self._call()
@@ -256,7 +262,8 @@ class Explorer(anywidget.AnyWidget):
                 self.right = self._packed(beside, self.compared) if beside else {}
             if answer is None:
                 return
-            seg = with_clicked(answer.segmentation, self._clicked)
+            masks = [(clicks, self._session.ask(clicks)) for clicks in self.manual]
+            seg = with_clicked(answer.segmentation, [pair for pair in masks if pair[1]])
             selected = same_prompt(self.segmentation, self.selected, seg)
             packed = self._packed(answer, seg)
             is_at_end = self.round >= self.left.get("rounds", 0)
@@ -267,74 +274,31 @@ class Explorer(anywidget.AnyWidget):
             self.selected = selected
 
     def _packed(self, answer: Answer, seg: Segmentation) -> dict:
-        miou = self._session.miou(seg)
         new = f" ({answer.n_new} new)" if answer.n_new < seg.n_decoded else ""
         badge = f"{seg.n_decoded} decoded of {seg.n_sampled}{new} · {len(seg.masks)} masks"
         badge += f" · {answer.seconds:.2f} s"
-        if miou is not None:
-            badge += f" · mIoU {100 * miou:.1f} %"
-        params = replace(self.params, **seg.params)
-        smoothed = None if seg.pcm is None else self._session.smoothed(seg.pcm, params)
-        return packing.pack_result(seg, smoothed, badge)
+        ground_truth = self._session.opened.ground_truth
+        if ground_truth:
+            badge += f" · mIoU {100 * evaluate(ground_truth, seg.masks).miou:.1f} %"
+        smoothing = seg.params.get("smoothing", self.params.smoothing)
+        return packing.pack_result(seg, smoothing, badge)
 
-    # --- clicks, files -----------------------------------------------------------------------
+    # --- files -------------------------------------------------------------------------------
 
     def _on_message(self, _, content: dict, buffers: Sequence[memoryview]) -> None:
-        """Take what the page sends: upload, ask, undo and export."""
+        """Take what the page sends: an upload and its `name`, or `what` to export."""
         with self._errors_in_message():
-            if content["kind"] == "upload":
-                self._upload(content["name"], bytes(buffers[0]))
-            elif self._session is None:
-                return
-            elif content["kind"] == "ask":
-                self.click(float(content["x"]), float(content["y"]), int(content["label"]))
-            elif content["kind"] == "undo":
-                self.undo()
+            if buffers:
+                name = content["name"]
+                opened = prepared(image_from_bytes(bytes(buffers[0]), name))
+                self._sources.append(Source(name, repr(name), lambda: opened))
+                self.names = [*self.names, name]
+                self.source = len(self._sources) - 1
             elif self.segmentation is not None:
-                self._export(content["what"])
-
-    def click(self, x: float, y: float, label: int = 1) -> None:
-        """Ask SAM at a point of the image: a new object; with label 0, background of the last."""
-        click = (x, y, label)
-        if label:
-            self._set_manual([*self.manual, [click]])
-        elif self.manual:
-            self._set_manual([*self.manual[:-1], [*self.manual[-1], click]])
-        else:
-            self.message = (
-                "A background point belongs to an object: "
-                "click the object first, then shift-click what is not it."
-            )
-
-    def undo(self) -> None:
-        """Take back the last click."""
-        if self.manual:
-            self._set_manual([*self.manual[:-1], self.manual[-1][:-1]])
-
-    def _set_manual(self, manual: list[Clicks]) -> None:
-        known = {json.dumps(clicks): mask for clicks, mask in self._clicked}
-        made = []
-        for clicks in filter(None, manual):
-            mask = known.get(json.dumps(clicks)) or self._session.ask(clicks)
-            if mask is None:
-                self.message = "SAM found nothing there."
-                return
-            made.append((clicks, mask))
-        self.manual, self._clicked = [clicks for clicks, _ in made], made
-        self.message = self._session.opened.note
-        self._publish()
-
-    def _upload(self, name: str, data: bytes) -> None:
-        opened = prepared(image_from_bytes(data, name))
-        self._sources.append(Source(name, repr(name), lambda: opened))
-        self.names = [*self.names, name]
-        self.source = len(self._sources) - 1
-
-    def _export(self, what: str) -> None:
-        name = self._sources[self.source].name
-        with tempfile.TemporaryDirectory() as folder:
-            file = save(self.segmentation, folder, Path(name).stem, name)[what]
-            self.send({"name": file.name}, [file.read_bytes()])
+                name = self._sources[self.source].name
+                with tempfile.TemporaryDirectory() as folder:
+                    file = save(self.segmentation, folder, Path(name).stem, name)[content["what"]]
+                    self.send({"name": file.name}, [file.read_bytes()])
 
     def _call(self) -> str:
         """The Python that makes this state again."""
@@ -370,7 +334,7 @@ class Explorer(anywidget.AnyWidget):
         """The widget, and a still image for where no kernel runs: GitHub, nbviewer, HTML."""
         data, metadata = super()._repr_mimebundle_(**kwargs)
         if self.segmentation is not None:
-            data["image/png"] = base64.b64encode(self.to_figure().png(80)).decode("ascii")
+            data["image/png"] = base64.b64encode(self.to_figure()._repr_png_()).decode("ascii")
         return data, metadata
 
     def __repr__(self) -> str:
@@ -406,12 +370,9 @@ def explore(
             sources = sources_of(source)
         else:
             sources = [Source("image", "seg.image", lambda: Opened(shown.image))]
-            names = [field.name for field in fields(AsfParams) if field.name in shown.params]
-            params = replace(params, **{name: shown.params[name] for name in names})
+            params = replace(params, **shown.params)
             method = shown.method if shown.method in METHODS else method
-        for name in [method] if compare == NOTHING else [method, compare]:
-            if name not in METHODS:
-                raise ValueError(f"there is no method {name!r}; choose one of {', '.join(METHODS)}")
-        return Explorer(sources, sam, manual, shown, method=method, params=params, compare=compare)
+        state = {"method": method, "params": params, "compare": compare, "manual": list(manual)}
+        return Explorer(sources, sam, shown, **state)
     except (ValueError, OSError) as error:
         return Explorer(message=str(error))

@@ -7,7 +7,7 @@ import io
 from matplotlib.figure import Figure
 
 from aopsam_lab.pipeline.segmentation import Segmentation
-from aopsam_lab.widgets.packing import PCM_COLOURS, PEM_COLOURS
+from aopsam_lab.widgets.packing import PCM_COLOURS, PEM_COLOURS, extent_of
 
 PANEL = 3.6  # inches, of a square image
 
@@ -16,12 +16,8 @@ class ShownFigure(Figure):
     """A figure that a notebook shows without pyplot, which nothing here imports."""
 
     def _repr_png_(self) -> bytes:
-        return self.png(100)
-
-    def png(self, dpi: int) -> bytes:
-        """The figure as a PNG."""
         stream = io.BytesIO()
-        self.savefig(stream, format="png", dpi=dpi)
+        self.savefig(stream, format="png", dpi=90)
         return stream.getvalue()
 
 
@@ -43,15 +39,14 @@ def state_figure(
     count = len(results) + len(maps)
     size = (across * count + 0.6 * len(maps), down + 0.5)
     figure = ShownFigure(figsize=size, layout="constrained")
-    axes = figure.subplots(1, count, squeeze=False)[0]
-    for ax, result in zip(axes[: len(results)], results, strict=True):
-        result.plot(ax, legend=False)
-    for ax, (title, values, colours) in zip(axes[len(results) :], maps, strict=True):
-        right = seg.model_size * width / seg.input_size[1]
-        bottom = seg.model_size * height / seg.input_size[0]
+    axes = iter(figure.subplots(1, count, squeeze=False)[0])
+    for result in results:
+        result.plot(next(axes), legend=False)
+    right, bottom = extent_of(seg)
+    look = {"vmin": 0, "vmax": 1, "alpha": 0.85, "extent": (0, right, bottom, 0)}
+    for ax, (title, values, colours) in zip(axes, maps, strict=True):
         ax.imshow(seg.image, extent=(0, width, height, 0))
-        extent = (0, right, bottom, 0)
-        drawn = ax.imshow(values, cmap=colours, vmin=0, vmax=1, alpha=0.85, extent=extent)
+        drawn = ax.imshow(values, cmap=colours, **look)
         ax.set(xlim=(0, width), ylim=(height, 0), xticks=[], yticks=[])
         ax.set_title(title, fontsize="small")
         figure.colorbar(drawn, ax=ax, shrink=0.7)

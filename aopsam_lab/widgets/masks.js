@@ -8,9 +8,6 @@ export function tag(name, properties = {}, ...children) {
 
 const rgba = ([r, g, b], a) => ((a << 24) | (b << 16) | (g << 8) | r) >>> 0;
 
-/** How wide outlines are, in pixels of the image. */
-const edgeOf = (size) => Math.max(1, Math.round(Math.max(size.width, size.height) / 700));
-
 const typed = (Type, { buffer, byteOffset, byteLength }) =>
   new Type(buffer.slice(byteOffset, byteOffset + byteLength));
 
@@ -41,11 +38,10 @@ function runLengths(counts) {
 
 /** Packed masks -> a list of {runs, area, end (past the last pixel), colour, owner}. */
 export function unpackMasks({ counts = [], colours, owners }) {
+  const sum = (numbers) => numbers.reduce((total, number) => total + number, 0);
   return counts.map((text, i) => {
-    const runs = runLengths(text);
-    const area = runs.reduce((sum, length, j) => sum + (j % 2) * length, 0);
-    const covered = runs.slice(0, runs.length - (runs.length % 2));
-    const end = covered.reduce((sum, length) => sum + length, 0);
+    const runs = runLengths(text), end = sum(runs.slice(0, runs.length - (runs.length % 2)));
+    const area = sum(runs.filter((_, j) => j % 2));
     return { runs, area, end, colour: colours[i], owner: owners[i] };
   });
 }
@@ -75,10 +71,10 @@ function drawPixels(width, height, at) {
   return canvas;
 }
 
-/** Every `step`-th pixel of labels: outlined, and filled with an opacity from 0 to 1. */
-function drawLabels(labels, { width, height }, colours, opacity, edge, step = 1) {
-  const inside = Uint32Array.from([0, ...colours.map((c) => rgba(c, Math.round(255 * opacity)))]);
-  const line = Uint32Array.from([0, ...colours.map((c) => rgba(c, 255))]);
+/** Every `step`-th pixel of the labels of masks: outlined, and filled with an opacity. */
+export function drawLabels(labels, { width, height, edge }, masks, opacity, step = 1) {
+  const shades = (a) => Uint32Array.from([0, ...masks.map(({ colour }) => rgba(colour, a))]);
+  const inside = shades(Math.round(255 * opacity)), line = shades(255);
   const d = Math.max(edge, step), far = d * height;
   return drawPixels(Math.ceil(width / step), Math.ceil(height / step), (i, j) => {
     const x = i * step, y = j * step, at = x * height + y, label = labels[at];
@@ -89,17 +85,13 @@ function drawLabels(labels, { width, height }, colours, opacity, edge, step = 1)
   });
 }
 
-/** All masks together; smaller ones over larger ones. */
-export const drawMasks = (masks, size, labels, opacity) =>
-  drawLabels(labels, size, masks.map((mask) => mask.colour), opacity, edgeOf(size));
-
 /** One mask alone: {canvas, left, step}, the canvas beginning at the column `left`. */
-export function drawMask({ runs, end }, size, colour, opacity, step) {
-  const left = Math.floor(runs[0] / size.height);
-  const part = { width: Math.ceil(end / size.height) - left, height: size.height };
+export function drawMask(mask, size, opacity, step) {
+  const left = Math.floor(mask.runs[0] / size.height);
+  const part = { ...size, width: Math.ceil(mask.end / size.height) - left };
   const labels = new Int32Array(part.width * part.height);
-  fillRuns(labels, runs, 1, left * size.height);
-  return { canvas: drawLabels(labels, part, [colour], opacity, edgeOf(size), step), left, step };
+  fillRuns(labels, mask.runs, 1, left * size.height);
+  return { canvas: drawLabels(labels, part, [mask], opacity, step), left, step };
 }
 
 export function drawMap({ w, h, values }, table) {
@@ -110,14 +102,12 @@ export function drawMap({ w, h, values }, table) {
 /** An image, its half, its quarter, ...: drawn small from one that fits, it does not flicker. */
 const halves = new WeakMap();
 export function fitting(source, k) {
-  if (!halves.has(source)) halves.set(source, [source]);
-  const levels = halves.get(source), wanted = Math.max(0, Math.min(4, Math.floor(-Math.log2(k))));
-  while (levels.length <= wanted) {
-    const last = levels.at(-1);
-    const width = Math.max(1, last.width >> 1), height = Math.max(1, last.height >> 1);
+  if (k > 0.5) return source;
+  if (!halves.has(source)) {
+    const width = Math.max(1, source.width >> 1), height = Math.max(1, source.height >> 1);
     const half = tag("canvas", { width, height });
-    half.getContext("2d").drawImage(last, 0, 0, width, height);
-    levels.push(half);
+    half.getContext("2d").drawImage(source, 0, 0, width, height);
+    halves.set(source, half);
   }
-  return levels[wanted];
+  return fitting(halves.get(source), 2 * k);
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -16,16 +17,14 @@ from segment_anything import SamPredictor
 from segment_anything.modeling import Sam
 from segment_anything.utils.amg import batched_mask_to_box, calculate_stability_score
 
-from aopsam_lab import asf
 from aopsam_lab.asf import AsfParams
-from aopsam_lab.evaluator import evaluate
 from aopsam_lab.masks.rle import encode_rle
 from aopsam_lab.pipeline.decode import STABILITY_OFFSET, encode
 from aopsam_lab.pipeline.decode_cache import DecodeCache, PcmCache
-from aopsam_lab.pipeline.methods import method_named
+from aopsam_lab.pipeline.methods import METHODS
 from aopsam_lab.pipeline.run import loaded_model, run_method
 from aopsam_lab.pipeline.segmentation import Segmentation
-from aopsam_lab.pipeline.types import Encoded, Found, Models, Prompts
+from aopsam_lab.pipeline.types import Encoded, Found, Models
 from aopsam_lab.widgets.sources import Opened
 
 CHUNK = 16  # prompts decoded between two looks at whether the answer is still wanted
@@ -33,13 +32,10 @@ CHUNK = 16  # prompts decoded between two looks at whether the answer is still w
 Clicks = Sequence[tuple[float, float, int]]  # x, y, and 1 for the object or 0 for the background
 
 
-class Cancelled(Exception):
-    """The answer is not wanted any more."""
-
-
 class Answer(NamedTuple):
     """What a setting gives: the same as a fresh run, in less time where decodes were kept."""
 
+    setting: tuple[str, AsfParams]  # the method's name, and the four parameters
     segmentation: Segmentation
     seconds: float
     n_new: int  # prompts decoded for it
@@ -60,6 +56,7 @@ class Session:
     def __init__(self, opened: Opened, sam: Sam):
         self.opened, self.sam = opened, sam
         self._lock = threading.Lock()  # a worker decodes while the main thread answers a click
+        self._asked: dict[str, Mask | None] = {}  # by the clicks, as JSON
 
     @cached_property
     def encoded(self) -> Encoded:
@@ -75,27 +72,22 @@ class Session:
         return PcmCache(loaded_model("predictor", self.sam), self.encoded)
 
     def _models(self, method: str) -> Models:
-        needs = method_named(method).needs
+        needs = METHODS[method].needs
         if needs == "predictor":
             return Models(predictor=self._pcm)
         return Models(detector=loaded_model(needs, self.sam) if needs else None)
 
     @torch.inference_mode()
-    def sample(self, method: str, params: AsfParams) -> Prompts:
-        """What the method proposes before anything is decoded."""
+    def sample(self, method: str, params: AsfParams) -> pd.DataFrame:
+        """Points of the prompts that the method proposes before anything is decoded."""
         with self._lock:
-            return method_named(method).start(self.encoded, self._models(method), params).prompts
-
-    def smoothed(self, pcm: np.ndarray, params: AsfParams) -> np.ndarray:
-        """The PCM (H, W) as adaptive sampling sees it."""
-        sigma = params.smoothing * pcm.shape[-1] / asf.REFERENCE_WIDTH
-        return asf.smooth(torch.from_numpy(pcm), sigma).numpy()
+            proposal = METHODS[method].start(self.encoded, self._models(method), params)
+        return pd.DataFrame(proposal.prompts.points.cpu().numpy(), columns=["x", "y"])
 
     def run(
         self,
         method: str,
         params: AsfParams,
-        cancelled: Callable[[], bool] = lambda: False,
         progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> Answer:
         """The method's answer, from what is known already and what must still be decoded.
@@ -103,8 +95,8 @@ class Session:
         Args:
             method: a name in METHODS.
             params: the four parameters.
-            cancelled: asked before every CHUNK prompts; where it says so, Cancelled is raised.
-            progress: told how many prompts were decoded, and of how many.
+            progress: told before every CHUNK prompts how many were decoded, and of how many. What
+                it raises ends the run.
         """
         start = time.perf_counter()
         before, done = self._cache.n_decoded, 0
@@ -112,12 +104,10 @@ class Session:
         def decode(sam, encoded, prompts, index, spec) -> Found:
             nonlocal done
             for part in index.split(CHUNK):
-                if cancelled():
-                    raise Cancelled
+                progress(done, len(prompts))
                 with self._lock:
                     self._cache(sam, encoded, prompts, part, spec)
                 done += len(part)
-                progress(done, len(prompts))
             with self._lock:
                 return self._cache(sam, encoded, prompts, index, spec)  # joins the parts
 
@@ -125,12 +115,8 @@ class Session:
         seg = run_method(
             self.sam, self.encoded, method, models.predictor, models.detector, params, decode=decode
         )
-        return Answer(seg, time.perf_counter() - start, self._cache.n_decoded - before)
-
-    def miou(self, seg: Segmentation) -> float | None:
-        """One-to-one mIoU with the ground truth, None where there is none."""
-        known = self.opened.ground_truth
-        return evaluate(known, seg.masks).miou if known else None
+        seconds = time.perf_counter() - start
+        return Answer((method, params), seg, seconds, self._cache.n_decoded - before)
 
     def candidates(self, seg: Segmentation, row: int) -> list[Mask]:
         """All masks of the prompt `row`, before any threshold: three of a point, one of a box."""
@@ -143,10 +129,13 @@ class Session:
 
     def ask(self, clicks: Clicks) -> Mask | None:
         """SAM's mask for clicks: the best of three for one, its single one for more; or None."""
-        x, y, labels = np.array(clicks, float).T
-        points = np.stack([x, y], axis=1)
-        masks = self._predict(len(clicks) == 1, point_coords=points, point_labels=labels)
-        return max(masks, key=lambda mask: mask.score, default=None)
+        key = json.dumps(clicks)
+        if key not in self._asked:
+            clicks = np.array(clicks, float)
+            points, labels = clicks[:, :2], clicks[:, 2]
+            masks = self._predict(len(clicks) == 1, point_coords=points, point_labels=labels)
+            self._asked[key] = max(masks, key=lambda mask: mask.score, default=None)
+        return self._asked[key]
 
     @torch.inference_mode()
     def _predict(self, multimask: bool, **prompt) -> list[Mask]:
@@ -174,20 +163,18 @@ def with_clicked(seg: Segmentation, clicked: Sequence[tuple[Clicks, Mask]]) -> S
     """
     if not clicked:
         return seg
-    masks = [mask for _, mask in clicked]
-    n, m = len(seg.prompts), len(masks)
+    n, m = len(seg.prompts), len(clicked)
     rows = pd.DataFrame([clicks[0][:2] for clicks, _ in clicked], columns=["x", "y"])
     rows = rows.assign(round=-1, status="kept", by=-1)
-    rles, scores, stability, boxes = zip(*masks, strict=True)
+    rles, scores, stability, boxes = zip(*(mask for _, mask in clicked), strict=True)
     order = np.argsort(-np.append(seg.scores, scores), kind="stable")
 
     def joined(own: np.ndarray, more: Sequence) -> np.ndarray:
         return np.concatenate([own, np.array(more, own.dtype)])[order]
 
-    all_rles = [*seg.masks, *rles]
     return replace(
         seg,
-        masks=[all_rles[i] for i in order],
+        masks=joined(np.array(seg.masks, object), rles).tolist(),
         scores=joined(seg.scores, scores),
         stability=joined(seg.stability, stability),
         boxes=joined(seg.boxes, boxes),

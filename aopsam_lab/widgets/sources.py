@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -12,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from aopsam_lab.data import open_dataset
-from aopsam_lab.data.images import find_images, read_image
+from aopsam_lab.data.images import ImageLike, find_images, read_image
 from aopsam_lab.data.sample import Sample
 from aopsam_lab.masks.rle import decode_rle, encode_rle
 
@@ -37,22 +38,17 @@ class Source(NamedTuple):
 
 
 def sources_of(what, code: str = "image") -> list[Source]:
-    """Sources of one or more images. Nothing is read yet.
+    """Sources of one or more images, no two of one name. Nothing is read yet.
 
     Args:
         what: as `explore` takes it.
         code: Python that names `what`.
 
-    Returns:
-        The sources, no two of one name. `read` of each raises what `read_image` raises.
-
     Raises:
         ValueError: for a folder without images, an empty list and another type.
     """
-    if isinstance(what, Sample):
-        return [Source(what.id, code, lambda: prepared(what.image, what.rles))]
-    if isinstance(what, (np.ndarray, Image.Image)):
-        return [Source("image", code, lambda: prepared(read_image(what)))]
+    if isinstance(what, (Sample, np.ndarray, Image.Image)):
+        return [Source(getattr(what, "id", "image"), code, lambda: prepared(what))]
     if isinstance(what, (str, os.PathLike)):
         return _of_path(what)
     if isinstance(what, Mapping):
@@ -67,8 +63,14 @@ def sources_of(what, code: str = "image") -> list[Source]:
     )
 
 
-def prepared(image: np.ndarray, ground_truth: Sequence[dict] = ()) -> Opened:
-    """An image ready to explore: reduced to MAX_PIXELS. Raises ValueError for a tiny one."""
+def prepared(what: Sample | ImageLike) -> Opened:
+    """An image ready to explore: read, and reduced to MAX_PIXELS. Raises what `read_image` raises.
+
+    Raises:
+        ValueError: the image is tiny.
+    """
+    is_sample = isinstance(what, Sample)
+    image, ground_truth = (what.image, what.rles) if is_sample else (read_image(what), ())
     height, width = image.shape[:2]
     if min(height, width) < MIN_SIDE:
         raise ValueError(
@@ -98,35 +100,27 @@ def _of_path(path: str | os.PathLike) -> list[Source]:
     found, bad = find_images([str(path)])
     if bad:
         raise ValueError(f"{bad[0][0]}: {bad[0][1]}.")
-    return [
-        Source(file.name, repr(str(file)), lambda file=file: prepared(read_image(file)))
-        for file in found
-    ]
+    return [Source(file.name, repr(str(file)), lambda file=file: prepared(file)) for file in found]
 
 
 def _of_dataset(dataset, code: str) -> list[Source]:
-    def read(i: int) -> Opened:
-        sample = dataset[i]
-        return prepared(sample.image, sample.rles)
-
     return [
-        Source(str(name), f"{code}[{i}]", lambda i=i: read(i)) for i, name in enumerate(dataset.ids)
+        Source(str(name), f"{code}[{i}]", lambda i=i: prepared(dataset[i]))
+        for i, name in enumerate(dataset.ids)
     ]
 
 
 def _joined(groups: Iterable[tuple[str, list[Source]]]) -> list[Source]:
-    """All sources of the groups. Those of a named group bear its name, and no two have one name."""
-    sources: dict[str, Source] = {}
+    """The sources of all groups, each with its group's name; equal names are numbered."""
+    sources, times = [], Counter()
     for group_name, group in groups:
         for source in group:
             name = source.name
             if group_name:
                 name = group_name if len(group) == 1 else f"{group_name}: {name}"
-            unique, n = name, 1
-            while unique in sources:
-                n += 1
-                unique = f"{name} {n}"
-            sources[unique] = source._replace(name=unique)
+            times[name] += 1
+            unique = name if times[name] == 1 else f"{name} {times[name]}"
+            sources.append(source._replace(name=unique))
     if not sources:
         raise ValueError("There is no image in this list.")
-    return list(sources.values())
+    return sources

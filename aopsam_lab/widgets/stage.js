@@ -3,22 +3,22 @@
 // Opacity, zoom and hover only draw anew and ask nothing of the kernel. Frames: image (pixels of
 // the image) and screen (CSS pixels of a pane); view = {k, x, y}: screen = k * image + (x, y).
 
-import { drawMask, drawMasks, fitting, tag, topMask, unpackMasks } from "./masks.js";
-import {
-  COLOURS_OF, LAYERS, Pane, drawClicks, drawCross, drawPrompts, drawRelated, drawRings,
-} from "./pane.js";
+import { drawLabels, drawMask, fitting, tag, topMask, unpackMasks, unpackTable } from "./masks.js";
+import { COLOURS_OF, LAYERS, Pane, drawGlyphs, drawPrompts, drawRelated } from "./pane.js";
 
 export const CANDIDATES = [[0, 158, 115], [230, 159, 0], [86, 180, 233]]; // a prompt's masks
+const WHITE = [255, 255, 255];
 const GAP = 8; // between two panes, CSS pixels
 const HINT = "Image. Arrows move the cross, Enter clicks, n and p step through the prompts.";
 
+function clip(ctx, ...bounds) {
+  ctx.beginPath();
+  ctx.rect(...bounds);
+  ctx.clip();
+}
+
 export class Stage {
   panes = [];
-  clicks = []; // by hand
-  waiting = []; // prompts of a setting on its way
-  opacity = {};
-  selected = -1;
-  detail = null;
   candidates = []; // masks of the selected prompt
   only = -1; // which of them alone
   image = null;
@@ -27,57 +27,58 @@ export class Stage {
   isByKey = false; // whether keys moved the cross
   frame = 0;
 
-  constructor(look) {
-    this.look = look;
+  /** get: the value of a trait. */
+  constructor(get) {
+    Object.assign(this, { get, look: get("look") });
     this.canvas = tag("canvas", {
       className: "aop-canvas", tabIndex: 0, role: "application", ariaLabel: HINT,
     });
-    this.badges = [0, 1].map(() => tag("div", { className: "aop-badge", hidden: true }));
+    this.badges = tag("div", { className: "aop-badges" });
     this.empty = tag("div", { className: "aop-empty", textContent: "No image is open." });
-    this.busy = tag("div", { className: "aop-busy", hidden: true });
+    this.busy = tag("div", { className: "aop-busy" });
     this.box = tag("div", { className: "aop-stage" },
-      this.canvas, ...this.badges, this.busy, this.empty);
+      this.badges, this.canvas, this.busy, this.empty);
   }
 
   // --- what there is to show
 
   /** Empty the stage, and show a packed image once it is read. */
   async open(packed) {
-    const { data, mime, width = 1, height = 1 } = packed, size = { width, height };
+    const { data, mime, width = 1, height = 1 } = packed;
+    const edge = Math.max(1, Math.round(Math.max(width, height) / 700)); // of outlines
+    const size = { width, height, edge };
     Object.assign(this, { packed, size, image: null, groundTruth: null, isFitted: true });
     if (!data) return;
     const image = await createImageBitmap(new Blob([data], { type: mime }));
     if (this.packed !== packed) return; // another one came in the meantime
     this.image = image;
-    const masks = unpackMasks(packed.ground_truth).map((m) => ({ ...m, colour: [255, 255, 255] }));
-    if (masks.length) this.groundTruth = drawMasks(masks, size, topMask(masks, size), 0.12);
+    const masks = unpackMasks(packed.ground_truth).map((mask) => ({ ...mask, colour: WHITE }));
+    if (masks.length) this.groundTruth = drawLabels(topMask(masks, size), size, masks, 0.12);
   }
-  setResults(results) {
-    this.empty.hidden = this.image !== null;
-    this.invalidate();
-    const known = new Map(this.panes.map((pane) => [pane.result, pane]));
-    if (results.length === known.size && results.every((r) => known.has(r))) return;
-    this.panes = results.map((r) => known.get(r) ?? new Pane(r, this.size, this.look));
-    this.badges.forEach((badge, i) => {
-      const { title = "", badge: words = "", setting = "" } = results[i] ?? {};
-      badge.hidden = !results[i];
-      badge.replaceChildren(tag("b", { textContent: title }), ` ${words}`);
-      badge.title = setting;
+  /** Be what the traits say. */
+  update() {
+    const { get, image, panes } = this, prompt = get("selected"), busy = get("busy");
+    const results = [get("left"), get("right")].filter((result) => image && result.prompts);
+    this.empty.hidden = image !== null;
+    Object.assign(this.busy, { textContent: busy, hidden: !busy });
+    this.panes = results.map((result) =>
+      panes.find((pane) => pane.result === result) ?? new Pane(result, this.size, this.look));
+    if (this.panes.length !== panes.length) this.layout();
+    this.badges.replaceChildren(...results.map(({ title, badge, setting }) =>
+      tag("div", { className: "aop-badge", title: setting },
+        tag("b", { textContent: title }), ` ${badge}`)));
+    const isLast = get("round") >= (results[0]?.rounds ?? 0);
+    this.panes.forEach((pane, i) => {
+      pane.setRound(isLast ? pane.result.rounds : get("round"));
+      pane.choosePem(i === 0 ? prompt : -1);
     });
-    this.layout();
-  }
-  setRound(round) {
-    const isLast = round >= (this.panes[0]?.rounds ?? 0);
-    this.panes.forEach((pane) => pane.setRound(isLast ? pane.rounds : round));
-  }
-  /** Select a prompt; detail: its masks, or those of another one. */
-  select(prompt, detail) {
-    this.panes.forEach((pane, i) => pane.choosePem(i === 0 ? prompt : -1));
-    if (prompt === this.selected && detail === this.detail) return;
-    Object.assign(this, { selected: prompt, detail, only: -1 });
-    const masks = detail.prompt === prompt ? unpackMasks(detail.masks) : [];
-    this.candidates = masks.map((mask, i) =>
-      ({ line: detail.lines[i], ...this.alone(mask, CANDIDATES[i], 0.25) }));
+    const detail = image ? get("detail") : {}, isShown = detail.prompt === prompt;
+    if (detail !== this.detail || isShown !== this.isShown) {
+      Object.assign(this, { detail, isShown, only: -1 });
+      this.candidates = unpackMasks(isShown ? detail.masks : {}).map((mask, i) =>
+        ({ line: detail.lines[i], ...this.alone(mask, CANDIDATES[i], 0.25) }));
+    }
+    this.invalidate();
   }
   showOnly(i) {
     this.only = this.only === i ? -1 : i;
@@ -86,82 +87,70 @@ export class Stage {
   /** One mask alone, as fine as the screen shows it. */
   alone(mask, colour, opacity) {
     const step = Math.max(1, Math.floor(1 / (this.view.k * this.scale)));
-    return drawMask(mask, this.size, colour, opacity, step);
+    return drawMask({ ...mask, colour }, this.size, opacity, step);
   }
   has(pane, name) {
     if (name === "ground_truth") return this.groundTruth !== null;
-    return name in COLOURS_OF ? name in pane.maps : this.image !== null;
+    return !(name in COLOURS_OF) || name in pane.maps;
   }
 
   // --- drawing
 
-  paint(ctx, pane, name, view, opacity) {
-    if (!opacity || !this.has(pane, name)) return;
-    ctx.save();
-    ctx.globalAlpha = opacity;
-    const isMap = name in COLOURS_OF, k = view.k * this.scale;
-    if (name === "prompts") {
-      drawPrompts(ctx, pane, view);
-      if (pane === this.panes[0]) drawClicks(ctx, pane, view, this.clicks);
-    } else {
-      const { width, height } = this.size, [w, h] = isMap ? pane.result.extent : [width, height];
-      ctx.beginPath();
-      ctx.rect(view.x, view.y, view.k * width, view.k * height); // maps reach over the padding
-      ctx.clip();
-      ctx.imageSmoothingEnabled = isMap || k < 3;
-      const known = { image: this.image, ground_truth: this.groundTruth };
-      const source = known[name] ?? pane.source(name);
-      const fine = isMap ? source : fitting(source, k);
-      ctx.drawImage(fine, view.x, view.y, view.k * w, view.k * h);
+  /** The layers of a pane; where it is live with what is selected and pointed at. */
+  paint(ctx, pane, view, isLive) {
+    const { width, height } = this.size, opacity = this.get("layers"), k = view.k * this.scale;
+    const isFirst = pane === this.panes[0], isFaint = isLive && isFirst && this.candidates.length;
+    const known = { image: this.image, ground_truth: this.groundTruth };
+    for (const name in LAYERS) {
+      if (name === "prompts" && isLive) this.paintSingleMasks(ctx, pane);
+      if (!opacity[name] || !this.has(pane, name)) continue;
+      ctx.save();
+      ctx.globalAlpha = opacity[name] * (isFaint && name === "masks" ? 0.3 : 1);
+      if (name === "prompts") {
+        drawPrompts(ctx, pane, view, isFirst ? this.get("manual") : []);
+      } else {
+        const isMap = name in COLOURS_OF, [w, h] = isMap ? pane.result.extent : [width, height];
+        const source = known[name] ?? pane.source(name);
+        clip(ctx, view.x, view.y, view.k * width, view.k * height); // maps reach over the padding
+        ctx.imageSmoothingEnabled = isMap || k < 3;
+        const fine = isMap ? source : fitting(source, k);
+        ctx.drawImage(fine, view.x, view.y, view.k * w, view.k * h);
+      }
+      ctx.restore();
     }
-    ctx.restore();
   }
   invalidate() { this.frame ||= requestAnimationFrame(() => this.draw()); }
   draw() {
     this.frame = 0;
-    const ctx = this.canvas.getContext("2d"), { scale, view } = this;
-    ctx.setTransform(1, 0, 0, 1, 0, 0);
-    ctx.clearRect(0, 0, this.canvas.width, this.canvas.height);
-    this.panes.forEach((pane, i) => {
+    const ctx = this.canvas.getContext("2d"), { scale, view, cross, panes } = this;
+    const selected = this.get("selected"), preview = this.get("preview");
+    ctx.reset();
+    panes.forEach((pane, i) => {
       ctx.save();
       ctx.setTransform(scale, 0, 0, scale, i * (this.width + GAP) * scale, 0);
-      ctx.beginPath();
-      ctx.rect(0, 0, this.width, this.height);
-      ctx.clip();
-      const isFaint = i === 0 && this.candidates.length > 0; // so that a prompt's masks stand out
-      for (const name in LAYERS) {
-        if (name === "prompts") this.drawSingleMasks(ctx, pane);
-        const opacity = this.opacity[name] * (name === "masks" && isFaint ? 0.3 : 1);
-        this.paint(ctx, pane, name, view, opacity);
-      }
-      this.drawMarks(ctx, pane);
+      clip(ctx, 0, 0, this.width, this.height);
+      this.paint(ctx, pane, view, true);
+      if (i === 0 && selected in pane.prompts) drawRelated(ctx, pane, view, selected);
+      const waiting = i === 0 && preview.rows ? unpackTable(preview) : [];
+      drawGlyphs(ctx, view, "O", waiting, "#ffffff", 5);
+      const isSeen = cross && (this.isByKey || panes.length > 1);
+      drawGlyphs(ctx, view, "+", isSeen ? [cross] : [], "#ffffff", 7);
       ctx.restore();
     });
   }
   /** The masks of the selected prompt, and the one under the pointer. */
-  drawSingleMasks(ctx, pane) {
-    const { view, cross } = this;
-    const place = ({ canvas, left, step }) => {
-      const k = view.k * step;
-      ctx.drawImage(canvas, view.x + view.k * left, view.y, k * canvas.width, k * canvas.height);
-    };
-    if (pane === this.panes[0]) {
-      this.candidates.filter((_, i) => this.only < 0 || this.only === i).forEach(place);
-    }
+  paintSingleMasks(ctx, pane) {
+    const { view, cross, only } = this, isFirst = pane === this.panes[0];
+    const shown = this.candidates.filter((_, i) => isFirst && (only < 0 || only === i));
     const mask = cross ? pane.masks[pane.maskAt(cross)] : undefined;
     if (pane.hovered?.mask !== mask || pane.hovered?.k !== view.k) {
-      pane.hovered = { mask, k: view.k, drawn: mask && this.alone(mask, [255, 255, 255], 0.35) };
+      pane.hovered = { mask, k: view.k, drawn: mask && this.alone(mask, WHITE, 0.35) };
     }
-    if (mask) place(pane.hovered.drawn);
-  }
-  /** The selected prompt and what it is related to, the preview, the cross. */
-  drawMarks(ctx, pane) {
-    if (pane === this.panes[0]) {
-      if (this.selected in pane.prompts) drawRelated(ctx, pane, this.view, this.selected);
-      drawRings(ctx, this.waiting, this.view);
+    if (mask) shown.push(pane.hovered.drawn);
+    for (const { canvas, left, step } of shown) {
+      const k = view.k * step;
+      ctx.drawImage(canvas, view.x + view.k * left, view.y, k * canvas.width, k * canvas.height);
     }
-    const isSeen = this.isByKey || this.panes.length > 1;
-    if (this.cross && isSeen) drawCross(ctx, this.view, this.cross);
   }
   /** What is shown, as a canvas of the image's own size. */
   overlay() {
@@ -171,7 +160,7 @@ export class Stage {
     const ctx = canvas.getContext("2d");
     this.panes.forEach((pane, i) => {
       ctx.setTransform(1, 0, 0, 1, i * step, 0);
-      for (const name in LAYERS) this.paint(ctx, pane, name, view, this.opacity[name]);
+      this.paint(ctx, pane, view, false);
     });
     return canvas;
   }
@@ -187,8 +176,6 @@ export class Stage {
     this.canvas.width = Math.round((n * (this.width + GAP) - GAP) * this.scale);
     this.canvas.height = Math.round(this.height * this.scale);
     this.canvas.style.height = `${this.height}px`;
-    this.badges[1].style.left = `${this.width + GAP}px`;
-    this.badges.forEach((badge) => { badge.style.maxWidth = `${this.width}px`; });
     if (this.isFitted) this.fit();
     this.invalidate();
   }
@@ -224,22 +211,19 @@ export class Stage {
     this.cross = at && this.isInside(at) ? at : null;
     this.isByKey = isByKey;
     this.invalidate();
-    const [first] = this.panes;
-    if (!this.cross || !first) return "";
-    const words = [`x ${at.x.toFixed(1)}, y ${at.y.toFixed(1)}`];
-    for (const name in first.maps) {
-      words.push(`${LAYERS[name]} ${first.value(name, at).toFixed(2)}`);
-    }
-    for (const pane of this.panes) {
-      const i = pane.maskAt(at), whose = this.panes.length > 1 ? `${pane.result.title}'s ` : "";
-      if (i < 0) continue;
+    const { panes } = this;
+    if (!this.cross || !panes.length) return "";
+    const maps = Object.keys(panes[0].maps);
+    const values = maps.map((name) => `${LAYERS[name]} ${panes[0].value(name, at).toFixed(2)}`);
+    const masks = panes.filter((pane) => pane.maskAt(at) >= 0).map((pane) => {
+      const i = pane.maskAt(at), whose = panes.length > 1 ? `${pane.result.title}'s ` : "";
       const score = pane.result.scores[i].toFixed(2);
-      words.push(`${whose}mask ${i}: IoU ${score}, ${pane.masks[i].area} px`);
-    }
-    return words.join(" · ");
+      return `${whose}mask ${i}: IoU ${score}, ${pane.masks[i].area} px`;
+    });
+    return [`x ${at.x.toFixed(1)}, y ${at.y.toFixed(1)}`, ...values, ...masks].join(" · ");
   }
   promptNear(at) {
-    if (!this.opacity.prompts || !this.panes.length) return -1;
+    if (!this.get("layers").prompts || !this.panes.length) return -1;
     return this.panes[0].nearest(at, 9 / this.view.k);
   }
 }
