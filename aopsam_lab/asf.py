@@ -240,7 +240,7 @@ def filled_cells(coverage: Tensor, valid: Tensor) -> Tensor:
 
 
 def reference_features(features: Tensor, coverage: Tensor) -> Tensor:
-    """The mean of features (C, h, w) under each mask's coverage (n, h, w): (n, C), length 1 or 0."""
+    """The mean of features (C, h, w) under coverage (n, h, w): (n, C), of length 1 or 0."""
     return F.normalize(coverage.flatten(1) @ features.flatten(1).T, dim=1)
 
 

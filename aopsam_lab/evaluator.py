@@ -39,16 +39,11 @@ class ImageScore:
 def iou_matrix(ground_truth: Sequence[dict], predictions: Sequence[dict]) -> np.ndarray:
     """The (T, P) IoU of T ground-truth masks with P predictions, all COCO RLE of one image.
 
-    Masks without a pixel have IoU 0 with everything.
-
-    Raises:
-        ValueError: the masks are not all of one size.
+    Masks without a pixel have IoU 0 with everything. Masks of several sizes raise ValueError.
     """
     sizes = {tuple(rle["size"]) for rle in (*ground_truth, *predictions)}
     if len(sizes) > 1:
-        raise ValueError(
-            f"Masks of one image must share one size (height, width); got {sorted(sizes)}."
-        )
+        raise ValueError(f"Masks of one image must share one (height, width), not {sorted(sizes)}.")
     if not ground_truth or not predictions:
         return np.zeros((len(ground_truth), len(predictions)))
     crowd = [0] * len(ground_truth)
@@ -58,11 +53,9 @@ def iou_matrix(ground_truth: Sequence[dict], predictions: Sequence[dict]) -> np.
 def greedy_matching(iou: np.ndarray) -> np.ndarray:
     """Match predictions to ground truth by the paper's greedy IoU algorithm.
 
-    Of all overlapping pairs the one with the highest IoU is taken, then the next of which both are
-    still free; of equal pairs the lower ground-truth index first, then the lower prediction index.
-
-    Args:
-        iou: (T, P).
+    Of all overlapping pairs (T, P) the one with the highest IoU is taken, then the next of which
+    both are still free; of equal pairs the lower ground-truth index first, then the lower
+    prediction index.
 
     Returns:
         (T,) int, the prediction matched to each ground-truth mask, -1 for none.
@@ -90,14 +83,8 @@ def score_matrix(iou: np.ndarray) -> ImageScore:
     ious = np.zeros(len(iou))
     ious[matched] = iou[matched, matches[matched]]
     best = iou.max(axis=1, initial=0)
-    nan = float("nan")
-    return ImageScore(
-        miou=float(ious.mean()) if len(iou) else nan,
-        miou_best=float(best.mean()) if len(iou) else nan,
-        n_truth=len(iou),
-        matches=matches,
-        ious=ious,
-    )
+    miou, miou_best = (float(x.mean()) if len(x) else float("nan") for x in (ious, best))
+    return ImageScore(miou, miou_best, len(iou), matches, ious)
 
 
 def recall_matches(iou: np.ndarray, max_masks: Sequence[int] = MAX_MASKS) -> np.ndarray:
@@ -145,12 +132,9 @@ def mean_interval(values: Sequence[float], seed: int = 0) -> tuple[float, float,
     SciPy's bias-corrected and accelerated bootstrap; where that is not defined, the percentile
     interval. One value has no interval (NaN), equal values have one of width 0.
     """
-    values = np.asarray(values, dtype=float)
-    nan = float("nan")
-    if len(values) == 0:
-        return nan, nan, nan
-    mean = float(values.mean())
-    if len(values) == 1:
+    values, nan = np.asarray(values, dtype=float), float("nan")
+    mean = float(values.mean()) if len(values) else nan
+    if len(values) < 2:
         return mean, nan, nan
     if np.ptp(values) == 0:
         return mean, mean, mean
@@ -172,15 +156,9 @@ def mean_interval(values: Sequence[float], seed: int = 0) -> tuple[float, float,
 def paired_difference(
     values: Sequence[float], reference: Sequence[float], seed: int = 0
 ) -> tuple[float, float, float]:
-    """`mean_interval` of `values` minus `reference`, image by image.
-
-    Raises:
-        ValueError: the two are not of the same images.
-    """
+    """`mean_interval` of `values` minus `reference`, image by image."""
     values, reference = np.asarray(values, dtype=float), np.asarray(reference, dtype=float)
     if values.shape != reference.shape:
-        raise ValueError(
-            "A paired difference needs the same images: "
-            f"{len(values)} values, {len(reference)} others."
-        )
+        sizes = f"{len(values)} values, {len(reference)} others"
+        raise ValueError(f"A paired difference needs the same images: {sizes}.")
     return mean_interval(values - reference, seed)

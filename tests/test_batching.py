@@ -10,12 +10,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from small import EVERYTHING
 
 from aopsam_lab.pipeline.batching import halving, in_batches
 from aopsam_lab.pipeline.decode import Stopwatch, decode_and_filter, encode
 from aopsam_lab.pipeline.types import Prompts
 from aopsam_lab.sam.mask_decoder import ImageDecoder
-from aopsam_lab.sam.zoo import SamSpec
 
 
 def device_of(room: int):
@@ -52,15 +52,7 @@ def test_one_item_that_does_not_fit():
     assert sizes == [4, 2, 1]
 
 
-def test_other_errors_are_not_swallowed():
-    def work(part):
-        raise RuntimeError("something else")
-
-    with pytest.raises(RuntimeError, match="something else"):
-        list(halving(torch.arange(4), 4, work))
-
-
-@pytest.fixture
+@pytest.fixture(scope="module")
 def two_threads():
     before = torch.get_num_threads()
     torch.set_num_threads(2)
@@ -69,13 +61,8 @@ def two_threads():
 
 
 @given(st.integers(0, 40), st.integers(1, 50), st.integers(1, 6))
-def test_batches_side_by_side_come_back_in_order(count, size, least):
-    before = torch.get_num_threads()
-    torch.set_num_threads(3)
-    try:
-        found = list(in_batches(torch.arange(count), size, lambda part: part * 2, least))
-    finally:
-        torch.set_num_threads(before)
+def test_batches_side_by_side_come_back_in_order(two_threads, count, size, least):
+    found = list(in_batches(torch.arange(count), size, lambda part: part * 2, least))
     assert [x for part in found for x in part.tolist()] == list(range(0, 2 * count, 2))
     assert all(len(part) <= max(size, least) for part in found)
 
@@ -85,12 +72,8 @@ def test_batches_run_side_by_side_with_a_thread_each(two_threads):
 
     def work(part):
         both.wait(timeout=20)  # passes only while the other batch is at work too
-        return (
-            torch.get_num_threads(),
-            torch.is_inference_mode_enabled(),
-            torch.is_grad_enabled(),
-            len(part),
-        )
+        modes = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
+        return (torch.get_num_threads(), *modes, len(part))
 
     with torch.inference_mode():
         assert list(in_batches(torch.arange(8), 100, work)) == [(1, True, False, 4)] * 2
@@ -103,12 +86,12 @@ def test_all_threads_have_as_many_batches(two_threads):
     assert list(in_batches(torch.arange(10), 16, len, least=4)) == [5, 5]
 
 
-def test_a_batch_too_small_to_share_stays_with_the_caller(two_threads):
+def test_a_batch_too_small_to_share_stays_with_the_caller(two_threads, monkeypatch):
     def work(part):
         return threading.current_thread() is threading.main_thread()
 
     assert list(in_batches(torch.arange(4), 100, work, least=4)) == [True]
-    torch.set_num_threads(1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     assert list(in_batches(torch.arange(8), 2, work)) == [True] * 4
 
 
@@ -145,9 +128,8 @@ def test_decoding_goes_on_in_smaller_batches_with_the_same_masks(small_sam, monk
     sam = small_sam
     encoded = encode(sam, np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8))
     prompts, index = Prompts(torch.rand(20, 2) * 60, torch.ones(20)), torch.arange(20)
-    everything = SamSpec("custom", -float("inf"), -float("inf"), "")
-    expected = decode_and_filter(sam, encoded, prompts, index, everything)
-    assert len(decode_and_filter(sam, encoded, prompts, index[:0], everything).iou) == 0
+    expected = decode_and_filter(sam, encoded, prompts, index, EVERYTHING)
+    assert len(decode_and_filter(sam, encoded, prompts, index[:0], EVERYTHING).iou) == 0
     decode, sizes = ImageDecoder.decode, []
 
     def short_of_memory(self, sparse):
@@ -157,7 +139,7 @@ def test_decoding_goes_on_in_smaller_batches_with_the_same_masks(small_sam, monk
         return decode(self, sparse)
 
     monkeypatch.setattr(ImageDecoder, "decode", short_of_memory)
-    found = decode_and_filter(sam, encoded, prompts, index, everything)
+    found = decode_and_filter(sam, encoded, prompts, index, EVERYTHING)
     assert max(sizes) > 6 and sum(size for size in sizes if size <= 6) == 20
     assert torch.equal(found.prompt, expected.prompt) and torch.equal(found.boxes, expected.boxes)
     assert torch.allclose(found.low_res, expected.low_res, atol=1e-4)

@@ -50,7 +50,7 @@ def test_nothing_scores_zero_and_without_ground_truth_it_is_no_number():
 
 def test_masks_of_two_sizes_are_refused():
     other = coco_mask.encode(np.ones((4, 6), dtype=np.uint8, order="F"))
-    with pytest.raises(ValueError, match="one size"):
+    with pytest.raises(ValueError, match="share one"):
         evaluator.evaluate([LEFT], [other])
 
 

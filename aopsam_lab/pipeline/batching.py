@@ -65,16 +65,16 @@ def halving(items: Tensor, size: int, work: Callable[[Tensor], Result]) -> Itera
     """Yield `work(part)` of `size` items at a time; of half as many once memory runs out."""
     at = 0
     while at < len(items):
-        results = []
         try:
-            results.append(work(items[at : at + size]))
+            result = work(items[at : at + size])
         except torch.OutOfMemoryError:
             if size == 1:
                 raise
-        if not results:  # here, where the error and all that it holds on to are gone
-            size = -(-min(size, len(items) - at) // 2)
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+        else:
+            at += size
+            yield result
             continue
-        at += size
-        yield results[0]
+        # here the error and all that it holds on to are gone
+        size = -(-min(size, len(items) - at) // 2)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()

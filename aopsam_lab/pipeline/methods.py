@@ -21,7 +21,6 @@ from typing import Protocol
 
 import torch
 from segment_anything.utils.amg import build_point_grid
-from torch import Tensor
 
 from aopsam_lab import asf
 from aopsam_lab.pipeline.types import Encoded, Models, Prompts, Proposal
@@ -82,12 +81,11 @@ class Aop:
     """AoP-SAM and its ablations.
 
     Args:
-        name: its key in the registry.
         adaptive_sampling: or one point a component of the PCM.
         filtering: whether prompts are eliminated.
         gated: only on a mask or beside it.
         literal: with the raw embedding and no lower bound of the threshold.
-        first, rounds, needs: as FilteredProposal and Method.
+        name, first, rounds, needs: as Method and FilteredProposal.
     """
 
     name: str
@@ -127,11 +125,16 @@ class Aop:
         # cells of the coarse grid that hold a cell on the image: nothing is computed of the others
         rows, columns = (-(-int(valid.any(dim).sum()) // CELL) for dim in (1, 0))
         valid = asf.valid_cells(encoded.input_size, size, grid, device)[:rows, :columns]
+        look, place = (x[0, :, :rows, :columns] for x in (encoded.embedding, encoded.image_pe))
+        if self.literal:
+            features = asf.raw_features(look, valid)
+        else:
+            features = asf.elimination_features(look, place, valid)
         return asf.FilteredProposal(
             prompts,
             pcm,
             cells=cells // CELL,
-            features=self._features(encoded, valid),
+            features=features,
             valid=valid,
             grid=grid,
             elimination=params.elimination,
@@ -140,13 +143,6 @@ class Aop:
             first=self.first,
             rounds=self.rounds,
         )
-
-    def _features(self, encoded: Encoded, valid: Tensor) -> Tensor:
-        rows, columns = valid.shape
-        look, place = (x[0, :, :rows, :columns] for x in (encoded.embedding, encoded.image_pe))
-        if self.literal:
-            return asf.raw_features(look, valid)
-        return asf.elimination_features(look, place, valid)
 
 
 METHODS: dict[str, Method] = {
@@ -167,11 +163,7 @@ METHODS: dict[str, Method] = {
 
 
 def method_named(name: str | Method) -> Method:
-    """The registered method of a name, a method itself as it is.
-
-    Raises:
-        ValueError: there is none of that name.
-    """
+    """The registered method of a name, a method itself as it is."""
     if not isinstance(name, str):
         return name
     if name not in METHODS:

@@ -15,10 +15,6 @@ from aopsam_lab.pipeline.types import STATUSES
 PROMPT_COLUMNS = ("x", "y", "confidence", "round", "status", "by", "pem", "x0", "y0", "x1", "y1")
 
 
-def _no_references() -> pd.DataFrame:
-    return pd.DataFrame({"prompt": [], "threshold": []})
-
-
 @dataclass(eq=False, repr=False)
 class Segmentation:
     """Masks of one image, best first, with the prompts they came from.
@@ -38,8 +34,8 @@ class Segmentation:
             it, -1 for none; pem: the value there, NaN for none; x0, y0, x1, y1: the box, or NaN.
         pcm: (4h, 4w) float32 in [0, 1], the Prompt Confidence Map over the model frame, or None.
         pems: (r, h, w) float32, the Prompt Elimination Map of each reference, or None.
-        references: r rows. prompt: the row of `prompts` whose mask it is; threshold: what its PEM
-            must exceed to eliminate a prompt.
+        references: r rows, or None. prompt: the row of `prompts` whose mask it is; threshold: what
+            its PEM must exceed to eliminate a prompt.
         seconds: encode, infer (until prompts are there: the paper's Inf_Lat), mask (from prompts to
             masks: Mask_Lat), total.
         method: its name. params: the ASF parameters that it used.
@@ -60,7 +56,7 @@ class Segmentation:
     prompts: pd.DataFrame
     pcm: np.ndarray | None = None
     pems: np.ndarray | None = None
-    references: pd.DataFrame = field(default_factory=_no_references)
+    references: pd.DataFrame | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     method: str = ""
     params: dict = field(default_factory=dict)
@@ -100,20 +96,15 @@ class Segmentation:
     def to_records(self) -> list[dict]:
         """The masks as SamAutomaticMaskGenerator gives them; supervision's `from_sam` reads them.
 
-        Returns:
-            For each mask segmentation (H, W) bool, area (pixels), bbox (x, y, w, h), predicted_iou,
-            point_coords [[x, y]], stability_score and crop_box (x, y, w, h: the whole image).
+        Boxes are x, y, width, height; `crop_box` is the whole image.
         """
         height, width = self.image.shape[:2]
         return [
             {
                 "segmentation": coco_mask.decode(rle).astype(bool),
-                "area": int(coco_mask.area(rle)),
-                "bbox": self._bbox(i),
                 "predicted_iou": float(self.scores[i]),
-                "point_coords": self._point(i),
-                "stability_score": float(self.stability[i]),
                 "crop_box": [0, 0, width, height],
+                **self._about(i),
             }
             for i, rle in enumerate(self.masks)
         ]
@@ -131,12 +122,9 @@ class Segmentation:
                 "image_id": image_id,
                 "category_id": 1,
                 "segmentation": {"size": [height, width], "counts": rle["counts"].decode("ascii")},
-                "area": int(coco_mask.area(rle)),
-                "bbox": self._bbox(i),
                 "iscrowd": 0,
                 "score": float(self.scores[i]),
-                "stability_score": float(self.stability[i]),
-                "point_coords": self._point(i),
+                **self._about(i),
             }
             for i, rle in enumerate(self.masks)
         ]
@@ -147,13 +135,16 @@ class Segmentation:
             "categories": [{"id": 1, "name": "object", "supercategory": ""}],
         }
 
-    def _bbox(self, i: int) -> list[float]:
+    def _about(self, i: int) -> dict:
+        """What COCO and the generator tell of mask i under the same names."""
         x0, y0, x1, y1 = map(float, self.boxes[i])
-        return [x0, y0, x1 - x0, y1 - y0]
-
-    def _point(self, i: int) -> list[list[float]]:
-        row = self.prompts.iloc[self.mask_prompt[i]]
-        return [[float(row["x"]), float(row["y"])]]
+        prompt = self.prompts.iloc[self.mask_prompt[i]]
+        return {
+            "area": int(coco_mask.area(self.masks[i])),
+            "bbox": [x0, y0, x1 - x0, y1 - y0],
+            "stability_score": float(self.stability[i]),
+            "point_coords": [[float(prompt["x"]), float(prompt["y"])]],
+        }
 
     def pem(self, i: int | None = None) -> np.ndarray:
         """The PEM of reference i, or the highest value of all references, (h, w) float32.
@@ -161,11 +152,11 @@ class Segmentation:
         Raises:
             ValueError: the method made no PEM, or none with that number.
         """
-        n = 0 if self.pems is None else len(self.pems)
-        if n == 0:
+        if self.pems is None:
             raise ValueError(f"Method {self.method!r} made no PEM here; method 'aop' makes some.")
         if i is None:
             return self.pems.max(axis=0)
+        n = len(self.pems)
         if not 0 <= i < n:
             raise ValueError(f"There is no reference {i}: this image has {n}, numbered from 0.")
         return self.pems[i]

@@ -31,14 +31,8 @@ def save(
 ) -> dict[str, Path]:
     """Write `<stem>_labels.png`, `<stem>_overlay.png` and `<stem>.json` (COCO).
 
-    Labels are 16-bit grey, i + 1 where mask i is on top. The JSON is written last: where it is, the
-    other two are.
-
-    Args:
-        seg: what to write.
-        folder: made if missing.
-        stem: the files' names without ending.
-        file_name: the image's name in the JSON; None: the stem.
+    Labels are 16-bit grey, i + 1 where mask i is on top. The JSON names the image `file_name`, or
+    `stem`. It is written last: where it is, the other two are.
 
     Returns:
         The paths under "labels", "overlay" and "coco".

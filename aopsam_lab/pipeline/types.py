@@ -35,8 +35,8 @@ class Encoded:
     made: dict = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def _scale(self, like: Tensor) -> Tensor:
-        (height, width), (scaled_height, scaled_width) = self.image.shape[:2], self.input_size
-        return like.new_tensor([scaled_width / width, scaled_height / height])
+        height, width = self.image.shape[:2]
+        return like.new_tensor([self.input_size[1] / width, self.input_size[0] / height])
 
     def to_model(self, points: Tensor) -> Tensor:
         """(..., 2) points (x, y), image frame -> model frame."""
