@@ -20,9 +20,8 @@ def untrained(weights):
 
 def picture(path, side=40):
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(
-        np.random.default_rng(side).integers(0, 256, (side, side + 8, 3), dtype=np.uint8)
-    ).save(path)
+    pixels = np.random.default_rng(side).integers(0, 256, (side, side + 8, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
     return path
 
 
@@ -31,8 +30,7 @@ def names(folder):
 
 
 def test_bundled_models_from_a_shell(tmp_path):
-    photo = picture(tmp_path / "photo.png", 64)
-    out = tmp_path / "out"
+    photo, out = picture(tmp_path / "photo.png", 64), tmp_path / "out"
     command = [sys.executable, "-m", "aopsam_lab", "segment", str(photo), "--out", str(out)]
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
@@ -41,14 +39,12 @@ def test_bundled_models_from_a_shell(tmp_path):
 
 
 def test_good_images_are_written_and_bad_ones_reported(tmp_path, capsys, untrained):
-    good = picture(tmp_path / "good.jpg")
-    bad = tmp_path / "bad.png"
+    good, bad = picture(tmp_path / "good.jpg"), tmp_path / "bad.png"
     bad.write_text("no picture")
     out = tmp_path / "new" / "out"
     images = [str(bad), str(tmp_path / "absent.png"), str(good)]
-    code = cli.main(["segment", *images, "--out", str(out), *untrained])
+    assert cli.main(["segment", *images, "--out", str(out), *untrained]) == 1
     captured = capsys.readouterr()
-    assert code == 1
     assert "1 of 3 images segmented" in captured.out
     assert "bad.png: " in captured.err and "absent.png" in captured.err
     assert "Traceback" not in captured.err
@@ -109,13 +105,12 @@ def test_what_stops_everything_is_one_line(tmp_path, capsys, untrained):
 
 def test_an_interrupted_run_leaves_whole_files_only(tmp_path, monkeypatch, capsys, untrained):
     pictures = [str(picture(tmp_path / f"{i}.png")) for i in range(2)]
-    real, calls = cli.segment, []
+    real = cli.segment
 
-    def interrupted(*arguments):
-        calls.append(arguments)
-        if len(calls) == 2:
+    def interrupted(path, *arguments):
+        if path.stem == "1":
             raise KeyboardInterrupt
-        return real(*arguments)
+        return real(path, *arguments)
 
     monkeypatch.setattr(cli, "segment", interrupted)
     assert cli.main(["segment", *pictures, "--out", str(tmp_path / "out"), *untrained]) == 130

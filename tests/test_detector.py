@@ -64,16 +64,11 @@ def test_what_is_no_detector_gives_one_clear_error(tmp_path):
         load_detector(tmp_path / "other.safetensors", "cpu")
 
 
-def test_an_ultralytics_checkpoint_loads_by_path(tmp_path):
-    import_ultralytics()
-    from ultralytics import YOLO
-
-    path = tmp_path / "eighty_classes.pt"
-    YOLO(ARCHITECTURE).save(str(path))
-    loaded = load_detector(path, "cpu")
-    assert (loaded.name, loaded.imgsz) == ("eighty_classes", 640)
-    boxes, scores = loaded.boxes(np.zeros((40, 60, 3), np.uint8))
-    assert len(boxes) == len(scores) <= 100
+def alone(command, environment, folder):
+    options = {"env": environment, "cwd": folder, "text": True, "timeout": 300}
+    done = subprocess.run(command, capture_output=True, **options)
+    assert done.returncode == 0, done.stderr
+    return done
 
 
 _EVIL = """
@@ -100,21 +95,9 @@ def test_a_checkpoint_that_runs_code_is_refused_whoever_imported_ultralytics(tmp
     environment |= {"YOLO_CONFIG_DIR": str(tmp_path), "YOLO_OFFLINE": "true", "PYTHONPATH": root}
     path, made = tmp_path / "evil.pt", tmp_path / "made"
     command = [sys.executable, "-c", _EVIL, str(path), str(made)]
-    done = subprocess.run(
-        command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300
-    )
+    done = alone(command, environment, tmp_path)
     assert path.exists() and not made.exists(), "its code did not run"
     assert "refused" in done.stdout and "evil.pt" in done.stdout
-
-
-def test_threads_and_environment_are_left_alone(untrained):
-    def around():
-        environment = {name: value for name, value in os.environ.items() if "YOLO_" not in name}
-        return torch.get_num_threads(), environment
-
-    before = around()
-    load_detector(untrained, "cpu").boxes(np.zeros((32, 32, 3), np.uint8))
-    assert around() == before
 
 
 _ALONE = """
@@ -123,9 +106,16 @@ def refuse(*args, **kwargs):
     print("NETWORK", args, flush=True)
     raise OSError("no network in this test")
 socket.getaddrinfo = socket.create_connection = socket.socket.connect = refuse
+import os
 import numpy as np
+import torch
 from aopsam_lab.detector import load_detector
+def around():
+    environment = {name: value for name, value in os.environ.items() if "YOLO_" not in name}
+    return torch.get_num_threads(), environment
+before = around()
 found = load_detector(sys.argv[1], "cpu").boxes(np.zeros((64, 64, 3), np.uint8))
+assert around() == before, "threads and environment are left alone"
 import ultralytics
 from ultralytics.utils import SETTINGS, USER_CONFIG_DIR
 from ultralytics.utils.events import events
@@ -135,7 +125,7 @@ print("sync", SETTINGS["sync"], events.enabled, "config", USER_CONFIG_DIR)
 """
 
 
-def test_neither_home_nor_network_is_touched(tmp_path, untrained):
+def test_neither_home_nor_network_nor_the_process_is_touched(tmp_path, untrained):
     home, temporary, work = tmp_path / "home", tmp_path / "tmp", tmp_path / "work"
     for folder in (home, temporary, work):
         folder.mkdir()
@@ -144,10 +134,7 @@ def test_neither_home_nor_network_is_touched(tmp_path, untrained):
     root = str(WEIGHTS.parents[1])
     environment |= {"HOME": str(home), "TMPDIR": str(temporary), "PYTHONPATH": root}
     command = [sys.executable, "-c", _ALONE, str(untrained)]
-    done = subprocess.run(
-        command, env=environment, cwd=work, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
+    done = alone(command, environment, work)
     assert "NETWORK" not in done.stdout and f"sync False False config {temporary}" in done.stdout
     assert [list(folder.rglob("*")) for folder in (home, work)] == [[], []]
     assert not list(temporary.glob("aopsam_lab_ultralytics_*"))  # gone with the process

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -58,19 +59,11 @@ def test_recall_of_boxes_by_hand():
     np.testing.assert_array_equal(training.box_recall(ground_truth, wanted), [1, 1])
 
 
-class _Known:
-    """A detector that finds the same boxes in every image."""
-
-    def __init__(self, model, name, sha256, options, device):
-        assert options["confidence"] == 0.001, "all confidences come from one run"
-
-    def boxes(self, image):
-        boxes = np.float32([[0, 0, 10, 10], [10, 10, 20, 16], [5, 5, 9, 9]])
-        return boxes, np.float32([0.9, 0.07, 0.02])
-
-
 def test_a_trial_counts_the_boxes_of_each_confidence(monkeypatch):
-    monkeypatch.setattr(training.loading, "Detector", _Known)
+    boxes = np.float32([[0, 0, 10, 10], [10, 10, 20, 16], [5, 5, 9, 9]])
+    found = boxes, np.float32([0.9, 0.07, 0.02])
+    known = SimpleNamespace(boxes=lambda image: found)
+    monkeypatch.setattr(training.loading, "Detector", lambda *_: known)
     image = np.zeros((20, 20, 3), np.uint8)
     wanted = torch.tensor([[0, 0, 10, 10], [10, 10, 20, 20]]).double()
     rows = training.try_settings(None, [(image, wanted), (image, wanted[:0])], "cpu")
@@ -79,7 +72,6 @@ def test_a_trial_counts_the_boxes_of_each_confidence(monkeypatch):
         (0.001, 1, 0.5, 3), (0.01, 1, 0.5, 3), (0.05, 1, 0.5, 2), (0.1, 0.5, 0.5, 1),
     ]  # fmt: skip
     assert {row["imgsz"] for row in rows} == {480, 640, 800}
-    assert all(row["milliseconds"] > 0 for row in rows)
 
 
 def test_of_settings_as_good_the_cheapest_is_chosen():
@@ -112,6 +104,10 @@ def test_weights_of_eighty_classes_are_a_start_and_those_of_another_size_are_not
 
     eighty = YOLO(ARCHITECTURE)
     eighty.save(tmp_path / "eighty.pt")
+    loaded = load_detector(tmp_path / "eighty.pt", "cpu")
+    assert (loaded.name, loaded.imgsz) == ("eighty", 640)
+    boxes, scores = loaded.boxes(np.zeros((40, 60, 3), np.uint8))
+    assert len(boxes) == len(scores) <= 100
     made = training.starting_model(tmp_path / "eighty.pt").state_dict()
     first = "model.0.conv.weight"
     assert torch.equal(made[first], eighty.model.state_dict()[first].half().float())
@@ -120,18 +116,14 @@ def test_weights_of_eighty_classes_are_a_start_and_those_of_another_size_are_not
         training.starting_model(tmp_path / "small.pt")
 
 
-@pytest.fixture
-def command(tmp_path, folder, monkeypatch):
-    """The arguments of a training of a moment."""
+def test_a_training_stops_goes_on_and_exports(tmp_path, folder, monkeypatch):
     monkeypatch.setattr(training, "SIDES", (32, 64))
-    return ["--data", str(folder), "--minutes", "0.02", "--imgsz", "64",
-            "--batch", "2", "--device", "cpu", "--workdir", str(tmp_path / "work"),
-            "--out", str(tmp_path / "out/detector.safetensors")]  # fmt: skip
-
-
-def test_a_training_stops_goes_on_and_exports(tmp_path, command, monkeypatch):
     out, trials = tmp_path / "out/detector.safetensors", tmp_path / "trials.csv"
-    command += ["--trials", str(trials), "--licence", "for research"]
+    command = [
+        "--data", str(folder), "--minutes", "0.02", "--imgsz", "64", "--batch", "2",
+        "--device", "cpu", "--workdir", str(tmp_path / "work"), "--out", str(out),
+        "--trials", str(trials), "--licence", "for research",
+    ]  # fmt: skip
     before = torch.get_num_threads()
 
     def killed(path, data):
