@@ -84,7 +84,9 @@ def facts(sam: str, dataset: str) -> dict:
 
 
 def test_ours_beside_the_main_table_in_the_papers_units():
-    table = paper.main_beside(summary(amg_d=0.6, aop=0.63), "mobile_sam", "photos")
+    table = paper.beside(
+        paper.main_table("mobile_sam", "photos"), summary(amg_d=0.6, aop=0.63), "photos"
+    )
     assert table["method"].tolist() == ["amg_s", "amg_d", "oas_box", "oas_point", "aop"]
     own = table.set_index("method").loc["aop"]
     assert own[[f"miou_{part}" for part in paper.PARTS]].tolist() == pytest.approx([61.5, 63, 1.5])
@@ -99,7 +101,7 @@ def test_ours_beside_the_main_table_in_the_papers_units():
 
 @pytest.mark.parametrize(("sam", "dataset"), [("vit_b", "sa1b"), ("vit_h", "holiday")])
 def test_nothing_stands_beside_what_the_paper_does_not_have(sam, dataset):
-    assert paper.main_beside(summary(aop=0.6), sam, dataset).empty
+    assert paper.main_table(sam, dataset).empty
     text = part("beside_main", summary(aop=0.6), facts(sam, dataset))
     assert "<table" not in text and text.count(".") == 1
     assert (sam if dataset != "holiday" else dataset) in text
@@ -149,7 +151,9 @@ def test_steps_of_the_ablation(dataset, place):
 def test_ours_in_the_rows_of_the_ablation_that_match():
     per_image = three_images()
     whole = tables.summary_table(per_image, {})
-    table = paper.ablation_beside(whole, "photos").set_index(["dataset", "method"])
+    table = paper.beside(paper.published("ablation"), whole, "photos").set_index(
+        ["dataset", "method"]
+    )
     assert len(table) == 9 and table["miou_paper"].notna().all()
     filled = table["miou_ours"].notna().groupby("dataset").sum().to_dict()
     assert filled == {"COCO": 3, "LVIS": 0, "SA-1B": 0}

@@ -9,9 +9,10 @@ import pandas as pd
 import pytest
 from conftest import METHODS, QUICK, part
 
+from aopsam_lab.data.sample import Sample
 from aopsam_lab.study import PACKAGE_ROOT, figures, settings, tables
 from aopsam_lab.study.report import run_report
-from aopsam_lab.study.runner import STORE_NAME, Example
+from aopsam_lab.study.runner import STORE_NAME
 from aopsam_lab.study.settings import THRESHOLDS
 from aopsam_lab.study.store import Store, make_key
 
@@ -74,7 +75,7 @@ def test_a_study_scores_every_image_with_every_method(study):
     assert np.allclose(timed["total_s"], timed[["encode_s", "inf_lat_s", "mask_lat_s"]].sum(axis=1))
     assert timed.groupby("image")["encode_s"].nunique().eq(1).all()  # one encoding for all methods
     assert len(result.examples) == 3
-    masks = result.examples[0].detail["aop"]["masks"]
+    masks = result.examples[0][1]["aop"]["masks"]
     assert len(masks) == own.query("method == 'aop'")["n_masks"].iloc[0]
     assert masks[0]["size"] == [48, 48]
 
@@ -252,7 +253,8 @@ def test_a_report_made_from_another_folder(folder, tmp_path, monkeypatch):
 def test_example_images_with_masks_and_prompts():
     image = np.zeros((20, 30, 3), np.uint8)
     found = {"masks": [], "prompts": [[3.0, 4.0, "kept"], [5.0, 6.0, "eliminated"]]}
-    figure = figures.examples_figure([Example(image, [], {"aop": found})], ["aop"])
+    sample = Sample("a", image, rles=[])
+    figure = figures.examples_figure([(sample, {"aop": found})], ["aop"])
     assert len(figures.png(figure)) > 5000
     titles = [axes.get_title(loc="left") for axes in figure.axes]
     assert titles == ["ground truth\n0 masks", "AoP-SAM\n0 masks, 1 prompts decoded"]

@@ -143,8 +143,8 @@ def test_coverage_is_there_where_found_masks_are(study, monkeypatch):
     assert "coverage" not in study(**some).summary
     shown = study(methods=["aop"], **some)
     masks = {
-        name: [{**rle, "counts": rle["counts"].encode()} for rle in example.detail["aop"]["masks"]]
-        for name, example in zip(shown.per_image["image"], shown.examples, strict=True)
+        sample.id: [{**rle, "counts": rle["counts"].encode()} for rle in found["aop"]["masks"]]
+        for sample, found in shown.examples
     }  # what a method found itself
     monkeypatch.setattr(runner, "found_masks", lambda images: masks)
     result = study(**some)

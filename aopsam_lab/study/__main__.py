@@ -48,8 +48,7 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser("python -m aopsam_lab.study", description="Make the reports.")
     commands = top.add_subparsers(dest="command", required=True)
     report = commands.add_parser("report", help="run a notebook and publish it")
-    about = {"default": "main_comparison", "help": "a notebook in notebooks/"}
-    report.add_argument("name", nargs="?", **about)
+    report.add_argument("name", nargs="?", default="main_comparison", help="of notebooks/")
     for name, (kind, text) in PARAMETERS.items():
         report.add_argument(f"--{name}", type=kind, help=text)
     index = commands.add_parser("index", help="rewrite reports/index.html")

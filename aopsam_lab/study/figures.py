@@ -15,7 +15,7 @@ from aopsam_lab.masks import drawing
 from aopsam_lab.study import tables
 from aopsam_lab.study.paper import sweep_curve
 from aopsam_lab.study.runner import Example
-from aopsam_lab.study.settings import REFERENCE
+from aopsam_lab.study.settings import REFERENCE, TITLES
 from aopsam_lab.study.sweeps import SWEPT, pareto_front
 
 # Colours of Okabe and Ito (2008), one for each family of methods. Markers tell the methods of a
@@ -23,16 +23,9 @@ from aopsam_lab.study.sweeps import SWEPT, pareto_front
 BLUE, RED, GREEN, PINK = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
 INK, MUTED, RULE = "#1b1b1b", "#5f6368", "#d9dce0"
 COLOURS = {"amg": BLUE, "oas": RED, "aop": GREEN}
-MARKERS = dict(zip(tables.TITLES, "sDsov^oPX", strict=True))
+MARKERS = dict(zip(TITLES, "sDsov^oPX", strict=True))
 SWEEP_STYLES = dict(zip(SWEPT, ((BLUE, "s"), (RED, "^"), (PINK, "D"), (GREEN, "o")), strict=True))
-PAPER_LINE = {
-    "color": INK,
-    "lw": 1.3,
-    "ls": (0, (4, 2.5)),
-    "marker": ".",
-    "ms": 6,
-    "label": "the paper's, of other images",
-}
+PAPER_LINE = {"color": INK, "lw": 1.3, "ls": (0, (4, 2.5)), "marker": ".", "ms": 6}
 PROMPT_STYLES = {
     "kept": {"c": "#FFFFFF", "marker": "o", "edgecolors": "black", "linewidths": 0.6},
     "eliminated": {"c": "#E69F00", "marker": "x", "linewidths": 0.8},
@@ -64,23 +57,20 @@ def tradeoff_figure(summary: pd.DataFrame) -> Figure:
 
 def examples_figure(examples: Sequence[Example], methods: Sequence[str]) -> Figure:
     """A row an image: its ground truth, then the masks and prompts of each method."""
-    heights = [example.image.shape[0] / example.image.shape[1] for example in examples]
+    heights = [sample.image.shape[0] / sample.image.shape[1] for sample, _ in examples]
     width, columns = 3.5, 1 + len(methods)
     figure = new_figure(width * columns, width * sum(heights) + 0.5 * len(examples), dpi=110)
     shape = {"squeeze": False, "gridspec_kw": {"height_ratios": heights}}
-    for row, example in zip(
-        figure.subplots(len(examples), columns, **shape), examples, strict=True
-    ):
-        text = f"ground truth\n{len(example.truth)} masks"
-        _draw(row[0], example.image, example.truth, text)
+    rows = figure.subplots(len(examples), columns, **shape)
+    for row, (sample, found) in zip(rows, examples, strict=True):
+        _draw(row[0], sample.image, sample.rles, f"ground truth\n{len(sample.rles)} masks")
         for axes, method in zip(row[1:], methods, strict=True):
-            found = example.detail[method]
-            states = [status for *_, status in found["prompts"]]
-            decoded = sum(status not in ("eliminated", "not_reached") for status in states)
-            text = f"{len(found['masks'])} masks, {decoded} prompts decoded"
-            _draw(axes, example.image, found["masks"], f"{tables.title(method)}\n{text}")
+            masks, prompts = found[method]["masks"], found[method]["prompts"]
+            decoded = sum(status not in ("eliminated", "not_reached") for *_, status in prompts)
+            text = f"{len(masks)} masks, {decoded} prompts decoded"
+            _draw(axes, sample.image, masks, f"{tables.title(method)}\n{text}")
             for status, style in PROMPT_STYLES.items():
-                own = [(x, y) for x, y, state in found["prompts"] if state == status]
+                own = [(x, y) for x, y, state in prompts if state == status]
                 axes.scatter(*np.reshape(own, (-1, 2)).T, s=11, **style)
     return figure
 
@@ -135,7 +125,8 @@ def sweep_figure(table: pd.DataFrame) -> Figure:
             axes.plot(x, y, "o-", color=GREEN, mfc="white", lw=1.8, mew=1.6, label="ours")
             axes.plot(x[default], y[default], "o", color=GREEN)
             if shown and len(theirs):
-                axes.plot(theirs["value"], theirs[shown], **PAPER_LINE)
+                label = "the paper's, of other images"
+                axes.plot(theirs["value"], theirs[shown], label=label, **PAPER_LINE)
             axes.yaxis.set_major_locator(MaxNLocator(nbins=5 if shown else 4, **NICE))
         column[2].set_xticks(x, [f"{value:g}" for value in x])
         column[2].set_xlabel(name, color=MUTED)

@@ -25,15 +25,26 @@ MIB = 2**20
 MEMORY_VERSION = {"memory_version": 1}  # raise it when the way of measuring changes
 
 
-def in_own_process(function: Callable[..., float], *arguments: object) -> float:
-    """Call a function of this package in a new process; RuntimeError where it fails."""
+def in_own_process(setting: Setting, config: StudyConfig, images: Sequence[np.ndarray]) -> float:
+    """`measure_peak` in a new process; RuntimeError where it fails."""
     command = [sys.executable, "-m", "aopsam_lab.study.memory"]
-    request = pickle.dumps((function, arguments))
+    request = pickle.dumps((setting, config, images))
     done = subprocess.run(command, input=request, capture_output=True, env=package_environment())
     if done.returncode:
         words = done.stderr.decode(errors="replace").strip()[-800:]
         raise RuntimeError(f"Measuring memory failed: {words}")
     return float(done.stdout.split()[-1])
+
+
+def measure_peak(setting: Setting, config: StudyConfig, images: Sequence[np.ndarray]) -> float:
+    """The peak of a setting on images (H x W x 3 uint8) in this process, in MiB."""
+    models = load_models(config, [setting.method])
+
+    def work() -> None:
+        for image in images:
+            run(models, encode(models.sam, image), setting)
+
+    return peak_while(models.sam.device, work)
 
 
 def peak_while(device: torch.device, work: Callable[[], object]) -> float:
@@ -50,28 +61,16 @@ def peak_while(device: torch.device, work: Callable[[], object]) -> float:
     return max(_resident("VmHWM") - before, 0) / MIB
 
 
-def measure_peak(setting: Setting, config: StudyConfig, images: Sequence[np.ndarray]) -> float:
-    """The peak of a setting on images (H x W x 3 uint8) in this process, in MiB."""
-    models = load_models(config, [setting.method])
-
-    def work() -> None:
-        for image in images:
-            run(models, encode(models.sam, image), setting)
-
-    return peak_while(models.sam.device, work)
-
-
 def _resident(field: str) -> int:
     """The resident size now (VmRSS) or its peak (VmHWM) in bytes; without /proc the peak."""
     status = Path("/proc/self/status")
-    if status.exists():
-        fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
-        return int(fields[field].split()[0]) * 1024
-    import resource
+    if not status.exists():
+        import resource  # Windows has none
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in bytes on macOS
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in bytes on macOS
+    fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
+    return int(fields[field].split()[0]) * 1024
 
 
 if __name__ == "__main__":
-    asked, its_arguments = pickle.load(sys.stdin.buffer)
-    print(asked(*its_arguments))
+    print(measure_peak(*pickle.load(sys.stdin.buffer)))

@@ -22,7 +22,6 @@ CITATION = (
 )
 GB_PER_MIB = 2**20 / 1e9
 
-
 # The paper's column -> our column, and how many of the paper's units one of ours is.
 COLUMNS = {
     "miou": ("miou", 100),
@@ -57,29 +56,23 @@ def published(name: str) -> pd.DataFrame:
 
 def paper_dataset(dataset: str) -> str | None:
     """The paper's data set that one of ours, named as "coco-val2017", can stand beside."""
-    kind = dataset.split("-")[0]  # the photographs in the box are COCO's
-    return {"photos": "COCO", "coco": "COCO", "lvis": "LVIS", "sa1b": "SA-1B"}.get(kind)
+    names = {"photos": "COCO", "coco": "COCO", "lvis": "LVIS", "sa1b": "SA-1B"}
+    return names.get(dataset.split("-")[0])  # the photographs in the box are COCO's
 
 
-def main_beside(summary: pd.DataFrame, sam: str, dataset: str) -> pd.DataFrame:
-    """The paper's main table for one SAM and data set beside ours.
+def main_table(sam: str, dataset: str) -> pd.DataFrame:
+    """The rows of the paper's main table for a SAM and a data set of ours; none for others."""
+    theirs = published("main_comparison")
+    return theirs[(theirs["sam"] == sam) & (theirs["dataset"] == paper_dataset(dataset))]
+
+
+def beside(theirs: pd.DataFrame, summary: pd.DataFrame, dataset: str) -> pd.DataFrame:
+    """The paper's main table or ablation, ours in the rows of the data set that matches.
 
     Returns:
         A row a method of the paper: dataset, method, and of each column C of COMPARED C_paper,
-        C_ours and C_difference, NaN where the paper has no such cell or the method was not run. No
-        row where the paper does not have this SAM or data set.
+        C_ours and C_difference, NaN where one is not known.
     """
-    theirs = published("main_comparison")
-    own = (theirs["sam"] == sam) & (theirs["dataset"] == paper_dataset(dataset))
-    return _beside(theirs[own], summary, dataset)
-
-
-def ablation_beside(summary: pd.DataFrame, dataset: str) -> pd.DataFrame:
-    """The paper's ablation as `main_beside`, ours in the rows of the data set that matches."""
-    return _beside(published("ablation"), summary, dataset)
-
-
-def _beside(theirs: pd.DataFrame, summary: pd.DataFrame, dataset: str) -> pd.DataFrame:
     ours = summary.set_index("method").reindex(theirs["method"])
     compared = theirs[["dataset", "method"]].reset_index(drop=True)
     matches = compared["dataset"] == paper_dataset(dataset)
@@ -97,8 +90,8 @@ def step_table(per_image: pd.DataFrame, summary: pd.DataFrame, dataset: str) -> 
 
     Returns:
         STEP_COLUMNS, a row a step of STEPS and source, "paper" or "ours"; ours follows the paper's
-        data set that it can stand beside, else the last. The values are the method with the part
-        minus the method without it. No row of ours where one of the two was not run.
+        data set that it can stand beside, else the last. Values: the method with the part minus
+        the method without it. No row of ours where one of the two was not run.
     """
     theirs = published("ablation").set_index(["dataset", "method"]).drop(columns="sam")
     names, rows = list(theirs.index.unique("dataset")), []
@@ -133,12 +126,10 @@ def sign_table(trends: pd.DataFrame, table: pd.DataFrame) -> pd.DataFrame:
         table: as `sweeps.sweep_table` returns it: peak memory is measured once a setting.
 
     Returns:
-        SIGN_COLUMNS, a row a swept parameter and column of SIGNS_OF that the paper has along it:
-        twelve for its four. Changes are in the paper's units; ours is over n_images images.
-        verdict: see `verdict`, or "other values" where our first and last value are others.
+        SIGN_COLUMNS, a row a swept parameter and column of SIGNS_OF that the paper has along it, in
+        its units. verdict: see `verdict`, or "other values" where our first or last is another.
     """
-    ours = trends.set_index(["parameter", "column"])
-    rows = []
+    ours, rows = trends.set_index(["parameter", "column"]), []
     for parameter, panel in published("parameter_sweeps").groupby("parameter", sort=False):
         if parameter not in ours.index.unique("parameter"):
             continue

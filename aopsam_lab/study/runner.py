@@ -12,15 +12,15 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import tqdm.auto
 
 from aopsam_lab.data import Dataset, open_dataset
 from aopsam_lab.data.coco import found_masks
+from aopsam_lab.data.sample import Sample
 from aopsam_lab.pipeline.decode import encode
 from aopsam_lab.study import score, settings, tables, thresholds
-from aopsam_lab.study.memory import MEMORY_VERSION, in_own_process, measure_peak
+from aopsam_lab.study.memory import MEMORY_VERSION, in_own_process
 from aopsam_lab.study.provenance import processor, provenance
 from aopsam_lab.study.settings import REFERENCE, LoadedModels, Pair, Setting, StudyConfig
 from aopsam_lab.study.store import Store, make_key
@@ -31,16 +31,9 @@ EXAMPLE_IMAGES = 3  # of the first images masks and prompts are kept as well, to
 MEMORY_IMAGES = 2
 MEMORY_AT_ONCE = 2  # on a CPU; a process takes long to start, and is not timed
 Job = tuple[int, Setting, dict[str, Any]]  # number of the image, setting, inputs of the row
-
-
-@dataclass(frozen=True)
-class Example:
-    """One image shown in a report, and what each method found on it."""
-
-    image: np.ndarray  # H x W x 3 uint8
-    truth: list[dict]  # COCO RLE of the ground truth
-    # by method: `masks`, COCO RLE, best first; `prompts`, each [x, y, status], image frame
-    detail: dict[str, dict]
+# an image, and by method what was found on it: `masks`, COCO RLE, best first, and `prompts`, each
+# [x, y, status] in the image frame
+Example = tuple[Sample, dict[str, dict[str, list]]]
 
 
 @dataclass(frozen=True)
@@ -84,11 +77,10 @@ def run_settings(
     pairs = {(float(iou), float(stable)) for iou, stable in config.thresholds}
     # strictest first, SAM's own among them
     pairs = sorted(pairs | {score.own_pair(models.sam)}, reverse=True) if pairs else []
-    unlimited = [setting for setting in asked if setting.max_prompts is None]
     with Store(Path(config.out) / STORE_NAME) as store:
         study = _Run(config, images, models, store, pairs)
         rows = study.rows(asked)
-        peaks = study.peaks(unlimited) if config.memory else {}
+        peaks = study.peaks(asked) if config.memory else {}
     per_image = tables.per_image_table(rows)
     parameters = {
         **{name: getattr(config, name) for name in ("sam", "seed", "device")},
@@ -99,6 +91,7 @@ def run_settings(
         "thresholds": [f"{iou:g} / {stable:g}" for iou, stable in pairs],
         **asdict(config.params),
     }
+    shown = [images[i] for i in range(min(EXAMPLE_IMAGES, len(images)))]
     return StudyResult(
         per_image=per_image,
         summary=tables.summary_table(per_image, peaks),
@@ -112,20 +105,14 @@ def run_settings(
             "scoring_code": settings.scoring_code(),
             **provenance(models.sam.device),
         },
-        examples=_examples(images, rows),
+        examples=[
+            (sample, {row["method"]: row["detail"] for row in rows if row["image"] == sample.id})
+            for sample in shown
+        ],
         n_scored=study.n_scored,
         n_reused=study.n_reused,
         out=Path(config.out),
     )
-
-
-def _examples(images: Dataset, rows: Sequence[score.Row]) -> list[Example]:
-    """The first images with what every setting found."""
-    found = []
-    for i in range(min(EXAMPLE_IMAGES, len(images))):
-        own = {row["method"]: row["detail"] for row in rows if row["image"] == images.ids[i]}
-        found.append(Example(images[i].image, images[i].rles, own))
-    return found
 
 
 @dataclass
@@ -160,17 +147,19 @@ class _Run:
         ]
 
     def peaks(self, asked: Sequence[Setting]) -> dict[str, float]:
-        """Peak memory of each setting over the first few images in MiB, by label."""
+        """Peak memory of settings without a limit over the first images in MiB, by label."""
         first = range(min(MEMORY_IMAGES, len(self.images)))
         images = " ".join(map(self.images.sample_fingerprint, first))
-        about = (self.models, self.machine, images)
-        jobs = [(0, s, settings.row_inputs(s, *about) | MEMORY_VERSION) for s in asked]
+        jobs = []
+        for setting in asked:
+            if setting.max_prompts is None:
+                inputs = settings.row_inputs(setting, self.models, self.machine, images)
+                jobs.append((0, setting, inputs | MEMORY_VERSION))
         missing, bar = self._missing(jobs, "peak memory")
         shown = [self.images[i].image for i in first] if missing else []
         at_once = MEMORY_AT_ONCE if self.models.sam.device.type == "cpu" else 1
         with bar, ThreadPoolExecutor(at_once) as pool:
-            about = (self.config, shown)
-            found = pool.map(lambda job: in_own_process(measure_peak, job[1], *about), missing)
+            found = pool.map(lambda job: in_own_process(job[1], self.config, shown), missing)
             for (_, setting, inputs), peak in zip(missing, found, strict=True):
                 self.store.add([(inputs, "", setting.method, {"peak_mem_mb": peak})])
                 bar.update()
@@ -180,9 +169,12 @@ class _Run:
         """All that a row of an image depends on."""
         fingerprint, found = self.images.sample_fingerprint(i), self.found[i]
         hashed = found and hashlib.sha256(b"|".join(rle["counts"] for rle in found)).hexdigest()
-        inputs = settings.row_inputs(setting, self.models, self.machine, fingerprint)
-        inputs |= {"found": hashed, "thresholds": self.pairs}
-        return inputs | {"shown": i < EXAMPLE_IMAGES, "timed": self._is_timed(setting, i)}
+        return settings.row_inputs(setting, self.models, self.machine, fingerprint) | {
+            "found": hashed,
+            "thresholds": self.pairs,
+            "shown": i < EXAMPLE_IMAGES,
+            "timed": self._is_timed(setting, i),
+        }
 
     def _is_timed(self, setting: Setting, i: int) -> bool:
         return i < self.config.timed_images and setting.max_prompts is None

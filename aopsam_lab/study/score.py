@@ -7,15 +7,8 @@ from typing import Any
 
 from segment_anything.modeling import Sam
 
+from aopsam_lab import evaluator
 from aopsam_lab.data.sample import Sample
-from aopsam_lab.evaluator import (
-    MAX_MASKS,
-    average_recall,
-    covered,
-    iou_matrix,
-    recall_matches,
-    score_matrix,
-)
 from aopsam_lab.pipeline.decode import encode
 from aopsam_lab.pipeline.decode_cache import DecodeCache, LooseRun, PcmCache
 from aopsam_lab.pipeline.run import run_method
@@ -25,6 +18,7 @@ from aopsam_lab.sam.zoo import spec_of
 from aopsam_lab.study.settings import GRIDS, LoadedModels, Pair, Setting
 
 TIMES = {"encode_s": "encode", "inf_lat_s": "infer", "mask_lat_s": "mask", "total_s": "total"}
+COUNTS = ("n_sampled", "n_decoded", "n_eliminated")
 PAIR = ("pred_iou_thresh", "stability_score_thresh")
 Row = dict[str, Any]
 
@@ -46,8 +40,7 @@ def score(
         encoded: the image as `encode` returns it; None: it is encoded here.
 
     Returns:
-        `mask_scores`, the counts of prompts n_sampled, n_decoded and n_eliminated, and the times
-        encode_s, inf_lat_s, mask_lat_s and total_s in seconds.
+        `mask_scores`, COUNTS of prompts, and TIMES in seconds.
     """
     result = run(models, encoded or encode(models.sam, sample.image), setting)
     times = {name: float(result.seconds[stage]) for name, stage in TIMES.items()}
@@ -71,8 +64,8 @@ def score_together(
     encoded = encode(models.sam, sample.image)
     predictor = models.predictor and PcmCache(models.predictor, encoded)
     own = own_pair(models.sam)
-    loosest = tuple(min(pair[i] for pair in (own, *pairs)) for i in range(2))
-    cache = DecodeCache(models.sam, encoded, loosest)
+    iou, stability = zip(own, *pairs, strict=True)
+    cache = DecodeCache(models.sam, encoded, (min(iou), min(stability)))
     for setting in settings:
         decode = LooseRun(cache)
         result = run(models, encoded, setting, decode=decode, predictor=predictor)
@@ -104,33 +97,27 @@ def run(models: LoadedModels, encoded: Encoded, setting: Setting, **shared: Any)
 
 
 def mask_scores(truth: list[dict], masks: list[dict], found_masks: list[dict] | None) -> Row:
-    """Scores of one image's masks.
-
-    Args:
-        truth: COCO RLE of the ground truth.
-        masks: COCO RLE, by predicted IoU, highest first.
-        found_masks: COCO RLE of the masks that a SAM itself found, or None.
+    """Scores of one image's masks, by predicted IoU, against its ground truth, all COCO RLE.
 
     Returns:
         miou, miou_best, ar_100, ar_1000: None without ground truth, as JSON has no NaN. n_truth:
-        masks of the ground truth; n_masks. coverage, unless `found_masks` is None: the share of
-        them that the masks find, None of no masks.
+        masks of the ground truth; n_masks. coverage, where the masks that a SAM itself found are
+        at hand: the share of them that the masks find, None of no masks.
     """
-    iou = iou_matrix(truth, masks)
-    matched = score_matrix(iou)
+    iou = evaluator.iou_matrix(truth, masks)
+    matched = evaluator.score_matrix(iou)
     values = {"miou": matched.miou, "miou_best": matched.miou_best}
-    for most, counts in zip(MAX_MASKS, recall_matches(iou).tolist(), strict=True):
-        values[f"ar_{most}"] = average_recall(counts, len(truth))
+    for most, counts in zip(evaluator.MAX_MASKS, evaluator.recall_matches(iou), strict=True):
+        values[f"ar_{most}"] = evaluator.average_recall(counts.tolist(), len(truth))
     values = {name: value if truth else None for name, value in values.items()}
     if found_masks is not None:
-        n_covered = covered(iou_matrix(found_masks, masks))
+        n_covered = evaluator.covered(evaluator.iou_matrix(found_masks, masks))
         values["coverage"] = n_covered / len(found_masks) if found_masks else None
     return values | {"n_truth": len(truth), "n_masks": len(masks)}
 
 
 def _row(result: Segmentation, sample: Sample, found_masks: list[dict] | None) -> Row:
-    names = ("n_sampled", "n_decoded", "n_eliminated")
-    counts = {name: int(getattr(result, name)) for name in names}
+    counts = {name: int(getattr(result, name)) for name in COUNTS}
     return mask_scores(sample.rles, result.masks, found_masks) | counts
 
 

@@ -25,16 +25,19 @@ from aopsam_lab.study import PACKAGE_ROOT
 GRIDS = {f"grid_{side}": Grid(f"grid_{side}", side) for side in (8, 10, 12, 14, 16, 20)}
 METHODS = {**OUR_METHODS, **GRIDS}
 
-# What scores. When one of these modules or one that they import changes, rows are scored anew.
-SCORING_MODULES = (
-    "aopsam_lab.pipeline.run",
-    "aopsam_lab.pipeline.decode_cache",
-    "aopsam_lab.study.score",
-)
-DEFAULT_METHODS = (
-    "amg_s", "amg_d", "oas_box", "oas_point", "aop_no_as_af", "aop_no_af", "aop", "aop_gated",
-    "aop_raw",
-)  # fmt: skip
+# What scores. When it or a module that it imports changes, rows are scored anew.
+SCORING_MODULES = ("aopsam_lab.study.score",)
+TITLES = {
+    "amg_s": "AMG-S",
+    "amg_d": "AMG-D",
+    "oas_box": "OAS Box",
+    "oas_point": "OAS Central Point",
+    "aop_no_as_af": "AoP-SAM without AS, AF",
+    "aop_no_af": "AoP-SAM without AF",
+    "aop": "AoP-SAM",
+    "aop_gated": "AoP-SAM gated (ours)",
+    "aop_raw": "AoP-SAM, literal",
+}
 REFERENCE = "aop"  # the method that the others are compared with
 Pair = tuple[float, float]  # predicted IoU, stability score
 THRESHOLDS: tuple[Pair, ...] = (
@@ -47,7 +50,7 @@ class StudyConfig:
     """All that a study is asked for; ValueError for bad methods and parameters."""
 
     sam: str = "mobile_sam"
-    methods: tuple[str, ...] = DEFAULT_METHODS
+    methods: tuple[str, ...] = tuple(TITLES)
     dataset: str | os.PathLike = "photos"
     n_images: int | None = 12  # at most so many; None: all
     timed_images: int = 3  # on how many of the first each method also runs alone, to be timed
@@ -69,11 +72,9 @@ class StudyConfig:
         methods = (self.methods,) if isinstance(self.methods, str) else tuple(self.methods)
         object.__setattr__(self, "methods", methods)
         unknown = [method for method in methods if method not in METHODS]
-        choose = f"Choose from {', '.join(METHODS)}."
-        if unknown:
-            raise ValueError(f"There is no method {unknown[0]!r}. {choose}")
-        if not methods:
-            raise ValueError(f"methods is empty. {choose}")
+        if unknown or not methods:
+            wrong = f"There is no method {unknown[0]!r}." if unknown else "methods is empty."
+            raise ValueError(f"{wrong} Choose from {', '.join(METHODS)}.")
         if len(set(methods)) < len(methods):
             raise ValueError(f"methods names one twice: {', '.join(methods)}.")
         _ = self.params  # which are in range, or it raises
@@ -81,8 +82,7 @@ class StudyConfig:
     @property
     def params(self) -> AsfParams:
         """The four parameters of adaptive sampling and filtering."""
-        names = (field.name for field in dataclasses.fields(AsfParams))
-        return AsfParams(**{name: getattr(self, name) for name in names})
+        return AsfParams(self.smoothing, self.confidence, self.spacing, self.elimination)
 
 
 @dataclass
@@ -105,7 +105,7 @@ class Setting:
 
 
 def load_models(config: StudyConfig, methods: Iterable[str]) -> LoadedModels:
-    """Load the SAM, and of the Prompt Predictor and the detector what the methods need."""
+    """Load the SAM, and which of Prompt Predictor and detector the methods need."""
     sam = load_sam(config.sam, config.checkpoint, config.device)
     models, needs = LoadedModels(sam), {METHODS[method].needs for method in methods}
     if "predictor" in needs:

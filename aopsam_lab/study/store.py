@@ -30,15 +30,13 @@ def make_key(inputs: Mapping[str, Any]) -> str:
 
 
 class Store:
-    """Rows of values in one SQLite file.
+    """Rows of values in one SQLite file; ValueError for a file that is no such store.
 
     A process that is killed loses only what it had in hand. A stored key is never written again.
-    ValueError for a file that is no such store.
     """
 
     def __init__(self, path: str | os.PathLike) -> None:
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
         try:
             self._connection = sqlite3.connect(path, timeout=60)
             self._connection.execute(_SCHEMA)
@@ -67,11 +65,9 @@ class Store:
             (make_key(inputs), image, method, _json(inputs), _json(values), now)
             for inputs, image, method, values in rows
         ]
-        columns = "key, image, method, inputs, vals, scored_at"
         with self._connection:
-            self._connection.executemany(
-                f"INSERT OR IGNORE INTO scores ({columns}) VALUES (?, ?, ?, ?, ?, ?)", stored
-            )
+            command = "INSERT OR IGNORE INTO scores VALUES (?, ?, ?, ?, ?, ?)"
+            self._connection.executemany(command, stored)
 
 
 def _json(value: Any) -> str:

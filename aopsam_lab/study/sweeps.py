@@ -30,6 +30,7 @@ SWEPT = {  # the paper's values
     "spacing": (4.0, 5.0, 6.0, 7.0),
     "elimination": (1.25, 1.3, 1.35, 1.4),
 }
+Values = Mapping[str, Sequence[float]]  # what each parameter is set to, by its name
 DEFAULT = "default"  # the label of the setting that a sweep departs from
 BUDGETS = (25, 50, 100)
 
@@ -55,7 +56,6 @@ class SweepResult:
     """What the sweeps found, see the functions of this module."""
 
     study: StudyResult  # its methods are labels of settings, its reference is the default setting
-    values: dict[str, tuple[float, ...]]  # what each parameter was set to
     table: pd.DataFrame
     trends: pd.DataFrame
     signs: pd.DataFrame  # whether the trends have the paper's sign
@@ -64,7 +64,7 @@ class SweepResult:
 
 def run_sweeps(
     config: StudyConfig = SWEEPS,
-    values: Mapping[str, Sequence[float]] = SWEPT,
+    values: Values = SWEPT,
     budgets: Sequence[int] = BUDGETS,
     **changes: Any,
 ) -> SweepResult:
@@ -72,7 +72,7 @@ def run_sweeps(
 
     Args:
         config: what is asked for.
-        values: what each parameter is set to, by its name.
+        values: what each parameter is set to.
         budgets: limits of decoded prompts for which the best setting is sought.
         **changes: fields of StudyConfig that are to be others than in `config`.
     """
@@ -90,8 +90,8 @@ def run_sweeps(
     study.provenance["parameters"] |= tried | {"budgets": list(budgets)}
     table = sweep_table(study, values, config.params)
     trends = trend_table(study.per_image, values)
-    signs, best = sign_table(trends, table), budget_table(study.per_image, within)
-    return SweepResult(study, values, table, trends, signs, best)
+    best = budget_table(study.per_image, within)
+    return SweepResult(study, table, trends, sign_table(trends, table), best)
 
 
 def label(parameter: str, value: float) -> str:
@@ -99,7 +99,7 @@ def label(parameter: str, value: float) -> str:
     return f"{parameter} {value:g}"
 
 
-def sweep_settings(values: Mapping[str, Sequence[float]], params: AsfParams) -> list[Setting]:
+def sweep_settings(values: Values, params: AsfParams) -> list[Setting]:
     """The default, then every value of every parameter."""
     swept = [
         Setting(label(name, value), "aop", replace(params, **{name: value}))
@@ -110,7 +110,7 @@ def sweep_settings(values: Mapping[str, Sequence[float]], params: AsfParams) -> 
 
 
 def limited_settings(settings: Sequence[Setting], budgets: Sequence[int]) -> list[Setting]:
-    """Each different setting within each budget."""
+    """Each different setting within each budget, the first of equal ones."""
     different: dict[AsfParams, Setting] = {}
     for setting in settings:
         different.setdefault(setting.params, setting)
@@ -121,9 +121,7 @@ def limited_settings(settings: Sequence[Setting], budgets: Sequence[int]) -> lis
     ]
 
 
-def sweep_table(
-    study: StudyResult, values: Mapping[str, Sequence[float]], params: AsfParams
-) -> pd.DataFrame:
+def sweep_table(study: StudyResult, values: Values, params: AsfParams) -> pd.DataFrame:
     """One row a parameter and value, with its paired difference to the default setting.
 
     Returns:
@@ -138,23 +136,19 @@ def sweep_table(
     return table[[*SWEEP_COLUMNS, *covered]]
 
 
-def trend_table(per_image: pd.DataFrame, values: Mapping[str, Sequence[float]]) -> pd.DataFrame:
+def trend_table(per_image: pd.DataFrame, values: Values) -> pd.DataFrame:
     """Does a column rise or fall along a parameter?
 
     Returns:
         TREND_COLUMNS, a row a parameter and column of TREND_NAMES. change: an image's value at the
-        parameter's last value minus that at its first, averaged over images, with its 95% paired
-        bootstrap interval; trend is decided only where that lies on one side of zero. An image
-        counts where it has the column at both values (times: the timed images).
+        parameter's last value minus that at its first, averaged over images that have both, with
+        its 95% paired bootstrap interval; trend is decided only where that lies on one side of 0.
     """
-    by_label = dict(list(per_image.set_index("image").groupby("method")))
-    rows = []
+    by_label, rows = tables.by_method(per_image), []
     for name, own in values.items():
-        if len(own) < 2:
-            continue
-        first, last = by_label[label(name, own[0])], by_label[label(name, own[-1])]
-        for column in TREND_NAMES:
-            changes = (last[column] - first[column]).astype(float).dropna()
+        for column in TREND_NAMES if len(own) > 1 else ():
+            first, last = (by_label[label(name, own[i])][column].astype(float) for i in (0, -1))
+            changes = (last - first).dropna()
             row = {"parameter": name, "column": column, "first": own[0], "last": own[-1]}
             row |= {"n_images": len(changes), **tables.interval_columns("change", changes)}
             row["trend"] = "undecided"
@@ -171,8 +165,7 @@ def budget_table(per_image: pd.DataFrame, settings: Sequence[Setting]) -> pd.Dat
         BUDGET_COLUMNS. miou_diff: to the default setting held to the same budget. n_decoded,
         n_decoded_max: mean and highest number of prompts decoded of an image.
     """
-    by_label = dict(list(per_image.set_index("image").groupby("method")))
-    rows = []
+    by_label, rows = tables.by_method(per_image), []
     for budget in dict.fromkeys(setting.max_prompts for setting in settings):
         held = [setting for setting in settings if setting.max_prompts == budget]
         miou = {setting: by_label[setting.label]["miou"].dropna() for setting in held}
@@ -197,6 +190,6 @@ def parameter_for_people(table: pd.DataFrame, parameter: str) -> pd.DataFrame:
     """The rows of one parameter as text, in the columns of the other reports."""
     own = table[table["parameter"] == parameter]
     own = own.assign(method=own["value"].map("{:g}".format))
-    shown = tables.results_for_people(own, own)
+    shown = tables.results_for_people(own.drop(columns=list(DIFFERENCE)), own)
     headings = {"Method": parameter.capitalize(), tables.DIFFERENCE_HEADING: "Δ to the default"}
     return shown.rename(columns=headings)

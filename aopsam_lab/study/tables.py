@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from aopsam_lab.evaluator import mean_interval
-from aopsam_lab.study.settings import REFERENCE
+from aopsam_lab.study.settings import REFERENCE, TITLES
 
 BOOTSTRAP_SEED = 0
 DIFFERENCE_HEADING = "Δ to AoP-SAM"
@@ -36,18 +36,6 @@ DIFFERENCE_COLUMNS = ("method", "reference", "n_images", *DIFFERENCE, *RATIOS)
 # There where the masks that a SAM found are; of an image the first only.
 COVERAGE_COLUMNS = ("coverage", "coverage_lo", "coverage_hi")
 
-TITLES = {
-    "amg_s": "AMG-S",
-    "amg_d": "AMG-D",
-    "oas_box": "OAS Box",
-    "oas_point": "OAS Central Point",
-    "aop_no_as_af": "AoP-SAM without AS, AF",
-    "aop_no_af": "AoP-SAM without AF",
-    "aop": "AoP-SAM",
-    "aop_gated": "AoP-SAM gated (ours)",
-    "aop_raw": "AoP-SAM, literal",
-}
-
 
 def title(method: str) -> str:
     """A method's name for people; a label that is no method is its own."""
@@ -63,6 +51,11 @@ def interval_columns(name: str, values: Sequence[float]) -> dict[str, float]:
     """The mean of images' values and its 95% interval: `name`, `name`_lo and `name`_hi."""
     interval = mean_interval(values, BOOTSTRAP_SEED)
     return dict(zip((name, f"{name}_lo", f"{name}_hi"), interval, strict=True))
+
+
+def by_method(per_image: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """The rows of each method, by image."""
+    return dict(list(per_image.set_index("image").groupby("method", sort=False)))
 
 
 def per_image_table(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
@@ -85,21 +78,18 @@ def summary_table(per_image: pd.DataFrame, peak_mem_mb: Mapping[str, float]) -> 
     """One row a method, over all its images; peak_mem_mb: peak memory by method, in MiB.
 
     Returns:
-        SUMMARY_COLUMNS. n_images: images with ground truth, on which miou (mean), miou_lo, miou_hi
-        (95% bootstrap over images) and miou_best rest. Times, n_masks, n_decoded: means over all
-        images, times over those that were timed. elim_ratio: all eliminated / all sampled prompts.
-        ar_100, ar_1000: over all ground-truth masks, as COCO defines them. COVERAGE_COLUMNS, where
-        the per-image table has it: mean over images, and its interval.
+        SUMMARY_COLUMNS. n_images: images with ground truth, on which miou, its 95% interval and
+        miou_best rest. Times, n_masks, n_decoded: means over all images, times over those that were
+        timed. elim_ratio: all eliminated / all sampled prompts. ar_100, ar_1000: over all
+        ground-truth masks, as COCO defines them. COVERAGE_COLUMNS, where the masks are at hand.
     """
     rows = []
     for method, own in per_image.groupby("method", sort=False):
         scored = own[own["n_truth"] > 0]
         row = {"method": method, "n_images": len(scored), **own[MEANS].mean()}
         row |= interval_columns("miou", scored["miou"])
-        row |= {
-            "miou_best": scored["miou_best"].mean(),
-            "peak_mem_mb": peak_mem_mb.get(method, NAN),
-        }
+        row["miou_best"] = scored["miou_best"].mean()
+        row["peak_mem_mb"] = peak_mem_mb.get(method, NAN)
         row["elim_ratio"] = share(own["n_eliminated"].sum(), own["n_sampled"].sum())
         for name in ("ar_100", "ar_1000"):
             matched = (scored[name] * scored["n_truth"]).sum(skipna=False)
@@ -119,10 +109,9 @@ def difference_table(per_image: pd.DataFrame, reference: str = REFERENCE) -> pd.
         bootstrap interval. The ratios: the method's mean over the reference's. Empty where the
         reference was not run.
     """
-    by_method = dict(list(per_image.set_index("image").groupby("method", sort=False)))
-    base = by_method.pop(reference, None)
-    rows = []
-    for method, own in by_method.items() if base is not None else ():
+    methods, rows = by_method(per_image), []
+    base = methods.pop(reference, None)
+    for method, own in methods.items() if base is not None else ():
         scored = own["n_truth"] > 0
         row = {"method": method, "reference": reference, "n_images": scored.sum()}
         row |= interval_columns("miou_diff", (own["miou"] - base["miou"])[scored])
@@ -134,32 +123,12 @@ def difference_table(per_image: pd.DataFrame, reference: str = REFERENCE) -> pd.
 
 def results_for_people(summary: pd.DataFrame, differences: pd.DataFrame) -> pd.DataFrame:
     """The summary with the differences beside it, as text with units in the headings."""
-    changes = differences.set_index("method")
-    rows = []
-    for row in summary.to_dict("records"):
-        method, change = row["method"], "–"
-        if method in changes.index:
-            change = points(*changes.loc[method, list(DIFFERENCE)])
-        covered = [row[name] for name in COVERAGE_COLUMNS if name in row]
-        rows.append(
-            {
-                "Method": title(method),
-                "mIoU %": percent(row["miou"], row["miou_lo"], row["miou_hi"]),
-                DIFFERENCE_HEADING: change,
-                "Best match %": percent(row["miou_best"]),
-                "AR@100": percent(row["ar_100"]),
-                "AR@1000": percent(row["ar_1000"]),
-                **({"Coverage %": percent(*covered)} if covered else {}),
-                "Prompts decoded": number(row["n_decoded"]),
-                "Masks": number(row["n_masks"]),
-                "Eliminated %": number(100 * row["elim_ratio"], 0),
-                "Inf_Lat ms": milliseconds(row["inf_lat_s"]),
-                "Mask_Lat ms": milliseconds(row["mask_lat_s"]),
-                "Total ms": milliseconds(row["total_s"]),
-                "Peak MiB": number(row["peak_mem_mb"], 0),
-            }
-        )
-    return pd.DataFrame(rows)
+    table = summary.merge(differences[["method", *DIFFERENCE]], how="left", on="method")
+    shown = pd.DataFrame({"Method": table["method"].map(title)})
+    for heading, (show, *columns) in SHOWN.items():
+        if set(columns) <= set(table):
+            shown[heading] = [show(*values) for values in table[columns].to_numpy()]
+    return shown
 
 
 def number(value: float, digits: int = 1) -> str:
@@ -203,3 +172,20 @@ def milliseconds(seconds: float) -> str:
     if ms < 0.001:
         return "0"
     return number(ms, 0 if ms >= 100 else 1 if ms >= 10 else 2)
+
+
+SHOWN: dict[str, tuple] = {  # heading for people: how it is shown, of which columns
+    "mIoU %": (percent, "miou", "miou_lo", "miou_hi"),
+    DIFFERENCE_HEADING: (points, *DIFFERENCE),
+    "Best match %": (percent, "miou_best"),
+    "AR@100": (percent, "ar_100"),
+    "AR@1000": (percent, "ar_1000"),
+    "Coverage %": (percent, *COVERAGE_COLUMNS),
+    "Prompts decoded": (number, "n_decoded"),
+    "Masks": (number, "n_masks"),
+    "Eliminated %": (lambda ratio: number(100 * ratio, 0), "elim_ratio"),
+    "Inf_Lat ms": (milliseconds, "inf_lat_s"),
+    "Mask_Lat ms": (milliseconds, "mask_lat_s"),
+    "Total ms": (milliseconds, "total_s"),
+    "Peak MiB": (lambda peak: number(peak, 0), "peak_mem_mb"),
+}

@@ -19,12 +19,9 @@ from aopsam_lab.study.sweeps import SweepResult
 def save_study(
     result: StudyResult, name: str = "main_comparison", shown: Sequence[str] = ("aop", "amg_d")
 ) -> dict[str, Path]:
-    """Write a study to its folder; the paths of the files by their names.
+    """Write a study, a report's `name`, to its folder; the paths of the files by their names.
 
-    Args:
-        result: what is written.
-        name: of the report.
-        shown: the methods whose masks are drawn, of those that were run.
+    Of the methods `shown`, where they were run, the masks are drawn.
     """
     methods = result.summary["method"].tolist()
     shown = [method for method in shown if method in methods] or methods[:2]
@@ -47,15 +44,15 @@ def save_study(
     return write_all(result.out, contents)
 
 
-def save_sweeps(result: SweepResult, name: str = "parameter_sweeps") -> dict[str, Path]:
-    """Write what sweeps found to the study's folder; the paths of the files."""
+def save_sweeps(result: SweepResult) -> dict[str, Path]:
+    """Write what sweeps found to the study's folder; the paths of the files by their names."""
     contents = {
-        f"{name}.csv": result.table,
+        "parameter_sweeps.csv": result.table,
         "trends.csv": result.trends,
         "paper_signs.csv": result.signs,
         "budgets.csv": result.budgets,
         "per_image.csv": result.study.per_image,
-        f"{name}.png": figures.sweep_figure(result.table),
+        "parameter_sweeps.png": figures.sweep_figure(result.table),
         "joint.png": figures.joint_figure(result.table),
         "provenance.json": result.study.provenance,
     }
