@@ -14,31 +14,28 @@ const NO_OBJECT = "A background point belongs to an object: " +
 /** Mouse and touch on the stage. */
 function listenToPointer(stage, act) {
   const { canvas } = stage;
-  let drag = null, asking = 0;
+  let from = null, isDragged = false, asking = 0;
   canvas.onpointerdown = (e) => {
-    drag = { x: e.clientX, y: e.clientY, view: stage.view, isMoved: false };
+    from = { x: e.clientX, y: e.clientY, view: stage.view };
+    isDragged = false;
     canvas.setPointerCapture(e.pointerId);
     canvas.focus();
   };
   canvas.onpointermove = (e) => {
-    const dx = e.clientX - drag?.x, dy = e.clientY - drag?.y;
-    if (drag) drag.isMoved ||= Math.hypot(dx, dy) > 4;
-    if (drag?.isMoved) stage.move({ ...drag.view, x: drag.view.x + dx, y: drag.view.y + dy });
+    const dx = e.clientX - from?.x, dy = e.clientY - from?.y;
+    isDragged ||= e.buttons > 0 && Math.hypot(dx, dy) > 4;
+    if (e.buttons && isDragged) {
+      stage.move({ ...from.view, x: from.view.x + dx, y: from.view.y + dy });
+    }
     act.point(stage.imagePoint(e));
   };
-  canvas.onpointerup = (e) => {
-    const at = stage.imagePoint(e), isClick = drag && !drag.isMoved && e.button === 0;
-    drag = null;
-    clearTimeout(asking);
-    if (!isClick) return;
-    // time for a second click: two mean "fit", not a question
-    const wait = !e.shiftKey && stage.promptNear(at) >= 0 ? 0 : 250;
-    asking = setTimeout(() => act.click(at, e.shiftKey), wait);
-  };
   canvas.onpointerleave = () => act.point(null);
-  canvas.ondblclick = () => {
+  canvas.onclick = (e) => {
     clearTimeout(asking);
-    stage.fit();
+    if (isDragged) return;
+    if (e.detail > 1) return stage.fit(); // a double click is no question: it waits for a second
+    const at = stage.imagePoint(e), wait = !e.shiftKey && stage.promptNear(at) >= 0 ? 0 : 250;
+    asking = setTimeout(() => act.click(at, e.shiftKey), wait);
   };
   canvas.addEventListener("wheel", (e) => {
     e.preventDefault();

@@ -32,22 +32,17 @@ from aopsam_lab.pipeline.segmentation import Segmentation
 from aopsam_lab.pipeline.show import STATUS_STYLES, save
 from aopsam_lab.sam.zoo import spec_of
 from aopsam_lab.widgets import packing
-from aopsam_lab.widgets.figure import ShownFigure, state_figure
 from aopsam_lab.widgets.session import Answer, Clicks, Session, same_prompt, with_clicked
 from aopsam_lab.widgets.sources import Opened, Source, prepared, sources_of
 
 DEBOUNCE = 0.12  # seconds a slider must rest before decoding begins
 NOTHING, PINNED = "nothing", "this setting, pinned"  # what may stand beside, apart from a method
-LAYERS = {  # the opacity of each at first
-    **dict.fromkeys(("image", "pcm", "smoothed", "pem", "masks", "ground_truth", "prompts"), 0.0),
-    **{"image": 1.0, "masks": 0.8, "prompts": 1.0},
-}
-DROPS = "a waiting prompt is dropped above this many times a PEM's mean; higher drops fewer"
+LAYERS = {"image": 1.0, "masks": 0.8, "prompts": 1.0}  # the opacity of those that are seen at first
 SLIDERS = {  # least, most, step, tooltip
     "smoothing": (0, 8, 0.1, "sigma of the Gaussian over the PCM, in cells of a 256-wide map"),
     "confidence": (0, 0.95, 0.01, "a peak counts above this"),
     "spacing": (1, 32, 1, "reach of a peak's window, in cells of a 256-wide map"),
-    "elimination": (0.5, 2, 0.01, DROPS),
+    "elimination": (0.5, 2, 0.01, "a prompt is dropped above this many times a PEM's mean"),
 }
 HERE = Path(__file__).parent
 SCRIPTS = ("masks", "pane", "stage", "side", "explorer")
@@ -71,7 +66,7 @@ class Explorer(anywidget.AnyWidget):
         source: which of the images, from 0.
         round: rounds of adaptive filtering shown; all of them by default.
         selected: row of `segmentation.prompts` that is clicked, -1 for none.
-        layers: opacity from 0 to 1 of each of LAYERS.
+        layers: opacity from 0 to 1 of image, pcm, smoothed, pem, masks, ground_truth, prompts.
         manual: objects clicked by hand, each a list of (x, y, 1 for the object or 0 for the
             background).
         segmentation: what is shown, masks of clicks among its own.
@@ -104,7 +99,7 @@ class Explorer(anywidget.AnyWidget):
     image = traitlets.Dict().tag(sync=True)
     left = traitlets.Dict().tag(sync=True)
     right = traitlets.Dict().tag(sync=True)
-    preview = traitlets.Dict().tag(sync=True)
+    preview = traitlets.List().tag(sync=True)
     detail = traitlets.Dict().tag(sync=True)
     busy = traitlets.Unicode().tag(sync=True)
     call = traitlets.Unicode().tag(sync=True)
@@ -182,7 +177,7 @@ class Explorer(anywidget.AnyWidget):
         self._cancel()
         self._session, self._answers = None, {}
         with self.hold_sync():
-            self.left, self.right, self.preview, self.image = {}, {}, {}, {}
+            self.left, self.right, self.image, self.preview = {}, {}, {}, []
             self.segmentation, self.compared, self.selected = None, None, -1
             if change is not None:
                 self.manual = []
@@ -215,7 +210,7 @@ class Explorer(anywidget.AnyWidget):
     def _ask(self) -> None:
         """Answer what is not answered: at once where Python asks, else when the slider rests."""
         self._cancel()
-        self.message, self.preview = self._session.opened.note, {}
+        self.message, self.preview = self._session.opened.note, []
         due = {
             side: setting
             for side, setting in self._settings().items()
@@ -268,7 +263,7 @@ class Explorer(anywidget.AnyWidget):
             packed = self._packed(answer, seg)
             is_at_end = self.round >= self.left.get("rounds", 0)
             self.round = packed["rounds"] if is_at_end else min(self.round, packed["rounds"])
-            self.left, self.preview, self.segmentation = packed, {}, seg
+            self.left, self.preview, self.segmentation = packed, [], seg
             if selected == self.selected:
                 self._selected_changed()
             self.selected = selected
@@ -324,11 +319,11 @@ class Explorer(anywidget.AnyWidget):
             self.message = str(error) if known else f"{type(error).__name__}: {error}"
             self.busy = ""
 
-    def to_figure(self) -> ShownFigure:
+    def to_figure(self) -> packing.ShownFigure:
         """The state as a figure for a paper. Raises ValueError where nothing is shown."""
         if self.segmentation is None:
             raise ValueError("There is no image to draw: " + (self.message or "nothing is open."))
-        return state_figure(self.segmentation, self.compared, self.selected)
+        return packing.state_figure(self.segmentation, self.compared, self.selected)
 
     def _repr_mimebundle_(self, **kwargs):
         """The widget, and a still image for where no kernel runs: GitHub, nbviewer, HTML."""

@@ -1,4 +1,4 @@
-// Masks, maps and tables as packing.py sends them: unpacked, and drawn on canvases.
+// Masks and maps as packing.py sends them: unpacked, and drawn on canvases.
 
 export function tag(name, properties = {}, ...children) {
   const element = Object.assign(document.createElement(name), properties);
@@ -8,17 +8,8 @@ export function tag(name, properties = {}, ...children) {
 
 const rgba = ([r, g, b], a) => ((a << 24) | (b << 16) | (g << 8) | r) >>> 0;
 
-const typed = (Type, { buffer, byteOffset, byteLength }) =>
-  new Type(buffer.slice(byteOffset, byteOffset + byteLength));
-
-/** A table -> an object a row. */
-export function unpackTable({ columns, rows }) {
-  const values = Array.from(typed(Float32Array, rows));
-  return Array.from({ length: values.length / columns.length }, (_, row) =>
-    Object.fromEntries(columns.map((name, i) => [name, values[row * columns.length + i]])));
-}
-
-export const unpackMaps = ({ w, h, data }) => ({ w, h, values: typed(Uint16Array, data) });
+export const unpackMaps = ({ w, h, data: { buffer, byteOffset, byteLength } }) =>
+  ({ w, h, values: new Uint16Array(buffer.slice(byteOffset, byteOffset + byteLength)) });
 
 /** COCO's compressed counts -> run lengths down the columns, background first. */
 function runLengths(counts) {
@@ -46,19 +37,18 @@ export function unpackMasks({ counts = [], colours, owners }) {
   });
 }
 
-function fillRuns(labels, runs, value, offset = 0) {
-  let at = runs[0] - offset;
-  for (let i = 1; i < runs.length; i += 2) {
-    labels.fill(value, at, at + runs[i]);
-    at += runs[i] + runs[i + 1];
-  }
-}
-
-/** Which mask lies on top, i + 1 or 0, column by column. Smaller ones lie over larger ones. */
+/** Which mask lies on top, i + 1 or 0, column by column. Smaller ones lie over larger ones.
+ * A mask's `start` is the pixel where the labels begin. */
 export function topMask(masks, size, isShown = () => true) {
   const labels = new Int32Array(size.width * size.height);
   const order = [...masks.keys()].sort((a, b) => masks[b].area - masks[a].area || b - a);
-  for (const i of order) if (isShown(masks[i])) fillRuns(labels, masks[i].runs, i + 1);
+  for (const i of order.filter((one) => isShown(masks[one]))) {
+    let at = -(masks[i].start ?? 0);
+    masks[i].runs.forEach((length, j) => {
+      if (j % 2) labels.fill(i + 1, at, at + length);
+      at += length;
+    });
+  }
   return labels;
 }
 
@@ -89,8 +79,7 @@ export function drawLabels(labels, { width, height, edge }, masks, opacity, step
 export function drawMask(mask, size, opacity, step) {
   const left = Math.floor(mask.runs[0] / size.height);
   const part = { ...size, width: Math.ceil(mask.end / size.height) - left };
-  const labels = new Int32Array(part.width * part.height);
-  fillRuns(labels, mask.runs, 1, left * size.height);
+  const labels = topMask([{ ...mask, start: left * size.height }], part);
   return { canvas: drawLabels(labels, part, [mask], opacity, step), left, step };
 }
 

@@ -1,10 +1,12 @@
-"""What the page gets: plain lists, strings and little-endian bytes; masks.js reads them.
+"""What is shown: packed for the page, whose masks.js unpacks it, and as a matplotlib figure.
 
-Points and boxes are in the image frame.
+Images and maps are packed as bytes. Points and boxes are in the image frame.
 """
 
 from __future__ import annotations
 
+import io
+import json
 from collections.abc import Sequence
 
 import cv2
@@ -12,6 +14,7 @@ import matplotlib
 import numpy as np
 import pandas as pd
 import torch
+from matplotlib.figure import Figure
 
 from aopsam_lab import asf
 from aopsam_lab.masks.drawing import mask_colours
@@ -22,6 +25,7 @@ LOSSLESS_PIXELS = 1_000_000
 PNG = ("png", cv2.IMWRITE_PNG_COMPRESSION, 3)
 JPEG = ("jpeg", cv2.IMWRITE_JPEG_QUALITY, 92)  # of noise of 4 megapixels: 3.9 MB
 PCM_COLOURS, PEM_COLOURS = "magma", "viridis"  # both grow evenly lighter
+PANEL = 3.6  # inches, of a square image
 
 
 def colour_table(name: str) -> list[list[int]]:
@@ -60,9 +64,9 @@ def pack_maps(maps: np.ndarray) -> dict:
     return {"h": h, "w": w, "data": data}
 
 
-def pack_table(table: pd.DataFrame) -> dict:
-    """A table of numbers -> the columns' names, and rows of float32."""
-    return {"columns": list(table), "rows": table.to_numpy("<f4").tobytes()}
+def pack_table(table: pd.DataFrame) -> list[dict]:
+    """A table of numbers -> a dictionary a row, None for NaN."""
+    return json.loads(table.to_json(orient="records"))
 
 
 def extent_of(seg: Segmentation) -> tuple[float, float]:
@@ -106,3 +110,44 @@ def pack_result(seg: Segmentation, smoothing: float, badge: str) -> dict:
         "extent": extent_of(seg),
         "maps": {name: pack_maps(values) for name, values in maps.items() if values is not None},
     }
+
+
+class ShownFigure(Figure):
+    """A figure that a notebook shows without pyplot, which nothing here imports."""
+
+    def _repr_png_(self) -> bytes:
+        stream = io.BytesIO()
+        self.savefig(stream, format="png", dpi=90)
+        return stream.getvalue()
+
+
+def state_figure(
+    seg: Segmentation, compared: Segmentation | None = None, selected: int = -1
+) -> ShownFigure:
+    """Masks and prompts, those of what it is compared with, then PCM and PEM where there are any.
+
+    The PEM is that of the prompt `selected`, where its mask is a reference, else the maximum.
+    """
+    results = [seg] if compared is None else [seg, compared]
+    maps = [] if seg.pcm is None else [("PCM", seg.pcm, PCM_COLOURS)]
+    if seg.pems is not None:
+        rows = seg.references.index[seg.references["prompt"] == selected].tolist()
+        title = f"PEM of prompt {selected}" if rows else "PEM, maximum"
+        maps.append((title, seg.pem(rows[0] if rows else None), PEM_COLOURS))
+    height, width = seg.image.shape[:2]
+    across, down = PANEL * (width / height) ** 0.5, PANEL * (height / width) ** 0.5
+    count = len(results) + len(maps)
+    size = (across * count + 0.6 * len(maps), down + 0.5)
+    figure = ShownFigure(figsize=size, layout="constrained")
+    axes = iter(figure.subplots(1, count, squeeze=False)[0])
+    for result in results:
+        result.plot(next(axes), legend=False)
+    right, bottom = extent_of(seg)
+    look = {"vmin": 0, "vmax": 1, "alpha": 0.85, "extent": (0, right, bottom, 0)}
+    for ax, (title, values, colours) in zip(axes, maps, strict=True):
+        ax.imshow(seg.image, extent=(0, width, height, 0))
+        drawn = ax.imshow(values, cmap=colours, **look)
+        ax.set(xlim=(0, width), ylim=(height, 0), xticks=[], yticks=[])
+        ax.set_title(title, fontsize="small")
+        figure.colorbar(drawn, ax=ax, shrink=0.7)
+    return figure

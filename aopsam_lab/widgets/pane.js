@@ -1,6 +1,6 @@
 // One result: what is known of it in a round, in words and as glyphs.
 
-import { drawLabels, drawMap, topMask, unpackMaps, unpackMasks, unpackTable } from "./masks.js";
+import { drawLabels, drawMap, topMask, unpackMaps, unpackMasks } from "./masks.js";
 
 export const LAYERS = {
   image: "Image", pcm: "PCM", smoothed: "Smoothed PCM", pem: "PEM", masks: "Masks",
@@ -12,11 +12,11 @@ export const WAITING = -1;
 export const lookOf = (status, look) => look.statuses[status] ?? ["O", "#dddddd", "waiting"];
 
 export class Pane {
-  constructor(result, size, look) {
-    Object.assign(this, { result, size, look, sources: {}, round: null });
+  /** sources: what layers are drawn from, image and ground truth at first. */
+  constructor(result, size, look, sources) {
+    const { prompts, references } = result; // references: prompt, threshold, round
+    Object.assign(this, { result, size, look, sources, prompts, references, round: null });
     this.masks = unpackMasks(result.masks);
-    this.prompts = unpackTable(result.prompts);
-    this.references = unpackTable(result.references); // prompt, threshold, round
     this.maps = {};
     for (const name in result.maps) this.maps[name] = unpackMaps(result.maps[name]);
     this.pems = this.maps.pem;
@@ -52,7 +52,7 @@ export class Pane {
     const prompt = this.prompts[index], { x, y, confidence, round, by, pem } = prompt;
     const facts = [`at ${x.toFixed(1)}, ${y.toFixed(1)}`];
     const own = this.references[this.reference(index)];
-    if (!Number.isNaN(confidence)) facts[0] += `, confidence ${confidence.toFixed(2)}`;
+    if (confidence !== null) facts[0] += `, confidence ${confidence.toFixed(2)}`;
     if (round >= 0) facts[0] += `, round ${round + 1}`;
     if (by >= 0) {
       const { prompt: other, threshold } = this.references[by];
@@ -87,12 +87,12 @@ export class Pane {
   }
   /** The index of the mask on top at a point within the image, or -1. */
   maskAt({ x, y }) { return this.labels[Math.floor(x) * this.size.height + Math.floor(y)] - 1; }
-  /** The canvas that masks or a map are drawn from, made when first needed. */
+  /** What a layer is drawn from, made when first needed; nothing where there is no such layer. */
   source(name) {
-    this.sources[name] ??= name === "masks"
-      ? drawLabels(this.labels, this.size, this.masks, 0.55)
-      : drawMap(this.maps[name], this.look[COLOURS_OF[name]]);
-    return this.sources[name];
+    const { sources, maps, look } = this;
+    if (name in maps) sources[name] ??= drawMap(maps[name], look[COLOURS_OF[name]]);
+    if (name === "masks") sources[name] ??= drawLabels(this.labels, this.size, this.masks, 0.55);
+    return sources[name];
   }
 }
 
@@ -142,9 +142,9 @@ export function drawPrompts(ctx, pane, view, clicks) {
     const [marker, colour] = lookOf(status, pane.look);
     const own = pane.having(status).filter((prompt) => !pane.isByHand(prompt));
     drawGlyphs(ctx, view, marker, own, colour, status === WAITING ? 0.7 * r : r);
-    for (const { x0, y0, x1, y1 } of status === KEPT ? own : []) { // NaN without a box: no frame
-      ctx.lineWidth = 1;
-      ctx.strokeStyle = "#fff9";
+    if (status !== KEPT) continue;
+    Object.assign(ctx, { lineWidth: 1, strokeStyle: "#fff9" });
+    for (const { x0, y0, x1, y1 } of own.filter((prompt) => prompt.x0 !== null)) {
       ctx.strokeRect(...onScreen(view, { x: x0, y: y0 }), view.k * (x1 - x0), view.k * (y1 - y0));
     }
   }

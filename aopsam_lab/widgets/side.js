@@ -104,9 +104,11 @@ export function makeSide(get, act, stage) {
       row.append(tag("span", { className: "aop-scale" }, "0", bar, "1"));
     }
     updates.push(() => {
-      range.value = Math.round(100 * get("layers")[name]);
-      check.checked = get("layers")[name] > 0;
-      row.classList.toggle("aop-absent", !stage.panes.some((pane) => stage.has(pane, name)));
+      const opacity = get("layers")[name] ?? 0;
+      range.value = Math.round(100 * opacity);
+      check.checked = opacity > 0;
+      const isThere = name === "prompts" || stage.panes.some((pane) => pane.source(name));
+      row.classList.toggle("aop-absent", !isThere);
       const of = name === "pem" ? stage.panes[0]?.maps.pem?.of : undefined;
       title.textContent = of === undefined ? LAYERS[name] : `PEM of ${of}`;
     });
@@ -118,8 +120,8 @@ export function makeSide(get, act, stage) {
     const count = stage.panes[0]?.having(status).length;
     const icon = tag("canvas", { width: 32, height: 32 }), view = { k: 1, x: 16, y: 16 };
     drawGlyphs(icon.getContext("2d"), view, marker, [{ x: 0, y: 0 }], colour, 10);
-    const row = tag("div", { className: "aop-status" }, icon, text("span", words), text("b", count));
-    return count ? [row] : [];
+    const parts = [icon, text("span", words), text("b", count)];
+    return count ? [tag("div", { className: "aop-status" }, ...parts)] : [];
   };
   /** What became of the selected prompt, and a button for each of its masks. */
   function describe() {
@@ -134,10 +136,10 @@ export function makeSide(get, act, stage) {
       only.style.setProperty("--swatch", `rgb(${CANDIDATES[i]})`);
       return only;
     });
-    const words = title ? [text("h4", title), ...facts.map((fact) => text("div", fact))] : [];
+    const words = title ? [text("b", title), ...facts.map((fact) => text("div", fact))] : [];
     detail.replaceChildren(...words, ...masks);
   }
-  const keys = Object.entries(KEYS).flatMap(([key, does]) => [text("dt", key), text("dd", does)]);
+  const keys = Object.entries(KEYS).map(([key, does]) => text("div", `${key}: ${does}`));
   const box = tag("div", { className: "aop-side" },
     tag("div", {}, ...Object.keys(LAYERS).map(layer)), legend, detail,
     tag("div", { className: "aop-actions" },
@@ -148,7 +150,7 @@ export function makeSide(get, act, stage) {
       button("Overlay", "PNG of what is shown", act.saveOverlay),
       button("Copy Python", "the call that makes this state again", act.copyCall)),
     tag("details", { className: "aop-keys" },
-      text("summary", "Mouse and keys"), text("div", HELP), tag("dl", {}, ...keys)));
+      text("summary", "Mouse and keys"), text("div", HELP), ...keys));
   updates.push(describe, () => {
     legend.replaceChildren(...[...look.statuses.keys(), WAITING].flatMap(entry));
   });

@@ -3,7 +3,7 @@
 // Opacity, zoom and hover only draw anew and ask nothing of the kernel. Frames: image (pixels of
 // the image) and screen (CSS pixels of a pane); view = {k, x, y}: screen = k * image + (x, y).
 
-import { drawLabels, drawMask, fitting, tag, topMask, unpackMasks, unpackTable } from "./masks.js";
+import { drawLabels, drawMask, fitting, tag, topMask, unpackMasks } from "./masks.js";
 import { COLOURS_OF, LAYERS, Pane, drawGlyphs, drawPrompts, drawRelated } from "./pane.js";
 
 export const CANDIDATES = [[0, 158, 115], [230, 159, 0], [86, 180, 233]]; // a prompt's masks
@@ -47,13 +47,13 @@ export class Stage {
     const { data, mime, width = 1, height = 1 } = packed;
     const edge = Math.max(1, Math.round(Math.max(width, height) / 700)); // of outlines
     const size = { width, height, edge };
-    Object.assign(this, { packed, size, image: null, groundTruth: null, isFitted: true });
+    Object.assign(this, { packed, size, image: null, isFitted: true });
     if (!data) return;
     const image = await createImageBitmap(new Blob([data], { type: mime }));
     if (this.packed !== packed) return; // another one came in the meantime
     this.image = image;
     const masks = unpackMasks(packed.ground_truth).map((mask) => ({ ...mask, colour: WHITE }));
-    if (masks.length) this.groundTruth = drawLabels(topMask(masks, size), size, masks, 0.12);
+    this.groundTruth = masks.length && drawLabels(topMask(masks, size), size, masks, 0.12);
   }
   /** Be what the traits say. */
   update() {
@@ -61,8 +61,9 @@ export class Stage {
     const results = [get("left"), get("right")].filter((result) => image && result.prompts);
     this.empty.hidden = image !== null;
     Object.assign(this.busy, { textContent: busy, hidden: !busy });
-    this.panes = results.map((result) =>
-      panes.find((pane) => pane.result === result) ?? new Pane(result, this.size, this.look));
+    const sources = { image, ground_truth: this.groundTruth };
+    this.panes = results.map((result) => panes.find((pane) => pane.result === result) ??
+      new Pane(result, this.size, this.look, { ...sources }));
     if (this.panes.length !== panes.length) this.layout();
     this.badges.replaceChildren(...results.map(({ title, badge, setting }) =>
       tag("div", { className: "aop-badge", title: setting },
@@ -72,12 +73,13 @@ export class Stage {
       pane.setRound(isLast ? pane.result.rounds : get("round"));
       pane.choosePem(i === 0 ? prompt : -1);
     });
-    const detail = image ? get("detail") : {}, isShown = detail.prompt === prompt;
-    if (detail !== this.detail || isShown !== this.isShown) {
-      Object.assign(this, { detail, isShown, only: -1 });
-      this.candidates = unpackMasks(isShown ? detail.masks : {}).map((mask, i) =>
+    const detail = image ? get("detail") : {};
+    if (detail !== this.detail) {
+      Object.assign(this, { detail, only: -1 });
+      this.candidates = unpackMasks(detail.masks ?? {}).map((mask, i) =>
         ({ line: detail.lines[i], ...this.alone(mask, CANDIDATES[i], 0.25) }));
     }
+    if (detail.prompt !== prompt) this.candidates = [];
     this.invalidate();
   }
   showOnly(i) {
@@ -89,58 +91,51 @@ export class Stage {
     const step = Math.max(1, Math.floor(1 / (this.view.k * this.scale)));
     return drawMask({ ...mask, colour }, this.size, opacity, step);
   }
-  has(pane, name) {
-    if (name === "ground_truth") return this.groundTruth !== null;
-    return !(name in COLOURS_OF) || name in pane.maps;
-  }
 
   // --- drawing
 
-  /** The layers of a pane; where it is live with what is selected and pointed at. */
-  paint(ctx, pane, view, isLive) {
-    const { width, height } = this.size, opacity = this.get("layers"), k = view.k * this.scale;
-    const isFirst = pane === this.panes[0], isFaint = isLive && isFirst && this.candidates.length;
-    const known = { image: this.image, ground_truth: this.groundTruth };
-    for (const name in LAYERS) {
-      if (name === "prompts" && isLive) this.paintSingleMasks(ctx, pane);
-      if (!opacity[name] || !this.has(pane, name)) continue;
-      ctx.save();
-      ctx.globalAlpha = opacity[name] * (isFaint && name === "masks" ? 0.3 : 1);
-      if (name === "prompts") {
-        drawPrompts(ctx, pane, view, isFirst ? this.get("manual") : []);
-      } else {
-        const isMap = name in COLOURS_OF, [w, h] = isMap ? pane.result.extent : [width, height];
-        const source = known[name] ?? pane.source(name);
-        clip(ctx, view.x, view.y, view.k * width, view.k * height); // maps reach over the padding
-        ctx.imageSmoothingEnabled = isMap || k < 3;
-        const fine = isMap ? source : fitting(source, k);
-        ctx.drawImage(fine, view.x, view.y, view.k * w, view.k * h);
-      }
-      ctx.restore();
-    }
-  }
-  invalidate() { this.frame ||= requestAnimationFrame(() => this.draw()); }
-  draw() {
+  invalidate() { this.frame ||= requestAnimationFrame(() => this.draw(this)); }
+  /** Draw the panes on a canvas, each of a width and height and under a view; scale: its pixels. */
+  draw({ canvas, width, height, view, scale }) {
     this.frame = 0;
-    const ctx = this.canvas.getContext("2d"), { scale, view, cross, panes } = this;
-    const selected = this.get("selected"), preview = this.get("preview");
+    const ctx = canvas.getContext("2d"), { cross, panes, get } = this, selected = get("selected");
     ctx.reset();
     panes.forEach((pane, i) => {
       ctx.save();
-      ctx.setTransform(scale, 0, 0, scale, i * (this.width + GAP) * scale, 0);
-      clip(ctx, 0, 0, this.width, this.height);
-      this.paint(ctx, pane, view, true);
+      ctx.setTransform(scale, 0, 0, scale, i * (width + GAP) * scale, 0);
+      clip(ctx, 0, 0, width, height);
+      const isFaint = i === 0 && this.candidates.length > 0; // so that a prompt's masks stand out
+      for (const name in LAYERS) {
+        if (name === "prompts") this.drawSingleMasks(ctx, pane, view);
+        const opacity = get("layers")[name] * (isFaint && name === "masks" ? 0.3 : 1);
+        if (opacity) this.drawLayer(ctx, pane, name, view, scale, opacity);
+      }
       if (i === 0 && selected in pane.prompts) drawRelated(ctx, pane, view, selected);
-      const waiting = i === 0 && preview.rows ? unpackTable(preview) : [];
-      drawGlyphs(ctx, view, "O", waiting, "#ffffff", 5);
+      drawGlyphs(ctx, view, "O", i === 0 ? get("preview") : [], "#ffffff", 5);
       const isSeen = cross && (this.isByKey || panes.length > 1);
       drawGlyphs(ctx, view, "+", isSeen ? [cross] : [], "#ffffff", 7);
       ctx.restore();
     });
   }
+  drawLayer(ctx, pane, name, view, scale, opacity) {
+    const { width, height } = this.size, isMap = name in COLOURS_OF, k = view.k * scale;
+    const source = pane.source(name), isFirst = pane === this.panes[0];
+    ctx.save();
+    ctx.globalAlpha = opacity;
+    if (name === "prompts") {
+      drawPrompts(ctx, pane, view, isFirst ? this.get("manual") : []);
+    } else if (source) {
+      const [w, h] = isMap ? pane.result.extent : [width, height];
+      clip(ctx, view.x, view.y, view.k * width, view.k * height); // maps reach over the padding
+      ctx.imageSmoothingEnabled = isMap || k < 3;
+      const fine = isMap ? source : fitting(source, k);
+      ctx.drawImage(fine, view.x, view.y, view.k * w, view.k * h);
+    }
+    ctx.restore();
+  }
   /** The masks of the selected prompt, and the one under the pointer. */
-  paintSingleMasks(ctx, pane) {
-    const { view, cross, only } = this, isFirst = pane === this.panes[0];
+  drawSingleMasks(ctx, pane, view) {
+    const { cross, only } = this, isFirst = pane === this.panes[0];
     const shown = this.candidates.filter((_, i) => isFirst && (only < 0 || only === i));
     const mask = cross ? pane.masks[pane.maskAt(cross)] : undefined;
     if (pane.hovered?.mask !== mask || pane.hovered?.k !== view.k) {
@@ -154,14 +149,10 @@ export class Stage {
   }
   /** What is shown, as a canvas of the image's own size. */
   overlay() {
-    const { width, height } = this.size, step = width + GAP;
-    const canvas = tag("canvas", { width: step * this.panes.length - GAP, height });
+    const { width, height } = this.size, n = this.panes.length;
+    const canvas = tag("canvas", { width: n * (width + GAP) - GAP, height });
     const view = { k: 1, x: 0, y: 0, glyph: Math.max(0.6, Math.max(width, height) / 700) };
-    const ctx = canvas.getContext("2d");
-    this.panes.forEach((pane, i) => {
-      ctx.setTransform(1, 0, 0, 1, i * step, 0);
-      this.paint(ctx, pane, view, false);
-    });
+    this.draw({ canvas, width, height, view, scale: 1 });
     return canvas;
   }
 
