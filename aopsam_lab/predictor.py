@@ -44,15 +44,20 @@ class PromptPredictor(nn.Module):
         embed_dim: C, channels of the embedding.
         stride: model-frame pixels along a side of an embedding's cell, 8 or 16.
         width: channels in which the two branches meet; later layers have half as many more.
+        sees_image: whether there is a branch on the image; the paper has one.
     """
 
-    def __init__(self, embed_dim: int = 256, stride: int = 16, width: int = 64) -> None:
+    def __init__(
+        self, embed_dim: int = 256, stride: int = 16, width: int = 64, sees_image: bool = True
+    ) -> None:
         super().__init__()
         if stride not in (8, 16):
             raise ValueError(f"the embedding's stride must be 8 or 16, not {stride}")
         self.embed_dim, self.stride, self.width = embed_dim, stride, width
         inner = width + width // 2
-        self.image = nn.Sequential(_conv(3, 16, stride=2), _conv(16, width, stride=2))
+        self.image = None
+        if sees_image:
+            self.image = nn.Sequential(_conv(3, 16, stride=2), _conv(16, width, stride=2))
         self.drop = nn.Dropout2d(DROPPED)
         self.embed = _conv(embed_dim, width, 1)
         self.fuse = nn.Sequential(
@@ -75,8 +80,10 @@ class PromptPredictor(nn.Module):
             Logits of its confidence (B, h, w) and of the places in it (B, BLOCK^2, h, w).
         """
         valid = valid[:, None].to(embedding.dtype)
-        seen = self.image[1](self.image[0](image) * F.max_pool2d(valid, 2))
-        out = (self.embed(self.drop(embedding)) + seen) * F.max_pool2d(valid, CELL)
+        out = self.embed(self.drop(embedding))
+        if self.image is not None:
+            out = out + self.image[1](self.image[0](image) * F.max_pool2d(valid, 2))
+        out = out * F.max_pool2d(valid, CELL)
         on = F.max_pool2d(valid, COARSE)
         for layer in self.fuse:
             out = layer(out) * on
@@ -180,7 +187,8 @@ def load_predictor(
             about = file.metadata() or {}
             weights = {key: file.get_tensor(key) for key in file.keys()}
         sizes = (int(about[key]) for key in ("embed_dim", "stride", "width"))
-        predictor = PromptPredictor(*sizes)
+        sees_image = any(key.startswith("image.") for key in weights)
+        predictor = PromptPredictor(*sizes, sees_image)
         predictor.load_state_dict(weights)  # into float32, whatever the file has
     except (SafetensorError, KeyError, RuntimeError) as error:
         found = f"{path} does not hold weights of this Prompt Predictor"
