@@ -63,12 +63,6 @@ def send(explorer, *buffers: bytes, **content) -> None:
     explorer._handle_custom_msg(content, list(buffers))
 
 
-def unpacked(pack: dict) -> pd.DataFrame:
-    """A packed table."""
-    rows = np.frombuffer(pack["rows"], "<f4").reshape(-1, len(pack["columns"]))
-    return pd.DataFrame(rows, columns=pack["columns"])
-
-
 # --- what can be opened ---
 
 
@@ -92,7 +86,7 @@ def test_images_come_from_arrays_files_folders_samples_data_sets_and_mixtures(tm
 def test_a_huge_image_is_reduced_with_its_ground_truth_and_says_so():
     masks = np.zeros((1, 1500, 4000), bool)
     masks[0, :, :2000] = True
-    opened = prepared(Sample("huge", np.zeros((1500, 4000, 3), np.uint8), masks))
+    opened = prepared(Sample("huge", np.zeros((1500, 4000, 3), np.uint8), encode_rle(masks)))
     height, width = opened.image.shape[:2]
     assert height * width <= MAX_PIXELS and abs(width / height - 4000 / 1500) < 0.01
     reduced = decode_rle(opened.ground_truth, (height, width))
@@ -186,7 +180,7 @@ def test_the_order_of_rounds_is_what_happened(sam, predictor, photo):
     """Before each round of the method itself the same prompts wait as the page will show."""
     seg = run_method(sam, photo, "aop", predictor, params=EAGER)
     pack = packing.pack_result(seg, EAGER.smoothing, "")
-    prompts = unpacked(pack["prompts"])
+    prompts = pd.DataFrame(pack["prompts"])
     with torch.inference_mode():
         proposal = METHODS["aop"].start(photo, Models(predictor), EAGER)
         rounds = 0
@@ -199,7 +193,7 @@ def test_the_order_of_rounds_is_what_happened(sam, predictor, photo):
             rounds += 1
     assert pack["rounds"] == rounds > 1
     assert (prompts["status"] == STATUSES.index("eliminated")).any()
-    assert unpacked(pack["references"])["round"].max() < rounds
+    assert pd.DataFrame(pack["references"])["round"].max() < rounds
 
 
 # --- state ---
@@ -364,7 +358,7 @@ def test_a_moving_slider_previews_at_once_and_decodes_when_it_rests(explorer, mo
         previews = []
         for value in (0.12, 0.14, 0.16, 0.18, 0.3):
             explorer.set_state({"params": {**vars(EAGER), "confidence": value}})
-            previews.append(len(unpacked(explorer.preview)))
+            previews.append(len(explorer.preview))
         assert explorer.segmentation is start and explorer.busy
         assert runs == [], "nothing is decoded while it moves"
         while explorer.busy:
@@ -375,7 +369,7 @@ def test_a_moving_slider_previews_at_once_and_decodes_when_it_rests(explorer, mo
     assert [params.confidence for params in runs] == [0.3]
     assert previews == sorted(previews, reverse=True)
     assert previews[-1] == len(explorer.segmentation.prompts)
-    assert explorer.params.confidence == 0.3 and explorer.preview == {}
+    assert explorer.params.confidence == 0.3 and explorer.preview == []
     assert explorer.segmentation is not start
 
 
@@ -393,7 +387,7 @@ def test_a_newer_setting_stops_the_older_one_between_rounds(explorer, monkeypatc
             await asyncio.sleep(0.01)
         explorer.set_state({"method": "amg_d"})
         explorer.set_state({"method": "aop_no_af"})  # its answer is there already
-        assert explorer.busy == "" and explorer.preview == {}
+        assert explorer.busy == "" and explorer.preview == []
 
     asyncio.run(asyncio.wait_for(change_twice(), 60))
     assert finished == ["aop_no_af"]
