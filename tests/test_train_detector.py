@@ -62,8 +62,12 @@ def test_recall_of_boxes_by_hand():
 def test_a_trial_counts_the_boxes_of_each_confidence(monkeypatch):
     boxes = np.float32([[0, 0, 10, 10], [10, 10, 20, 16], [5, 5, 9, 9]])
     found = boxes, np.float32([0.9, 0.07, 0.02])
-    known = SimpleNamespace(boxes=lambda image: found)
-    monkeypatch.setattr(training.loading, "Detector", lambda *_: known)
+
+    def known(model, name, sha256, options, device):
+        assert options["confidence"] == 0.001, "all confidences come from one run"
+        return SimpleNamespace(boxes=lambda image: found)
+
+    monkeypatch.setattr(training.loading, "Detector", known)
     image = np.zeros((20, 20, 3), np.uint8)
     wanted = torch.tensor([[0, 0, 10, 10], [10, 10, 20, 20]]).double()
     rows = training.try_settings(None, [(image, wanted), (image, wanted[:0])], "cpu")

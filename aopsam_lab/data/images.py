@@ -98,7 +98,8 @@ def _to_uint8(pixels: np.ndarray) -> np.ndarray:
         if not np.isfinite([low, high]).all():
             raise ValueError("The image array holds NaN or infinite pixels. Replace them first.")
         if low < -_SLACK or high > 1 + _SLACK:
-            raise ValueError(f"Float pixels run from 0 to 1; these from {low:g} to {high:g}.")
+            message = f"Float pixels run from 0 to 1; these from {low:g} to {high:g}"
+            raise ValueError(f"{message}. Scale them, or pass 8-bit integers.")
         return np.round(np.clip(pixels, 0, 1).astype(np.float64) * 255).astype(np.uint8)
     if np.issubdtype(pixels.dtype, np.integer):
         low, high = int(pixels.min()), int(pixels.max())
