@@ -1,9 +1,8 @@
 """YOLOv8 boxes for the object-aware baselines (OAS): Ultralytics models, kept quiet.
 
 Ultralytics is AGPL-3.0 software; only this module and training/detector.py import it, inside
-functions. While it is imported and used here it sends no usage statistics, uses no network,
-installs nothing and writes nothing to the user's home. The method is object-aware sampling of
-MobileSAMv2 (Zhang et al. 2023), its detector trained on boxes of all masks.
+functions. Here it sends no usage statistics, uses no network, installs nothing and writes nothing
+to the user's home. The method is object-aware sampling of MobileSAMv2 (Zhang et al. 2023).
 """
 
 from __future__ import annotations
@@ -25,12 +24,10 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 
-from aopsam_lab.sam.zoo import file_sha256, official_weights, resolve_device
+from aopsam_lab.sam.zoo import file_sha256, first_line, official_weights, resolve_device
 from aopsam_lab.weights import WEIGHTS
 
 ARCHITECTURE = "yolov8n.yaml"
-OFFICIAL_NAME = "yolov8n"  # in aopsam_lab.sam.download
-CLASS_NAMES = {0: "object"}
 # Where the weights do not say. A box more costs the baseline time, not mIoU.
 DEFAULTS = {"imgsz": 640, "confidence": 0.05, "overlap": 0.7}
 _OFFLINE = {"YOLO_OFFLINE": "true", "YOLO_AUTOINSTALL": "false", "YOLO_VERBOSE": "false"}
@@ -38,10 +35,7 @@ _OFFLINE = {"YOLO_OFFLINE": "true", "YOLO_AUTOINSTALL": "false", "YOLO_VERBOSE":
 
 @contextmanager
 def process_left_alone() -> Iterator[None]:
-    """Puts back what Ultralytics changes: threads, environment, others' functions.
-
-    Its `PIL.Image.open` would go and install a package when it meets a file that is no image.
-    """
+    """Put back what Ultralytics changes; its `PIL.Image.open` would install packages."""
     image_open, environment = Image.open, dict(os.environ)
     threads, cv_threads = torch.get_num_threads(), cv2.getNumThreads()
     try:
@@ -73,26 +67,25 @@ def import_ultralytics() -> ModuleType:
 
 
 class Detector:
-    """One loaded YOLOv8 detection model.
+    """A YOLOv8 detection model.
 
     Args:
         options: imgsz, the longest side that images are scaled to, in pixels; confidence, the least
             of a box; overlap, the IoU of NMS.
+        sha256: of the weights file.
     """
 
     def __init__(
         self,
         model: torch.nn.Module,
-        name: str,
-        sha256: str,
         options: dict[str, float],
         device: torch.device,
+        sha256: str = "",
     ) -> None:
         with process_left_alone():
             from ultralytics.models.yolo.detect import DetectionPredictor
 
-            self.name, self.sha256, self.options = name, sha256, dict(options)
-            self.imgsz = int(options["imgsz"])
+            self.imgsz, self.sha256 = int(options["imgsz"]), sha256
             overrides = {
                 "task": "detect", "mode": "predict", "save": False, "verbose": False, "batch": 1,
                 "imgsz": self.imgsz, "rect": True, "max_det": 300, "agnostic_nms": True,
@@ -104,18 +97,35 @@ class Detector:
             self._predictor([np.zeros((self.imgsz, self.imgsz, 3), np.uint8)])
 
     def boxes(self, image: np.ndarray, max_boxes: int = 100) -> tuple[np.ndarray, np.ndarray]:
-        """The most confident boxes of an image (H, W, 3) uint8, RGB, and their scores.
-
-        Boxes are (n, 4) float32, x0 y0 x1 y1, within the image and not empty, the surest first.
-        """
+        """Boxes of an RGB image (H, W, 3) uint8, (n, 4) float32 x0 y0 x1 y1, and falling scores."""
         height, width = image.shape[:2]
-        bgr = np.ascontiguousarray(image[..., ::-1])
-        found = self._predictor([bgr])[0].boxes
-        boxes = found.xyxy.float().cpu().numpy().clip(0, np.array([width, height] * 2, np.float32))
+        found = self._predictor([np.ascontiguousarray(image[..., ::-1])])[0].boxes  # BGR
+        limits = np.float32([width, height, width, height])
+        boxes = found.xyxy.float().cpu().numpy().clip(0, limits)
         scores = found.conf.float().cpu().numpy()
-        real = np.flatnonzero((boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1]))
-        best = real[np.argsort(-scores[real], kind="stable")][:max_boxes]
-        return boxes[best].astype(np.float32), scores[best].astype(np.float32)
+        real = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
+        return boxes[real][:max_boxes], scores[real][:max_boxes]
+
+
+def read_weights(
+    weights: str | os.PathLike | None = None,
+) -> tuple[torch.nn.Module, dict[str, float], Path]:
+    """The model of `load_detector` on the CPU, its options, its file; no code in it is run."""
+    path = WEIGHTS / "detector.safetensors" if weights is None else Path(weights)
+    if weights == "yolov8n":
+        path = official_weights("yolov8n")
+    if not path.is_file():
+        advice = "train some with python -m aopsam_lab.training.detector"
+        raise FileNotFoundError(f"No detector weights at {path}; {advice}")
+    import_ultralytics()
+    read = _from_safetensors if path.suffix == ".safetensors" else _from_checkpoint
+    try:
+        with process_left_alone():
+            model, options = read(path)
+    except Exception as error:  # a broken file shows itself as one of many types
+        wanted = "one-class YOLOv8n of the kit, or a detection checkpoint of Ultralytics"
+        raise ValueError(f"{path} is no {wanted} ({first_line(error)})") from error
+    return model, {**DEFAULTS, **options}, path
 
 
 def _from_safetensors(path: Path) -> tuple[torch.nn.Module, dict[str, float]]:
@@ -124,10 +134,9 @@ def _from_safetensors(path: Path) -> tuple[torch.nn.Module, dict[str, float]]:
     with safe_open(path, framework="pt") as file:
         state = {name: file.get_tensor(name) for name in file.keys()}
         options = json.loads((file.metadata() or {}).get("detector", "{}"))
-    model = DetectionModel(ARCHITECTURE, nc=len(CLASS_NAMES), verbose=False)
+    model = DetectionModel(ARCHITECTURE, nc=1, verbose=False)
     model.load_state_dict(state)
-    model.names = dict(CLASS_NAMES)
-    return model, {**DEFAULTS, **options}
+    return model, options
 
 
 def _from_checkpoint(path: Path) -> tuple[torch.nn.Module, dict[str, float]]:
@@ -142,35 +151,7 @@ def _from_checkpoint(path: Path) -> tuple[torch.nn.Module, dict[str, float]]:
         if isinstance(module, torch.nn.Upsample):
             module.recompute_scale_factor = None  # files of a PyTorch before 1.11 lack it
     side = (checkpoint.get("train_args") or {}).get("imgsz", DEFAULTS["imgsz"])
-    return model, {**DEFAULTS, "imgsz": side}
-
-
-def read_weights(
-    weights: str | os.PathLike | None = None,
-) -> tuple[torch.nn.Module, dict[str, float], Path]:
-    """Read the weights of `load_detector`, without running code from the file.
-
-    Returns:
-        The model on the CPU, its options (`DEFAULTS` where the file does not say), and the file.
-    """
-    if weights == OFFICIAL_NAME:
-        path = official_weights(OFFICIAL_NAME)
-    else:
-        path = WEIGHTS / "detector.safetensors" if weights is None else Path(weights)
-    if not path.is_file():
-        advice = "train some with python -m aopsam_lab.training.detector"
-        raise FileNotFoundError(f"No detector weights at {path}; {advice}")
-    if path.suffix not in (".safetensors", ".pt"):
-        raise ValueError(f"{path}: detector weights are .safetensors or .pt files")
-    import_ultralytics()
-    read = _from_safetensors if path.suffix == ".safetensors" else _from_checkpoint
-    try:
-        with process_left_alone():
-            return *read(path), path
-    except Exception as error:  # a broken file shows itself as one of many types
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        wanted = "one-class YOLOv8n of the kit, or a detection checkpoint of Ultralytics"
-        raise ValueError(f"{path} is no {wanted} ({reason})") from error
+    return model, {"imgsz": side}
 
 
 def load_detector(
@@ -183,12 +164,7 @@ def load_detector(
             .safetensors of training/detector.py, or a detection checkpoint (.pt) of Ultralytics.
             Classes are ignored.
         device: "auto", "cpu", "cuda", ...
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file holds no YOLOv8 detection model, or cannot be read safely.
-        ImportError: Ultralytics is not installed.
     """
     target = resolve_device(device)
     model, options, path = read_weights(weights)
-    return Detector(model, path.stem, file_sha256(path), options, target)
+    return Detector(model, options, target, file_sha256(path))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from aopsam_lab import cli
+from aopsam_lab import __main__ as cli
 
 
 @pytest.fixture

@@ -68,5 +68,5 @@ def test_what_runs_while_scoring_is_in_the_fingerprint(small_sam, small_predicto
     assert {"aopsam_lab.asf", "aopsam_lab.masks.fullsize", "aopsam_lab.evaluator"} <= names
     behind = files.modules_behind(SCORING_MODULES)
     assert names <= behind and alone["n_masks"] == together[0][1]["n_masks"] > 0
-    above = {"widgets", "training", "cli", "show", "drawing"}
+    above = {"widgets", "training", "__main__", "show", "drawing"}
     assert not [name for name in behind if above & set(name.split("."))]

@@ -16,7 +16,7 @@ from aopsam_lab.data import open_dataset
 from aopsam_lab.detector import ARCHITECTURE, import_ultralytics, load_detector, read_weights
 from aopsam_lab.masks.rle import encode_rle
 from aopsam_lab.training import detector as training
-from aopsam_lab.training.examples import split
+from aopsam_lab.training import split
 
 NAMES = ["0.png", "1.png", "2.png", "3.png", "4.png", "10.png"]  # by its name 10.png is held out
 
@@ -59,33 +59,25 @@ def test_recall_of_boxes_by_hand():
     np.testing.assert_array_equal(training.box_recall(ground_truth, wanted), [1, 1])
 
 
-def test_a_trial_counts_the_boxes_of_each_confidence(monkeypatch):
+def test_of_image_sides_as_good_the_smallest_is_chosen(monkeypatch):
     boxes = np.float32([[0, 0, 10, 10], [10, 10, 20, 16], [5, 5, 9, 9]])
-    found = boxes, np.float32([0.9, 0.07, 0.02])
 
-    def known(model, name, sha256, options, device):
-        assert options["confidence"] == 0.001, "all confidences come from one run"
-        return SimpleNamespace(boxes=lambda image: found)
+    def known(model, options, device):
+        n = 1 if options["imgsz"] == 480 else 3
+        return SimpleNamespace(boxes=lambda image: (boxes[:n], None))
 
     monkeypatch.setattr(training.loading, "Detector", known)
     image = np.zeros((20, 20, 3), np.uint8)
     wanted = torch.tensor([[0, 0, 10, 10], [10, 10, 20, 20]]).double()
-    rows = training.try_settings(None, [(image, wanted), (image, wanted[:0])], "cpu")
-    columns = ("confidence", "recall_50", "recall_75", "boxes")
-    assert [tuple(row[name] for name in columns) for row in rows if row["imgsz"] == 640] == [
-        (0.001, 1, 0.5, 3), (0.01, 1, 0.5, 3), (0.05, 1, 0.5, 2), (0.1, 0.5, 0.5, 1),
-    ]  # fmt: skip
-    assert {row["imgsz"] for row in rows} == {480, 640, 800}
-
-
-def test_of_settings_as_good_the_cheapest_is_chosen():
-    rows = [
-        {"imgsz": 800, "boxes": 90.0, "recall_50": 0.60, "recall_75": 0.40},
-        {"imgsz": 640, "boxes": 99.0, "recall_50": 0.62, "recall_75": 0.372},  # 0.4 points less
-        {"imgsz": 640, "boxes": 70.0, "recall_50": 0.59, "recall_75": 0.402},  # the same
-        {"imgsz": 320, "boxes": 50.0, "recall_50": 0.60, "recall_75": 0.38},  # a point less
-    ]
-    assert training.choose_settings(rows) is rows[2]
+    rows = training.try_sides(None, [(image, wanted), (image, wanted[:0])], "cpu")
+    columns = ("imgsz", "recall_50", "recall_75", "boxes")
+    found = [tuple(row[name] for name in columns) for row in rows]
+    assert found == [(480, 0.5, 0.5, 1), (640, 1, 0.5, 3), (800, 1, 0.5, 3)]
+    assert training.choose_side(rows) is rows[1]
+    rows[2]["recall_75"] += 0.008  # 0.4 points of the mean
+    assert training.choose_side(rows) is rows[1]
+    rows[2]["recall_75"] += 0.004
+    assert training.choose_side(rows) is rows[2]
 
 
 def test_photographs_are_written_in_yolo_layout(tmp_path, folder):
@@ -109,7 +101,7 @@ def test_weights_of_eighty_classes_are_a_start_and_those_of_another_size_are_not
     eighty = YOLO(ARCHITECTURE)
     eighty.save(tmp_path / "eighty.pt")
     loaded = load_detector(tmp_path / "eighty.pt", "cpu")
-    assert (loaded.name, loaded.imgsz) == ("eighty", 640)
+    assert loaded.imgsz == 640
     boxes, scores = loaded.boxes(np.zeros((40, 60, 3), np.uint8))
     assert len(boxes) == len(scores) <= 100
     made = training.starting_model(tmp_path / "eighty.pt").state_dict()
@@ -158,7 +150,7 @@ def test_a_training_stops_goes_on_and_exports(tmp_path, folder, monkeypatch):
     for text in ("AGPL-3.0", "for research", "5 photographs of found", "| 1 |", "from scratch"):
         assert text in card
     assert str(tmp_path) not in card
-    assert len(list(csv.DictReader(trials.open()))) == 2 * len(training.CONFIDENCES)
+    assert [row["imgsz"] for row in csv.DictReader(trials.open())] == ["32", "64"]
     written = (run / "last.pt").stat().st_mtime_ns
     training.main(command)
     assert (run / "last.pt").stat().st_mtime_ns == written, "finished"

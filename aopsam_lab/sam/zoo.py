@@ -47,17 +47,10 @@ def load_sam(
 
     Args:
         name: "mobile_sam" (bundled), "vit_b", "vit_l" or "vit_h".
-        checkpoint: a file with the official one's keys, such as a fine-tuned model, saved by
-            `torch.save` or as safetensors. No code in a file is ever run. The metadata of a
-            safetensors file may hold `pred_iou_thresh` and `stability_score_thresh`; else
-            SamAutomaticMaskGenerator's 0.88 and 0.95 hold. None: the bundled weights, or the
-            official file in the cache folder, whose sha256 is checked.
+        checkpoint: a file with the official one's keys, by `torch.save` or safetensors, whose
+            metadata may hold `pred_iou_thresh` and `stability_score_thresh`. No code in a file is
+            ever run. None: the bundled weights, or the official file in the cache folder.
         device: "auto" (the GPU if there is one), "cpu", "cuda", ...
-
-    Raises:
-        OSError: the file is missing or cannot be read.
-        ValueError: an unknown name, a model without its file, or a file that is damaged, holds more
-            than weights, or belongs to another model (named where it can be told).
     """
     if name not in MODELS:
         raise ValueError(f"There is no SAM called {name!r}. Choose one of {', '.join(MODELS)}.")
@@ -68,9 +61,8 @@ def load_sam(
     state, metadata = _read_weights(path)
     found = identify(state)
     if found not in (name, None):
-        raise ValueError(
-            f"{path} holds the weights of {found}, not of {name}: use load_sam({found!r}, ...)."
-        )
+        advice = f"use load_sam({found!r}, ...)"
+        raise ValueError(f"{path} holds the weights of {found}, not of {name}: {advice}.")
     sam = MODELS[name]()
     try:
         sam.load_state_dict(state)
@@ -87,15 +79,12 @@ def official_weights(name: str) -> Path:
     """The path of a file of OFFICIAL; ValueError where it is not in the cache, or another file."""
     path, command = kept_file(name), f"python -m aopsam_lab download {name}"
     if not path.exists():
-        raise ValueError(
-            f"{name} needs its weights {path.name} ({OFFICIAL[name].size / 1e6:,.0f} MB): "
-            f"run `{command}`, or pass the path of such a file as checkpoint."
-        )
+        wanted = f"its weights {path.name} ({OFFICIAL[name].size / 1e6:,.0f} MB)"
+        advice = f"run `{command}`, or pass the path of such a file as checkpoint"
+        raise ValueError(f"{name} needs {wanted}: {advice}.")
     if file_sha256(path) != OFFICIAL[name].sha256:
-        raise ValueError(
-            f"{path} is not the official {path.name}: its sha256 differs. `{command}` "
-            "fetches it anew; weights of your own are passed as checkpoint."
-        )
+        advice = f"`{command}` fetches it anew; weights of your own are passed as checkpoint"
+        raise ValueError(f"{path} is not the official {path.name}: its sha256 differs. {advice}.")
     return path
 
 
@@ -113,7 +102,7 @@ def resolve_device(device: str | torch.device = "auto") -> torch.device:
         torch.empty(0, device=chosen)
     # torch says "absent" in all these ways
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = f"cannot be used here ({_first_line(error)})"
+        reason = f"cannot be used here ({first_line(error)})"
         raise ValueError(f"Device {str(device)!r} {reason}. Use 'auto' or 'cpu'.") from error
     return chosen
 
@@ -142,14 +131,14 @@ def _read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             for wrapper in ("model", "state_dict"):  # how training scripts often wrap them
                 state = state.get(wrapper, state)
     except Exception as error:  # a damaged file shows itself as one of many types
-        raise ValueError(
-            f"{path} is damaged, or no checkpoint of weights alone ({_first_line(error)}). Code in "
-            "a file is never run: save the state dict alone, or download it again."
-        ) from error
+        problem = f"{path} is damaged, or no checkpoint of weights alone ({first_line(error)})."
+        advice = "Code in a file is never run: save the state dict alone, or download it again."
+        raise ValueError(f"{problem} {advice}") from error
     return state, metadata
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What an error says first, else its type."""
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 

@@ -32,29 +32,16 @@ from aopsam_lab.data import Dataset, open_dataset
 from aopsam_lab.evaluator import recall_matches
 from aopsam_lab.files import write_atomically
 from aopsam_lab.sam.zoo import resolve_device
-from aopsam_lab.training.examples import split
-from aopsam_lab.training.results import append_rows, write_card
+from aopsam_lab.training import append_rows, split, write_card
 
 SAME_BOX = 0.7  # IoU above which two boxes are one object's
-SIDES, CONFIDENCES = (480, 640, 800), (0.001, 0.01, 0.05, 0.1)  # settings that are tried
+SIDES, CONFIDENCE = (480, 640, 800), 0.001  # image sides that are tried; the least of a box
 AS_GOOD = 0.005  # recall within half a point of the best is as good
 START_SHARE = 0.8  # of the tensors must be those of a YOLOv8n in weights to start from
 
-# The labels are all masks of a photograph at its own scale, which is what the detector is asked for
-# later. So no mosaic, which would cut the large boxes at its seams, and no mixing of photographs.
-SETTINGS = {
-    "task": "detect", "mode": "train", "pretrained": False, "plots": False, "verbose": False,
-    "mosaic": 0.0, "close_mosaic": 0, "scale": 0.5, "translate": 0.1, "fliplr": 0.5, "seed": 0,
-    "optimizer": "AdamW", "momentum": 0.9, "weight_decay": 0.0005, "cos_lr": True,
-    "warmup_epochs": 0.5, "warmup_bias_lr": 0.0, "patience": 10_000, "max_det": 300,
-}  # fmt: skip
-
 
 def boxes_of(rles: list[dict]) -> torch.Tensor:
-    """The boxes of COCO RLE, n x 4 float64 (x0, y0, x1, y1) in the image frame, the ends exclusive.
-
-    Of two boxes of one object the first stays.
-    """
+    """Boxes of COCO RLE, (n, 4) float64 x0 y0 x1 y1, image frame; of one object's the first."""
     found = torch.as_tensor(coco_mask.toBbox(rles), dtype=torch.float64).reshape(-1, 4)
     boxes = box_convert(found, "xywh", "xyxy")
     return boxes[nms(boxes, -torch.arange(len(boxes)).double(), SAME_BOX)]
@@ -63,7 +50,7 @@ def boxes_of(rles: list[dict]) -> torch.Tensor:
 def write_data(data: Dataset, rows: dict[str, list[int]], listing: Path) -> None:
     """Write the rows for "train" and "val" in YOLO's layout; the listing, a data.yaml, at last."""
     for part, own in rows.items():
-        images, labels = listing.parent / "images" / part, listing.parent / "labels" / part
+        images, labels = (listing.parent / kind / part for kind in ("images", "labels"))
         images.mkdir(parents=True, exist_ok=True)
         labels.mkdir(parents=True, exist_ok=True)
         for i in tqdm(own, desc=f"writing {part}", unit="photo"):
@@ -73,7 +60,7 @@ def write_data(data: Dataset, rows: dict[str, list[int]], listing: Path) -> None
             boxes = box_convert(boxes_of(sample.rles), "xyxy", "cxcywh").numpy()
             lines = np.insert(boxes / (photo.size * 2), 0, 0, axis=1)  # class 0
             np.savetxt(labels / f"{i:06d}.txt", lines, ["%d"] + 4 * ["%.6f"])
-    content = {"names": loading.CLASS_NAMES, **{part: f"images/{part}" for part in rows}}
+    content = {"names": {0: "object"}, **{part: f"images/{part}" for part in rows}}
     content["path"] = str(listing.parent)
     write_atomically(listing, json.dumps(content))  # JSON is YAML
 
@@ -89,9 +76,9 @@ def starting_model(start: str) -> torch.nn.Module:
     given = loading.read_weights(start)[0]
     from ultralytics.nn.tasks import DetectionModel
 
-    model = DetectionModel(loading.ARCHITECTURE, nc=len(loading.CLASS_NAMES), verbose=False)
-    shapes = {name: tensor.shape for name, tensor in given.state_dict().items()}
-    fits = [shapes.get(name) == tensor.shape for name, tensor in model.state_dict().items()]
+    model = DetectionModel(loading.ARCHITECTURE, nc=1, verbose=False)
+    own, others = model.state_dict(), given.state_dict()
+    fits = [name in others and others[name].shape == own[name].shape for name in own]
     if np.mean(fits) < START_SHARE:
         raise ValueError(f"{start} does not hold YOLOv8n weights to start from")
     model.load(given, verbose=False)
@@ -105,12 +92,15 @@ def train(run: Path, listing: Path, args: argparse.Namespace) -> Path:
         return last
     device = resolve_device(args.device)
     cuda, going_on = device.type == "cuda", last.exists()
+    # no mosaic, which would cut the large boxes at its seams
     options = {
-        **SETTINGS, "model": loading.ARCHITECTURE, "data": str(listing), "save_dir": str(run),
+        "model": loading.ARCHITECTURE, "data": str(listing), "save_dir": str(run),
         "resume": str(last) if going_on else False, "time": args.minutes / 60, "imgsz": args.imgsz,
-        "batch": args.batch, "nbs": args.batch, "lr0": 0.001 if args.start else 0.002,
+        "batch": args.batch, "nbs": args.batch, "mosaic": 0.0, "close_mosaic": 0,
+        "optimizer": "AdamW", "momentum": 0.9, "lr0": 0.001 if args.start else 0.002,
+        "cos_lr": True, "warmup_epochs": 0.5, "warmup_bias_lr": 0.0, "patience": 10_000,
         "device": str(device.index or 0) if cuda else "cpu", "workers": 8 if cuda else 0,
-        "amp": "bf16" if cuda else False,
+        "amp": "bf16" if cuda else False, "pretrained": False, "plots": False, "verbose": False,
     }  # fmt: skip
 
     def count_before(trainer: Any) -> None:
@@ -145,41 +135,34 @@ def train(run: Path, listing: Path, args: argparse.Namespace) -> Path:
 
 
 def box_recall(wanted: torch.Tensor, found: np.ndarray) -> np.ndarray:
-    """The shares of ground-truth boxes found at IoU 0.5 and 0.75; the surest boxes stand first."""
+    """The shares of ground-truth boxes found at IoU 0.5 and 0.75, from boxes by falling score."""
     iou = box_iou(wanted, torch.from_numpy(found).double()).numpy()
     return recall_matches(iou, [len(found)])[0, [0, 5]] / len(wanted)
 
 
-def try_settings(
+def try_sides(
     model: torch.nn.Module, photos: list[tuple[np.ndarray, torch.Tensor]], device: str
 ) -> list[dict]:
-    """Measure a YOLOv8 model with every image side and confidence that is tried, a row each.
-
-    The photographs are images (H x W x 3 uint8) with their ground-truth boxes (n x 4, image frame).
-    """
+    """Measure each image side on images and their ground-truth boxes, a row each."""
     rows = []
     for side in tqdm(SIDES, desc="trying image sides"):
-        options = {**loading.DEFAULTS, "imgsz": side, "confidence": min(CONFIDENCES)}
-        detector = loading.Detector(deepcopy(model), "", "", options, resolve_device(device))
+        row = {**loading.DEFAULTS, "imgsz": side, "confidence": CONFIDENCE}
+        detector = loading.Detector(deepcopy(model), row, resolve_device(device))
         started = time.perf_counter()
-        found = [detector.boxes(image) for image, _ in photos]
+        found = [detector.boxes(image)[0] for image, _ in photos]
         milliseconds = 1000 * (time.perf_counter() - started) / len(photos)
-        for confidence in CONFIDENCES:  # NMS goes by falling score, so a filter may follow it
-            kept = [boxes[scores >= confidence] for boxes, scores in found]
-            pairs = zip((wanted for _, wanted in photos), kept, strict=True)
-            recalls = [box_recall(wanted, own) for wanted, own in pairs if len(wanted)]
-            row = {**options, "confidence": confidence}
-            row["recall_50"], row["recall_75"] = np.mean(recalls, 0)
-            row["boxes"] = np.mean([len(own) for own in kept])
-            rows.append({**row, "milliseconds": milliseconds})
+        pairs = zip((wanted for _, wanted in photos), found, strict=True)
+        recalls = [box_recall(wanted, own) for wanted, own in pairs if len(wanted)]
+        row["recall_50"], row["recall_75"] = np.mean(recalls, 0)
+        row["boxes"] = np.mean([len(own) for own in found])
+        rows.append({**row, "milliseconds": milliseconds})
     return rows
 
 
-def choose_settings(rows: list[dict]) -> dict:
-    """Of the rows within half a point of the best recall the smallest side, then fewest boxes."""
-    recall = [(row["recall_50"] + row["recall_75"]) / 2 for row in rows]
-    good = [row for row, value in zip(rows, recall, strict=True) if value >= max(recall) - AS_GOOD]
-    return min(good, key=lambda row: (row["imgsz"], row["boxes"]))
+def choose_side(rows: list[dict]) -> dict:
+    """The row of the smallest side within half a point of the best recall."""
+    recall = pd.DataFrame(rows)[["recall_50", "recall_75"]].mean(axis=1)
+    return rows[int((recall >= recall.max() - AS_GOOD).argmax())]
 
 
 def export(model: torch.nn.Module, out: Path, settings: dict) -> None:
@@ -203,7 +186,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--workdir", type=Path, default=Path("runs/detector"), help="where runs are kept")
     add("--imgsz", type=int, default=640, help="longest side of the images, in pixels")
     add("--batch", type=int, default=16, help="photographs a step")
-    add("--trials", type=Path, help="the CSV to add the settings tried to; WORKDIR/trials.csv")
+    add("--trials", type=Path, help="the CSV to add the image sides to; WORKDIR/trials.csv")
     add("--licence", default="the terms of the training data hold", help="a line of the card")
     add("--device", default="auto")
     args = parser.parse_args(arguments)
@@ -218,9 +201,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         write_data(data, {"train": rows, "val": held}, listing)
     model = loading.read_weights(train(folder, listing, args))[0]
     photos = [(sample.image, boxes_of(sample.rles)) for sample in (data[i] for i in held)]
-    trials = [{"weights": args.out.stem, **row} for row in try_settings(model, photos, args.device)]
+    trials = [{"weights": args.out.stem, **row} for row in try_sides(model, photos, args.device)]
     append_rows(args.trials or args.workdir / "trials.csv", trials)
-    best = choose_settings(trials)
+    best = choose_side(trials)
     export(model, args.out, best)
     start = f"from `{Path(args.start).name}`" if args.start else "from scratch"
     facts = {
@@ -228,7 +211,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         f"{best['confidence']:g}, NMS at IoU {best['overlap']:g}, at most 100 boxes",
         "Recall": f"{best['recall_50']:.1%} of the boxes of held-out photographs at IoU 0.5 and "
         f"{best['recall_75']:.1%} at 0.75, by {best['boxes']:.0f} boxes in "
-        f"{best['milliseconds']:.0f} ms; the settings were chosen on the same photographs",
+        f"{best['milliseconds']:.0f} ms; the side was chosen on the same photographs",
         "Data": f"{len(rows)} photographs of {data.name}, {len(held)} more held out; labels are "
         "the boxes of all masks, whatever they show, near-duplicates merged",
         "Training": f"{start}, {args.minutes:g} minutes at {args.imgsz} pixels, {args.batch} "

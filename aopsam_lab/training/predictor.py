@@ -3,11 +3,10 @@
     python -m aopsam_lab train-predictor --data FOUND --out predictor.safetensors --minutes 15
     python -m aopsam_lab train-predictor --sam vit_h --data sa1b:DIR --preset paper --out OUT
 
-The preset "paper" is the paper's recipe: one Gaussian a mask, at the data set's prompt point or the
-mask's deepest point; mean squared error of the PCM; Adam, 1000 epochs. The preset "bundled" is
-ours: the prompts that together give all masks and, lower, the other clicks that `find-masks`
-found; cross-entropy of each block of the PCM; Adam with a cosine schedule. About every eighth
-photograph is held out for the learning curve. A stopped training goes on from its last evaluation.
+The preset "paper" is the paper's recipe: one Gaussian a mask, mean squared error of the PCM, Adam,
+1000 epochs. The preset "bundled" is ours: the prompts that together give all masks and, lower, the
+other clicks that `find-masks` found; cross-entropy of each block of the PCM; a cosine schedule. An
+eighth of the photographs is held out. A stopped training goes on from its last evaluation.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ import argparse
 import io
 import math
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -31,8 +31,8 @@ from aopsam_lab.data import open_dataset
 from aopsam_lab.files import write_atomically
 from aopsam_lab.predictor import BLOCK, SIGMA, PromptPredictor, blurred, draw_pcm
 from aopsam_lab.sam.zoo import MODELS, load_sam, spec_of
-from aopsam_lab.training.examples import PLACES, Examples, cache_embeddings, split
-from aopsam_lab.training.results import append_rows, write_card
+from aopsam_lab.training import append_rows, split, write_card
+from aopsam_lab.training.examples import PLACES, Examples, cache_embeddings
 
 TOP = (64, 128, 256)  # numbers of candidates that recall is measured for
 FINE = {"smoothing": 1.0, "confidence": 0.0, "spacing": 4.0}  # sampling that recall is measured for
@@ -41,9 +41,8 @@ PEAK_WEIGHT = 4.0  # of a block with a prompt, beside 1 for every block
 PLACE_WEIGHT = 0.05  # of the places' loss to the confidences'
 SHIFTS = (-8.0, 8.0)  # of the calibration: where the shift of the logits is sought
 ABOUT_CURVE = (
-    "recall_K: share of the held-out photographs' masks with one of the K strongest candidates on "
-    f"them (smoothing {FINE['smoothing']:g}, spacing {FINE['spacing']:g}); candidates: at the "
-    "default settings, before the calibration"
+    "recall_K: share of held-out masks with one of the K strongest candidates on them (smoothing "
+    "1, spacing 4); candidates: at the default settings, before the calibration"
 )
 PRESETS = {"paper": ("own", "mse"), "bundled": ("covering", "blocks")}  # where prompts lie, loss
 
@@ -51,18 +50,14 @@ PRESETS = {"paper": ("own", "mse"), "bundled": ("covering", "blocks")}  # where 
 def pcm_loss(blocks: tuple[Tensor, Tensor], target: Tensor, valid: Tensor) -> Tensor:
     """Mean squared error of the PCM over the cells on the image: the paper's loss.
 
-    The blocks are logits of confidence and place, see `PromptPredictor.blocks`; target and valid
-    are (B, 4h, 4w), see `Example`.
+    The blocks are those of `PromptPredictor.blocks`; target and valid see `Examples.batch`.
     """
     wanted = blurred(target[:, None], SIGMA)[:, 0].clamp(0, 1)
     return ((draw_pcm(*blocks, soft=True)[:, 0] - wanted).square() * valid).sum() / valid.sum()
 
 
 def block_loss(blocks: tuple[Tensor, Tensor], target: Tensor, valid: Tensor) -> Tensor:
-    """Cross-entropy of each block's confidence with its highest prompt, and of the place in it.
-
-    A block of height t counts 1 + PEAK_WEIGHT t. Arguments as `pcm_loss`.
-    """
+    """Cross-entropy of each block's confidence with its highest prompt, and of the place in it."""
     confidence, place = blocks
     height, at = F.pixel_unshuffle(target[:, None], BLOCK).max(1)
     on = F.max_pool2d(valid[:, None], BLOCK)[:, 0]
@@ -76,46 +71,41 @@ LOSSES = {"mse": pcm_loss, "blocks": block_loss}
 
 
 @torch.inference_mode()
-def predicted(predictor: PromptPredictor, held: Examples, i: int) -> Tensor:
-    """The PCM of example i, (4h, 4w)."""
-    image, embedding, _, valid = held.batch([i])
-    return draw_pcm(*predictor.blocks(image, embedding, valid))[0, 0] * valid[0]
+def predicted(predictor: PromptPredictor, held: Examples) -> Iterator[tuple[Tensor, ...]]:
+    """Confidences, places and valid cells (4h, 4w) of each photograph; see `pcm_loss`."""
+    for i in range(len(held)):
+        image, embedding, _, valid = held.batch([i])
+        yield *predictor.blocks(image, embedding, valid), valid[0]
 
 
 @torch.inference_mode()
 def recall(predictor: PromptPredictor, held: Examples) -> dict[str, float]:
     """Measure a predictor in evaluation mode on the held-out photographs; see ABOUT_CURVE."""
-    hits, masks_seen, candidates = dict.fromkeys(TOP, 0), 0, []
-    for i in range(len(held)):
-        pcm = predicted(predictor, held, i)
+    hits: dict[int, list[bool]] = {k: [] for k in TOP}
+    candidates = []
+    for i, (confidence, place, valid) in enumerate(predicted(predictor, held)):
+        pcm = draw_pcm(confidence, place)[0, 0] * valid
         candidates.append(len(sample_prompts(pcm)[0]))
-        cells = sample_prompts(pcm, **FINE)[0].cpu().numpy()
-        masks = held.masks(i)
-        inside = np.all(cells < masks.shape[1:], axis=1)
-        masks_seen += len(masks)
+        row, column = sample_prompts(pcm, **FINE)[0].cpu().numpy().T
+        on_mask = held.masks(i)[:, row, column]
         for k in TOP:
-            row, column = cells[:k][inside[:k]].T
-            hits[k] += int(masks[:, row, column].any(1).sum())
-    found = {f"recall_{k}": hits[k] / max(1, masks_seen) for k in TOP}
+            hits[k] += on_mask[:, :k].any(1).tolist()
+    found = {f"recall_{k}": sum(own) / max(1, len(own)) for k, own in hits.items()}
     return {**found, "candidates": float(np.mean(candidates))}
 
 
 @torch.inference_mode()
 def calibrate(predictor: PromptPredictor, held: Examples, wanted: float, slope: float) -> float:
-    """Change the last layer so that the default confidence has a meaning; return the shift.
+    """Multiply confidences' logits by the slope, then shift them; return the shift.
 
-    The confidences' logits are multiplied by the slope, then shifted until the held-out photographs
-    give so many candidates as wanted on average at the default settings. A small slope keeps weak
-    peaks apart from strong neighbours when the PCM is smoothed.
+    With it the held-out photographs give as many candidates as wanted on average at the default
+    settings. A small slope keeps weak peaks apart from strong neighbours in the smoothed PCM.
     """
     weight, bias = predictor.head.parameters()
     parts = len(bias) // (1 + BLOCK**2)
     weight[:parts] *= slope
     bias[:parts] *= slope
-    blocks = []
-    for i in range(len(held)):
-        image, embedding, _, valid = held.batch([i])
-        blocks.append((*predictor.blocks(image, embedding, valid), valid[0]))
+    blocks = list(predicted(predictor, held))
 
     def candidates(shift: float) -> float:
         pcms = (draw_pcm(logits + shift, place)[0, 0] * valid for logits, place, valid in blocks)
@@ -134,18 +124,16 @@ class Training:
     """One training with the options of `train-predictor`: its data, its models, where it stands."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        self.args, self.work = args, Path(args.workdir)
+        self.args = args
         place, loss = PRESETS[args.preset]
         self.place, self.loss = args.place or place, args.loss or loss
         self.sam = load_sam(args.sam, args.checkpoint, args.device)
         torch.manual_seed(args.seed)  # after the SAM, which draws numbers when it is made
         self.data = open_dataset(args.data, args.limit, args.seed)
-        rows, held = split(self.data)
-        embeddings = args.embeddings or self.work / "embeddings"
+        parts, embeddings = split(self.data), args.embeddings or args.workdir / "embeddings"
         cache_embeddings(self.sam, self.data, embeddings)
         self.examples, self.held = (
-            Examples(self.data, part, embeddings, self.sam, PLACES[self.place])
-            for part in (rows, held)
+            Examples(self.data, part, embeddings, self.sam, PLACES[self.place]) for part in parts
         )
         prompts = self.sam.prompt_encoder
         stride = self.sam.image_encoder.img_size // prompts.image_embedding_size[0]
@@ -154,13 +142,14 @@ class Training:
         self.optimizer = torch.optim.Adam(self.predictor.parameters(), lr=args.lr)
         self.step, self.seconds = 0, 0.0
         self.curve: list[dict[str, float]] = []
-        self.steps = 0 if args.minutes else math.ceil(args.epochs * len(rows) / args.batch)
+        steps = math.ceil(args.epochs * len(self.examples) / args.batch)
+        self.steps = None if args.minutes else steps
 
     def run(self) -> None:
         """Train, from where an earlier run stopped, and write the weights and the card."""
         self._restore()
         started, losses = time.perf_counter() - self.seconds, []
-        with tqdm(total=self.steps or None, initial=self.step, desc="training", unit="step") as bar:
+        with tqdm(total=self.steps, initial=self.step, desc="training", unit="step") as bar:
             while self._progress() < 1:
                 losses.append(self._learn())
                 bar.update()
@@ -177,16 +166,14 @@ class Training:
         """Take a step on random examples without repetition; the step's number decides which."""
         rng, n = np.random.default_rng([self.args.seed, self.step]), len(self.examples)
         chosen = rng.choice(n, min(self.args.batch, n), replace=False)
-        batch = self.examples.batch(chosen.tolist(), self.step)
-        rate = 1.0
-        if self.args.preset != "paper":
-            rate = 0.5 * (1 + math.cos(math.pi * self._progress()))
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.args.lr * rate * min(1, (self.step + 1) / WARMUP)
-        self.predictor.train()
-        blocks = self.predictor.blocks(batch.image, batch.embedding, batch.valid)
-        loss = LOSSES[self.loss](blocks, batch.target, batch.valid)
-        self.optimizer.zero_grad(set_to_none=True)
+        image, embedding, target, valid = self.examples.batch(chosen.tolist(), self.step)
+        cosine = 0.5 * (1 + math.cos(math.pi * self._progress()))
+        rate = 1.0 if self.args.preset == "paper" else cosine
+        warm = min(1, (self.step + 1) / WARMUP)
+        self.optimizer.param_groups[0]["lr"] = self.args.lr * rate * warm
+        blocks = self.predictor.train().blocks(image, embedding, valid)
+        loss = LOSSES[self.loss](blocks, target, valid)
+        self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
         self.step += 1
@@ -197,43 +184,39 @@ class Training:
         self.curve.append({"step": self.step, "minutes": self.seconds / 60, "loss": loss, **found})
         tqdm.write("  ".join(f"{name} {value:.4g}" for name, value in self.curve[-1].items()))
         state = {"predictor": self.predictor.state_dict(), "curve": self.curve}
-        state["optimizer"] = self.optimizer.state_dict()
         file = io.BytesIO()
-        torch.save(state, file)
-        write_atomically(self.work / "last.pt", file.getvalue())
+        torch.save({**state, "optimizer": self.optimizer.state_dict()}, file)
+        write_atomically(self.args.workdir / "last.pt", file.getvalue())
         table = pd.DataFrame(self.curve).to_csv(index=False, float_format="%.4g")
-        write_atomically(self.work / "curve.csv", table)
+        write_atomically(self.args.workdir / "curve.csv", table)
 
     def _restore(self) -> None:
-        if not (self.work / "last.pt").exists():
-            return
-        state = torch.load(self.work / "last.pt", map_location=self.sam.device, weights_only=True)
-        self.predictor.load_state_dict(state["predictor"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.curve = state["curve"]
-        self.step, self.seconds = int(self.curve[-1]["step"]), 60 * self.curve[-1]["minutes"]
+        last = self.args.workdir / "last.pt"
+        if last.exists():
+            state = torch.load(last, map_location=self.sam.device, weights_only=True)
+            self.predictor.load_state_dict(state["predictor"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.curve = state["curve"]
+            self.step, self.seconds = self.curve[-1]["step"], 60 * self.curve[-1]["minutes"]
 
     def _finish(self) -> None:
         """Calibrate the predictor; write it as float16, and its card."""
-        args, spec = self.args, spec_of(self.sam)
-        predictor, calibration = self.predictor.eval().requires_grad_(False), "none"
+        args, spec, calibration = self.args, spec_of(self.sam), "none"
+        predictor = self.predictor.eval().requires_grad_(False)
         if args.candidates:
             shift = calibrate(predictor, self.held, args.candidates, args.slope)
-            calibration = (
-                f"confidences' logits times {args.slope:g} and shifted by {shift:+.2f}, for "
-                f"{args.candidates:g} candidates a held-out photograph at the default settings"
-            )
+            changed = f"confidences' logits times {args.slope:g} and shifted by {shift:+.2f}"
+            calibration = f"{changed}, for {args.candidates:g} candidates a held-out photograph"
         about = {name: str(getattr(predictor, name)) for name in ("embed_dim", "stride", "width")}
         about |= {"sam": spec.name, "sam_sha256": spec.sha256}
-        about |= {"preset": args.preset, "steps": str(self.step)}
         state = predictor.cpu().state_dict()
         weights = {k: v.half() if v.is_floating_point() else v for k, v in state.items()}
         write_atomically(args.out, to_safetensors(weights, metadata=about))
         size = sum(p.numel() for p in predictor.parameters()) / 1e6
         no_image = ", without the image" if args.no_image else ""
         facts = {
-            "Model": f"{size:.2f} M parameters, {predictor.width} channels{no_image}",
-            "For": f"embeddings of {spec.name} (sha256 {spec.sha256[:12]})",
+            "Model": f"{size:.2f} M parameters, {args.width} channels{no_image}; for embeddings of "
+            f"{spec.name} (sha256 {spec.sha256[:12]})",
             "Data": f"{len(self.examples)} photographs, {len(self.held)} more held out; "
             f"{self.data.describe()['masks']} masks",
             "Training": f"preset {args.preset} (prompts: {self.place}, loss: {self.loss}), "
@@ -245,9 +228,9 @@ class Training:
         summary, curve = f"Prompt Predictor of {spec.name}.", pd.DataFrame(self.curve)
         write_card(args.out, summary, facts, curve, ABOUT_CURVE)
         if args.trials:
-            about = {"preset": args.preset, "place": self.place, "objective": self.loss}
-            about |= {"width": args.width, "image": not args.no_image, "lr": args.lr}
-            append_rows(args.trials, [{**about, "examples": len(self.examples), **self.curve[-1]}])
+            trial = {"preset": args.preset, "place": self.place, "objective": self.loss}
+            trial |= {"width": args.width, "image": not args.no_image, "lr": args.lr}
+            append_rows(args.trials, [{**trial, "examples": len(self.examples), **self.curve[-1]}])
         print(f"Prompt Predictor: {args.out}")
 
 
@@ -262,7 +245,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--place", choices=list(PLACES), help="where the prompts to learn lie; as the preset says")
     add("--no-image", action="store_true", help="without the branch on the image")
     add("--loss", choices=list(LOSSES), help="as the preset says")
-    add("--workdir", default="runs/predictor", help="of the embeddings, the curve, the last state")
+    add("--workdir", type=Path, default="runs/predictor", help="embeddings, curve, last state")
     add("--embeddings", type=Path, help="the folder of the embeddings, if it is another")
     add("--limit", type=int, help="how many images of the data set; all if not given")
     add("--epochs", type=int, default=1000)

@@ -33,8 +33,7 @@ from aopsam_lab.pipeline.methods import METHODS, Aop, Grid, Method
 from aopsam_lab.pipeline.run import run_method
 from aopsam_lab.predictor import PromptPredictor, load_predictor
 from aopsam_lab.sam.zoo import MODELS, load_sam
-from aopsam_lab.training.examples import split
-from aopsam_lab.training.results import append_rows
+from aopsam_lab.training import append_rows, split
 
 LIMITS = (64, 100, 128, 144, 196, 256, 409, 1024)
 SHARES = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -44,11 +43,9 @@ SAMPLINGS = (  # smoothing, confidence, spacing
     (0.5, 0.01, 3.0), (0.25, 0.005, 2.0), (0.0, 0.005, 2.0),
 )  # fmt: skip
 FIRSTS, ROUNDS, ELIMINATIONS = (0.2, 0.3, 0.5), (2, 4, 8), (1.25, 1.3, 1.35, 1.4)
-
 NOT_DECODED = ("eliminated", "not_reached")
 # a method, its parameters, and how many prompts it may decode: a number, a share, or all
 Trial = tuple[Method, AsfParams, float | None]
-
 
 TRIALS: dict[str, list[Trial]] = {
     "prompts": [(Grid("grid", side), AsfParams(), None) for side in GRIDS],
@@ -64,7 +61,7 @@ for name, first, rounds, elimination in product(("aop", "aop_raw"), FIRSTS, ROUN
 def measure(
     sam: Sam, predictor: PromptPredictor, sample: Sample, trials: list[Trial]
 ) -> pd.DataFrame:
-    """What each trial gives on one photograph, a row each; every point is decoded once."""
+    """What each trial gives on a photograph, a row each; every point is decoded once."""
     encoded = encode(sam, sample.image)
     cache, pcm = DecodeCache(sam, encoded), PcmCache(predictor, encoded)
     by_people, by_sam = [], []
@@ -73,18 +70,17 @@ def measure(
     drawn = decode_rle(by_sam, sample.image.shape[:2])
     rows, sampled = [], 0
     for method, params, limit in trials:
-        most = limit
-        if limit is not None:
-            most = max(1, round(limit * sampled if limit < 1 else limit))
+        most = max(1, round(limit * sampled)) if limit and limit < 1 else limit
         found = run_method(sam, encoded, method, pcm, params=params, decode=cache, max_prompts=most)
         sampled = max(sampled, found.n_sampled)
-        n_covered = covered(iou_matrix(by_sam, found.masks))
         decoded = found.prompts[~found.prompts["status"].isin(NOT_DECODED)]
         x, y = decoded[["x", "y"]].to_numpy().astype(int).T
         rows.append(
             {
                 "miou": evaluate(by_people, found.masks).miou,
-                "coverage": n_covered / len(by_sam) if by_sam else None,
+                "coverage": covered(iou_matrix(by_sam, found.masks)) / len(by_sam)
+                if by_sam
+                else None,
                 "hit": drawn[:, y, x].any(1).mean() if by_sam else None,
                 "sampled": found.n_sampled,
                 "decoded": found.n_decoded,
