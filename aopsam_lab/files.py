@@ -63,10 +63,7 @@ def modules_behind(roots: Iterable[str], known: dict[str, Path] | None = None) -
 
 
 def code_fingerprint(roots: Iterable[str]) -> str:
-    """sha256 of `modules_behind` the roots; comments, docstrings and layout do not count.
-
-    Python versions may differ in how they parse, and so in the hash.
-    """
+    """sha256 of `modules_behind` the roots; comments, docstrings and layout do not count."""
     digest, known = hashlib.sha256(), modules()
     for name in sorted(modules_behind(roots, known)):
         tree = ast.parse(known[name].read_text(encoding="utf-8"))

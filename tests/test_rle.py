@@ -25,12 +25,6 @@ def test_equals_pycocotools_and_comes_back(masks):
     assert np.array_equal(decode_rle(rles, masks.shape[1:]), masks)
 
 
-def test_a_mask_worked_by_hand():
-    mask = torch.tensor([[[False, True, True], [True, True, False]]])  # by columns: 0 1 | 1 1 | 1 0
-    uncompressed = {"size": [2, 3], "counts": [1, 4, 1]}
-    assert encode_rle(mask) == [coco_mask.frPyObjects(uncompressed, 2, 3)]
-
-
 def test_views_and_a_large_odd_mask():
     generator = torch.Generator().manual_seed(3)
     masks = torch.rand(2, 517, 1031, generator=generator) > 0.5

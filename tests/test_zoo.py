@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from functools import partial
 
 import pytest
 import torch
@@ -36,6 +37,18 @@ def test_each_model_is_known_by_its_weights(name):
     with torch.device("cpu" if name == "mobile_sam" else "meta"):  # shapes without the gigabytes
         assert identify(MODELS[name]().state_dict()) == name
     assert identify({"image_encoder.patch_embed.proj.weight": torch.zeros(7, 3, 16, 16)}) is None
+
+
+@pytest.mark.parametrize(("name", "width"), [("vit_b", 768), ("vit_l", 1024), ("vit_h", 1280)])
+def test_a_vit_loads_under_its_own_name_only(tmp_path, monkeypatch, name, width):
+    original = build_small_sam(width, 8).state_dict()
+    torch.save(original, tmp_path / "sam.pth")
+    monkeypatch.setitem(MODELS, name, partial(build_small_sam, width, 8))
+    loaded = load_sam(name, tmp_path / "sam.pth", "cpu").state_dict()
+    assert all(torch.equal(loaded[key], value) for key, value in original.items())
+    other = "vit_h" if name == "vit_b" else "vit_b"
+    with pytest.raises(ValueError, match=f"of {name}, not of {other}.*load_sam\\('{name}'"):
+        load_sam(other, tmp_path / "sam.pth", "cpu")
 
 
 def test_weights_of_another_model(small_file, tmp_path):

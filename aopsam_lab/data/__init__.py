@@ -18,12 +18,10 @@ def open_dataset(dataset: str | os.PathLike, n_images: int | None = None, seed: 
     """Open a data set by its name, or a COCO-style folder by its path.
 
     Args:
-        dataset: "photos", the 28 photographs in the box, with the masks that people drew for COCO;
-            "coco:PATH", "lvis:PATH" or "sa1b:PATH" (see Coco, Lvis, Sa1b); or the path of a
-            COCO-style folder. A folder called photos is given as "./photos", or as a `Path`.
-        n_images: how many images; None: all of them.
-        seed: which images, and their order. The same seed gives the same images, and a larger
-            n_images adds to them.
+        dataset: "photos", the 28 photographs in the box; "coco:PATH", "lvis:PATH" or "sa1b:PATH"
+            (see Coco, Lvis, Sa1b); or the path of a COCO-style folder, also "./photos".
+        n_images: how many images; None: all of them. More images are added to fewer.
+        seed: which images, and their order.
     """
     if n_images is not None and n_images < 1:
         raise ValueError(f"n_images must be 1 or more, or None; got {n_images}.")
@@ -35,8 +33,6 @@ def open_dataset(dataset: str | os.PathLike, n_images: int | None = None, seed: 
     if kind in PUBLISHED and colon:
         return PUBLISHED[kind](path, n_images, seed)
     if kind in PUBLISHED and not Path(kind).exists():
-        raise ValueError(
-            f"{kind} needs the folder it lies in: {kind}:PATH "
-            f"(with make: DATASET={kind} DATA=PATH)."
-        )
+        advice = f"{kind}:PATH (with make: DATASET={kind} DATA=PATH)"
+        raise ValueError(f"{kind} needs the folder it lies in: {advice}.")
     return CocoFolder(dataset, n_images, seed)

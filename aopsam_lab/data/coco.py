@@ -31,8 +31,8 @@ class CocoFolder(ImageSet):
             if (self._root / id).is_file():
                 known[id] = partial(lambda image: (image, annotations[image["id"]]), image)
         if not known:
-            message = f"None of the {len(images)} images that {file} names is in"
-            raise FileNotFoundError(f"{message} {self._root}.")
+            none = f"None of the {len(images)} images that {file} names"
+            raise FileNotFoundError(f"{none} is in {self._root}.")
         self._counts["missing_images"] = len(images) - len(known)
         return known
 
@@ -57,10 +57,7 @@ class CocoFolder(ImageSet):
 
 
 class Coco(CocoFolder):
-    """COCO as it is published: `annotations/instances_val2017.json`, and the images in `val2017/`.
-
-    The path is the folder that holds both, or the annotation file of another split.
-    """
+    """COCO as published: the folder with `annotations/` and `val2017/`, or a split's `.json`."""
 
     def _locate(self) -> tuple[Path, Path, str]:
         file = _annotation_file(self.path, "instances_val2017.json", "coco")
@@ -71,10 +68,9 @@ class Coco(CocoFolder):
 
 
 class Lvis(CocoFolder):
-    """LVIS v1 as it is published: `lvis_v1_val.json`, and COCO's `train2017/` and `val2017/`.
+    """LVIS v1 as published: the folder with `lvis_v1_val.json`, or the `.json` of another split.
 
-    The path is the folder that holds the three, or the annotation file of another split. A split's
-    images come from both of COCO's folders, so an id is `val2017/NAME.jpg`.
+    A split's images come from both of COCO's folders, so an id is `val2017/NAME.jpg`.
     """
 
     def _locate(self) -> tuple[Path, Path, str]:
@@ -117,17 +113,11 @@ def _read(file: Path) -> tuple[list[dict], dict[int, list[dict]]]:
 
 
 def found_masks(dataset: Any) -> dict[str, list[dict]] | None:
-    """Read the masks that a SAM found on the images of a data set.
-
-    `found.json` has the format of `annotations.json`. It may list images that `dataset` has not
-    taken. Annotations may have a `source`; only those of "sam" are read.
+    """Read the masks that a SAM found on a data set: `found.json`, beside `annotations.json`.
 
     Returns:
-        For each id of the data set a list of COCO RLE in the image frame, in the order of the file;
-        or None where the data set is no COCO-style folder or has no `found.json`.
-
-    Raises:
-        ValueError: the file is not in COCO's format, or does not fit the data set.
+        For each id COCO RLE in the order of the file; or None where the data set is no COCO-style
+        folder or has no such file. Annotations whose `source` is not "sam" are left out.
     """
     file = dataset.path / "found.json" if isinstance(dataset, CocoFolder) else None
     if file is None or not file.is_file():

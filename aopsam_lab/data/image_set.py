@@ -17,8 +17,7 @@ from aopsam_lab.data.images import image_from_bytes
 from aopsam_lab.data.sample import Sample
 
 Known = Callable[[], tuple[dict, list[dict]]]  # gives COCO's record of an image and its annotations
-
-
+# see `ground_truth`
 GroundTruth = tuple[list[dict], np.ndarray | None, list[list[list[float]]] | None]
 
 
@@ -28,19 +27,10 @@ class ImageSet:
     An image without masks stays: methods run on it, the scores skip it. One whose file is missing
     is left out before the n images are chosen.
 
-    Args:
-        path: where it lies; see the subclasses.
-        n_images: how many images to take at most, None for all.
-        seed: orders the images, with their ids; fewer images are the first of more.
-
     Attributes:
         ids: of the images taken; unique.
         sizes: (height, width) of each in pixels.
         fingerprint: a hash of all images and masks.
-
-    Raises:
-        FileNotFoundError: there is no such folder, no file or no image.
-        ValueError: a file is not in the format, or a mask does not fit its image.
     """
 
     name: str
@@ -113,7 +103,7 @@ class ImageSet:
 
 @contextmanager
 def expected_format(where: str | Path) -> Iterator[None]:
-    """Reading of JSON: what is not as expected is a ValueError that says where."""
+    """Makes what is not as expected in a JSON file a ValueError that says where."""
     try:
         yield
     except (json.JSONDecodeError, UnicodeDecodeError, LookupError, TypeError) as error:
@@ -124,9 +114,7 @@ def expected_format(where: str | Path) -> Iterator[None]:
 def ground_truth(
     annotations: Iterable[dict], size: tuple[int, int], where: str, left_out: Counter[str]
 ) -> GroundTruth:
-    """Read one image's annotations, in their order.
-
-    Crowd regions (`iscrowd` 1) and masks without a pixel are left out.
+    """Read one image's annotations, in their order; crowds and masks without a pixel are left out.
 
     Args:
         annotations: COCO's records; segmentations are polygons or RLE.
@@ -135,8 +123,7 @@ def ground_truth(
         left_out: counts crowd_regions and annotations_without_mask.
 
     Returns:
-        N COCO RLE; (N, 2) float32 prompt points (x, y), None unless all masks have one; for each
-        mask the points [x, y] known to give it, None where the file has none.
+        The rles, points and clicks of a `Sample`.
     """
     rles, points, clicks = [], [], []
     for annotation in annotations:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import io
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,19 +18,13 @@ _SLACK = 1e-3  # how far resampled float pixels may leave [0, 1]
 
 
 def read_image(image: ImageLike) -> np.ndarray:
-    """Read an image as (H, W, 3) uint8, RGB, upright; a new array.
-
-    Transparency of any kind is laid over white. Colour profiles are not applied.
+    """Read an image as (H, W, 3) uint8, RGB, upright, over white; a new array.
 
     Args:
         image: a path or a Pillow image of any mode (of several frames the first); or an array H x
             W, or H x W x 1 (grey), 2 (grey, alpha), 3 (RGB) or 4 (RGB, alpha), of uint8, booleans,
             floats from 0 to 1, or larger integers. White of these is the largest value of the
             smallest usual depth that holds them all: cameras keep 10 to 14 bits in 16-bit files.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: what is given is no image, is damaged, empty or out of range.
     """
     if isinstance(image, Image.Image):
         return _from_pillow(image)
@@ -117,14 +112,11 @@ def _over_white(rgba: np.ndarray) -> np.ndarray:
 
 
 def find_images(names: Sequence[str]) -> tuple[list[Path], list[tuple[str, str]]]:
-    """Find image files; results of an earlier run are not taken from folders and patterns.
-
-    Args:
-        names: files, whatever their ending; folders, of which the files directly in them whose
-            ending Pillow knows; glob patterns, which may hold `**`.
+    """Find image files by their names, folders and glob patterns; `**` is any folder below.
 
     Returns:
-        The files in that order, each once; and (name, reason) of names that give none.
+        The files in that order, each once, results of an earlier run only where they are named; and
+        (name, reason) of names that give none.
     """
     endings = set(Image.registered_extensions())
     found: dict[Path, Path] = {}
@@ -150,7 +142,5 @@ def find_images(names: Sequence[str]) -> tuple[list[Path], list[tuple[str, str]]
 
 def _is_result(path: Path) -> bool:
     """Whether an earlier run wrote this image: its JSON lies beside it."""
-    for ending in ("_labels.png", "_overlay.png"):
-        if path.name.endswith(ending):
-            return path.with_name(path.name[: -len(ending)] + ".json").exists()
-    return False
+    stem = re.sub("_(labels|overlay)[.]png$", "", path.name)
+    return stem != path.name and path.with_name(f"{stem}.json").exists()

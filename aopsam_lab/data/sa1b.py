@@ -12,7 +12,7 @@ from aopsam_lab.data.image_set import ImageSet, Known
 
 
 class _Bytes(NamedTuple):
-    """Where some file's bytes are: in a file of its own, or in a piece of a tar file."""
+    """Where a file's bytes are: in a file of its own, or in a piece of a tar file."""
 
     file: Path
     offset: int = 0
@@ -27,9 +27,8 @@ class _Bytes(NamedTuple):
 class Sa1b(ImageSet):
     """Images of SA-1B with their masks and the prompt points these were made from.
 
-    The path is a folder with such files or tar shards, also in folders below it; or one shard, read
-    where it lies. An id is the name without ending. An image or a JSON without the other counts as
-    missing.
+    The path is a folder with such files or tar shards, also in folders below it; or one shard. An
+    id is the name without ending. An image or a JSON without the other counts as missing.
     """
 
     name = "sa1b"
@@ -63,5 +62,5 @@ def _members(shard: Path) -> dict[str, _Bytes]:
                 for member in archive
             }
     except tarfile.TarError as error:
-        message = f"{shard} is not a whole, uncompressed tar file ({error})"
-        raise ValueError(f"{message}. Download it again.") from error
+        broken = f"{shard} is not a whole, uncompressed tar file ({error})"
+        raise ValueError(f"{broken}. Download it again.") from error

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import cv2
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageColor
 from pycocotools import mask as coco_mask
 
 # Okabe and Ito's colours (2008), told apart with every common kind of colour vision, less black.
@@ -20,7 +20,7 @@ def mask_colours(n: int) -> np.ndarray:
     colours = []
     for change in (0.0, 0.18, -0.16):
         for code in OKABE_ITO:
-            rgb = (int(code[k : k + 2], 16) / 255 for k in (1, 3, 5))
+            rgb = (value / 255 for value in ImageColor.getrgb(code))
             hue, light, saturation = colorsys.rgb_to_hls(*rgb)
             light = min(max(light + change, 0.15), 0.9)
             colours.append(colorsys.hls_to_rgb(hue, light, saturation))
@@ -29,11 +29,7 @@ def mask_colours(n: int) -> np.ndarray:
 
 
 def label_image(masks: Sequence[dict], size: tuple[int, int]) -> np.ndarray:
-    """Number the pixels of masks, smaller masks on top; of equal sizes the earlier is on top.
-
-    Returns:
-        (H, W) uint16, i + 1 where COCO RLE i is on top, 0 where there is none.
-    """
+    """(H, W) uint16: i + 1 where COCO RLE i is on top, smaller over larger, earlier over later."""
     if len(masks) > 65535:
         raise ValueError(f"A 16-bit label image holds 65535 masks, not {len(masks)}.")
     labels = np.zeros(size, dtype=np.uint16, order="F")  # as masks decode: columns first
@@ -51,13 +47,11 @@ def painting_order(masks: Sequence[dict]) -> np.ndarray:
 
 def overlay(image: np.ndarray, masks: Sequence[dict], alpha: float = 0.45) -> np.ndarray:
     """Draw COCO RLE over their image (H, W, 3) uint8, coloured with opacity `alpha`, outlined."""
-    size = image.shape[:2]
     table = np.concatenate([np.zeros((1, 3), np.uint8), mask_colours(len(masks))])
-    labels = label_image(masks, size)
-    covered = labels > 0
-    drawn = image.copy()
+    labels = label_image(masks, image.shape[:2])
+    drawn, covered = image.copy(), labels > 0
     drawn[covered] = cv2.addWeighted(image, 1 - alpha, table[labels], alpha, 0)[covered]
-    width = max(1, round(max(size) / 700))
+    width = max(1, round(max(labels.shape) / 700))
     for i in painting_order(masks):
         pixels, corner = _cut_out(masks[i])
         pixels = np.ascontiguousarray(pixels)

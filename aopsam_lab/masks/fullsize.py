@@ -1,8 +1,8 @@
 """Masks at the image's own size, from low-resolution logits.
 
-`Sam.postprocess_masks` resizes twice, both times linearly: to the model frame, and from the part of
-that which is image to the image. Of a large image only the rows are made that the mask can be on: a
-pixel is a weighted mean of the logits around it, so it exceeds a threshold only where one does.
+`Sam.postprocess_masks` resizes linearly to the model frame, then the image's part of it to the
+image. Of a large image only the rows are made that the mask can be on: a pixel is a weighted mean
+of the logits around it, so it exceeds a threshold only where one does.
 """
 
 from __future__ import annotations
@@ -35,16 +35,10 @@ class FullSize:
     def measure(
         self, logits: Tensor, threshold: float, offset: float, least: float = 0.0
     ) -> tuple[Tensor, Tensor]:
-        """Stability score and box of each mask, as segment_anything defines them.
+        """Stability scores (n,) and boxes (n, 4) of masks, as segment_anything defines them.
 
-        Args:
-            logits: (n, 4h, 4w).
-            threshold: a pixel is on the mask where its logit exceeds this.
-            offset: the score is the IoU of the mask cut at `threshold` plus and minus this.
-            least: boxes of masks with a lower score are not needed and may be 0.
-
-        Returns:
-            Scores (n,), NaN for 0 / 0; boxes (n, 4), inclusive pixel indices, 0 for an empty mask.
+        The score is the IoU of the mask cut at threshold plus and minus the offset, NaN for 0 / 0.
+        Boxes are inclusive pixel indices, 0 for an empty mask, perhaps 0 where it is below `least`.
         """
         scores = logits.new_full((len(logits),), float("nan"))
         boxes = torch.zeros(len(logits), 4, dtype=torch.long, device=logits.device)
@@ -56,7 +50,7 @@ class FullSize:
         for i, (pixels, top) in enumerate(self._rows(logits, threshold - offset)):
             outer = np.count_nonzero(pixels > threshold - offset)
             scores[i] = np.count_nonzero(pixels > threshold + offset) / (outer or float("nan"))
-            if scores[i] >= least or least <= 0:
+            if scores[i] >= least:
                 x, y, width, height = cv2.boundingRect((pixels > threshold).view(np.uint8))
                 if width:
                     boxes[i] = torch.tensor([x, top + y, x + width - 1, top + y + height - 1])

@@ -7,14 +7,9 @@ import numpy as np
 
 
 def deepest_point(mask: np.ndarray) -> tuple[float, float, float]:
-    """The point of a mask that lies farthest from everything outside it.
+    """The pixel of a mask (H, W) farthest from all outside it and beyond the edge: x, y, distance.
 
-    Args:
-        mask: (H, W) bool; what lies beyond the image's edge is outside.
-
-    Returns:
-        x, y in the image frame and the distance in pixels from that pixel's centre to the nearest
-        centre outside. Of several such pixels the first in reading order.
+    The point is its centre, image frame; the distance is in pixels, to the nearest centre outside.
     """
     mask = np.ascontiguousarray(mask, dtype=np.uint8)
     if mask.ndim != 2 or not mask.any():

@@ -1,7 +1,6 @@
 """The official weights: where they are, and how they are fetched, checked and kept.
 
-A file takes its own name in the cache folder only once its sha256 is right. Meta publishes no
-sha256; those here are what many public projects quote for the same addresses.
+Meta publishes no sha256; those here are what many public projects quote for the same addresses.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ _SAM = "https://dl.fbaipublicfiles.com/segment_anything"
 
 @dataclass(frozen=True)
 class OfficialFile:
-    """One file: its address, its sha256, its size in bytes, its licence."""
+    """One file; the size is in bytes."""
 
     url: str
     sha256: str
@@ -71,12 +70,7 @@ def kept_file(name: str) -> Path:
 
 
 def download(name: str) -> Path:
-    """Fetch a file of OFFICIAL into the cache folder, unless it is there; return its path.
-
-    Raises:
-        ValueError: there is no such file, or the server's is not the official one.
-        OSError: it cannot be fetched or written.
-    """
+    """Fetch a file of OFFICIAL into the cache folder, unless it is there; return its path."""
     if name not in OFFICIAL:
         names = ", ".join(OFFICIAL)
         raise ValueError(f"There are no official weights {name!r}. Choose one of {names}.")
@@ -89,8 +83,6 @@ def download(name: str) -> Path:
     try:
         pooch.retrieve(wanted.url, known_hash, path.name, path.parent, progressbar=True)
     except RequestException as error:
-        raise ConnectionError(
-            f"{wanted.url} could not be fetched ({error}). Try again later, or put the file, "
-            f"fetched by other means, at {path}."
-        ) from error
+        advice = f"Try again later, or put the file, fetched by other means, at {path}."
+        raise ConnectionError(f"{wanted.url} could not be fetched ({error}). {advice}") from error
     return path
