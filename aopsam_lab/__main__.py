@@ -1,7 +1,5 @@
 """The command line: `python -m aopsam_lab segment | download | find-masks | train-predictor`."""
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Sequence

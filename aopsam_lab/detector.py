@@ -5,8 +5,6 @@ functions. Here it sends no usage statistics, uses no network, installs nothing 
 to the user's home. The method is object-aware sampling of MobileSAMv2 (Zhang et al. 2023).
 """
 
-from __future__ import annotations
-
 import atexit
 import json
 import os
@@ -23,6 +21,7 @@ import numpy as np
 import torch
 from PIL import Image
 from safetensors import safe_open
+from torch import nn
 
 from aopsam_lab.sam.zoo import file_sha256, first_line, official_weights, resolve_device
 from aopsam_lab.weights import WEIGHTS
@@ -75,13 +74,7 @@ class Detector:
         sha256: of the weights file.
     """
 
-    def __init__(
-        self,
-        model: torch.nn.Module,
-        options: dict[str, float],
-        device: torch.device,
-        sha256: str = "",
-    ) -> None:
+    def __init__(self, model: nn.Module, options: dict, device: torch.device, sha256: str) -> None:
         with process_left_alone():
             from ultralytics.models.yolo.detect import DetectionPredictor
 
@@ -107,9 +100,7 @@ class Detector:
         return boxes[real][:max_boxes], scores[real][:max_boxes]
 
 
-def read_weights(
-    weights: str | os.PathLike | None = None,
-) -> tuple[torch.nn.Module, dict[str, float], Path]:
+def read_weights(weights: str | os.PathLike | None = None) -> tuple[nn.Module, dict, Path]:
     """The model of `load_detector` on the CPU, its options, its file; no code in it is run."""
     path = WEIGHTS / "detector.safetensors" if weights is None else Path(weights)
     if weights == "yolov8n":
@@ -128,7 +119,7 @@ def read_weights(
     return model, {**DEFAULTS, **options}, path
 
 
-def _from_safetensors(path: Path) -> tuple[torch.nn.Module, dict[str, float]]:
+def _from_safetensors(path: Path) -> tuple[nn.Module, dict[str, float]]:
     from ultralytics.nn.tasks import DetectionModel
 
     with safe_open(path, framework="pt") as file:
@@ -139,7 +130,7 @@ def _from_safetensors(path: Path) -> tuple[torch.nn.Module, dict[str, float]]:
     return model, options
 
 
-def _from_checkpoint(path: Path) -> tuple[torch.nn.Module, dict[str, float]]:
+def _from_checkpoint(path: Path) -> tuple[nn.Module, dict[str, float]]:
     from ultralytics.nn.tasks import torch_safe_load
 
     # ULTRALYTICS_SAFE_LOAD is read when ultralytics is first imported, perhaps long before
@@ -148,7 +139,7 @@ def _from_checkpoint(path: Path) -> tuple[torch.nn.Module, dict[str, float]]:
     if getattr(model, "task", "detect") != "detect":
         raise ValueError(f"it is for '{model.task}'; box prompts need one for 'detect'")
     for module in model.modules():
-        if isinstance(module, torch.nn.Upsample):
+        if isinstance(module, nn.Upsample):
             module.recompute_scale_factor = None  # files of a PyTorch before 1.11 lack it
     side = (checkpoint.get("train_args") or {}).get("imgsz", DEFAULTS["imgsz"])
     return model, {"imgsz": side}

@@ -1,7 +1,5 @@
 """Files written whole or not at all, and a hash of the code that scores depend on."""
 
-from __future__ import annotations
-
 import ast
 import hashlib
 import os

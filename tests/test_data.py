@@ -1,7 +1,5 @@
 """COCO-style folders against pycocotools, and the rules for what a file leaves open."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Official files: fetched once, checked, and asked for by name."""
 
-from __future__ import annotations
-
 import hashlib
 import http.server
 import re

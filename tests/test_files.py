@@ -1,7 +1,5 @@
 """Files written whole, and the code that scores depend on."""
 
-from __future__ import annotations
-
 import sys
 import threading
 

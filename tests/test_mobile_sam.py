@@ -1,7 +1,5 @@
 """The bundled MobileSAM is the official one."""
 
-from __future__ import annotations
-
 import hashlib
 import warnings
 

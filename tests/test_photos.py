@@ -1,7 +1,5 @@
 """The photographs in the box, their credits, the defaults that name them; found.json."""
 
-from __future__ import annotations
-
 import inspect
 import json
 import re

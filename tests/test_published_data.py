@@ -1,7 +1,5 @@
 """COCO, LVIS and SA-1B in small files of the formats in which they are published."""
 
-from __future__ import annotations
-
 import io
 import json
 import shutil

@@ -1,8 +1,5 @@
 """The detector's labels and measurements, hand-worked, and its training on a few small images."""
 
-from __future__ import annotations
-
-import csv
 import json
 from types import SimpleNamespace
 
@@ -59,25 +56,12 @@ def test_recall_of_boxes_by_hand():
     np.testing.assert_array_equal(training.box_recall(ground_truth, wanted), [1, 1])
 
 
-def test_of_image_sides_as_good_the_smallest_is_chosen(monkeypatch):
+def test_recall_is_the_mean_over_photographs_with_boxes():
     boxes = np.float32([[0, 0, 10, 10], [10, 10, 20, 16], [5, 5, 9, 9]])
-
-    def known(model, options, device):
-        n = 1 if options["imgsz"] == 480 else 3
-        return SimpleNamespace(boxes=lambda image: (boxes[:n], None))
-
-    monkeypatch.setattr(training.loading, "Detector", known)
-    image = np.zeros((20, 20, 3), np.uint8)
+    known = SimpleNamespace(boxes=lambda image: (boxes, None))
     wanted = torch.tensor([[0, 0, 10, 10], [10, 10, 20, 20]]).double()
-    rows = training.try_sides(None, [(image, wanted), (image, wanted[:0])], "cpu")
-    columns = ("imgsz", "recall_50", "recall_75", "boxes")
-    found = [tuple(row[name] for name in columns) for row in rows]
-    assert found == [(480, 0.5, 0.5, 1), (640, 1, 0.5, 3), (800, 1, 0.5, 3)]
-    assert training.choose_side(rows) is rows[1]
-    rows[2]["recall_75"] += 0.008  # 0.4 points of the mean
-    assert training.choose_side(rows) is rows[1]
-    rows[2]["recall_75"] += 0.004
-    assert training.choose_side(rows) is rows[2]
+    found = training.measure(known, [(None, wanted), (None, wanted[:1]), (None, wanted[:0])])
+    assert (found["recall_50"], found["recall_75"], found["boxes"]) == (1, 0.75, 3)
 
 
 def test_photographs_are_written_in_yolo_layout(tmp_path, folder):
@@ -113,12 +97,11 @@ def test_weights_of_eighty_classes_are_a_start_and_those_of_another_size_are_not
 
 
 def test_a_training_stops_goes_on_and_exports(tmp_path, folder, monkeypatch):
-    monkeypatch.setattr(training, "SIDES", (32, 64))
-    out, trials = tmp_path / "out/detector.safetensors", tmp_path / "trials.csv"
+    out = tmp_path / "out/detector.safetensors"
     command = [
         "--data", str(folder), "--minutes", "0.02", "--imgsz", "64", "--batch", "2",
         "--device", "cpu", "--workdir", str(tmp_path / "work"), "--out", str(out),
-        "--trials", str(trials), "--licence", "for research",
+        "--licence", "for research",
     ]  # fmt: skip
     before = torch.get_num_threads()
 
@@ -145,31 +128,17 @@ def test_a_training_stops_goes_on_and_exports(tmp_path, folder, monkeypatch):
     assert last["epoch"] == len(curve) - 1 and last["optimizer"]["state"]
     assert before_stop["updates"] < last["updates"] <= 3 * len(curve), "the running mean goes on"
 
-    assert load_detector(out, "cpu").imgsz in (32, 64)
+    with safe_open(out, framework="pt") as file:
+        assert file.metadata()["license"] == "AGPL-3.0"
+        assert file.get_tensor("model.0.conv.weight").dtype == torch.float16
+        assert file.get_tensor("model.0.bn.running_var").dtype == torch.float32
+    assert read_weights(out)[1] == {"imgsz": 64, "confidence": 0.001, "overlap": 0.7}
     card = out.with_suffix(".md").read_text()
     for text in ("AGPL-3.0", "for research", "5 photographs of found", "| 1 |", "from scratch"):
         assert text in card
     assert str(tmp_path) not in card
-    assert [row["imgsz"] for row in csv.DictReader(trials.open())] == ["32", "64"]
     written = (run / "last.pt").stat().st_mtime_ns
     training.main(command)
     assert (run / "last.pt").stat().st_mtime_ns == written, "finished"
     training.main([*command, "--start", str(out)])
     assert f"from `{out.name}`" in out.with_suffix(".md").read_text()
-
-
-def test_an_exported_model_loads_with_its_settings(tmp_path):
-    out = tmp_path / "out.safetensors"
-    import_ultralytics()
-    from ultralytics.nn.tasks import DetectionModel
-
-    model = DetectionModel(ARCHITECTURE, nc=1, verbose=False)
-    training.export(model, out, {"imgsz": 96, "confidence": 0.01, "overlap": 0.6, "boxes": 9.0})
-    with safe_open(out, framework="pt") as file:
-        assert file.metadata()["license"] == "AGPL-3.0"
-        assert file.get_tensor("model.0.conv.weight").dtype == torch.float16
-        assert file.get_tensor("model.0.bn.running_var").dtype == torch.float32
-    loaded, options, _ = read_weights(out)
-    assert options == {"imgsz": 96, "confidence": 0.01, "overlap": 0.6}
-    first = "model.0.conv.weight"
-    assert torch.equal(loaded.state_dict()[first], model.state_dict()[first].half().float())

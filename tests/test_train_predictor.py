@@ -1,7 +1,5 @@
 """What the Prompt Predictor learns, hand-worked, and its training on a small SAM."""
 
-from __future__ import annotations
-
 import csv
 import json
 

@@ -1,7 +1,5 @@
 """Weights files: which are loaded, which are refused, and with which words."""
 
-from __future__ import annotations
-
 import hashlib
 from functools import partial
 

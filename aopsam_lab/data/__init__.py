@@ -1,7 +1,5 @@
 """Data sets: the photographs in the box, COCO-style folders, COCO, LVIS, SA-1B."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

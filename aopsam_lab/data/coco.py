@@ -1,7 +1,5 @@
 """Images with a COCO-style annotation file: any folder, COCO itself, LVIS; classes ignored."""
 
-from __future__ import annotations
-
 import json
 from collections import Counter, defaultdict
 from functools import partial

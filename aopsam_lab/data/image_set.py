@@ -1,7 +1,5 @@
 """What COCO-style folders, COCO, LVIS and SA-1B have in common: n images chosen by a seed."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -1,7 +1,5 @@
 """Image files by name, and any image as the pixels that a person sees."""
 
-from __future__ import annotations
-
 import glob
 import io
 import os

@@ -1,7 +1,5 @@
 """SA-1B as it is published: `sa_*.jpg` with `sa_*.json`, in folders or in tar shards."""
 
-from __future__ import annotations
-
 import json
 import tarfile
 from functools import partial

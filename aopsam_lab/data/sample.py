@@ -1,7 +1,5 @@
 """The one record that every data set yields."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import cached_property
 

@@ -1,7 +1,5 @@
 """Masks to look at: colours, label images, overlays."""
 
-from __future__ import annotations
-
 import colorsys
 import io
 from collections.abc import Sequence

@@ -5,8 +5,6 @@ image. Of a large image only the rows are made that the mask can be on: a pixel 
 of the logits around it, so it exceeds a threshold only where one does.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """Prompt points of masks."""
 
-from __future__ import annotations
-
 import cv2
 import numpy as np
 

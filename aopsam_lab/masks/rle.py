@@ -1,7 +1,5 @@
 """COCO's run-length encoding of masks, as pycocotools has it: columns first, compressed."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import cv2

@@ -3,8 +3,6 @@
 Meta publishes no sha256; those here are what many public projects quote for the same addresses.
 """
 
-from __future__ import annotations
-
 import os
 from dataclasses import dataclass
 from pathlib import Path

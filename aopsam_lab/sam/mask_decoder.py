@@ -18,8 +18,6 @@ N = h * w pixels. Weights over the pixels are (P, T * H, N), tables (D, N) or (C
 only: it writes over its own results.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """MobileSAM (Zhang et al., 2023): a TinyViT encoder before segment_anything's other parts."""
 
-from __future__ import annotations
-
 import warnings
 
 from segment_anything.modeling import MaskDecoder, PromptEncoder, Sam, TwoWayTransformer

@@ -1,7 +1,5 @@
 """The SAM models by name, each a plain `segment_anything.modeling.Sam` with its weights."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Training: the Prompt Predictor, the detector, their ground truth, and what both share."""
 
-from __future__ import annotations
-
 import hashlib
 from pathlib import Path
 

@@ -6,15 +6,12 @@ The photographs held out are those of `train-predictor`. A stopped run goes on a
 epoch. Ultralytics is AGPL-3.0 software, and so is what it trains.
 """
 
-from __future__ import annotations
-
 import argparse
 import hashlib
 import json
 import os
 import time
 from collections.abc import Sequence
-from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +29,10 @@ from aopsam_lab.data import Dataset, open_dataset
 from aopsam_lab.evaluator import recall_matches
 from aopsam_lab.files import write_atomically
 from aopsam_lab.sam.zoo import resolve_device
-from aopsam_lab.training import append_rows, split, write_card
+from aopsam_lab.training import split, write_card
 
 SAME_BOX = 0.7  # IoU above which two boxes are one object's
-SIDES, CONFIDENCE = (480, 640, 800), 0.001  # image sides that are tried; the least of a box
-AS_GOOD = 0.005  # recall within half a point of the best is as good
+CONFIDENCE = 0.001  # the least of a box: more boxes found more objects in every trial
 START_SHARE = 0.8  # of the tensors must be those of a YOLOv8n in weights to start from
 
 
@@ -128,7 +124,7 @@ def train(run: Path, listing: Path, args: argparse.Namespace) -> Path:
             trainer.model = starting_model(args.start)
         trainer.add_callback("on_train_epoch_start", count_before)
         trainer.add_callback("on_model_save", save)
-        trainer.final_eval = lambda: None  # the settings are tried afterwards
+        trainer.final_eval = lambda: None  # what is exported is measured
         trainer.train()
     finished.touch()
     return last
@@ -140,42 +136,29 @@ def box_recall(wanted: torch.Tensor, found: np.ndarray) -> np.ndarray:
     return recall_matches(iou, [len(found)])[0, [0, 5]] / len(wanted)
 
 
-def try_sides(
-    model: torch.nn.Module, photos: list[tuple[np.ndarray, torch.Tensor]], device: str
-) -> list[dict]:
-    """Measure each image side on images and their ground-truth boxes, a row each."""
-    rows = []
-    for side in tqdm(SIDES, desc="trying image sides"):
-        row = {**loading.DEFAULTS, "imgsz": side, "confidence": CONFIDENCE}
-        detector = loading.Detector(deepcopy(model), row, resolve_device(device))
-        started = time.perf_counter()
-        found = [detector.boxes(image)[0] for image, _ in photos]
-        milliseconds = 1000 * (time.perf_counter() - started) / len(photos)
-        pairs = zip((wanted for _, wanted in photos), found, strict=True)
-        recalls = [box_recall(wanted, own) for wanted, own in pairs if len(wanted)]
-        row["recall_50"], row["recall_75"] = np.mean(recalls, 0)
-        row["boxes"] = np.mean([len(own) for own in found])
-        rows.append({**row, "milliseconds": milliseconds})
-    return rows
+def measure(
+    detector: loading.Detector, photos: list[tuple[np.ndarray, torch.Tensor]]
+) -> dict[str, float]:
+    """Recall, boxes and milliseconds a photograph, of images and their ground-truth boxes."""
+    started = time.perf_counter()
+    found = [detector.boxes(image)[0] for image, _ in photos]
+    milliseconds = 1000 * (time.perf_counter() - started) / len(photos)
+    pairs = zip((wanted for _, wanted in photos), found, strict=True)
+    recalls = [box_recall(wanted, own) for wanted, own in pairs if len(wanted)]
+    row = dict(zip(("recall_50", "recall_75"), np.mean(recalls, 0), strict=True))
+    return {**row, "boxes": np.mean([len(own) for own in found]), "milliseconds": milliseconds}
 
 
-def choose_side(rows: list[dict]) -> dict:
-    """The row of the smallest side within half a point of the best recall."""
-    recall = pd.DataFrame(rows)[["recall_50", "recall_75"]].mean(axis=1)
-    return rows[int((recall >= recall.max() - AS_GOOD).argmax())]
-
-
-def export(model: torch.nn.Module, out: Path, settings: dict) -> None:
-    """Write a one-class YOLOv8n with its settings: float16, vectors (so BatchNorm too) float32."""
+def export(model: torch.nn.Module, out: Path, options: dict) -> None:
+    """Write a one-class YOLOv8n with its options: float16, vectors (so BatchNorm too) float32."""
     state = model.state_dict().items()
     weights = {k: (v.half() if v.ndim > 1 else v).contiguous() for k, v in state}
-    options = json.dumps({name: settings[name] for name in loading.DEFAULTS})
-    metadata = {"detector": options, "license": "AGPL-3.0"}
+    metadata = {"detector": json.dumps(options), "license": "AGPL-3.0"}
     write_atomically(out, to_safetensors(weights, metadata=metadata))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Train, choose the settings, write the weights and their model card."""
+    """Train, write the weights and their model card."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     add = parser.add_argument
@@ -186,7 +169,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--workdir", type=Path, default=Path("runs/detector"), help="where runs are kept")
     add("--imgsz", type=int, default=640, help="longest side of the images, in pixels")
     add("--batch", type=int, default=16, help="photographs a step")
-    add("--trials", type=Path, help="the CSV to add the image sides to; WORKDIR/trials.csv")
     add("--licence", default="the terms of the training data hold", help="a line of the card")
     add("--device", default="auto")
     args = parser.parse_args(arguments)
@@ -199,19 +181,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     listing = folder / "data" / "data.yaml"
     if not listing.exists():
         write_data(data, {"train": rows, "val": held}, listing)
-    model = loading.read_weights(train(folder, listing, args))[0]
+    options = {**loading.DEFAULTS, "imgsz": args.imgsz, "confidence": CONFIDENCE}
+    export(loading.read_weights(train(folder, listing, args))[0], args.out, options)
     photos = [(sample.image, boxes_of(sample.rles)) for sample in (data[i] for i in held)]
-    trials = [{"weights": args.out.stem, **row} for row in try_sides(model, photos, args.device)]
-    append_rows(args.trials or args.workdir / "trials.csv", trials)
-    best = choose_side(trials)
-    export(model, args.out, best)
+    found = measure(loading.load_detector(args.out, args.device), photos)
     start = f"from `{Path(args.start).name}`" if args.start else "from scratch"
     facts = {
-        "Input": f"longest side scaled to {best['imgsz']} pixels; boxes from confidence "
-        f"{best['confidence']:g}, NMS at IoU {best['overlap']:g}, at most 100 boxes",
-        "Recall": f"{best['recall_50']:.1%} of the boxes of held-out photographs at IoU 0.5 and "
-        f"{best['recall_75']:.1%} at 0.75, by {best['boxes']:.0f} boxes in "
-        f"{best['milliseconds']:.0f} ms; the side was chosen on the same photographs",
+        "Input": f"longest side scaled to {args.imgsz} pixels; boxes from confidence "
+        f"{CONFIDENCE:g}, NMS at IoU {options['overlap']:g}, at most 100 boxes",
+        "Recall": f"{found['recall_50']:.1%} of the boxes of held-out photographs at IoU 0.5 and "
+        f"{found['recall_75']:.1%} at 0.75, by {found['boxes']:.0f} boxes in "
+        f"{found['milliseconds']:.0f} ms",
         "Data": f"{len(rows)} photographs of {data.name}, {len(held)} more held out; labels are "
         "the boxes of all masks, whatever they show, near-duplicates merged",
         "Training": f"{start}, {args.minutes:g} minutes at {args.imgsz} pixels, {args.batch} "

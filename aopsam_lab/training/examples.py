@@ -1,7 +1,5 @@
 """What a Prompt Predictor learns from: photographs, their embeddings, where prompts should lie."""
 
-from __future__ import annotations
-
 import io
 from collections import defaultdict
 from collections.abc import Callable

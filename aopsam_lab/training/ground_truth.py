@@ -8,8 +8,6 @@ in OUT/records, written whole as soon as it is done: a stopped run goes on with 
 and a run on more photographs adds to the folder.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import shutil

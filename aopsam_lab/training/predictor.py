@@ -9,8 +9,6 @@ other clicks that `find-masks` found; cross-entropy of each block of the PCM; a 
 eighth of the photographs is held out. A stopped training goes on from its last evaluation.
 """
 
-from __future__ import annotations
-
 import argparse
 import io
 import math

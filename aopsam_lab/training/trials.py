@@ -10,8 +10,6 @@ the share of the masks that the SAM found, `hit` the share of these that a decod
 limit below 1 is a share of the candidates.
 """
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Sequence
 from dataclasses import asdict
