@@ -70,10 +70,9 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(run=download_command)
     command.add_argument("names", nargs="+", choices=list(OFFICIAL))
     for name, module in (("find-masks", ground_truth), ("train-predictor", predictor_training)):
-        first_line, raw = module.__doc__.partition("\n")[0], argparse.RawDescriptionHelpFormatter
-        command = commands.add_parser(
-            name, help=first_line, description=module.__doc__, formatter_class=raw
-        )
+        about = {"description": module.__doc__, "help": module.__doc__.partition("\n")[0]}
+        raw = argparse.RawDescriptionHelpFormatter
+        command = commands.add_parser(name, formatter_class=raw, **about)
         command.set_defaults(run=module.run)
         module.add_arguments(command)
     return parser

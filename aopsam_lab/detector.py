@@ -14,7 +14,6 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
 
 import cv2
 import numpy as np
@@ -47,8 +46,8 @@ def process_left_alone() -> Iterator[None]:
         os.environ.update(environment)
 
 
-def import_ultralytics() -> ModuleType:
-    """The ultralytics package, offline and silent, its settings in a temporary folder."""
+def import_ultralytics() -> None:
+    """Import ultralytics, offline and silent, its settings in a temporary folder."""
     if "ultralytics" not in sys.modules:
         folder = tempfile.mkdtemp(prefix="aopsam_lab_ultralytics_")
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
@@ -62,7 +61,6 @@ def import_ultralytics() -> ModuleType:
     # statistics and every integration, in memory only: its own update() would write the file
     settings = ultralytics.settings
     dict.update(settings, {name: False for name, on in settings.items() if on is True})
-    return ultralytics
 
 
 class Detector:

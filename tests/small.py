@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from pycocotools import mask as coco_mask
 from safetensors.torch import save_file
 from segment_anything import SamPredictor
 from segment_anything.modeling import (
@@ -112,6 +113,12 @@ def write_coco(
 def corners(x: float, y: float, side: float) -> list[list[float]]:
     """A square as COCO's polygon."""
     return [[float(v) for v in (x, y, x + side, y, x + side, y + side, x, y + side)]]
+
+
+def rle_text(mask: np.ndarray) -> dict:
+    """A mask (H, W) as COCO's RLE in a JSON file."""
+    rle = coco_mask.encode(np.asfortranarray(mask, np.uint8))
+    return {**rle, "counts": rle["counts"].decode()}
 
 
 class RunsCode:

@@ -6,9 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
-from small import write_coco
+from small import rle_text, write_coco
 
 from aopsam_lab.data import open_dataset
 from aopsam_lab.data.coco import CocoFolder
@@ -21,15 +20,10 @@ TWO_PARTS = [
 ]
 
 
-def square(y: int, x: int, side: int) -> np.ndarray:
-    mask = np.zeros((HEIGHT, WIDTH), dtype=np.uint8, order="F")
-    mask[y : y + side, x : x + side] = 1
-    return mask
-
-
-def as_string(mask: np.ndarray) -> dict:
-    rle = coco_mask.encode(mask)
-    return {"size": [HEIGHT, WIDTH], "counts": rle["counts"].decode("ascii")}
+def square(y: int, x: int, side: int) -> dict:
+    mask = np.zeros((HEIGHT, WIDTH), bool)
+    mask[y : y + side, x : x + side] = True
+    return rle_text(mask)
 
 
 def write(folder: Path, segmentations: list[list], **extra) -> Path:
@@ -54,7 +48,7 @@ def test_masks_are_those_of_pycocotools(tmp_path):
     # a square of 5 x 5 as lengths of runs, by columns
     runs = [4 * HEIGHT + 3, *[5, HEIGHT - 5] * 4, 5, 4 + 11 * HEIGHT]
     as_list = {"size": [HEIGHT, WIDTH], "counts": runs}
-    folder = write(tmp_path / "set", [[TRIANGLE, TWO_PARTS], [as_string(square(3, 4, 5)), as_list]])
+    folder = write(tmp_path / "set", [[TRIANGLE, TWO_PARTS], [square(3, 4, 5), as_list]])
     coco = COCO(str(folder / "annotations.json"))
     dataset = CocoFolder(folder)
     for i, name in enumerate(dataset.ids):
@@ -68,7 +62,7 @@ def test_masks_are_those_of_pycocotools(tmp_path):
 
 
 def test_what_is_left_out_is_counted(tmp_path):
-    shape = as_string(square(0, 0, 3))
+    shape = square(0, 0, 3)
     # pycocotools would take the line's four numbers for a box
     line, none, outside = [[1.0, 1.0, 9.0, 9.0]], [], [[-9.0, -9.0, -5.0, -9.0, -5.0, -5.0]]
     folder = write(tmp_path / "set", [[shape, line, none, outside, TRIANGLE + line], [], [shape]])

@@ -62,11 +62,16 @@ def test_what_is_no_detector_gives_one_clear_error(tmp_path):
         load_detector(tmp_path / "other.safetensors", "cpu")
 
 
-def alone(command, environment, folder):
+def alone(folder, code, *arguments, **more) -> str:
+    """What code prints in a process of its own."""
+    hidden = ("XDG_", "YOLO_", "ULTRALYTICS_", "MPL", "PYTEST_")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(hidden)}
+    environment |= {"PYTHONPATH": str(WEIGHTS.parents[1]), **more}
+    command = [sys.executable, "-c", code, *map(str, arguments)]
     options = {"env": environment, "cwd": folder, "text": True, "timeout": 300}
     done = subprocess.run(command, capture_output=True, **options)
     assert done.returncode == 0, done.stderr
-    return done
+    return done.stdout
 
 
 _EVIL = """
@@ -88,14 +93,11 @@ except ValueError as error:
 
 
 def test_a_checkpoint_that_runs_code_is_refused_whoever_imported_ultralytics(tmp_path):
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("ULTRALYTICS_")}
-    root = str(WEIGHTS.parents[1])
-    environment |= {"YOLO_CONFIG_DIR": str(tmp_path), "YOLO_OFFLINE": "true", "PYTHONPATH": root}
     path, made = tmp_path / "evil.pt", tmp_path / "made"
-    command = [sys.executable, "-c", _EVIL, str(path), str(made)]
-    done = alone(command, environment, tmp_path)
+    own = {"YOLO_CONFIG_DIR": str(tmp_path), "YOLO_OFFLINE": "true"}
+    printed = alone(tmp_path, _EVIL, path, made, **own)
     assert path.exists() and not made.exists(), "its code did not run"
-    assert "refused" in done.stdout and "evil.pt" in done.stdout
+    assert "refused" in printed and "evil.pt" in printed
 
 
 _ALONE = """
@@ -127,13 +129,8 @@ def test_neither_home_nor_network_nor_the_process_is_touched(tmp_path, untrained
     home, temporary, work = tmp_path / "home", tmp_path / "tmp", tmp_path / "work"
     for folder in (home, temporary, work):
         folder.mkdir()
-    hidden = ("XDG_", "YOLO_", "ULTRALYTICS_", "MPL", "PYTEST_")
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(hidden)}
-    root = str(WEIGHTS.parents[1])
-    environment |= {"HOME": str(home), "TMPDIR": str(temporary), "PYTHONPATH": root}
-    command = [sys.executable, "-c", _ALONE, str(untrained)]
-    done = alone(command, environment, work)
-    assert "NETWORK" not in done.stdout and f"sync False False config {temporary}" in done.stdout
+    printed = alone(work, _ALONE, untrained, HOME=str(home), TMPDIR=str(temporary))
+    assert "NETWORK" not in printed and f"sync False False config {temporary}" in printed
     assert [list(folder.rglob("*")) for folder in (home, work)] == [[], []]
     assert not list(temporary.glob("aopsam_lab_ultralytics_*"))  # gone with the process
 

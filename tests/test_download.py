@@ -94,16 +94,13 @@ def test_load_sam_says_what_to_fetch_and_loads_it(server, tmp_path, monkeypatch)
     assert all(torch.equal(value, original[key]) for key, value in sam.state_dict().items())
 
 
-def test_where_files_are_kept(monkeypatch, tmp_path):
+def test_which_files_there_are_and_where_they_are_kept(monkeypatch, tmp_path):
     monkeypatch.setenv(fetching.CACHE_VARIABLE, str(tmp_path))
     assert kept_file("vit_h") == tmp_path / "sam_vit_h_4b8939.pth"
     monkeypatch.delenv(fetching.CACHE_VARIABLE)
     assert "aopsam_lab" in cache_folder().parts
     with pytest.raises(ValueError, match="Choose one of vit_b"):
         download("vit_x")
-
-
-def test_the_table_of_official_files():
     assert list(OFFICIAL) == ["vit_b", "vit_l", "vit_h", "yolov8n"]
     for entry in OFFICIAL.values():
         assert entry.url.startswith("https://") and re.fullmatch("[0-9a-f]{64}", entry.sha256)

@@ -104,6 +104,8 @@ def test_sixteen_bit_files(tmp_path, name):
     expected = grey3(np.array([[0, 1, 255], [128, 4, 117]], np.uint8))
     for image in (path, DEEP, DEEP.astype(">u2")):
         assert np.array_equal(read_image(image), expected)
+    path = on_disk(tmp_path, Image.fromarray(np.array([[0, 0.5, 1]], np.float32)), "float.tif")
+    assert read_image(path)[0, :, 0].tolist() == [0, 128, 255]
 
 
 def test_big_endian_tiff(tmp_path):
@@ -146,17 +148,11 @@ def test_other_types_mean_the_same_picture(pixels):
 @pytest.mark.parametrize("name", ["turned.png", "turned.tif", "deep.png", "deep.tif"])
 def test_exif_orientation(tmp_path, orientation, name):
     upright = np.array([[10, 20, 30], [40, 50, 255]], np.uint8)
-    undo = {  # how a camera stores it: turning it back gives the upright picture
-        1: lambda a: a,
-        2: np.fliplr,
-        3: lambda a: np.rot90(a, 2),
-        4: np.flipud,
-        5: np.transpose,
-        6: lambda a: np.rot90(a, 1),
-        7: lambda a: np.rot90(a, 2).T,
-        8: lambda a: np.rot90(a, -1),
-    }
-    stored = np.ascontiguousarray(undo[orientation](upright))
+    # how a camera stores it: by so many quarter turns, and perhaps mirrored
+    ways = ((0, 0), (0, 1), (2, 0), (2, 1), (3, 1), (1, 0), (1, 1), (3, 0))
+    turns, mirrored = ways[orientation - 1]
+    stored = np.rot90(upright, turns)
+    stored = np.ascontiguousarray(stored[:, ::-1] if mirrored else stored)
     if name.startswith("deep"):
         stored = stored.astype(np.uint16) * 257
     exif = Image.Exif()
@@ -172,7 +168,6 @@ def test_exif_orientation(tmp_path, orientation, name):
     [
         (np.zeros((3, 20, 30), np.uint8), "channels last"),
         (np.zeros((2, 4, 4, 3), np.uint8), "shape"),
-        (np.zeros(9, np.uint8), "shape"),
         (np.zeros((4, 4, 5), np.uint8), "shape"),
         (np.zeros((0, 4, 3), np.uint8), "empty"),
         (Image.new("RGB", (0, 4)), "empty"),
@@ -202,8 +197,3 @@ def test_files_that_are_no_images(tmp_path):
         read_image(tmp_path / "absent.png")
     with pytest.raises(ValueError, match="is a folder"):
         read_image(tmp_path)
-
-
-def test_float_tiff(tmp_path):
-    path = on_disk(tmp_path, Image.fromarray(np.array([[0, 0.5, 1]], np.float32)), "f.tif")
-    assert read_image(path)[0, :, 0].tolist() == [0, 128, 255]

@@ -9,7 +9,7 @@ import nbformat
 import numpy as np
 import pytest
 from pycocotools import mask as coco_mask
-from small import write_coco
+from small import rle_text, write_coco
 
 from aopsam_lab.data import PHOTOS, open_dataset
 from aopsam_lab.data.coco import found_masks
@@ -87,23 +87,14 @@ def test_photos_and_mobile_sam_are_the_defaults():
 # --- masks that a SAM found ---
 
 
-def rle_of(left: int) -> dict:
-    mask = np.zeros((HEIGHT, WIDTH), np.uint8, order="F")
-    mask[:, left:] = 1
-    rle = coco_mask.encode(mask)
-    return {"size": [HEIGHT, WIDTH], "counts": rle["counts"].decode()}
-
-
-def write(
-    folder: Path, lefts: dict[str, list[int]], file: str = "annotations.json", **more
-) -> Path:
+def write(folder: Path, lefts: dict[str, list[int]], file="annotations.json", first=1, **more):
     """A COCO-style folder, or its found.json: of each image one mask for each left edge."""
     images = {name: np.zeros((HEIGHT, WIDTH, 3), np.uint8) for name in lefts}
-    first = more.pop("first", 1)
-    masks = {
-        name: [{**more, "segmentation": rle_of(left)} for left in own]
-        for name, own in lefts.items()
-    }
+    masks = {name: [] for name in lefts}
+    for name, own in lefts.items():
+        for left in own:
+            mask = np.arange(WIDTH) >= np.full((HEIGHT, 1), left)
+            masks[name].append({**more, "segmentation": rle_text(mask)})
     return write_coco(folder, images, masks, file, first)
 
 

@@ -8,7 +8,7 @@ import tarfile
 import numpy as np
 import pytest
 from PIL import Image
-from pycocotools import mask as coco_mask
+from small import rle_text
 
 from aopsam_lab.data import open_dataset
 from aopsam_lab.data.coco import Coco, Lvis
@@ -21,11 +21,6 @@ TRIANGLE = [[5.0, 5.0, 25.0, 8.0, 12.0, 27.0]]
 def picture(path, seed):
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", (WIDTH, HEIGHT), (seed, 2 * seed, 99)).save(path)
-
-
-def rle(mask) -> dict:
-    encoded = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))
-    return {"size": encoded["size"], "counts": encoded["counts"].decode()}
 
 
 def blob(row, column, side=6):
@@ -102,7 +97,7 @@ def sa1b_json(name, masks, **changes) -> bytes:
     annotations = []
     for mask in masks:
         y, x = (float(places[0]) + 0.5 for places in np.nonzero(mask))
-        annotations.append({"segmentation": rle(mask), "point_coords": [[x, y]]})
+        annotations.append({"segmentation": rle_text(mask), "point_coords": [[x, y]]})
     return json.dumps({"image": {**image, **changes}, "annotations": annotations}).encode()
 
 

@@ -13,7 +13,6 @@ from aopsam_lab.asf import AsfParams
 from aopsam_lab.data import open_dataset
 from aopsam_lab.data.sample import Sample
 from aopsam_lab.masks.rle import encode_rle
-from aopsam_lab.pipeline.decode import encode
 from aopsam_lab.pipeline.methods import METHODS
 from aopsam_lab.predictor import BLOCK, SIGMA, PromptPredictor, draw_pcm, load_predictor
 from aopsam_lab.training import append_rows, ground_truth, predictor, split, trials
@@ -215,6 +214,11 @@ def test_masks_are_found_once_and_gathered(small_sam, tmp_path, monkeypatch, cap
     assert sum(a["source"] == "people" for a in annotations) == 4
     found = [a for a in annotations if a["source"] == "sam"]
     assert found and all(a["point_coords"][0] in a["clicks"] for a in found)
+    grid = {(x, y) for x in (16.0, 48.0, 80.0, 112.0) for y in (12.0, 36.0, 60.0, 84.0)}
+    first = [a for a in found if a["image_id"] == 1]
+    assert {tuple(click) for a in first for click in a["clicks"]} == grid, "every prompt gives one"
+    scores = [a["predicted_iou"] for a in first]
+    assert len(scores) < len(grid) and scores == sorted(scores, reverse=True)
     assert np.load(kept / "00.npy").shape == (32, 8, 8)
     data = open_dataset(out)
     assert len(data) == 2 and len(data[0].clicks) == len(data[0].rles)
@@ -244,14 +248,3 @@ def test_trials_decode_as_many_prompts_as_they_may(
     assert 0 <= float(rows[2]["hit"]) <= float(rows[0]["hit"]) <= 1
     with pytest.raises(ValueError, match="other columns"):
         append_rows(out, [{"imgsz": 1}])
-
-
-def test_clicks_of_duplicates_belong_to_the_mask_that_is_kept(small_sam):
-    """Every prompt of the grid that gives a mask which passes belongs to one that is kept."""
-    image = np.random.default_rng(0).integers(0, 255, (96, 128, 3), dtype=np.uint8)
-    found = ground_truth.find_masks(small_sam, encode(small_sam, image), 4)
-    grid = {(x, y) for x in (16.0, 48.0, 80.0, 112.0) for y in (12.0, 36.0, 60.0, 84.0)}
-    clicked = {tuple(click) for annotation in found for click in annotation["clicks"]}
-    assert clicked <= grid and len(clicked) > len({tuple(a["point_coords"][0]) for a in found}) - 1
-    scores = [a["predicted_iou"] for a in found]
-    assert scores == sorted(scores, reverse=True)

@@ -9,19 +9,16 @@ import pandas as pd
 from aopsam_lab.data import Dataset
 from aopsam_lab.files import write_atomically
 
-HELD_OUT = 8  # one photograph in so many is held out
-CURVE_ROWS = 10  # of a learning curve, in a card
-
 
 def split(data: Dataset) -> tuple[list[int], list[int]]:
-    """The rows of a data set to train on, and those that are held out; neither is empty.
+    """The rows of a data set to train on, and an eighth that is held out; neither is empty.
 
     A hash of the image's name decides, so more photographs change nothing for those before.
     """
     parts: tuple[list[int], list[int]] = [], []
     for i, name in enumerate(data.ids):
         digest = int(hashlib.sha256(name.encode()).hexdigest(), 16)
-        parts[digest % HELD_OUT == 0].append(i)
+        parts[digest % 8 == 0].append(i)
     if not all(parts):
         few = "too few to train on some and hold some out."
         raise ValueError(f"{data.name} has {len(data)} photographs: {few}")
@@ -29,15 +26,15 @@ def split(data: Dataset) -> tuple[list[int], list[int]]:
 
 
 def write_card(
-    weights: Path, summary: str, facts: dict[str, str], curve: pd.DataFrame, about_curve: str
+    weights: Path, summary: str, facts: dict[str, str], curve: list[dict], about_curve: str
 ) -> None:
     """Write the model card NAME.md beside NAME.safetensors, with ten rows of the learning curve."""
     size = weights.stat().st_size / 1e6
     lines = [f"# {weights.name}", "", summary, "", f"- **File**: {size:.1f} MB, float16"]
     lines += [f"- **{name}**: {text}" for name, text in facts.items()]
-    shown = np.linspace(0, len(curve) - 1, min(CURVE_ROWS, len(curve))).round().astype(int)
-    cells = [[f"{value:.4g}" for value in row] for row in curve.iloc[shown].to_numpy()]
-    table = [f"| {' | '.join(row)} |" for row in (curve.columns, ["--:"] * len(cells[0]), *cells)]
+    shown = np.linspace(0, len(curve) - 1, min(10, len(curve))).round().astype(int)
+    cells = [[f"{value:.4g}" for value in curve[i].values()] for i in shown]
+    table = [f"| {' | '.join(row)} |" for row in (curve[0], ["--:"] * len(curve[0]), *cells)]
     lines += ["", f"Learning curve ({about_curve}):", "", *table, ""]
     write_atomically(weights.with_suffix(".md"), "\n".join(lines))
 

@@ -33,7 +33,6 @@ from aopsam_lab.training import split, write_card
 
 SAME_BOX = 0.7  # IoU above which two boxes are one object's
 CONFIDENCE = 0.001  # the least of a box: more boxes found more objects in every trial
-START_SHARE = 0.8  # of the tensors must be those of a YOLOv8n in weights to start from
 
 
 def boxes_of(rles: list[dict]) -> torch.Tensor:
@@ -56,8 +55,8 @@ def write_data(data: Dataset, rows: dict[str, list[int]], listing: Path) -> None
             boxes = box_convert(boxes_of(sample.rles), "xyxy", "cxcywh").numpy()
             lines = np.insert(boxes / (photo.size * 2), 0, 0, axis=1)  # class 0
             np.savetxt(labels / f"{i:06d}.txt", lines, ["%d"] + 4 * ["%.6f"])
-    content = {"names": {0: "object"}, **{part: f"images/{part}" for part in rows}}
-    content["path"] = str(listing.parent)
+    content = {"path": str(listing.parent), "names": {0: "object"}}
+    content |= {part: f"images/{part}" for part in rows}
     write_atomically(listing, json.dumps(content))  # JSON is YAML
 
 
@@ -75,7 +74,7 @@ def starting_model(start: str) -> torch.nn.Module:
     model = DetectionModel(loading.ARCHITECTURE, nc=1, verbose=False)
     own, others = model.state_dict(), given.state_dict()
     fits = [name in others and others[name].shape == own[name].shape for name in own]
-    if np.mean(fits) < START_SHARE:
+    if np.mean(fits) < 0.8:  # of a YOLOv8n of other classes the head differs
         raise ValueError(f"{start} does not hold YOLOv8n weights to start from")
     model.load(given, verbose=False)
     return model
@@ -136,10 +135,8 @@ def box_recall(wanted: torch.Tensor, found: np.ndarray) -> np.ndarray:
     return recall_matches(iou, [len(found)])[0, [0, 5]] / len(wanted)
 
 
-def measure(
-    detector: loading.Detector, photos: list[tuple[np.ndarray, torch.Tensor]]
-) -> dict[str, float]:
-    """Recall, boxes and milliseconds a photograph, of images and their ground-truth boxes."""
+def measure(detector: loading.Detector, photos: list[tuple]) -> dict[str, float]:
+    """Recall, boxes and milliseconds a photograph; photos are images and ground-truth boxes."""
     started = time.perf_counter()
     found = [detector.boxes(image)[0] for image, _ in photos]
     milliseconds = 1000 * (time.perf_counter() - started) / len(photos)
@@ -200,7 +197,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     }
     summary = "YOLOv8n (Ultralytics), one class `object`: the boxes of `oas_box` and `oas_point`."
     about_curve = "time in seconds; mAP: COCO's, of the held-out photographs' boxes"
-    write_card(args.out, summary, facts, learning_curve(folder), about_curve)
+    write_card(args.out, summary, facts, learning_curve(folder).to_dict("records"), about_curve)
     print(f"Detector: {args.out}")
 
 

@@ -25,7 +25,6 @@ from aopsam_lab.pipeline.decode import encode
 
 SECOND = 0.5  # greatest height of a click that is not needed to give every mask
 POINTS = 64  # of a prompt, at most
-ON_MASK = 0.5  # a cell of the PCM's grid is on a mask that covers this share of it
 
 
 # A prompt to learn: (n, 2) float32 points x and y in the image frame, one of which a training draws
@@ -168,7 +167,7 @@ class Examples:
         for mask, rle in zip(masks, sample.rles, strict=True):
             pixels = 255 * coco_mask.decode(rle)
             share = cv2.resize(pixels, (width, height), interpolation=cv2.INTER_AREA)
-            mask[:height, :width] = share > 255 * ON_MASK
+            mask[:height, :width] = share > 127  # of 255: more than half of the cell
         return masks
 
 

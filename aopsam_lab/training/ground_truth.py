@@ -125,9 +125,10 @@ def write_folder(photos: list[Path], args: argparse.Namespace) -> None:
         copy = args.out / "images" / photo.name
         if not copy.exists():
             shutil.copyfile(photo, copy)
-    grid = f"{args.side} x {args.side}"
     content = {
-        "info": {"description": f"masks that {args.sam} finds from a {grid} grid"},
+        "info": {
+            "description": f"masks that {args.sam} finds from a {args.side} x {args.side} grid"
+        },
         "images": images,
         "annotations": annotations,
         "categories": [{"id": 1, "name": "object"}],

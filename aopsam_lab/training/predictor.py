@@ -37,19 +37,12 @@ FINE = {"smoothing": 1.0, "confidence": 0.0, "spacing": 4.0}  # sampling that re
 WARMUP = 50  # steps
 PEAK_WEIGHT = 4.0  # of a block with a prompt, beside 1 for every block
 PLACE_WEIGHT = 0.05  # of the places' loss to the confidences'
-SHIFTS = (-8.0, 8.0)  # of the calibration: where the shift of the logits is sought
-ABOUT_CURVE = (
-    "recall_K: share of held-out masks with one of the K strongest candidates on them (smoothing "
-    "1, spacing 4); candidates: at the default settings, before the calibration"
-)
+ABOUT_CURVE = "recall_K: share of held-out masks that the K strongest candidates hit; uncalibrated"
 PRESETS = {"paper": ("own", "mse"), "bundled": ("covering", "blocks")}  # where prompts lie, loss
 
 
 def pcm_loss(blocks: tuple[Tensor, Tensor], target: Tensor, valid: Tensor) -> Tensor:
-    """Mean squared error of the PCM over the cells on the image: the paper's loss.
-
-    The blocks are those of `PromptPredictor.blocks`; target and valid see `Examples.batch`.
-    """
+    """Mean squared error of the PCM over the cells on the image: the paper's loss."""
     wanted = blurred(target[:, None], SIGMA)[:, 0].clamp(0, 1)
     return ((draw_pcm(*blocks, soft=True)[:, 0] - wanted).square() * valid).sum() / valid.sum()
 
@@ -109,7 +102,7 @@ def calibrate(predictor: PromptPredictor, held: Examples, wanted: float, slope: 
         pcms = (draw_pcm(logits + shift, place)[0, 0] * valid for logits, place, valid in blocks)
         return float(np.mean([len(sample_prompts(pcm)[0]) for pcm in pcms]))
 
-    low, high = SHIFTS
+    low, high = -8.0, 8.0
     wanted = min(wanted, candidates(high))  # where there are not as many, the shift stays small
     for _ in range(16):
         shift = (low + high) / 2
@@ -140,14 +133,13 @@ class Training:
         self.optimizer = torch.optim.Adam(self.predictor.parameters(), lr=args.lr)
         self.step, self.seconds = 0, 0.0
         self.curve: list[dict[str, float]] = []
-        steps = math.ceil(args.epochs * len(self.examples) / args.batch)
-        self.steps = None if args.minutes else steps
+        self.steps = 0 if args.minutes else math.ceil(args.epochs * len(self.examples) / args.batch)
 
     def run(self) -> None:
         """Train, from where an earlier run stopped, and write the weights and the card."""
         self._restore()
         started, losses = time.perf_counter() - self.seconds, []
-        with tqdm(total=self.steps, initial=self.step, desc="training", unit="step") as bar:
+        with tqdm(total=self.steps or None, initial=self.step, desc="training", unit="step") as bar:
             while self._progress() < 1:
                 losses.append(self._learn())
                 bar.update()
@@ -223,8 +215,7 @@ class Training:
             "Calibration": calibration,
             "Licence": args.licence,
         }
-        summary, curve = f"Prompt Predictor of {spec.name}.", pd.DataFrame(self.curve)
-        write_card(args.out, summary, facts, curve, ABOUT_CURVE)
+        write_card(args.out, f"Prompt Predictor of {spec.name}.", facts, self.curve, ABOUT_CURVE)
         if args.trials:
             trial = {"preset": args.preset, "place": self.place, "objective": self.loss}
             trial |= {"width": args.width, "image": not args.no_image, "lr": args.lr}

@@ -41,7 +41,6 @@ SAMPLINGS = (  # smoothing, confidence, spacing
     (0.5, 0.01, 3.0), (0.25, 0.005, 2.0), (0.0, 0.005, 2.0),
 )  # fmt: skip
 FIRSTS, ROUNDS, ELIMINATIONS = (0.2, 0.3, 0.5), (2, 4, 8), (1.25, 1.3, 1.35, 1.4)
-NOT_DECODED = ("eliminated", "not_reached")
 # a method, its parameters, and how many prompts it may decode: a number, a share, or all
 Trial = tuple[Method, AsfParams, float | None]
 
@@ -71,7 +70,7 @@ def measure(
         most = max(1, round(limit * sampled)) if limit and limit < 1 else limit
         found = run_method(sam, encoded, method, pcm, params=params, decode=cache, max_prompts=most)
         sampled = max(sampled, found.n_sampled)
-        decoded = found.prompts[~found.prompts["status"].isin(NOT_DECODED)]
+        decoded = found.prompts[~found.prompts["status"].isin(("eliminated", "not_reached"))]
         x, y = decoded[["x", "y"]].to_numpy().astype(int).T
         rows.append(
             {
