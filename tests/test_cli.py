@@ -37,15 +37,13 @@ def test_bundled_models_from_a_shell(tmp_path):
 
 
 def test_good_images_are_written_and_bad_ones_reported(tmp_path, capsys, untrained):
-    good, bad = picture(tmp_path / "good.jpg"), tmp_path / "bad.png"
+    good, bad, out = picture(tmp_path / "good.jpg"), tmp_path / "bad.png", tmp_path / "new/out"
     bad.write_text("no picture")
-    out = tmp_path / "new" / "out"
     images = [str(bad), str(tmp_path / "absent.png"), str(good)]
     assert cli.main(["segment", *images, "--out", str(out), *untrained]) == 1
     captured = capsys.readouterr()
     assert "1 of 3 images segmented" in captured.out
     assert "bad.png: " in captured.err and "absent.png" in captured.err
-    assert "Traceback" not in captured.err
     assert names(out) == ["good.json", "good_labels.png", "good_overlay.png"]
     coco = json.loads((out / "good.json").read_text())
     assert coco["images"][0]["file_name"] == good.as_posix() and coco["annotations"]
@@ -58,8 +56,7 @@ def test_equal_stems_stay_apart(tmp_path, untrained):
     for stem, path in zip(("x", "x_2", "X_3"), pictures, strict=True):
         image = json.loads((out / f"{stem}.json").read_text())["images"][0]
         assert image["file_name"] == path.as_posix()
-        sizes = Image.open(path).size, Image.open(out / f"{stem}_labels.png").size
-        assert sizes == ((image["width"], image["height"]),) * 2
+        assert Image.open(out / f"{stem}_labels.png").size == Image.open(path).size
     paths = map(cli.Path, ["a.png", "a_2.png", "d/a.png", "a.jpg"])
     assert cli.unique_stems([*paths]) == ["a", "a_2", "a_3", "a_4"]
 
@@ -84,14 +81,13 @@ def test_folders_and_patterns(tmp_path, monkeypatch):
 
 def test_what_stops_everything_is_one_line(tmp_path, capsys, untrained):
     image = str(picture(tmp_path / "a.png"))
-    (tmp_path / "file").write_text("")
     out = ["--out", str(tmp_path / "out")]
     for arguments in (
         ["--sam", "vit_b", *out],
         ["--checkpoint", str(tmp_path / "absent"), *out],
         ["--confidence", "3", *out],
         ["--device", "nowhere", *out],
-        [*untrained, "--out", str(tmp_path / "file")],
+        [*untrained, "--out", image],
     ):
         assert cli.main(["segment", image, *arguments]) == 2
         error = capsys.readouterr().err

@@ -15,14 +15,8 @@ from aopsam_lab.data.sample import Sample
 from aopsam_lab.masks.rle import encode_rle
 from aopsam_lab.pipeline.methods import METHODS
 from aopsam_lab.predictor import BLOCK, SIGMA, PromptPredictor, draw_pcm, load_predictor
-from aopsam_lab.training import append_rows, ground_truth, predictor, split, trials
-from aopsam_lab.training.examples import (
-    Examples,
-    cache_embeddings,
-    covering_prompts,
-    own_prompts,
-    target_map,
-)
+from aopsam_lab.training import append_rows, examples, ground_truth, predictor, split, trials
+from aopsam_lab.training.examples import Examples, covering_prompts, own_prompts, target_map
 
 
 def square(x, y, side, size=64):
@@ -82,8 +76,8 @@ def test_a_prompt_may_lie_anywhere_about_its_click():
 
 def test_target_map_by_hand():
     rng = np.random.default_rng(0)
-    prompts = [([[5.4, 2.4]], 0.5), ([[4.2, 3.8]], 1), ([[15, 17]], 0.25)]
-    prompts = [(np.float32(points), height) for points, height in prompts]
+    first, second = np.float32([[5.4, 2.4]]), np.float32([[4.2, 3.8]])
+    prompts = [(first, 0.5), (second, 1), (np.float32([[15, 17]]), 0.25)]
     target = target_map(prompts, 0.5, (8, 8), rng)
     assert target[1, 2] == 1 and target[7, 7] == 0.25 and np.count_nonzero(target) == 2
     assert target.dtype == np.float32 and not target_map([], 0.5, (8, 8), rng).any()
@@ -155,13 +149,13 @@ def photos(tmp_path_factory):
 
 def test_an_example_lies_in_the_model_frame(small_sam, photos, tmp_path):
     data = open_dataset(photos, 2)
-    cache_embeddings(small_sam, data, tmp_path)
-    examples = Examples(data, [0, 1], tmp_path, small_sam, own_prompts)
-    image, embedding, target, valid = examples.batch([0])
+    examples.cache_embeddings(small_sam, data, tmp_path)
+    both = Examples(data, [0, 1], tmp_path, small_sam, own_prompts)
+    image, embedding, target, valid = both.batch([0])
     assert image.shape == (1, 3, 32, 32) and embedding.shape == (1, 32, 8, 8)
     assert target.shape == (1, 32, 32) and valid[0, :24].all() and not valid[0, 24:].any()
     x, y = (data[0].points[0] / 4).astype(int)
-    masks = examples.masks(0)
+    masks = both.masks(0)
     assert target[0, y, x] == 1 and masks[0, y, x] and not masks[:, 24:].any()
 
 
@@ -194,7 +188,7 @@ def test_the_training_learns_stops_and_goes_on(small_sam, photos, tmp_path, monk
     (trial,) = csv.DictReader((tmp_path / "trials.csv").open())
     assert trial["objective"] == "blocks" and trial["step"] == curve[-1]["step"]
     made = load_predictor("mobile_sam", tmp_path / "predictor.safetensors", "cpu")
-    assert isinstance(made, PromptPredictor) and made.width == 16 and len(made.sha256) == 64
+    assert made.width == 16 and len(made.sha256) == 64
     card = (tmp_path / "predictor.md").read_text()
     assert "preset bundled" in card and "held out" in card
     data = open_dataset(photos)
