@@ -36,7 +36,7 @@ class FullSize:
         """Stability scores (n,) and boxes (n, 4) of masks, as segment_anything defines them.
 
         The score is the IoU of the mask cut at threshold plus and minus the offset, NaN for 0 / 0.
-        Boxes are inclusive pixel indices, 0 for an empty mask, perhaps 0 where it is below `least`.
+        Boxes are inclusive pixel indices, 0 for an empty mask, perhaps for a score below `least`.
         """
         scores = logits.new_full((len(logits),), float("nan"))
         boxes = torch.zeros(len(logits), 4, dtype=torch.long, device=logits.device)

@@ -33,14 +33,10 @@ DRAWN_AT_A_TIME = {"cpu": 2}  # prompts whose pixels stay in cache; elsewhere al
 
 @dataclass(frozen=True)
 class DecodedPrompts:
-    """P prompts, their masks not yet drawn.
+    """P prompts, their masks not yet drawn."""
 
-    Args:
-        iou: (P, M) predicted IoU of the M masks (4 in stock SAM: the single mask first).
-        draw: (P, M) bool -> (k, 4h, 4w) float32 logits of the k masks marked, prompt by prompt.
-    """
-
-    iou: Tensor
+    iou: Tensor  # (P, M), predicted, of M masks (4 in stock SAM: the single mask first)
+    # (P, M) bool -> (k, 4h, 4w) float32 logits of the k masks marked, prompt by prompt
     draw: Callable[[Tensor], Tensor]
 
 
@@ -48,11 +44,10 @@ class ImageDecoder:
     """The mask decoder of one image; one that is not segment_anything's is run as it is.
 
     Args:
-        decoder: a `MaskDecoder`; its weights are read, not changed.
+        decoder: a `MaskDecoder`.
         embedding, image_pe: (1, C, h, w); the latter is `PromptEncoder.get_dense_pe()`.
         no_mask: (C,), what is added to every pixel where a prompt has no mask.
-        used: (rows, columns) of the embedding, from its first, on which masks are drawn; logits
-            beyond may be 0. None: all.
+        used: (rows, columns) of the embedding on which masks are drawn; logits beyond may be 0.
     """
 
     def __init__(
@@ -298,11 +293,8 @@ class _SharedDecoder:
     ) -> Tensor:
         """Draw masks; but for a constant the pixels are scale * image + sum of attention @ values.
 
-        Args:
-            tokens: (P, M, C), output tokens of the masks.
-            scale: (P, 1, N).
-            halves: of each layer values (P, T * H, C) and attention (P, T * H, N).
-            wanted: (P, M) bool.
+        Tokens (P, M, C), scale (P, 1, N), wanted (P, M) bool; of each layer values (P, T * H, C)
+        and attention (P, T * H, N).
         """
         decoder, (height, width), (h, w) = self.decoder, self.grid, self.used
         _, norm, act1, up2, act2 = decoder.output_upscaling
