@@ -13,7 +13,7 @@ from conftest import part
 
 from aopsam_lab.study import figures, provenance, report, tables
 from aopsam_lab.study.__main__ import main as study_command
-from aopsam_lab.study.write import write_all
+from aopsam_lab.study.report import write_all
 
 FACTS = {
     "parameters": {"sam": "mobile_sam", "methods": ["amg_s", "aop"], "seed": 0, "smoothing": 2.0,

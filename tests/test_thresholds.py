@@ -18,10 +18,10 @@ from aopsam_lab.pipeline.decode_cache import DecodeCache, LooseRun
 from aopsam_lab.pipeline.methods import Grid, method_named
 from aopsam_lab.pipeline.run import run_method
 from aopsam_lab.pipeline.types import Models
-from aopsam_lab.study import figures, report, runner, score, tables, thresholds
-from aopsam_lab.study.figures import threshold_figure
+from aopsam_lab.study import figures, report, runner, score, tables
+from aopsam_lab.study.figures import curve_figure
 from aopsam_lab.study.settings import THRESHOLDS
-from aopsam_lab.study.write import save_study
+from aopsam_lab.study.report import save_study
 
 OWN = (0.88, 0.95)
 PAIRS = [OWN, (0.8, 0.9), (0.5, 0.85), (0.7, 0.6)]
@@ -120,7 +120,7 @@ def test_the_highest_predicted_iou_is_that_of_all_masks(sam, encoded):
 def test_the_curve_of_a_study_holds_its_ordinary_result(study):
     result = study(n_images=2, thresholds=THRESHOLDS)
     curves = result.curves
-    assert list(curves.columns) == list(thresholds.CURVE_COLUMNS)
+    assert list(curves.columns) == list(tables.CURVE_COLUMNS)
     assert len(curves) == 2 * 2 * 6  # five pairs, and this SAM's own
     own = curves[curves["own"]].set_index(["image", "method"])
     ordinary = result.per_image.set_index(["image", "method"])
@@ -168,7 +168,7 @@ def made_up(points: dict[str, list[tuple[float, float]]], images: int = 2) -> pd
         for pair, (n_masks, miou) in zip(THRESHOLDS, own, strict=False):
             for i in range(images):
                 row = {"image": f"i{i}", "method": method, "own": pair == THRESHOLDS[0]}
-                row |= dict(zip(thresholds.PAIR, pair, strict=True)) | {
+                row |= dict(zip(tables.PAIR, pair, strict=True)) | {
                     "n_truth": 2 + i,
                     "n_masks": n_masks,
                 }
@@ -180,7 +180,7 @@ def test_methods_at_equal_masks_by_hand():
     curves = made_up(
         {"aop": [(40, 0.4), (60, 0.5), (90, 0.6)], "amg_d": [(50, 0.3), (90, 0.5), (120, 0.6)]}
     )
-    equal = thresholds.equal_masks(curves)
+    equal = tables.equal_masks(curves)
     assert equal["n_masks"].tolist() == [50, 90]  # aop never keeps 120
     assert equal["miou"].tolist() == pytest.approx(
         [0.5, 0.65]
@@ -193,8 +193,8 @@ def test_methods_at_equal_masks_by_hand():
         in first
     )
     assert "50.0% mIoU against 35.0%: a difference of +15.0 [+15.0, +15.0] points." in first
-    assert thresholds.equal_masks(curves[curves["method"] == "aop"]).empty
-    assert np.isnan(thresholds.equal_masks(curves[curves["image"] == "i0"])["miou_diff_lo"]).all()
+    assert tables.equal_masks(curves[curves["method"] == "aop"]).empty
+    assert np.isnan(tables.equal_masks(curves[curves["image"] == "i0"])["miou_diff_lo"]).all()
 
 
 def test_images_without_ground_truth_do_not_count():
@@ -204,18 +204,18 @@ def test_images_without_ground_truth_do_not_count():
     )
     with_empty = pd.concat([curves, empty.assign(n_masks=999)])
     pd.testing.assert_frame_equal(
-        thresholds.equal_masks(curves), thresholds.equal_masks(with_empty)
+        tables.equal_masks(curves), tables.equal_masks(with_empty)
     )
-    summary = thresholds.summary_of_curves(with_empty)
+    summary = tables.curve_summary(with_empty)
     assert summary["n_images"].eq(2).all()
     assert summary["miou"].tolist() == pytest.approx([0.45, 0.55, 0.35, 0.55])
 
 
 def test_the_summary_of_curves_by_hand():
-    summary = thresholds.summary_of_curves(
+    summary = tables.curve_summary(
         made_up({"aop": [(40, 0.4)], "amg_d": [(50, 0.3)]}).assign(coverage=0.25)
     ).set_index("method")
-    assert list(summary.columns) == [*thresholds.SUMMARY_COLUMNS[1:], *tables.COVERAGE_COLUMNS]
+    assert list(summary.columns) == [*tables.CURVE_SUMMARY_COLUMNS[1:], *tables.COVERAGE_COLUMNS]
     assert summary.loc["amg_d", ["n_masks", "miou", "miou_diff", "miou_diff_lo"]].tolist() == (
         pytest.approx([50, 0.35, -0.1, -0.1])
     )
@@ -225,12 +225,12 @@ def test_the_summary_of_curves_by_hand():
 
 def test_the_figure_has_a_panel_a_column_and_a_line_a_method():
     curves = made_up({"aop": [(40, 0.4), (60, 0.5)], "amg_d": [(50, 0.3), (90, 0.5)]}, images=4)
-    figure = threshold_figure(thresholds.summary_of_curves(curves))
+    figure = curve_figure(tables.curve_summary(curves))
     assert [axes.get_title(loc="left") for axes in figure.axes] == ["mIoU %", "AR@1000 %"]
     lines = [[line.get_label() for line in axes.lines] for axes in figure.axes]
     assert all({"AoP-SAM", "AMG-D"} < set(names) for names in lines)
     assert figures.png(figure).startswith(b"\x89PNG")
-    whole = threshold_figure(thresholds.summary_of_curves(curves.assign(coverage=0.5)))
+    whole = curve_figure(tables.curve_summary(curves.assign(coverage=0.5)))
     assert whole.axes[2].get_title(loc="left") == "coverage %"
 
 

@@ -8,20 +8,15 @@ import sys
 from aopsam_lab.study import sweeps
 from aopsam_lab.study.report import run_report, update_readme, write_index
 
-# What is not given is as the notebook's own parameters have it.
 PARAMETERS = {
-    "sam": (str, "mobile_sam, vit_b, vit_l or vit_h"),
-    "checkpoint": (str, "the SAM's weights (default: bundled or official)"),
-    "predictor": (str, "a Prompt Predictor's weights (default: the bundled ones)"),
-    "detector": (str, "a YOLOv8's weights (default: the bundled ones)"),
-    "methods": (lambda text: text.split(","), "names, separated by commas"),
-    "dataset": (str, "photos, the path of a COCO-style folder, or coco:PATH, lvis:PATH, sa1b:PATH"),
-    "n-images": (int, "at most so many"),
-    "timed-images": (int, "images on which each setting runs alone, to be timed"),
-    "seed": (int, "which images"),
-    "device": (str, "auto, cpu or cuda"),
-    **dict.fromkeys(sweeps.SWEPT, (float, None)),
+    **dict.fromkeys(("sam", "checkpoint", "predictor", "detector", "dataset", "device"), str),
+    **dict.fromkeys(("n-images", "timed-images", "seed"), int),
+    **dict.fromkeys(sweeps.SWEPT, float),
+    "methods": lambda text: text.split(","),
 }
+ABOUT = """Parameters are those of the notebook; its first cell says what each means and what it is
+if not given. --methods: names, separated by commas. --dataset: photos, the path of a COCO-style
+folder, or coco:PATH, lvis:PATH, sa1b:PATH."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -47,10 +42,10 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     top = argparse.ArgumentParser("python -m aopsam_lab.study", description="Make the reports.")
     commands = top.add_subparsers(dest="command", required=True)
-    report = commands.add_parser("report", help="run a notebook and publish it")
+    report = commands.add_parser("report", help="run a notebook and publish it", epilog=ABOUT)
     report.add_argument("name", nargs="?", default="main_comparison", help="of notebooks/")
-    for name, (kind, text) in PARAMETERS.items():
-        report.add_argument(f"--{name}", type=kind, help=text)
+    for name, kind in PARAMETERS.items():
+        report.add_argument(f"--{name}", type=kind)
     index = commands.add_parser("index", help="rewrite reports/index.html")
     readme = commands.add_parser("readme", help="write the results into the README")
     readme.add_argument("--readme", default="README.md")

@@ -1,8 +1,7 @@
-"""Peak memory, measured in a process of its own.
+"""Peak memory, measured in a process of its own: what one method frees may serve the next.
 
 On a CPU it is the peak resident size while a method runs, minus the resident size once models and
-images are loaded. On CUDA it is `torch.cuda.max_memory_allocated`, weights included. A process of
-its own, because memory that one method frees may serve the next one without showing.
+images are loaded. On CUDA it is `torch.cuda.max_memory_allocated`, weights included.
 """
 
 from __future__ import annotations

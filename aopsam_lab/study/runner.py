@@ -19,7 +19,7 @@ from aopsam_lab.data import Dataset, open_dataset
 from aopsam_lab.data.coco import found_masks
 from aopsam_lab.data.sample import Sample
 from aopsam_lab.pipeline.decode import encode
-from aopsam_lab.study import score, settings, tables, thresholds
+from aopsam_lab.study import score, settings, tables
 from aopsam_lab.study.memory import MEMORY_VERSION, in_own_process
 from aopsam_lab.study.provenance import processor, provenance
 from aopsam_lab.study.settings import REFERENCE, LoadedModels, Pair, Setting, StudyConfig
@@ -43,7 +43,7 @@ class StudyResult:
     per_image: pd.DataFrame  # see tables.per_image_table
     summary: pd.DataFrame  # see tables.summary_table
     differences: pd.DataFrame  # see tables.difference_table
-    curves: pd.DataFrame  # see thresholds.curve_table
+    curves: pd.DataFrame  # see tables.curve_table
     provenance: dict[str, Any]  # parameters, data set, seeds, versions, weights, commit
     examples: list[Example]  # the first images
     n_scored: int  # rows scored in this run
@@ -54,9 +54,7 @@ class StudyResult:
 def run_study(config: StudyConfig = MAIN_COMPARISON, **changes: Any) -> StudyResult:
     """Score methods on the images of a data set and sum them up.
 
-    Args:
-        config: what is asked for.
-        **changes: fields of StudyConfig that are to be others than in `config`.
+    `changes` are fields of StudyConfig that are to be others than in `config`.
     """
     config = replace(config, **changes)
     return run_settings(config, [Setting(name, name, config.params) for name in config.methods])
@@ -91,12 +89,12 @@ def run_settings(
         "thresholds": [f"{iou:g} / {stable:g}" for iou, stable in pairs],
         **asdict(config.params),
     }
-    shown = [images[i] for i in range(min(EXAMPLE_IMAGES, len(images)))]
+    shown = (images[i] for i in range(min(EXAMPLE_IMAGES, len(images))))
     return StudyResult(
         per_image=per_image,
         summary=tables.summary_table(per_image, peaks),
         differences=tables.difference_table(per_image, reference),
-        curves=thresholds.curve_table(rows),
+        curves=tables.curve_table(rows),
         provenance={
             "parameters": parameters,
             "dataset": images.describe(),
@@ -150,11 +148,11 @@ class _Run:
         """Peak memory of settings without a limit over the first images in MiB, by label."""
         first = range(min(MEMORY_IMAGES, len(self.images)))
         images = " ".join(map(self.images.sample_fingerprint, first))
-        jobs = []
-        for setting in asked:
-            if setting.max_prompts is None:
-                inputs = settings.row_inputs(setting, self.models, self.machine, images)
-                jobs.append((0, setting, inputs | MEMORY_VERSION))
+        jobs = [
+            (0, s, settings.row_inputs(s, self.models, self.machine, images) | MEMORY_VERSION)
+            for s in asked
+            if s.max_prompts is None
+        ]
         missing, bar = self._missing(jobs, "peak memory")
         shown = [self.images[i].image for i in first] if missing else []
         at_once = MEMORY_AT_ONCE if self.models.sam.device.type == "cpu" else 1
@@ -173,17 +171,14 @@ class _Run:
             "found": hashed,
             "thresholds": self.pairs,
             "shown": i < EXAMPLE_IMAGES,
-            "timed": self._is_timed(setting, i),
+            "timed": i < self.config.timed_images and setting.max_prompts is None,
         }
-
-    def _is_timed(self, setting: Setting, i: int) -> bool:
-        return i < self.config.timed_images and setting.max_prompts is None
 
     def _missing(self, jobs: Sequence[Job], text: str) -> tuple[list[Job], tqdm.auto.tqdm]:
         """Jobs that the store does not have, equal ones once; a progress bar over all.
 
-        The bar is a widget in a notebook, text in a terminal. With AOPSAM_PROGRESS=text it is text
-        on standard output: so a notebook that papermill runs does not keep it among the errors.
+        With AOPSAM_PROGRESS=text the bar is text on standard output, also in a notebook: one that
+        papermill runs does not keep it among the errors.
         """
         wanted = {make_key(job[2]): job for job in reversed(jobs)}
         missing = [job for key, job in wanted.items() if self.store.values(key) is None][::-1]
@@ -202,11 +197,11 @@ class _Run:
             bar.set_postfix_str(f"{sample.id} {setting.label}", refresh=False)
             bar.update()
             rows[setting] = row
-        timed = [setting for setting in inputs if self._is_timed(setting, i)]
+        timed = [setting for setting in inputs if inputs[setting]["timed"]]
         encoded = encode(self.models.sam, sample.image) if timed else None
         for n in range(len(timed)):
             # each image begins with another one: a slow while of the machine meets all alike
             setting = timed[(i + n) % len(timed)]
-            row = score.score(self.models, sample, setting, None, encoded)
+            row = score.score(self.models, sample, setting, encoded)
             rows[setting] |= {name: row[name] for name in score.TIMES}
         self.store.add((inputs[s], sample.id, s.method, row) for s, row in rows.items())

@@ -42,9 +42,8 @@ class Store:
             self._connection.execute(_SCHEMA)
             self.values("")
         except sqlite3.DatabaseError as error:
-            raise ValueError(
-                f"{path} is not a store of scores ({error}). Move it away to start anew."
-            ) from error
+            advice = "Move it away to start anew."
+            raise ValueError(f"{path} is not a store of scores ({error}). {advice}") from error
 
     def __enter__(self) -> Store:
         return self
@@ -61,13 +60,11 @@ class Store:
     def add(self, rows: Iterable[Row]) -> None:
         """Store rows in one transaction: all of them or none."""
         now = datetime.now(UTC).isoformat(timespec="milliseconds")
-        stored = [
-            (make_key(inputs), image, method, _json(inputs), _json(values), now)
-            for inputs, image, method, values in rows
-        ]
+        command = "INSERT OR IGNORE INTO scores VALUES (?, ?, ?, ?, ?, ?)"
         with self._connection:
-            command = "INSERT OR IGNORE INTO scores VALUES (?, ?, ?, ?, ?, ?)"
-            self._connection.executemany(command, stored)
+            for inputs, image, method, values in rows:
+                stored = make_key(inputs), image, method, _json(inputs), _json(values), now
+                self._connection.execute(command, stored)
 
 
 def _json(value: Any) -> str:
