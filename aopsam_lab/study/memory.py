@@ -1,7 +1,6 @@
 """Peak memory, measured in a process of its own: what one method frees may serve the next.
 
-On a CPU it is the peak resident size while a method runs, minus the resident size once models and
-images are loaded. On CUDA it is `torch.cuda.max_memory_allocated`, weights included.
+On a CPU it is what comes on top of loaded models and images, on CUDA all that is allocated.
 """
 
 from __future__ import annotations

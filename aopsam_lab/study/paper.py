@@ -62,9 +62,7 @@ def main_table(sam: str, dataset: str) -> pd.DataFrame:
 def beside(theirs: pd.DataFrame, summary: pd.DataFrame, dataset: str) -> pd.DataFrame:
     """The paper's main table or ablation, ours in the rows of the data set that matches.
 
-    Returns:
-        A row a method of the paper: dataset, method, and of each column C of COMPARED C_paper,
-        C_ours and C_difference, NaN where one is not known.
+    Of each column C of COMPARED it has C_paper, C_ours and C_difference, NaN if not known.
     """
     compared = theirs[["dataset", "method"]].reset_index(drop=True)
     ours = summary.set_index("method").reindex(compared["method"])
@@ -79,12 +77,10 @@ def beside(theirs: pd.DataFrame, summary: pd.DataFrame, dataset: str) -> pd.Data
 
 
 def step_table(per_image: pd.DataFrame, summary: pd.DataFrame, dataset: str) -> pd.DataFrame:
-    """What each part of AoP-SAM changes: the method with the part minus the method without it.
+    """What each of STEPS changes: the method with the part minus the method without it.
 
-    Returns:
-        A row a step of STEPS and source, "paper" or "ours": step, source, dataset and changes, ours
-        with intervals. Ours follows the paper's data set that it can stand beside, else the last;
-        it has no row where one of the two methods was not run.
+    source is "paper" or "ours"; ours follows the paper's data set that it can stand beside, else
+    the last, where both methods were run.
     """
     theirs = published("ablation").set_index(["dataset", "method"]).drop(columns="sam")
     names, rows = list(theirs.index.unique("dataset")), []
@@ -104,22 +100,11 @@ def step_table(per_image: pd.DataFrame, summary: pd.DataFrame, dataset: str) -> 
     return pd.DataFrame(rows)
 
 
-def sweep_curve(parameter: str, low: float, high: float) -> pd.DataFrame:
-    """The paper's sweep of a parameter at values from low to high."""
-    theirs = published("parameter_sweeps")
-    return theirs[(theirs["parameter"] == parameter) & theirs["value"].between(low, high)]
-
-
 def sign_table(trends: pd.DataFrame, table: pd.DataFrame) -> pd.DataFrame:
-    """Does a column change along a parameter as in the paper, from its first to its last value?
+    """SIGN_COLUMNS: does a column change along a parameter as the paper's, from first to last?
 
-    Args:
-        trends: as `sweeps.trend_table` returns it.
-        table: as `sweeps.sweep_table` returns it: peak memory is measured once a setting.
-
-    Returns:
-        SIGN_COLUMNS, a row a swept parameter and column of SIGNS_OF that the paper has along it.
-        verdict: see `verdict`, or "other values" where our first or last is another.
+    `trends` and `table` are `sweeps.trend_table` and `sweeps.sweep_table`, which has the peaks.
+    verdict: see `verdict`, or "other values" where our first or last is another.
     """
     ours, rows = trends.set_index(["parameter", "column"]), []
     for parameter, panel in published("parameter_sweeps").groupby("parameter", sort=False):

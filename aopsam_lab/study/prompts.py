@@ -36,10 +36,8 @@ SAMPLINGS = {
     "aop": dict.fromkeys(LIMITS, AsfParams()),
     "aop, chosen": {limit: APART if limit < 200 else EVERY_PEAK for limit in LIMITS},
 }
-CONFIG = StudyConfig(
-    n_images=None, timed_images=0, memory=False, thresholds=(), out="reports/prompts"
-)
-MEASURES = ("miou", "ar_100", "coverage")
+UNTIMED = {"timed_images": 0, "memory": False, "thresholds": ()}
+CONFIG = StudyConfig(n_images=None, out="reports/prompts", **UNTIMED)
 
 
 def settings() -> list[Setting]:
@@ -55,10 +53,7 @@ def settings() -> list[Setting]:
 def comparison(per_image: pd.DataFrame) -> pd.DataFrame:
     """One row a sampling of AoP-SAM and number of prompts: its scores and the grid's.
 
-    Returns:
-        sampling, limit, grid (what it is compared with), prompts (decoded on average), masks
-        (kept); of each measure at hand its mean, the grid's, and their difference with its paired
-        95% bootstrap interval over images.
+    Of each measure its mean, the grid's, and their difference with its paired 95% interval.
     """
     by_label, rows = tables.by_method(per_image), []
     for sampling in SAMPLINGS:
@@ -66,7 +61,7 @@ def comparison(per_image: pd.DataFrame) -> pd.DataFrame:
             ours, name = by_label[f"{sampling}, at most {limit}"], SIDES.get(limit, DENSE.name)
             row = {"sampling": sampling, "limit": limit, "grid": name}
             row |= {"prompts": ours["n_decoded"].mean(), "masks": ours["n_masks"].mean()}
-            for measure in [name for name in MEASURES if name in per_image]:
+            for measure in [m for m in ("miou", "ar_100", "coverage") if m in per_image]:
                 grid = by_label[name][measure]
                 row |= {measure: ours[measure].mean(), f"{measure}_grid": grid.mean()}
                 change = tables.interval_columns(measure, ours[measure] - grid)

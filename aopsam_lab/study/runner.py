@@ -52,10 +52,7 @@ class StudyResult:
 
 
 def run_study(config: StudyConfig = MAIN_COMPARISON, **changes: Any) -> StudyResult:
-    """Score methods on the images of a data set and sum them up.
-
-    `changes` are fields of StudyConfig that are to be others than in `config`.
-    """
+    """Score methods on a data set and sum them up; `changes` are other fields of the `config`."""
     config = replace(config, **changes)
     return run_settings(config, [Setting(name, name, config.params) for name in config.methods])
 
@@ -65,8 +62,7 @@ def run_settings(
 ) -> StudyResult:
     """Score settings, labels all different, on the images of a data set.
 
-    Of each image the embedding, the PCM and every decoded prompt are computed once for all
-    settings. That gives their scores but no times. Times come from runs of each setting alone on
+    They share embedding, PCM and decoded prompts. Times come from runs of each setting alone on
     the first `timed_images` images; the time columns of the other images are empty.
     """
     images = open_dataset(config.dataset, config.n_images, config.seed)
@@ -128,11 +124,7 @@ class _Run:
         self.found = [found.get(name) for name in self.images.ids]
 
     def rows(self, asked: Sequence[Setting]) -> list[score.Row]:
-        """Rows of settings on all images.
-
-        What an image lacks is stored in one transaction: rows never depend on where an earlier run
-        was stopped.
-        """
+        """Rows of settings on all images; what an image lacks is stored in one transaction."""
         jobs = [(i, s, self._inputs(s, i)) for i in range(len(self.images)) for s in asked]
         missing, bar = self._missing(jobs, "scoring")
         with bar:
@@ -175,13 +167,10 @@ class _Run:
         }
 
     def _missing(self, jobs: Sequence[Job], text: str) -> tuple[list[Job], tqdm.auto.tqdm]:
-        """Jobs that the store does not have, equal ones once; a progress bar over all.
-
-        With AOPSAM_PROGRESS=text the bar is text on standard output, also in a notebook: one that
-        papermill runs does not keep it among the errors.
-        """
+        """Jobs that the store does not have, equal ones once; a progress bar over all."""
         wanted = {make_key(job[2]): job for job in reversed(jobs)}
         missing = [job for key, job in wanted.items() if self.store.values(key) is None][::-1]
+        # papermill keeps what a notebook writes elsewhere among its errors
         plain = os.environ.get("AOPSAM_PROGRESS") == "text"
         style = {"file": sys.stdout, "ncols": 100} if plain else {"dynamic_ncols": True}
         style |= {"smoothing": 0.05, "unit": "row", "disable": not self.config.progress}

@@ -45,9 +45,8 @@ def score_together(
 ) -> Iterator[tuple[Setting, Row]]:
     """Run settings on an image; its embedding, its PCM and every prompt are computed once for all.
 
-    Yields:
-        A setting and its row as `score` returns it, without times; `curve`: the `mask_scores` at
-        each of the pairs of thresholds; `detail`, if it is to be shown: masks and prompts.
+    Yields each with its row as `score` returns it, without times; `curve`: the `mask_scores` at
+    each of the pairs of thresholds; `detail`, if it is to be `shown`: masks and prompts.
     """
     encoded = encode(models.sam, sample.image)
     predictor = models.predictor and PcmCache(models.predictor, encoded)
@@ -91,10 +90,8 @@ def run(models: LoadedModels, encoded: Encoded, setting: Setting, **shared: Any)
 def mask_scores(truth: list[dict], masks: list[dict], found_masks: list[dict] | None = None) -> Row:
     """Scores of one image's masks, by predicted IoU, against its ground truth, all COCO RLE.
 
-    Returns:
-        miou, miou_best, ar_100, ar_1000: None without ground truth, as JSON has no NaN. n_truth:
-        masks of the ground truth; n_masks. coverage, where the masks that a SAM itself found are
-        at hand: the share of them that the masks find, None of no masks.
+    What is not defined is None, as JSON has no NaN. coverage, where the masks that a SAM itself
+    found are at hand: the share of them that the masks find.
     """
     iou = evaluator.iou_matrix(truth, masks)
     matched = evaluator.score_matrix(iou)

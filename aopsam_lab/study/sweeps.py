@@ -88,7 +88,7 @@ def run_sweeps(
 
 
 def label(parameter: str, value: float) -> str:
-    """The label of a setting that differs from the default in one parameter."""
+    """Of a setting that differs from the default in one parameter."""
     return f"{parameter} {value:g}"
 
 
@@ -115,10 +115,7 @@ def limited_settings(settings: Sequence[Setting], budgets: Sequence[int]) -> lis
 
 
 def sweep_table(study: StudyResult, values: Values, params: AsfParams) -> pd.DataFrame:
-    """SWEEP_COLUMNS, and coverage; one row a parameter and value.
-
-    The differences are paired ones to the default setting.
-    """
+    """SWEEP_COLUMNS, and coverage; one row a parameter and value, compared with the default."""
     swept = [(name, value, label(name, value)) for name, own in values.items() for value in own]
     table = pd.DataFrame(swept, columns=["parameter", "value", "method"])
     table["is_default"] = [getattr(params, name) == value for name, value, _ in swept]
@@ -128,11 +125,9 @@ def sweep_table(study: StudyResult, values: Values, params: AsfParams) -> pd.Dat
 
 
 def trend_table(per_image: pd.DataFrame, values: Values) -> pd.DataFrame:
-    """TREND_COLUMNS, one row a parameter and column of TREND_NAMES: does it rise or fall?
+    """TREND_COLUMNS: does a column of TREND_NAMES rise or fall from first to last value?
 
-    change: an image's value at the parameter's last value minus that at its first, averaged over
-    images that have both, with its 95% paired bootstrap interval; trend is decided only where that
-    lies on one side of 0.
+    change: paired, over images that have both; trend: undecided where its interval holds 0.
     """
     by_label, rows = tables.by_method(per_image), []
     for name, own in values.items():
@@ -149,10 +144,9 @@ def trend_table(per_image: pd.DataFrame, values: Values) -> pd.DataFrame:
 
 
 def budget_table(per_image: pd.DataFrame, settings: Sequence[Setting]) -> pd.DataFrame:
-    """BUDGET_COLUMNS; for each budget the setting held to it that has the highest mIoU.
+    """BUDGET_COLUMNS: for each budget the setting held to it that has the highest mIoU.
 
-    miou_diff: to the default setting held to the same budget. n_decoded, n_decoded_max: mean and
-    highest number of prompts decoded of an image.
+    miou_diff: to the default held to the same budget. n_decoded: mean over images.
     """
     by_label, rows = tables.by_method(per_image), []
     for budget in dict.fromkeys(setting.max_prompts for setting in settings):

@@ -48,7 +48,7 @@ EQUAL_COLUMNS = (
 
 
 def title(method: str) -> str:
-    """A method's name for people; a label that is no method is its own."""
+    """A method's name for people."""
     return TITLES.get(method, method)
 
 
@@ -72,27 +72,22 @@ def as_table(rows: Any, columns: Sequence[str]) -> pd.DataFrame:
     """These columns, and those of COVERAGE_COLUMNS that are there; NaN for what is not known."""
     table = pd.DataFrame(rows)
     table = table.reindex(columns=[*columns, *(name for name in COVERAGE_COLUMNS if name in table)])
-    return table.astype(dict.fromkeys(table.columns[table.isna().all()], float))
+    unknown = table.columns[table.isna().all()] if len(table) else ()
+    return table.astype(dict.fromkeys(unknown, float))
 
 
 def per_image_table(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
-    """PER_IMAGE_COLUMNS, and coverage where any row of `score` has it; one row an image and method.
-
-    elim_ratio: eliminated / sampled prompts, NaN where nothing was sampled.
-    """
+    """PER_IMAGE_COLUMNS, and coverage where any row of `score` has it; one row an image, method."""
     table = as_table(rows, PER_IMAGE_COLUMNS)
-    sampled = table["n_sampled"].astype(float)
-    table["elim_ratio"] = table["n_eliminated"] / sampled.where(sampled > 0)
+    table["elim_ratio"] = table["n_eliminated"] / table["n_sampled"].replace(0, NAN)
     return table
 
 
 def summary_table(per_image: pd.DataFrame, peak_mem_mb: Mapping[str, float]) -> pd.DataFrame:
     """SUMMARY_COLUMNS, and COVERAGE_COLUMNS where found masks are at hand; one row a method.
 
-    n_images: images with ground truth, on which miou, its 95% interval and miou_best rest. Times,
-    n_masks, n_decoded: means over all images, times over those that were timed. elim_ratio: all
-    eliminated / all sampled prompts. ar_100, ar_1000: over all ground-truth masks, as COCO defines
-    them. peak_mem_mb: peak memory by method, in MiB.
+    miou rests on the n_images with ground truth. elim_ratio: all eliminated / all sampled prompts.
+    ar_100, ar_1000: over all ground-truth masks, as COCO defines them. Peaks: by method, in MiB.
     """
     rows = []
     for method, own in per_image.groupby("method", sort=False):
@@ -106,10 +101,9 @@ def summary_table(per_image: pd.DataFrame, peak_mem_mb: Mapping[str, float]) -> 
 
 
 def difference_table(per_image: pd.DataFrame, reference: str = REFERENCE) -> pd.DataFrame:
-    """DIFFERENCE_COLUMNS, one row a method: the method minus the reference, on the same images.
+    """DIFFERENCE_COLUMNS; one row a method, none where the reference was not run.
 
-    miou_diff has the paired 95% bootstrap interval. The ratios: the method's mean over the
-    reference's. Empty where the reference was not run.
+    miou_diff: the method minus the reference, on the same images; ratios: of their means.
     """
     methods, rows = by_method(per_image), []
     base = methods.pop(reference, None)
@@ -127,19 +121,13 @@ def difference_table(per_image: pd.DataFrame, reference: str = REFERENCE) -> pd.
 
 
 def curve_table(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
-    """CURVE_COLUMNS, and coverage; one row an image, method and pair of thresholds.
-
-    From rows of `score_together`. own: whether the pair is SAM's.
-    """
+    """CURVE_COLUMNS, and coverage; one row an image, method and pair; own: whether it is SAM's."""
     points = [{**row, **point} for row in rows for point in row["curve"]]
     return as_table(points, CURVE_COLUMNS)
 
 
 def curve_summary(curves: pd.DataFrame) -> pd.DataFrame:
-    """CURVE_SUMMARY_COLUMNS, and COVERAGE_COLUMNS; one row a method and pair of thresholds.
-
-    As in `summary_table`; miou_diff: to AoP-SAM at the same thresholds.
-    """
+    """CURVE_SUMMARY_COLUMNS, and COVERAGE_COLUMNS; as `summary_table`, at each pair."""
     parts = dict(list(curves.set_index("image").groupby(["method", *PAIR], sort=False)))
     rows = []
     for key, own in parts.items():
@@ -213,7 +201,7 @@ def _interval(names: Sequence[str], drawn: np.ndarray) -> dict[str, float]:
 
 
 def _means(own: pd.DataFrame) -> dict[str, Any]:
-    """What all summaries have of a method's images, and the means of all their numbers."""
+    """Of a method's images the means, n_images, and the intervals that all summaries have."""
     row = own.mean(numeric_only=True).to_dict() | interval_columns("miou", own["miou"])
     if "coverage" in own:
         row |= interval_columns("coverage", own["coverage"])
