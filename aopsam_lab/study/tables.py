@@ -72,8 +72,8 @@ def as_table(rows: Any, columns: Sequence[str]) -> pd.DataFrame:
     """These columns, and those of COVERAGE_COLUMNS that are there; NaN for what is not known."""
     table = pd.DataFrame(rows)
     table = table.reindex(columns=[*columns, *(name for name in COVERAGE_COLUMNS if name in table)])
-    unknown = table.columns[table.isna().all()] if len(table) else ()
-    return table.astype(dict.fromkeys(unknown, float))
+    unknown = table.columns[table.isna().all()]
+    return table.astype(dict.fromkeys(unknown, float if len(table) else object))
 
 
 def per_image_table(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
