@@ -1,7 +1,5 @@
 """The paper's figures, and what stands beside ours, by hand."""
 
-from __future__ import annotations
-
 import re
 
 import numpy as np

@@ -1,7 +1,5 @@
 """What must hold for the files under version control."""
 
-from __future__ import annotations
-
 import ast
 import re
 import subprocess

@@ -1,7 +1,5 @@
 """Figures, pages, the README's table and the notebook."""
 
-from __future__ import annotations
-
 import json
 import re
 import subprocess
@@ -11,7 +9,7 @@ import pandas as pd
 import pytest
 from conftest import part
 
-from aopsam_lab.study import figures, provenance, report, tables
+from aopsam_lab.study import figures, machine, report, tables
 from aopsam_lab.study.__main__ import main as study_command
 from aopsam_lab.study.report import write_all
 
@@ -141,7 +139,7 @@ def test_readme_without_its_marks_or_results(reports, tmp_path):
 
 def test_git_state(tmp_path):
     tmp_path = tmp_path.resolve()
-    assert provenance.git_state(tmp_path) == ("unknown", "unknown")
+    assert machine.git_state(tmp_path) == ("unknown", "unknown")
 
     def git(*arguments):
         person = ["-c", "user.name=a", "-c", "user.email=a@b"]
@@ -154,15 +152,15 @@ def test_git_state(tmp_path):
     (tmp_path / "reports" / "index.html").write_text("1")
     git("add", ".")
     git("commit", "-m", "first")
-    commit, dirty = provenance.git_state(tmp_path)
+    commit, dirty = machine.git_state(tmp_path)
     assert re.fullmatch("[0-9a-f]{40}", commit) and dirty is False
     (tmp_path / "reports" / "index.html").write_text("2")  # a result, not code
-    assert provenance.git_state(tmp_path)[1] is False
+    assert machine.git_state(tmp_path)[1] is False
     (tmp_path / "code.py").write_text("2")
-    assert provenance.git_state(tmp_path)[1] is True
+    assert machine.git_state(tmp_path)[1] is True
     (tmp_path / "below").mkdir()
     # not the root of a checkout
-    assert provenance.git_state(tmp_path / "below") == ("unknown", "unknown")
+    assert machine.git_state(tmp_path / "below") == ("unknown", "unknown")
 
 
 # --- the notebook ---

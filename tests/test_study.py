@@ -1,7 +1,5 @@
 """The study: what is kept, what is scored again, what survives a kill, what is written."""
 
-from __future__ import annotations
-
 import re
 
 import numpy as np

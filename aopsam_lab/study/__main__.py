@@ -1,7 +1,5 @@
 """`python -m aopsam_lab.study report | index | readme`: reports, their page, the README's table."""
 
-from __future__ import annotations
-
 import argparse
 import sys
 
@@ -14,14 +12,25 @@ PARAMETERS = {
     **dict.fromkeys(sweeps.SWEPT, float),
     "methods": lambda text: text.split(","),
 }
-ABOUT = """Parameters are those of the notebook; its first cell says what each means and what it is
-if not given. --methods: names, separated by commas. --dataset: photos, the path of a COCO-style
-folder, or coco:PATH, lvis:PATH, sa1b:PATH."""
+ABOUT = """The parameters are those of the notebook; its first cell says what each is, and has the
+value of what is not given. --methods: names, separated by commas. --dataset: photos, the path of a
+COCO-style folder, or coco:PATH, lvis:PATH, sa1b:PATH."""
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; 0, or 1 where it failed."""
-    options = vars(parser().parse_args(arguments))
+    parser = argparse.ArgumentParser("python -m aopsam_lab.study", description="Make the reports.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    report = commands.add_parser("report", help="run a notebook and publish it", epilog=ABOUT)
+    report.add_argument("name", nargs="?", default="main_comparison", help="of notebooks/")
+    for name, kind in PARAMETERS.items():
+        report.add_argument(f"--{name}", type=kind)
+    index = commands.add_parser("index", help="rewrite reports/index.html")
+    readme = commands.add_parser("readme", help="write the results into the README")
+    readme.add_argument("--readme", default="README.md")
+    for each in (report, index, readme):
+        each.add_argument("--reports", default="reports", help="the folder of all reports")
+    options = vars(parser.parse_args(arguments))
     command, reports = options.pop("command"), options.pop("reports")
     try:
         if command == "index":
@@ -36,22 +45,6 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
-
-
-def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    top = argparse.ArgumentParser("python -m aopsam_lab.study", description="Make the reports.")
-    commands = top.add_subparsers(dest="command", required=True)
-    report = commands.add_parser("report", help="run a notebook and publish it", epilog=ABOUT)
-    report.add_argument("name", nargs="?", default="main_comparison", help="of notebooks/")
-    for name, kind in PARAMETERS.items():
-        report.add_argument(f"--{name}", type=kind)
-    index = commands.add_parser("index", help="rewrite reports/index.html")
-    readme = commands.add_parser("readme", help="write the results into the README")
-    readme.add_argument("--readme", default="README.md")
-    for command in (report, index, readme):
-        command.add_argument("--reports", default="reports", help="the folder of all reports")
-    return top
 
 
 if __name__ == "__main__":

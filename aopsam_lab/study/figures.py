@@ -1,7 +1,5 @@
 """Figures of a study. No backend is forced on the caller and no window opens."""
 
-from __future__ import annotations
-
 import io
 from collections.abc import Sequence
 from typing import Any

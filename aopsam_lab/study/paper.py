@@ -3,8 +3,6 @@
 mIoU and the eliminated share in percent, times in seconds, memory in GB of 10^9 bytes.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np
@@ -37,9 +35,7 @@ STEPS = {  # what a part of AoP-SAM changes: the method without it, the method w
 # Columns of the sweeps whose sign is compared. Inf_Lat is not: the paper's moves by 6 ms at most.
 SIGNS_OF = ("miou", "n_masks", "elim_ratio_percent", "mask_lat_s", "peak_mem_gb")
 CHANGE = interval_names("change")
-SIGN_COLUMNS = (
-    "parameter", "column", "first", "last", "paper_change", "n_images", *CHANGE, "verdict",
-)  # fmt: skip
+SIGNS = ("parameter", "column", "first", "last", "paper_change", "n_images", *CHANGE, "verdict")
 
 
 def published(name: str) -> pd.DataFrame:
@@ -101,7 +97,7 @@ def step_table(per_image: pd.DataFrame, summary: pd.DataFrame, dataset: str) -> 
 
 
 def sign_table(trends: pd.DataFrame, table: pd.DataFrame) -> pd.DataFrame:
-    """SIGN_COLUMNS: does a column change along a parameter as the paper's, from first to last?
+    """SIGNS: does a column change along a parameter as the paper's, from first to last?
 
     `trends` and `table` are `sweeps.trend_table` and `sweeps.sweep_table`, which has the peaks.
     verdict: see `verdict`, or "other values" where our first or last is another.
@@ -124,7 +120,7 @@ def sign_table(trends: pd.DataFrame, table: pd.DataFrame) -> pd.DataFrame:
             same = (own["first"], own["last"]) == (start["value"], end["value"])
             row = {**own, "parameter": parameter, "column": column, "paper_change": theirs}
             rows.append(row | {"verdict": said if same else "other values"})
-    return as_table(rows, SIGN_COLUMNS)
+    return as_table(rows, SIGNS)
 
 
 def verdict(

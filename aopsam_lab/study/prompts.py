@@ -8,8 +8,6 @@ should lie apart, to spread over the image; for many the map must have as many p
 goes on and scores nothing twice.
 """
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Sequence
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """What is written of a study: tables, figures, executed notebooks, their page, README's table."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -1,7 +1,5 @@
 """Run methods on a data set, image by image, and keep every score as soon as it is known."""
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 import os
@@ -20,8 +18,7 @@ from aopsam_lab.data.coco import found_masks
 from aopsam_lab.data.sample import Sample
 from aopsam_lab.pipeline.decode import encode
 from aopsam_lab.study import score, settings, tables
-from aopsam_lab.study.memory import MEMORY_VERSION, in_own_process
-from aopsam_lab.study.provenance import processor, provenance
+from aopsam_lab.study.machine import MEMORY_VERSION, in_own_process, processor, provenance
 from aopsam_lab.study.settings import REFERENCE, LoadedModels, Pair, Setting, StudyConfig
 from aopsam_lab.study.store import Store, make_key
 
@@ -85,7 +82,6 @@ def run_settings(
         "thresholds": [f"{iou:g} / {stable:g}" for iou, stable in pairs],
         **asdict(config.params),
     }
-    shown = (images[i] for i in range(min(EXAMPLE_IMAGES, len(images))))
     return StudyResult(
         per_image=per_image,
         summary=tables.summary_table(per_image, peaks),
@@ -100,8 +96,8 @@ def run_settings(
             **provenance(models.sam.device),
         },
         examples=[
-            (sample, {row["method"]: row["detail"] for row in rows if row["image"] == sample.id})
-            for sample in shown
+            (images[i], {row["method"]: row["detail"] for row in rows if row["image"] == name})
+            for i, name in enumerate(images.ids[:EXAMPLE_IMAGES])
         ],
         n_scored=study.n_scored,
         n_reused=study.n_reused,
@@ -174,10 +170,8 @@ class _Run:
         plain = os.environ.get("AOPSAM_PROGRESS") == "text"
         style = {"file": sys.stdout, "ncols": 100} if plain else {"dynamic_ncols": True}
         style |= {"smoothing": 0.05, "unit": "row", "disable": not self.config.progress}
-        bar = (tqdm.tqdm if plain else tqdm.auto.tqdm)(
-            total=len(wanted), initial=len(wanted) - len(missing), desc=text, **style
-        )
-        return missing, bar
+        style |= {"total": len(wanted), "initial": len(wanted) - len(missing), "desc": text}
+        return missing, (tqdm.tqdm if plain else tqdm.auto.tqdm)(**style)
 
     def _score_image(self, i: int, inputs: dict[Setting, dict], bar: tqdm.auto.tqdm) -> None:
         sample, rows = self.images[i], {}

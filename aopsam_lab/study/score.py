@@ -1,7 +1,5 @@
 """One image and one setting -> a row of scores, as JSON can hold it."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """What a study scores, and all that a score depends on."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import os

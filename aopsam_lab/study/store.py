@@ -1,7 +1,5 @@
 """Scores on disk: one SQLite file, written as soon as a score is known."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os
@@ -9,7 +7,7 @@ import sqlite3
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS scores (
@@ -45,7 +43,7 @@ class Store:
             advice = "Move it away to start anew."
             raise ValueError(f"{path} is not a store of scores ({error}). {advice}") from error
 
-    def __enter__(self) -> Store:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -1,7 +1,5 @@
 """The ablation, and the sweeps of AoP-SAM's four parameters: what is run, and what its rows say."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,7 +10,7 @@ import pandas as pd
 
 from aopsam_lab.asf import AsfParams
 from aopsam_lab.study import tables
-from aopsam_lab.study.paper import sign_table
+from aopsam_lab.study.paper import CHANGE, sign_table
 from aopsam_lab.study.runner import StudyResult, run_settings
 from aopsam_lab.study.settings import Setting, StudyConfig
 
@@ -31,9 +29,7 @@ BUDGETS = (25, 50, 100)
 
 SETTING_COLUMNS = ("parameter", "value", "is_default")
 SWEEP_COLUMNS = (*SETTING_COLUMNS, *tables.SUMMARY_COLUMNS[1:], *tables.DIFFERENCE)
-TREND_COLUMNS = (
-    "parameter", "column", "first", "last", "n_images", "change", "change_lo", "change_hi", "trend",
-)  # fmt: skip
+TREND_COLUMNS = ("parameter", "column", "first", "last", "n_images", *CHANGE, "trend")
 BUDGET_COLUMNS = ("budget", *SWEPT, *tables.MIOU, *tables.DIFFERENCE, "n_decoded", "n_decoded_max")
 TREND_NAMES = {  # column: its name, what its numbers are multiplied by to be shown, their unit
     "miou": ("mIoU", 100, " points"),
@@ -77,13 +73,12 @@ def run_sweeps(
         raise ValueError(f"A budget is a number of prompts, 1 or more; got {min(budgets)}.")
     config = replace(config, **changes)
     values = {name: tuple(sorted(set(map(float, own)))) for name, own in values.items()}
-    settings = sweep_settings(values, config.params)
-    within = limited_settings(settings, budgets)
-    study = run_settings(config, [*settings, *within], reference=DEFAULT)
+    settings = sweep_settings(values, config.params, budgets)
+    study = run_settings(config, settings, reference=DEFAULT)
     tried = {f"{name}_grid": list(own) for name, own in values.items()}
     study.provenance["parameters"] |= tried | {"budgets": list(budgets)}
     table, trends = sweep_table(study, values, config.params), trend_table(study.per_image, values)
-    best = budget_table(study.per_image, within)
+    best = budget_table(study.per_image, settings)
     return SweepResult(study, table, trends, sign_table(trends, table), best)
 
 
@@ -92,22 +87,17 @@ def label(parameter: str, value: float) -> str:
     return f"{parameter} {value:g}"
 
 
-def sweep_settings(values: Values, params: AsfParams) -> list[Setting]:
-    """The default, then every value of every parameter."""
-    swept = [
-        Setting(label(name, value), "aop", replace(params, **{name: value}))
-        for name, own in values.items()
-        for value in own
-    ]
-    return [Setting(DEFAULT, "aop", params), *swept]
-
-
-def limited_settings(settings: Sequence[Setting], budgets: Sequence[int]) -> list[Setting]:
-    """Each different setting within each budget, the first of equal ones."""
+def sweep_settings(values: Values, params: AsfParams, budgets: Sequence[int] = ()) -> list[Setting]:
+    """The default, then every value of every parameter; each different one within each budget."""
+    settings = [Setting(DEFAULT, "aop", params)]
+    for name, own in values.items():
+        for value in own:
+            changed = replace(params, **{name: value})
+            settings.append(Setting(label(name, value), "aop", changed))
     different: dict[AsfParams, Setting] = {}
     for setting in settings:
         different.setdefault(setting.params, setting)
-    return [
+    return settings + [
         replace(s, label=f"{s.label}, at most {budget}", max_prompts=budget)
         for budget in budgets
         for s in different.values()
@@ -149,7 +139,7 @@ def budget_table(per_image: pd.DataFrame, settings: Sequence[Setting]) -> pd.Dat
     miou_diff: to the default held to the same budget. n_decoded: mean over images.
     """
     by_label, rows = tables.by_method(per_image), []
-    for budget in dict.fromkeys(setting.max_prompts for setting in settings):
+    for budget in dict.fromkeys(s.max_prompts for s in settings if s.max_prompts):
         held = [setting for setting in settings if setting.max_prompts == budget]
         miou = {setting: by_label[setting.label]["miou"] for setting in held}
         # of equals the first, so the default before others

@@ -1,7 +1,5 @@
 """Rows of single images -> the tables of a report, and their numbers as text."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -39,9 +37,7 @@ RATIOS = {
 }
 DIFFERENCE_COLUMNS = ("method", "reference", "n_images", *DIFFERENCE, *RATIOS)
 CURVE_COLUMNS = ("image", "method", *PAIR, "own", "n_truth", "n_masks", "miou", "ar_1000")
-CURVE_SUMMARY_COLUMNS = (
-    "method", *PAIR, "own", "n_images", "n_masks", *MIOU, *DIFFERENCE, *RECALL,
-)  # fmt: skip
+CURVE_MEANS = ("method", *PAIR, "own", "n_images", "n_masks", *MIOU, *DIFFERENCE, *RECALL)
 EQUAL_COLUMNS = (
     "method", "reference", *PAIR, "n_images", "n_masks", "miou", "reference_miou", *DIFFERENCE,
 )  # fmt: skip
@@ -127,7 +123,7 @@ def curve_table(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
 
 
 def curve_summary(curves: pd.DataFrame) -> pd.DataFrame:
-    """CURVE_SUMMARY_COLUMNS, and COVERAGE_COLUMNS; as `summary_table`, at each pair."""
+    """CURVE_MEANS, and COVERAGE_COLUMNS; as `summary_table`, at each pair."""
     parts = dict(list(curves.set_index("image").groupby(["method", *PAIR], sort=False)))
     rows = []
     for key, own in parts.items():
@@ -142,7 +138,7 @@ def curve_summary(curves: pd.DataFrame) -> pd.DataFrame:
             matched = masks * scored["ar_1000"].to_numpy()
             row |= _interval(RECALL, matched[draws].sum(axis=1) / masks[draws].sum(axis=1))
         rows.append(row)
-    return as_table(rows, CURVE_SUMMARY_COLUMNS)
+    return as_table(rows, CURVE_MEANS)
 
 
 def equal_masks(curves: pd.DataFrame) -> pd.DataFrame:
