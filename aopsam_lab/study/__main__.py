@@ -6,7 +6,7 @@ import sys
 from aopsam_lab.study import sweeps
 from aopsam_lab.study.report import run_report, update_readme, write_index
 
-PARAMETERS = {
+PARAMETERS: dict = {
     **dict.fromkeys(("sam", "checkpoint", "predictor", "detector", "dataset", "device"), str),
     **dict.fromkeys(("n-images", "timed-images", "seed"), int),
     **dict.fromkeys(sweeps.SWEPT, float),

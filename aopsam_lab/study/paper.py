@@ -11,10 +11,6 @@ import pandas as pd
 from aopsam_lab.study.tables import NAN, as_table, interval_columns, interval_names
 
 FOLDER = Path(__file__).with_name("paper")
-CITATION = (
-    "Chen, Son, Hua, Kim: AoP-SAM: Automation of Prompts for Efficient Segmentation. AAAI 2025, "
-    "39(2), 2284-2292, arXiv:2505.11980"
-)
 GB_PER_MIB = 2**20 / 1e9
 
 # The paper's column -> our column, and how many of the paper's units one of ours is.
@@ -128,8 +124,7 @@ def verdict(
 ) -> str:
     """Does our change, with its interval from low to high, have the sign of the paper's?
 
-    "agrees" or "disagrees"; "not clear" where our interval contains 0 or cannot be had (NaN),
-    unless ours is measured once, and where a change is 0; "not measured" where ours is NaN.
+    "not clear" where the interval holds 0 or is unknown, unless it was measured once.
     """
     if not np.isfinite(change):
         return "not measured"

@@ -2,10 +2,9 @@
 
     python -m aopsam_lab.study.prompts --dataset photos --out reports/prompts
 
-Each grid is compared with `aop` where it may decode as many prompts, strongest first. `aop` stands
-there twice: with its default sampling, and with one chosen for that number of prompts. Few prompts
-should lie apart, to spread over the image; for many the map must have as many peaks. A stopped run
-goes on and scores nothing twice.
+Each grid is compared with `aop` where it may decode as many prompts, strongest first: with its
+default sampling, and with one chosen for that number of prompts. Few prompts should lie apart, to
+spread over the image; for many the map must have as many peaks.
 """
 
 import argparse
@@ -24,18 +23,17 @@ from aopsam_lab.study.settings import GRIDS, Setting, StudyConfig
 
 DENSE = METHODS["amg_d"]
 SIDES = {grid.side**2: name for name, grid in GRIDS.items()} | {DENSE.side**2: DENSE.name}
-SHARE = 0.4  # of the dense grid's prompts, with which AoP-SAM should come near it
-LIMITS = sorted([*SIDES, int(SHARE * DENSE.side**2)])
-# Chosen on held-out training photographs: `python -m aopsam_lab.training.trials prompts`. Up to 196
-# prompts the peaks keep some distance; for more every peak counts.
+LIMITS = sorted([*SIDES, int(0.4 * DENSE.side**2)])  # with 0.4 of them it should come near
+# Chosen on held-out training photographs: `python -m aopsam_lab.training.trials prompts`.
 APART = AsfParams(smoothing=0.5, confidence=0.01, spacing=3.0)
 EVERY_PEAK = AsfParams(smoothing=0.25, confidence=0.005, spacing=2.0)
 SAMPLINGS = {
     "aop": dict.fromkeys(LIMITS, AsfParams()),
     "aop, chosen": {limit: APART if limit < 200 else EVERY_PEAK for limit in LIMITS},
 }
-UNTIMED = {"timed_images": 0, "memory": False, "thresholds": ()}
-CONFIG = StudyConfig(n_images=None, out="reports/prompts", **UNTIMED)
+CONFIG = StudyConfig(
+    n_images=None, timed_images=0, memory=False, thresholds=(), out="reports/prompts"
+)
 
 
 def settings() -> list[Setting]:

@@ -28,10 +28,7 @@ README_COLUMNS = (
 def save_study(
     result: StudyResult, name: str = "main_comparison", shown: Sequence[str] = ("aop", "amg_d")
 ) -> dict[str, Path]:
-    """Write a study, a report's `name`, to its folder; the paths of the files by their names.
-
-    Of the methods `shown`, where they were run, the masks are drawn.
-    """
+    """Write a study, a report's `name`, to its folder; of the methods `shown` masks are drawn."""
     methods = result.summary["method"].tolist()
     shown = [method for method in shown if method in methods] or methods[:2]
     contents = {
@@ -54,7 +51,7 @@ def save_study(
 
 
 def save_sweeps(result: sweeps.SweepResult) -> dict[str, Path]:
-    """Write what sweeps found to the study's folder; the paths of the files by their names."""
+    """Write what sweeps found to the study's folder."""
     contents = {
         "parameter_sweeps.csv": result.table,
         "trends.csv": result.trends,
@@ -89,9 +86,7 @@ def run_report(
 ) -> Path:
     """Execute `notebooks/<name>.ipynb` into `reports/<name>/` and rewrite `reports/index.html`.
 
-    Raises:
-        FileNotFoundError: if the notebook is not there.
-        RuntimeError: if a cell fails; what there is of it is then in `<name>.failed.ipynb`.
+    Where a cell fails (RuntimeError), what there is is in `<name>.failed.ipynb`.
     """
     import nbformat
     import papermill
@@ -104,9 +99,8 @@ def run_report(
     folder = Path(reports) / name
     folder.mkdir(parents=True, exist_ok=True)
     made = folder / f"{name}.failed.ipynb"  # until it is whole
-    environment = package_environment() | {"AOPSAM_PROGRESS": "text"}
     try:
-        with patch.dict(os.environ, environment):
+        with patch.dict(os.environ, package_environment() | {"AOPSAM_PROGRESS": "text"}):
             papermill.execute_notebook(
                 source,
                 made,
@@ -146,7 +140,7 @@ def write_index(reports: str | os.PathLike) -> Path:
         read = {file.stem: pd.read_csv(file) for file in folder.glob("*.csv")}
         files = {file.name for file in folder.iterdir()}
         found.append({"name": name, "files": files, "tables": read, "facts": _facts(folder)})
-    page = _ENVIRONMENT.get_template("index.html").render(reports=found)
+    page = _PAGES.get_template("index.html").render(reports=found)
     return write_atomically(reports / "index.html", page)
 
 
@@ -199,13 +193,12 @@ def _facts(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "provenance.json").read_text(encoding="utf-8"))
 
 
-_ENVIRONMENT = jinja2.Environment(
+_PAGES = jinja2.Environment(
     loader=jinja2.PackageLoader("aopsam_lab.study"),
     autoescape=True,
     trim_blocks=True,
     lstrip_blocks=True,
     undefined=jinja2.StrictUndefined,
 )
-_ENVIRONMENT.globals |= {"paper": paper, "sweeps": sweeps, "tables": tables}
-_ENVIRONMENT.globals["what_was_run"] = what_was_run
-_PARTS = _ENVIRONMENT.get_template("parts.html").module
+_PAGES.globals |= {"paper": paper, "sweeps": sweeps, "tables": tables, "what_was_run": what_was_run}
+_PARTS = _PAGES.get_template("parts.html").module

@@ -17,6 +17,7 @@ from aopsam_lab.data import Dataset, open_dataset
 from aopsam_lab.data.coco import found_masks
 from aopsam_lab.data.sample import Sample
 from aopsam_lab.pipeline.decode import encode
+from aopsam_lab.sam.zoo import spec_of
 from aopsam_lab.study import score, settings, tables
 from aopsam_lab.study.machine import MEMORY_VERSION, in_own_process, processor, provenance
 from aopsam_lab.study.settings import REFERENCE, LoadedModels, Pair, Setting, StudyConfig
@@ -73,6 +74,8 @@ def run_settings(
         rows = study.rows(asked)
         peaks = study.peaks(asked) if config.memory else {}
     per_image = tables.per_image_table(rows)
+    used = {f"SAM ({config.sam})": spec_of(models.sam)}
+    used |= {"Prompt Predictor": models.predictor, "detector": models.detector}
     parameters = {
         **{name: getattr(config, name) for name in ("sam", "seed", "device")},
         "methods": methods,
@@ -91,7 +94,7 @@ def run_settings(
             "parameters": parameters,
             "dataset": images.describe(),
             "seeds": {"dataset": config.seed, "bootstrap": tables.BOOTSTRAP_SEED},
-            "weights": settings.weight_hashes(models),
+            "weights": {name: model.sha256 for name, model in used.items() if model is not None},
             "scoring_code": settings.scoring_code(),
             **provenance(models.sam.device),
         },

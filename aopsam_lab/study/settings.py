@@ -137,14 +137,6 @@ def scoring_code() -> str:
     return code_fingerprint(SCORING_MODULES)
 
 
-def weight_hashes(models: LoadedModels) -> dict[str, str]:
-    """The sha256 of the weights in use, by model."""
-    spec = spec_of(models.sam)
-    used = {f"SAM ({spec.name})": spec}
-    used |= {"Prompt Predictor": models.predictor, "detector": models.detector}
-    return {name: model.sha256 for name, model in used.items() if model is not None}
-
-
 def package_environment() -> dict[str, str]:
     """This process's environment with the package importable, for processes started from it."""
     paths = filter(None, (str(PACKAGE_ROOT), os.environ.get("PYTHONPATH")))

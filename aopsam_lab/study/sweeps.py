@@ -13,6 +13,7 @@ from aopsam_lab.study import tables
 from aopsam_lab.study.paper import CHANGE, sign_table
 from aopsam_lab.study.runner import StudyResult, run_settings
 from aopsam_lab.study.settings import Setting, StudyConfig
+from aopsam_lab.study.tables import DIFFERENCE, SUMMARY_COLUMNS
 
 SWEEPS = StudyConfig(methods=("aop",), n_images=28, thresholds=(), out="reports/parameter_sweeps")
 PARTS = ("aop_no_as_af", "aop_no_af", "aop", "aop_gated")
@@ -26,11 +27,9 @@ SWEPT = {  # the paper's values
 Values = Mapping[str, Sequence[float]]  # what each parameter is set to, by its name
 DEFAULT = "default"  # the label of the setting that a sweep departs from
 BUDGETS = (25, 50, 100)
-
-SETTING_COLUMNS = ("parameter", "value", "is_default")
-SWEEP_COLUMNS = (*SETTING_COLUMNS, *tables.SUMMARY_COLUMNS[1:], *tables.DIFFERENCE)
+SWEEP_COLUMNS = ("parameter", "value", "is_default", *SUMMARY_COLUMNS[1:], *DIFFERENCE)
 TREND_COLUMNS = ("parameter", "column", "first", "last", "n_images", *CHANGE, "trend")
-BUDGET_COLUMNS = ("budget", *SWEPT, *tables.MIOU, *tables.DIFFERENCE, "n_decoded", "n_decoded_max")
+BUDGET_COLUMNS = ("budget", *SWEPT, *tables.MIOU, *DIFFERENCE, "n_decoded", "n_decoded_max")
 TREND_NAMES = {  # column: its name, what its numbers are multiplied by to be shown, their unit
     "miou": ("mIoU", 100, " points"),
     "n_masks": ("#P", 1, " masks"),
@@ -109,16 +108,13 @@ def sweep_table(study: StudyResult, values: Values, params: AsfParams) -> pd.Dat
     swept = [(name, value, label(name, value)) for name, own in values.items() for value in own]
     table = pd.DataFrame(swept, columns=["parameter", "value", "method"])
     table["is_default"] = [getattr(params, name) == value for name, value, _ in swept]
-    change = study.differences[["method", *tables.DIFFERENCE]]
+    change = study.differences[["method", *DIFFERENCE]]
     table = table.merge(study.summary, on="method").merge(change, on="method")
     return tables.as_table(table, SWEEP_COLUMNS)
 
 
 def trend_table(per_image: pd.DataFrame, values: Values) -> pd.DataFrame:
-    """TREND_COLUMNS: does a column of TREND_NAMES rise or fall from first to last value?
-
-    change: paired, over images that have both; trend: undecided where its interval holds 0.
-    """
+    """TREND_COLUMNS: does a column rise or fall from first to last value, image by image?"""
     by_label, rows = tables.by_method(per_image), []
     for name, own in values.items():
         for column in TREND_NAMES if len(own) > 1 else ():
@@ -163,6 +159,6 @@ def parameter_for_people(table: pd.DataFrame, parameter: str) -> pd.DataFrame:
     """The rows of one parameter as text, in the columns of the other reports."""
     own = table[table["parameter"] == parameter]
     own = own.assign(method=own["value"].map("{:g}".format))
-    shown = tables.results_for_people(own.drop(columns=list(tables.DIFFERENCE)), own)
+    shown = tables.results_for_people(own.drop(columns=list(DIFFERENCE)), own)
     headings = {"Method": parameter.capitalize(), "Δ to AoP-SAM": "Δ to the default"}
     return shown.rename(columns=headings)

@@ -20,7 +20,7 @@ def interval_names(name: str) -> tuple[str, str, str]:
 
 
 MIOU, DIFFERENCE, RECALL = map(interval_names, ("miou", "miou_diff", "ar_1000"))
-# There where the masks that a SAM found are; of an image the first only.
+# where the masks that a SAM found are at hand; of an image the first only
 COVERAGE_COLUMNS = interval_names("coverage")
 PER_IMAGE_COLUMNS = (
     "image", "method", "miou", "miou_best", "n_truth", "n_masks", "n_sampled", "n_decoded",
@@ -144,10 +144,9 @@ def curve_summary(curves: pd.DataFrame) -> pd.DataFrame:
 def equal_masks(curves: pd.DataFrame) -> pd.DataFrame:
     """EQUAL_COLUMNS: AoP-SAM and the dense grid at equal masks kept, #P, the paper's cost.
 
-    The curve is mean mIoU against mean masks kept, a straight line between two pairs of thresholds.
-    It is read where it keeps as many masks as the grid does at each of its pairs; places beyond
-    either end are left out. For the interval images are drawn anew and both curves read again;
-    where a draw ends a little before the place, its last line goes on.
+    The curve, mean mIoU against mean masks kept in straight lines, is read where it keeps as many
+    masks as the grid does at each of its pairs, if it does. For the interval images are drawn anew
+    and both curves read again; where a draw ends before the place, its last line goes on.
     """
     both = {"method": REFERENCE, "reference": "amg_d"}
     pairs = list(map(tuple, curves[list(PAIR)].drop_duplicates().to_numpy()))
