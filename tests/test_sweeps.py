@@ -40,12 +40,8 @@ def test_shared_scores_are_those_of_each_setting_alone(sweep, weights, folder):
     shared = sweep().study.per_image.set_index(["method", "image"])
     images, models = open_dataset(folder, 2), load_models(StudyConfig(**weights), ["aop"])
     counts = ["n_truth", "n_masks", "n_sampled", "n_decoded", "n_eliminated"]
-    changes = [
-        ("default", {}),
-        ("spacing 40", {"spacing": 40.0}),
-        ("elimination 1", {"elimination": 1}),
-    ]
-    for name, change in changes:
+    changes = {"default": {}, "spacing 40": {"spacing": 40.0}, "elimination 1": {"elimination": 1}}
+    for name, change in changes.items():
         setting = Setting(name, "aop", AsfParams(**{**FEW, **change}))
         for i in range(2):
             sample, row = images[i], shared.loc[(name, images.ids[i])]
@@ -74,7 +70,7 @@ def test_times_come_only_from_runs_without_sharing(sweep, monkeypatch):
     assert "on the first 1 of these images" in report.what_was_run(result.study.provenance)
 
 
-def test_equal_settings_are_run_once_and_points_decoded_once(sweep, monkeypatch):
+def test_equal_settings_are_run_once_points_decoded_once_and_budgets_held(sweep, monkeypatch):
     real, decoded = decode_cache.decode_and_filter, []
 
     def counting(sam, encoded, prompts, index, spec):
@@ -82,21 +78,15 @@ def test_equal_settings_are_run_once_and_points_decoded_once(sweep, monkeypatch)
         return real(sam, encoded, prompts, index, spec)
 
     monkeypatch.setattr(decode_cache, "decode_and_filter", counting)
-    result = sweep(timed_images=0)
+    result = sweep(budgets=(1, 4), timed_images=0)
     assert len(set((id(encoded), *point) for encoded, *point in decoded)) == len(decoded) > 4
     own = result.study.per_image
-    # labels; of five settings three differ, each held to one budget
-    assert own["method"].nunique() == 5 + 3
-    assert result.study.n_scored == 2 * (3 + 3)
+    # labels; of five settings three differ, each held to two budgets
+    assert own["method"].nunique() == 5 + 6 and result.study.n_scored == 2 * (3 + 6)
+    rows = own.set_index(["method", "image"])[["miou", "n_masks", "n_decoded"]]
     for equal in ("spacing 60", "elimination 1.3"):
-        columns = ["image", "miou", "n_masks", "n_decoded"]
-        pair = [own.loc[own["method"] == name, columns] for name in ("default", equal)]
-        pd.testing.assert_frame_equal(*(rows.reset_index(drop=True) for rows in pair))
-
-
-def test_a_budget_holds_on_every_image(sweep):
-    result = sweep(budgets=(1, 4), timed_images=0)
-    limited = result.study.per_image[result.study.per_image["method"].str.contains("at most")]
+        pd.testing.assert_frame_equal(rows.loc["default"], rows.loc[equal])
+    limited = own[own["method"].str.contains("at most")]
     most = limited["method"].str.extract(r"at most (\d+)")[0].astype(int)
     assert (limited["n_decoded"] <= most).all() and limited["n_decoded"].gt(0).all()
     assert result.budgets["budget"].tolist() == [1, 4]
@@ -147,15 +137,10 @@ def test_trends_by_hand():
     assert trends.loc["mask_lat_s", "n_images"] == 0
     mixed = {1.0: [0.9, 0.5, 0.6, 0.2], 2.0: [0.8, 0.6, 0.7, 0.1]}
     trends = sweeps.trend_table(rows_along("smoothing", mixed), {"smoothing": (1.0, 2.0)})
-    undecided = trends.iloc[0]
-    assert undecided["trend"] == "undecided" and undecided["change_lo"] < 0 < undecided["change_hi"]
-
-
-def test_sentences_say_what_a_parameter_changes():
+    assert trends["trend"].iloc[0] == "undecided"
     own = rows_along("elimination", {1.25: [0.5, 0.6], 1.3: [0.9, 0.9], 1.4: [0.4, 0.5]})
     own["elim_ratio"] = own["method"].map({"elimination 1.25": 0.2, "elimination 1.4": 0.1})
-    trends = sweeps.trend_table(own, {"elimination": (1.25, 1.3, 1.4)})
-    sentence = part("trends", trends)
+    sentence = part("trends", sweeps.trend_table(own, {"elimination": (1.25, 1.3, 1.4)}))
     assert "<li>Elimination from 1.25 to 1.4: mIoU falls (-10.0 points [-10.0, " in sentence
     assert "the eliminated share falls (-10.0 points [-10.0, -10.0])" in sentence
 
@@ -203,6 +188,10 @@ def made_up_table() -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def dashed(figure):
+    return [line for axes in figure.axes for line in axes.lines if line.get_linestyle() == "--"]
+
+
 def test_figures_of_the_sweeps():
     table = made_up_table()
     figure = sweep_figure(table)
@@ -213,19 +202,10 @@ def test_figures_of_the_sweeps():
     # the default's settings are one mark, the others are named by their values
     axes = joint_figure(table).axes[0]
     assert len(axes.texts) == 12 and axes.texts[0].get_text() == "1"
-
-
-def dashed(figure):
-    return [line for axes in figure.axes for line in axes.lines if line.get_linestyle() == "--"]
-
-
-def test_the_papers_curves_are_drawn_dashed_where_it_has_these_values():
-    table = made_up_table()
-    figure = sweep_figure(table)
-    curves = [line.get_ydata().tolist() for line in dashed(figure)]  # mIoU's four panels, then #P's
+    # the paper's curves: mIoU's four panels, then #P's, where it has these values
+    curves = [line.get_ydata().tolist() for line in dashed(figure)]
     assert len(curves) == 8 and curves[0] == [72.4, 70.4, 67.3, 63.4]
-    assert curves[4] == [114.4, 107.8, 100.3, 91.2]
-    assert [text.get_text()[:9] for text in figure.legends[0].get_texts()] == ["ours", "the paper"]
+    assert curves[4] == [114.4, 107.8, 100.3, 91.2] and len(figure.legends[0].get_texts()) == 2
     other = table.query("parameter == 'spacing'").assign(value=[40.0, 50.0, 60.0, 70.0])
     figure = sweep_figure(other)
     assert dashed(figure) == [] and len(figure.legends[0].get_texts()) == 1
