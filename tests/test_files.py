@@ -57,7 +57,7 @@ def test_what_runs_while_scoring_is_in_the_fingerprint(small_sam, small_predicto
     sys.setprofile(note)
     threading.setprofile(note)
     try:
-        alone = score.score(models, sample, setting, sample.rles)
+        alone = score.score(models, sample, setting)
         together = list(score.score_together(models, sample, [setting], [(0.1, 0.1)], sample.rles))
     finally:
         sys.setprofile(None)

@@ -1,7 +1,5 @@
 """Comparison at equal prompts: a table worked by hand, and one run on a small image."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pandas as pd

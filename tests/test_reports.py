@@ -1,7 +1,5 @@
 """Figures, pages, the README's table and the notebook."""
 
-from __future__ import annotations
-
 import json
 import re
 import subprocess
@@ -9,11 +7,11 @@ import subprocess
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import part
+from conftest import METHODS, part, row
 
-from aopsam_lab.study import figures, provenance, report, tables
+from aopsam_lab.files import write_atomically
+from aopsam_lab.study import PACKAGE_ROOT, figures, machine, report, sweeps, tables
 from aopsam_lab.study.__main__ import main as study_command
-from aopsam_lab.study.write import write_all
 
 FACTS = {
     "parameters": {"sam": "mobile_sam", "methods": ["amg_s", "aop"], "seed": 0, "smoothing": 2.0,
@@ -26,53 +24,41 @@ FACTS = {
 }  # fmt: skip
 
 
-def summary(methods: list[str]) -> pd.DataFrame:
-    rows = []
-    for k, method in enumerate(methods):
-        miou = 0.5 + 0.01 * k
-        scores = [24, miou, miou - 0.03, miou + 0.03, miou + 0.1, 0.01, 0.2, 0.06, 0.27, 150]
-        rows.append([method, *scores, 40, 60 + k, 0.2, 0.3, 0.4])
-    return pd.DataFrame(rows, columns=list(tables.SUMMARY_COLUMNS))
-
-
-def differences(methods: list[str]) -> pd.DataFrame:
-    rows = [
-        [method, "aop", 24, -0.02, -0.03, -0.01, 4.0, 5.0, 0.1, 3.0]
-        for method in methods
-        if method != "aop"
-    ]
-    return pd.DataFrame(rows, columns=list(tables.DIFFERENCE_COLUMNS))
+def made(methods: list[str]) -> list[pd.DataFrame]:
+    """Summary and differences of three images: each method is 0.01 better than the one before."""
+    per_image = tables.per_image_table(
+        row(f"i{i}", method, 0.5 + 0.01 * k + 0.1 * i, n_decoded=60 + k)
+        for k, method in enumerate(methods)
+        for i in range(3)
+    )
+    return [tables.summary_table(per_image, {}), tables.difference_table(per_image)]
 
 
 @pytest.fixture
 def reports(tmp_path):
     folder = tmp_path / "reports" / "main_comparison"
-    methods = ["amg_s", "aop"]
+    summary, differences = made(["amg_s", "aop"])
     contents = {
-        "main_comparison.csv": summary(methods),
-        "main_comparison_differences.csv": differences(methods),
-        "main_comparison.png": figures.tradeoff_figure(summary(methods)),
+        "main_comparison.csv": summary,
+        "main_comparison_differences.csv": differences,
+        "main_comparison.png": figures.tradeoff_figure(summary),
         "provenance.json": FACTS,
     }
-    write_all(folder, contents)
+    report.write_all(folder, contents)
     return folder.parent
 
 
 # --- figures ---
 
 
-def is_png(data: bytes) -> bool:
-    return data.startswith(b"\x89PNG") and len(data) > 5000
-
-
 def test_the_figure_of_all_methods_and_of_one_without_an_interval():
-    figure = figures.tradeoff_figure(summary(list(tables.TITLES)))
-    assert is_png(figures.png(figure))
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == list(
-        tables.TITLES.values()
-    )
-    alone = summary(["mine"]).assign(miou_lo=np.nan, miou_hi=np.nan, n_decoded=0)
-    assert is_png(figures.png(figures.tradeoff_figure(alone)))
+    figure = figures.tradeoff_figure(made(list(tables.TITLES))[0])
+    names = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert sorted(names) == sorted(tables.TITLES.values())
+    alone = made(["mine"])[0].assign(miou_lo=np.nan, miou_hi=np.nan, n_decoded=0)
+    for drawn in (figure, figures.tradeoff_figure(alone)):
+        data = figures.png(drawn)
+        assert data.startswith(b"\x89PNG") and len(data) > 5000
 
 
 # --- pages ---
@@ -80,27 +66,24 @@ def test_the_figure_of_all_methods_and_of_one_without_an_interval():
 
 def test_index_shows_all_and_loads_nothing_from_outside(reports):
     text = report.write_index(reports).read_text(encoding="utf-8")
-    numbers = ("AMG-S", "50.0 [47.0, 53.0]", "abc123", "none of its figures", "A &lt;fast&gt; CPU")
     for wanted in (
-        *numbers,
+        "AMG-S",
+        "60.0 [",
+        "abc123",
+        "none of its figures",
+        "A &lt;fast&gt; CPU",
         'src="main_comparison/main_comparison.png"',
         "main_comparison/main_comparison.csv",
     ):
         assert wanted in text, wanted
     assert "main_comparison.html" not in text  # it is not there, so there is no link to it
     assert "<tr class=own><td>AoP-SAM</td>" in text
-    assert not re.search(r'(src|href)="(https?:)?//', text)
-    assert "@import" not in text
-    assert "<script" not in text
+    assert not re.search(r'(src|href)="(https?:)?//|@import|<script', text)
 
 
-def test_index_without_reports(tmp_path):
-    assert "make study" in report.write_index(tmp_path / "reports").read_text(encoding="utf-8")
-
-
-def test_a_report_of_another_kind_is_listed_after_the_main_comparison(reports):
-    (reports / "ablation").mkdir()
-    (reports / "ablation" / "provenance.json").write_text(json.dumps(FACTS))
+def test_index_of_no_reports_and_of_one_of_another_kind(reports, tmp_path):
+    assert "make study" in report.write_index(tmp_path / "none").read_text(encoding="utf-8")
+    report.write_all(reports / "ablation", {"provenance.json": FACTS})
     text = report.write_index(reports).read_text(encoding="utf-8")
     assert text.index("<h2>Main comparison") < text.index("<h2>Ablation")
 
@@ -118,10 +101,9 @@ def test_readme_table_is_replaced_and_nothing_else(reports, tmp_path):
     file.write_text(f"# Title\n\n{report.START}\nold\n{report.END}\n\nThe end.\n")
     report.update_readme(file, reports)
     first = file.read_text(encoding="utf-8")
-    assert "old" not in first
-    assert first.startswith("# Title\n")
+    assert "old" not in first and first.startswith("# Title\n")
     assert first.endswith(f"{report.END}\n\nThe end.\n")
-    assert "| **AoP-SAM** | **51.0 [48.0, 54.0]** |" in first and "24 images of holiday" in first
+    assert "| **AoP-SAM** | **61.0 [" in first and "24 images of holiday" in first
     report.update_readme(file, reports)
     assert file.read_text(encoding="utf-8") == first
 
@@ -140,32 +122,28 @@ def test_readme_without_its_marks_or_results(reports, tmp_path):
 
 
 def test_git_state(tmp_path):
-    tmp_path = tmp_path.resolve()
-    assert provenance.git_state(tmp_path) == ("unknown", "unknown")
+    root, result = tmp_path.resolve(), tmp_path / "reports" / "index.html"
+    assert machine.git_state(root) == ("unknown", "unknown")
 
     def git(*arguments):
         person = ["-c", "user.name=a", "-c", "user.email=a@b"]
-        command = ["git", "-C", tmp_path, *person, *arguments]
-        subprocess.run(command, check=True, capture_output=True)
+        subprocess.run(["git", "-C", root, *person, *arguments], check=True, capture_output=True)
 
     git("init")
-    (tmp_path / "code.py").write_text("1")
-    (tmp_path / "reports").mkdir()
-    (tmp_path / "reports" / "index.html").write_text("1")
+    (root / "code.py").write_text("1")
+    write_atomically(result, "1")
     git("add", ".")
     git("commit", "-m", "first")
-    commit, dirty = provenance.git_state(tmp_path)
+    commit, dirty = machine.git_state(root)
     assert re.fullmatch("[0-9a-f]{40}", commit) and dirty is False
-    (tmp_path / "reports" / "index.html").write_text("2")  # a result, not code
-    assert provenance.git_state(tmp_path)[1] is False
-    (tmp_path / "code.py").write_text("2")
-    assert provenance.git_state(tmp_path)[1] is True
-    (tmp_path / "below").mkdir()
-    # not the root of a checkout
-    assert provenance.git_state(tmp_path / "below") == ("unknown", "unknown")
+    result.write_text("2")  # not code
+    assert machine.git_state(root)[1] is False
+    (root / "code.py").write_text("2")
+    assert machine.git_state(root)[1] is True
+    assert machine.git_state(root / "reports") == ("unknown", "unknown")  # not a checkout's root
 
 
-# --- the notebook ---
+# --- the notebooks ---
 
 
 def test_a_report_that_is_not_there(tmp_path, capsys):
@@ -178,3 +156,44 @@ def test_a_failing_cell_is_named_and_kept(tmp_path):
         report.run_report("main_comparison", {"methods": ["best"]}, tmp_path / "reports")
     assert (tmp_path / "reports" / "main_comparison" / "main_comparison.failed.ipynb").exists()
     assert not list((tmp_path / "reports" / "main_comparison").glob(".*"))
+
+
+def test_reports_made_from_another_folder(folder, tmp_path, monkeypatch):
+    """The notebooks through papermill with all that they write, and the page that lists them."""
+    monkeypatch.chdir(tmp_path)
+    few = {"dataset": str(folder), "n_images": 2, "timed_images": 1, "methods": METHODS}
+    few |= {"confidence": 0.0, "spacing": 60.0}
+    grids = {"smoothings": [2], "confidences": [0.0], "spacings": [40, 60], "eliminations": [1.3]}
+    swept = {**few, **grids, "budgets": [3], "memory": False}
+    del swept["methods"]
+    report.run_report("main_comparison", few, "reports")
+    report.run_report("ablation", {**few, "memory": False}, "reports")
+    report.run_report("parameter_sweeps", swept, "reports")
+    quick = {"dataset": str(folder), "n_images": 1, "side": 3}
+    index = report.run_report("benchmark", quick, "reports").read_text(encoding="utf-8")
+    study = "NAME.ipynb NAME.html NAME.csv NAME_differences.csv NAME.png per_image.csv examples.png"
+    thresholds = " thresholds.png thresholds.csv thresholds_per_image.csv"
+    swept = "NAME.csv trends.csv budgets.csv paper_signs.csv NAME.png joint.png"
+    wanted = {"main_comparison": study + thresholds, "ablation": study, "parameter_sweeps": swept}
+    for name, files in {**wanted, "benchmark": "NAME.png provenance.json"}.items():
+        for file in (f"{name}/{file.replace('NAME', name)}" for file in files.split()):
+            assert (tmp_path / "reports" / file).stat().st_size > 50 and file in index, file
+    assert "on the first 1 of these images" in index and "Spacing from 40 to 60" in index
+    assert "grid 3 x 3." in index
+
+    def read(file: str) -> pd.DataFrame:
+        return pd.read_csv(tmp_path / "reports" / file)
+
+    summary = read("main_comparison/main_comparison.csv")
+    assert list(summary) == list(tables.SUMMARY_COLUMNS) and summary["peak_mem_mb"].gt(0).all()
+    table = read("parameter_sweeps/parameter_sweeps.csv")
+    assert list(table) == list(sweeps.SWEEP_COLUMNS) and table["miou"].gt(0).all()
+    facts = json.loads((tmp_path / "reports/parameter_sweeps/provenance.json").read_text())
+    assert facts["parameters"]["budgets"] == [3]
+    table = read("benchmark/benchmark.csv")
+    assert table["lowest_iou"].gt(0.9).all() and table["peak_mib"].max() > 10 and len(table) == 3
+    made = tmp_path / "reports" / "main_comparison" / "main_comparison"
+    page = made.with_suffix(".html").read_text(encoding="utf-8")
+    assert "4 rows scored now, 0 found" in page and "AoP-SAM without AF" in page
+    assert not re.search(r'<(script|link)[^>]+(src|href)="https?:', page)
+    assert str(PACKAGE_ROOT) not in made.with_suffix(".ipynb").read_text(encoding="utf-8")

@@ -1,7 +1,5 @@
 """Looser thresholds: the same prompts filtered again, and methods at equal masks kept."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import numpy as np
@@ -18,21 +16,15 @@ from aopsam_lab.pipeline.decode_cache import DecodeCache, LooseRun
 from aopsam_lab.pipeline.methods import Grid, method_named
 from aopsam_lab.pipeline.run import run_method
 from aopsam_lab.pipeline.types import Models
-from aopsam_lab.study import figures, report, runner, score, tables, thresholds
-from aopsam_lab.study.figures import threshold_figure
+from aopsam_lab.study import figures, runner, score, tables
+from aopsam_lab.study.figures import curve_figure
 from aopsam_lab.study.settings import THRESHOLDS
-from aopsam_lab.study.write import save_study
 
 OWN = (0.88, 0.95)
 PAIRS = [OWN, (0.8, 0.9), (0.5, 0.85), (0.7, 0.6)]
 LOOSEST = (0.5, 0.6)
 FEW_POINTS = AsfParams(spacing=12, confidence=0.05, elimination=1.1)
 GRID = Grid("grid", 6)
-
-
-@pytest.fixture
-def encoded(photo):
-    return photo
 
 
 def same_masks(ours: list[dict], theirs: list[dict]) -> bool:
@@ -43,10 +35,10 @@ def same_masks(ours: list[dict], theirs: list[dict]) -> bool:
 
 
 @pytest.mark.parametrize("method", [GRID, "aop", "aop_no_af"])
-def test_at_sams_own_thresholds_it_is_the_ordinary_run(sam, predictor, encoded, method):
-    loose = LooseRun(DecodeCache(sam, encoded, LOOSEST))
-    shared = run_method(sam, encoded, method, predictor, params=FEW_POINTS, decode=loose)
-    alone = run_method(sam, encoded, method, predictor, params=FEW_POINTS)
+def test_at_sams_own_thresholds_it_is_the_ordinary_run(sam, predictor, photo, method):
+    loose = LooseRun(DecodeCache(sam, photo, LOOSEST))
+    shared = run_method(sam, photo, method, predictor, params=FEW_POINTS, decode=loose)
+    alone = run_method(sam, photo, method, predictor, params=FEW_POINTS)
     own = loose.masks_at([OWN])[0]
     assert len(own) > 3 and same_masks(own, shared.masks)
     assert shared.prompts["status"].tolist() == alone.prompts["status"].tolist()
@@ -56,9 +48,9 @@ def test_at_sams_own_thresholds_it_is_the_ordinary_run(sam, predictor, encoded, 
     assert method != "aop" or alone.n_eliminated > 0
 
 
-def test_looser_pairs_are_runs_of_a_sam_with_these_thresholds(sam, encoded):
-    loose = LooseRun(DecodeCache(sam, encoded, LOOSEST))
-    run_method(sam, encoded, GRID, decode=loose)
+def test_looser_pairs_are_runs_of_a_sam_with_these_thresholds(sam, photo):
+    loose = LooseRun(DecodeCache(sam, photo, LOOSEST))
+    run_method(sam, photo, GRID, decode=loose)
     kept = loose.masks_at(PAIRS)
     assert len({len(masks) for masks in kept}) == len(PAIRS)
     for pair, masks in zip(PAIRS, kept, strict=True):
@@ -67,14 +59,14 @@ def test_looser_pairs_are_runs_of_a_sam_with_these_thresholds(sam, encoded):
         def decode(sam, encoded, prompts, index, _, spec=spec):
             return decode_and_filter(sam, encoded, prompts, index, spec)
 
-        alone = run_method(sam, encoded, GRID, decode=decode)
+        alone = run_method(sam, photo, GRID, decode=decode)
         assert len(masks) == len(alone.masks)
         different = score.mask_scores(alone.masks, masks, None)["miou"]
         assert different == pytest.approx(1, abs=1e-3)
 
 
 def test_each_prompt_is_decoded_once_and_what_is_forgotten_again(
-    sam, predictor, encoded, monkeypatch
+    sam, predictor, photo, monkeypatch
 ):
     asked = []
 
@@ -83,57 +75,54 @@ def test_each_prompt_is_decoded_once_and_what_is_forgotten_again(
         return decode_and_filter(sam, encoded, prompts, index, spec)
 
     monkeypatch.setattr(decode_cache, "decode_and_filter", counting)
-    cache = DecodeCache(sam, encoded, LOOSEST)
+    cache = DecodeCache(sam, photo, LOOSEST)
     runs = {name: LooseRun(cache) for name in ("aop_no_af", "aop")}
     for name, run in runs.items():
-        run_method(sam, encoded, name, predictor, params=FEW_POINTS, decode=run)
+        run_method(sam, photo, name, predictor, params=FEW_POINTS, decode=run)
     assert len(asked) == len(set(asked)) > 10
-    small = DecodeCache(sam, encoded, LOOSEST, max_bytes=4 * cache.bytes // len(asked))
+    small = DecodeCache(sam, photo, LOOSEST, max_bytes=4 * cache.bytes // len(asked))
     again = LooseRun(small)
-    run_method(sam, encoded, "aop", predictor, params=FEW_POINTS, decode=again)
+    run_method(sam, photo, "aop", predictor, params=FEW_POINTS, decode=again)
     assert small.bytes <= small.max_bytes
     for ours, theirs in zip(again.masks_at(PAIRS), runs["aop"].masks_at(PAIRS), strict=True):
         assert len(ours) == len(theirs)
 
 
-def test_what_the_cache_refuses(sam, encoded):
-    run = LooseRun(DecodeCache(sam, encoded, LOOSEST))
+def test_what_the_cache_refuses(sam, photo):
+    run = LooseRun(DecodeCache(sam, photo, LOOSEST))
     assert run.masks_at(PAIRS) == [[]] * len(PAIRS)  # nothing decoded yet
     with pytest.raises(ValueError, match="not to the thresholds"):
         run.masks_at([(0.1, 0.97)])
     with pytest.raises(ValueError, match="another image"):
-        run_method(sam, replace(encoded), GRID, decode=run)
+        run_method(sam, replace(photo), GRID, decode=run)
 
 
 @torch.inference_mode()
-def test_the_highest_predicted_iou_is_that_of_all_masks(sam, encoded):
-    prompts = method_named("amg_s").start(encoded, Models(), AsfParams()).prompts
-    found = decode_and_filter(sam, encoded, prompts, torch.arange(6), sam.spec)
+def test_the_highest_predicted_iou_is_that_of_all_masks(sam, photo):
+    prompts = method_named("amg_s").start(photo, Models(), AsfParams()).prompts
+    found = decode_and_filter(sam, photo, prompts, torch.arange(6), sam.spec)
     for row in range(6):
-        every = all_masks(sam, encoded, prompts, row)
+        every = all_masks(sam, photo, prompts, row)
         torch.testing.assert_close(found.best_iou[row], every.iou.max(), rtol=1e-4, atol=1e-4)
 
 
 # --- in a study ---
 
 
-def test_the_curve_of_a_study_holds_its_ordinary_result(study):
-    result = study(n_images=2, thresholds=THRESHOLDS)
+def test_the_curve_of_a_study_holds_its_ordinary_result_and_is_kept(study):
+    some = {"n_images": 2, "thresholds": THRESHOLDS}
+    result = study(**some)
     curves = result.curves
-    assert list(curves.columns) == list(thresholds.CURVE_COLUMNS)
+    assert list(curves.columns) == list(tables.CURVE_COLUMNS)
     assert len(curves) == 2 * 2 * 6  # five pairs, and this SAM's own
     own = curves[curves["own"]].set_index(["image", "method"])
     ordinary = result.per_image.set_index(["image", "method"])
     for column in ("miou", "n_masks", "ar_1000"):
         pd.testing.assert_series_equal(own[column], ordinary[column])
     assert result.provenance["parameters"]["thresholds"][0] == "0.88 / 0.95"
-
-
-def test_curves_are_kept_and_other_thresholds_are_other_rows(study):
-    some = {"n_images": 2, "thresholds": THRESHOLDS}
-    first, second = study(**some), study(**some)
-    assert (second.n_scored, second.n_reused) == (0, 4)
-    pd.testing.assert_frame_equal(first.curves, second.curves)
+    again = study(**some)
+    assert (again.n_scored, again.n_reused) == (0, 4)
+    pd.testing.assert_frame_equal(curves, again.curves)
     assert study(n_images=2).n_scored == 4 and study(n_images=2).curves.empty
     assert study(n_images=2, thresholds=[(0.9, 0.9)]).n_scored == 4
 
@@ -163,82 +152,63 @@ def test_coverage_is_there_where_found_masks_are(study, monkeypatch):
 
 def made_up(points: dict[str, list[tuple[float, float]]], images: int = 2) -> pd.DataFrame:
     """Curves from (masks kept, mIoU) at the first thresholds of each method."""
-    rows = []
-    for method, own in points.items():
-        for pair, (n_masks, miou) in zip(THRESHOLDS, own, strict=False):
-            for i in range(images):
-                row = {"image": f"i{i}", "method": method, "own": pair == THRESHOLDS[0]}
-                row |= dict(zip(thresholds.PAIR, pair, strict=True)) | {
-                    "n_truth": 2 + i,
-                    "n_masks": n_masks,
-                }
-                rows.append({**row, "miou": miou + 0.1 * i, "ar_1000": 0.3 + 0.1 * i})
-    return pd.DataFrame(rows)
+    return pd.DataFrame(
+        {
+            "image": f"i{i}",
+            "method": method,
+            **dict(zip(tables.PAIR, pair, strict=True)),
+            "own": pair == THRESHOLDS[0],
+            "n_truth": 2 + i,
+            "n_masks": n_masks,
+            "miou": miou + 0.1 * i,
+            "ar_1000": 0.3 + 0.1 * i,
+        }
+        for method, own in points.items()
+        for pair, (n_masks, miou) in zip(THRESHOLDS, own, strict=False)
+        for i in range(images)
+    )
 
 
 def test_methods_at_equal_masks_by_hand():
     curves = made_up(
         {"aop": [(40, 0.4), (60, 0.5), (90, 0.6)], "amg_d": [(50, 0.3), (90, 0.5), (120, 0.6)]}
     )
-    equal = thresholds.equal_masks(curves)
+    equal = tables.equal_masks(curves)
     assert equal["n_masks"].tolist() == [50, 90]  # aop never keeps 120
-    assert equal["miou"].tolist() == pytest.approx(
-        [0.5, 0.65]
-    )  # half-way from 40 to 60; its last place
+    # half-way from 40 to 60; its last place
+    assert equal["miou"].tolist() == pytest.approx([0.5, 0.65])
     assert equal["miou_diff"].tolist() == pytest.approx([0.15, 0.1])
     assert equal["miou_diff_lo"].tolist() == pytest.approx([0.15, 0.1])  # equal on all images
     first = part("equal", equal)
-    assert (
-        "With 50 masks kept an image, as many as AMG-D keeps at the thresholds 0.88 and 0.95"
-        in first
-    )
+    assert "With 50 masks kept an image, as many as AMG-D keeps at the thresholds 0.88" in first
     assert "50.0% mIoU against 35.0%: a difference of +15.0 [+15.0, +15.0] points." in first
-    assert thresholds.equal_masks(curves[curves["method"] == "aop"]).empty
-    assert np.isnan(thresholds.equal_masks(curves[curves["image"] == "i0"])["miou_diff_lo"]).all()
-
-
-def test_images_without_ground_truth_do_not_count():
-    curves = made_up({"aop": [(40, 0.4), (60, 0.5)], "amg_d": [(50, 0.3), (55, 0.5)]})
-    empty = curves[curves["image"] == "i0"].assign(
-        image="e", n_truth=0, miou=np.nan, ar_1000=np.nan
-    )
-    with_empty = pd.concat([curves, empty.assign(n_masks=999)])
-    pd.testing.assert_frame_equal(
-        thresholds.equal_masks(curves), thresholds.equal_masks(with_empty)
-    )
-    summary = thresholds.summary_of_curves(with_empty)
-    assert summary["n_images"].eq(2).all()
-    assert summary["miou"].tolist() == pytest.approx([0.45, 0.55, 0.35, 0.55])
+    assert tables.equal_masks(curves[curves["method"] == "aop"]).empty
+    assert np.isnan(tables.equal_masks(curves[curves["image"] == "i0"])["miou_diff_lo"]).all()
 
 
 def test_the_summary_of_curves_by_hand():
-    summary = thresholds.summary_of_curves(
-        made_up({"aop": [(40, 0.4)], "amg_d": [(50, 0.3)]}).assign(coverage=0.25)
-    ).set_index("method")
-    assert list(summary.columns) == [*thresholds.SUMMARY_COLUMNS[1:], *tables.COVERAGE_COLUMNS]
-    assert summary.loc["amg_d", ["n_masks", "miou", "miou_diff", "miou_diff_lo"]].tolist() == (
-        pytest.approx([50, 0.35, -0.1, -0.1])
-    )
-    assert np.isnan(summary.loc["aop", "miou_diff"]) and summary.loc["aop", "coverage_hi"] == 0.25
-    assert summary.loc["aop", "ar_1000"] == pytest.approx((2 * 0.3 + 3 * 0.4) / 5)  # over masks
+    curves = made_up({"aop": [(40, 0.4), (60, 0.5)], "amg_d": [(50, 0.3), (55, 0.5)]})
+    unknown = {"image": "e", "n_truth": 0, "miou": np.nan, "ar_1000": np.nan, "n_masks": 999}
+    with_empty = pd.concat([curves, curves[curves["image"] == "i0"].assign(**unknown)])
+    pd.testing.assert_frame_equal(tables.equal_masks(curves), tables.equal_masks(with_empty))
+    summary = tables.curve_summary(with_empty)
+    assert summary["n_images"].eq(2).all()  # those with ground truth
+    assert summary["miou"].tolist() == pytest.approx([0.45, 0.55, 0.35, 0.55])
+    summary = tables.curve_summary(curves.assign(coverage=0.25))
+    assert list(summary.columns) == [*tables.CURVE_MEANS, *tables.COVERAGE_COLUMNS]
+    aop, _, grid, _ = summary.to_dict("records")
+    found = [grid[name] for name in ("n_masks", "miou", "miou_diff", "miou_diff_lo")]
+    assert found == pytest.approx([50, 0.35, -0.1, -0.1])
+    assert np.isnan(aop["miou_diff"]) and aop["coverage_hi"] == 0.25
+    assert aop["ar_1000"] == pytest.approx((2 * 0.3 + 3 * 0.4) / 5)  # over masks
 
 
 def test_the_figure_has_a_panel_a_column_and_a_line_a_method():
     curves = made_up({"aop": [(40, 0.4), (60, 0.5)], "amg_d": [(50, 0.3), (90, 0.5)]}, images=4)
-    figure = threshold_figure(thresholds.summary_of_curves(curves))
+    figure = curve_figure(tables.curve_summary(curves))
     assert [axes.get_title(loc="left") for axes in figure.axes] == ["mIoU %", "AR@1000 %"]
-    lines = [[line.get_label() for line in axes.lines] for axes in figure.axes]
-    assert all({"AoP-SAM", "AMG-D"} < set(names) for names in lines)
+    for axes in figure.axes:
+        assert {"AoP-SAM", "AMG-D"} < {line.get_label() for line in axes.lines}
     assert figures.png(figure).startswith(b"\x89PNG")
-    whole = threshold_figure(thresholds.summary_of_curves(curves.assign(coverage=0.5)))
+    whole = curve_figure(tables.curve_summary(curves.assign(coverage=0.5)))
     assert whole.axes[2].get_title(loc="left") == "coverage %"
-
-
-def test_a_report_shows_the_figure_and_what_it_says(study, tmp_path):
-    result = study(out=tmp_path / "reports" / "main_comparison", thresholds=THRESHOLDS)
-    files = save_study(result)
-    assert {"thresholds.csv", "thresholds_per_image.csv", "equal_masks.csv"} <= files.keys()
-    text = report.write_index(tmp_path / "reports").read_text(encoding="utf-8")
-    assert 'src="main_comparison/thresholds.png"' in text
-    assert "main_comparison/thresholds.csv" in text
-    assert "thresholds.csv" not in save_study(study())

@@ -1,7 +1,5 @@
 """Studies: methods against data sets, stored row by row, summed up in tables, figures and pages."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 # the folder that holds the package, and in a checkout notebooks/

@@ -1,32 +1,36 @@
 """`python -m aopsam_lab.study report | index | readme`: reports, their page, the README's table."""
 
-from __future__ import annotations
-
 import argparse
 import sys
 
 from aopsam_lab.study import sweeps
 from aopsam_lab.study.report import run_report, update_readme, write_index
 
-# What is not given is as the notebook's own parameters have it.
-PARAMETERS = {
-    "sam": (str, "mobile_sam, vit_b, vit_l or vit_h"),
-    "checkpoint": (str, "the SAM's weights (default: bundled or official)"),
-    "predictor": (str, "a Prompt Predictor's weights (default: the bundled ones)"),
-    "detector": (str, "a YOLOv8's weights (default: the bundled ones)"),
-    "methods": (lambda text: text.split(","), "names, separated by commas"),
-    "dataset": (str, "photos, the path of a COCO-style folder, or coco:PATH, lvis:PATH, sa1b:PATH"),
-    "n-images": (int, "at most so many"),
-    "timed-images": (int, "images on which each setting runs alone, to be timed"),
-    "seed": (int, "which images"),
-    "device": (str, "auto, cpu or cuda"),
-    **dict.fromkeys(sweeps.SWEPT, (float, None)),
+PARAMETERS: dict = {
+    **dict.fromkeys(("sam", "checkpoint", "predictor", "detector", "dataset", "device"), str),
+    **dict.fromkeys(("n-images", "timed-images", "seed"), int),
+    **dict.fromkeys(sweeps.SWEPT, float),
+    "methods": lambda text: text.split(","),
 }
+ABOUT = """The parameters are those of the notebook; its first cell says what each is, and has the
+value of what is not given. --methods: names, separated by commas. --dataset: photos, the path of a
+COCO-style folder, or coco:PATH, lvis:PATH, sa1b:PATH."""
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; 0, or 1 where it failed."""
-    options = vars(parser().parse_args(arguments))
+    parser = argparse.ArgumentParser("python -m aopsam_lab.study", description="Make the reports.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    report = commands.add_parser("report", help="run a notebook and publish it", epilog=ABOUT)
+    report.add_argument("name", nargs="?", default="main_comparison", help="of notebooks/")
+    for name, kind in PARAMETERS.items():
+        report.add_argument(f"--{name}", type=kind)
+    index = commands.add_parser("index", help="rewrite reports/index.html")
+    readme = commands.add_parser("readme", help="write the results into the README")
+    readme.add_argument("--readme", default="README.md")
+    for each in (report, index, readme):
+        each.add_argument("--reports", default="reports", help="the folder of all reports")
+    options = vars(parser.parse_args(arguments))
     command, reports = options.pop("command"), options.pop("reports")
     try:
         if command == "index":
@@ -41,22 +45,6 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
-
-
-def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    top = argparse.ArgumentParser("python -m aopsam_lab.study", description="Make the reports.")
-    commands = top.add_subparsers(dest="command", required=True)
-    report = commands.add_parser("report", help="run a notebook and publish it")
-    report.add_argument("name", nargs="?", default="main_comparison", help="of notebooks/")
-    for name, (kind, text) in PARAMETERS.items():
-        report.add_argument(f"--{name}", type=kind, help=text)
-    index = commands.add_parser("index", help="rewrite reports/index.html")
-    readme = commands.add_parser("readme", help="write the results into the README")
-    readme.add_argument("--readme", default="README.md")
-    for command in (report, index, readme):
-        command.add_argument("--reports", default="reports", help="the folder of all reports")
-    return top
 
 
 if __name__ == "__main__":

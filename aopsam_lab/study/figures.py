@@ -1,9 +1,8 @@
 """Figures of a study. No backend is forced on the caller and no window opens."""
 
-from __future__ import annotations
-
 import io
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -13,7 +12,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 
 from aopsam_lab.masks import drawing
 from aopsam_lab.study import tables
-from aopsam_lab.study.paper import sweep_curve
+from aopsam_lab.study.paper import published
 from aopsam_lab.study.runner import Example
 from aopsam_lab.study.settings import REFERENCE, TITLES
 from aopsam_lab.study.sweeps import SWEPT, pareto_front
@@ -36,10 +35,9 @@ NICE = {"steps": [1, 2, 5, 10]}
 
 def tradeoff_figure(summary: pd.DataFrame) -> Figure:
     """Draw mIoU with its 95% interval against prompts decoded per image, one mark a method."""
-    figure = new_figure(7.6, 5.2)
-    axes = figure.subplots()
-    prepare(axes, "mIoU in percent, with 95% intervals over images")
-    log_axis(axes, "prompts decoded per image (log scale)")
+    figure, [[axes]] = panels(7.6, 5.2)
+    title = "mIoU in percent, with 95% intervals over images"
+    prepare(axes, title, "prompts decoded per image (log scale)", log=True)
     last = 0.0
     for row in summary.sort_values("n_decoded", kind="stable").itertuples():
         colour, marker = style_of(row.method)
@@ -59,9 +57,8 @@ def examples_figure(examples: Sequence[Example], methods: Sequence[str]) -> Figu
     """A row an image: its ground truth, then the masks and prompts of each method."""
     heights = [sample.image.shape[0] / sample.image.shape[1] for sample, _ in examples]
     width, columns = 3.5, 1 + len(methods)
-    figure = new_figure(width * columns, width * sum(heights) + 0.5 * len(examples), dpi=110)
-    shape = {"squeeze": False, "gridspec_kw": {"height_ratios": heights}}
-    rows = figure.subplots(len(examples), columns, **shape)
+    size = width * columns, width * sum(heights) + 0.5 * len(examples)
+    figure, rows = panels(*size, len(examples), columns, dpi=110, height_ratios=heights)
     for row, (sample, found) in zip(rows, examples, strict=True):
         _draw(row[0], sample.image, sample.rles, f"ground truth\n{len(sample.rles)} masks")
         for axes, method in zip(row[1:], methods, strict=True):
@@ -75,28 +72,25 @@ def examples_figure(examples: Sequence[Example], methods: Sequence[str]) -> Figu
     return figure
 
 
-def threshold_figure(summary: pd.DataFrame) -> Figure:
-    """mIoU, AR@1000 and, where at hand, coverage against masks kept, one line a method.
-
-    Along a line thresholds grow looser from left to right. SAM's own are the filled mark, with the
-    95% interval over images.
-    """
-    panels = [name for name in CURVE_TITLES if name in summary]
-    figure = new_figure(1.2 + 3.9 * len(panels), 5.0)
-    for axes, name in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-        prepare(axes, CURVE_TITLES[name])
-        log_axis(axes, "masks kept per image (log scale)")
+def curve_figure(summary: pd.DataFrame, x: str = "n_masks", text: str = "masks kept") -> Figure:
+    """Those of CURVE_TITLES that are there against `x`, one line a method; SAM's `own` filled."""
+    names = [name for name in CURVE_TITLES if name in summary]
+    summary = summary.assign(**{x: summary[x].clip(lower=0.5)})
+    figure, grid = panels(1.2 + 3.9 * len(names), 5.0, 1, len(names))
+    for axes, name in zip(grid[0], names, strict=True):
+        prepare(axes, CURVE_TITLES[name], f"{text} per image (log scale)", log=True)
         for method, own in summary.groupby("method", sort=False):
             colour, marker = style_of(method)
-            x, y = own["n_masks"].clip(lower=0.5), 100 * own[name]
             width, size, order = (2.4, 7, 3) if method == REFERENCE else (1.2, 5.5, 2)
             style = {"marker": marker, "ms": size, "mew": 1.3, "color": colour, "zorder": order}
-            axes.plot(x, y, mfc="white", lw=width, label=tables.title(method), **style)
-            marked = own["own"].to_numpy(dtype=bool)
-            axes.plot(x[marked], y[marked], lw=0, **style)
-            low, high = (100 * own[f"{name}_{end}"][marked] for end in ("lo", "hi"))
-            axes.vlines(x[marked], low, high, color=colour, lw=1, alpha=0.45, zorder=1)
-        axes.plot([], [], "o", color=INK, label="filled: SAM's own thresholds, with 95% interval")
+            line = {"mfc": "white", "lw": width, "label": tables.title(method)}
+            axes.plot(own[x], 100 * own[name], **line, **style)
+            for row in own[own["own"]].to_dict("records"):
+                axes.plot(row[x], 100 * row[name], lw=0, **style)
+                low, high = 100 * row[f"{name}_lo"], 100 * row[f"{name}_hi"]
+                axes.vlines(row[x], low, high, color=colour, lw=1, alpha=0.45, zorder=1)
+        if summary["own"].any():
+            axes.plot([], "o", color=INK, label="filled: SAM's own thresholds, with 95% interval")
     legend(figure, axes, 4)
     return figure
 
@@ -104,35 +98,33 @@ def threshold_figure(summary: pd.DataFrame) -> Figure:
 def sweep_figure(table: pd.DataFrame) -> Figure:
     """A column of panels a parameter: mIoU, #P and prompts decoded; the paper's curves dashed.
 
-    The band around mIoU is the 95% interval of its paired difference to the default setting, whose
-    mark is filled. The paper's curves are of other images: their course compares, not their height.
+    The band is the 95% interval of the paired difference to the default, whose mark is filled.
     """
-    names = list(table["parameter"].unique())
-    figure = new_figure(2.9 * len(names) + 0.5, 6.6)
-    shape = {"sharey": "row", "sharex": "col", "gridspec_kw": {"height_ratios": (3, 3, 2)}}
-    grid = figure.subplots(3, len(names), squeeze=False, **shape)
+    names, sweeps = list(table["parameter"].unique()), published("parameter_sweeps")
+    shape = {"sharey": "row", "sharex": "col", "height_ratios": (3, 3, 2)}
+    figure, grid = panels(2.9 * len(names) + 0.5, 6.6, 3, len(names), **shape)
+    rows = {"miou": "mIoU %", "n_masks": "#P, masks kept", "n_decoded": "prompts decoded"}
     for column, letter, name in zip(grid.T, "abcd", names, strict=False):
-        own = table[table["parameter"] == name]
-        x, miou, default = own["value"], 100 * own["miou"], own["is_default"].astype(bool)
-        base = miou - 100 * own["miou_diff"]
-        low, high = (base + 100 * own[f"miou_diff_{end}"] for end in ("lo", "hi"))
+        own = table[table["parameter"] == name].assign(miou=lambda rows: 100 * rows["miou"])
+        x, default = own["value"], own["is_default"].astype(bool)
+        low, high = (
+            own["miou"] + 100 * (own[f"miou_diff_{end}"] - own["miou_diff"]) for end in ("lo", "hi")
+        )
         column[0].fill_between(x, low, high, color=GREEN, alpha=0.16, lw=0)
-        theirs = sweep_curve(name, x.min(), x.max())
-        for axes, y, shown in zip(
-            column, (miou, own["n_masks"], own["n_decoded"]), ("miou", "n_masks", None), strict=True
-        ):
-            prepare(axes, f"({letter}) {name}" if shown == "miou" else "")
-            axes.plot(x, y, "o-", color=GREEN, mfc="white", lw=1.8, mew=1.6, label="ours")
-            axes.plot(x[default], y[default], "o", color=GREEN)
-            if shown and len(theirs):
+        theirs = sweeps[(sweeps["parameter"] == name) & sweeps["value"].between(x.min(), x.max())]
+        for axes, shown in zip(column, rows, strict=True):
+            top, bottom = shown == "miou", shown == "n_decoded"
+            prepare(axes, f"({letter}) {name}" if top else "", name if bottom else "")
+            axes.plot(x, own[shown], "o-", color=GREEN, mfc="white", lw=1.8, mew=1.6, label="ours")
+            axes.plot(x[default], own[shown][default], "o", color=GREEN)
+            if shown in theirs and len(theirs):
                 label = "the paper's, of other images"
                 axes.plot(theirs["value"], theirs[shown], label=label, **PAPER_LINE)
-            axes.yaxis.set_major_locator(MaxNLocator(nbins=5 if shown else 4, **NICE))
+            axes.yaxis.set_major_locator(MaxNLocator(nbins=4 if bottom else 5, **NICE))
         column[2].set_xticks(x, [f"{value:g}" for value in x])
-        column[2].set_xlabel(name, color=MUTED)
     for axes in grid[1:, 0]:
         axes.set_ylim(0, 1.05 * max(axes.get_ylim()[1], 1))
-    for axes, text in zip(grid[:, 0], ("mIoU %", "#P, masks kept", "prompts decoded"), strict=True):
+    for axes, text in zip(grid[:, 0], rows.values(), strict=True):
         axes.set_ylabel(text, color=MUTED)
     figure.align_ylabels(grid[:, 0])
     legend(figure, grid[0, 0], 2)
@@ -142,13 +134,10 @@ def sweep_figure(table: pd.DataFrame) -> Figure:
 def joint_figure(table: pd.DataFrame) -> Figure:
     """Draw mIoU against total time per image, every setting a mark, the Pareto front joined."""
     table = table[np.isfinite(table["total_s"]) & np.isfinite(table["miou"])]
-    figure = new_figure(7.6, 4.7)
-    axes = figure.subplots()
-    prepare(axes, "mIoU in percent against time")
-    axes.set_xlabel("total time per image, ms", color=MUTED)
+    figure, [[axes]] = panels(7.6, 4.7)
+    prepare(axes, "mIoU in percent against time", "total time per image, ms")
     if table.empty:
-        where = {"transform": axes.transAxes, "ha": "center"}
-        axes.text(0.5, 0.5, "no setting was timed", color=MUTED, **where)
+        axes.text(0.5, 0.5, "no setting was timed", color=MUTED, ha="center")
         return figure
     table = table.assign(x=1000 * table["total_s"], y=100 * table["miou"])
     table["front"] = pareto_front(table["x"].to_numpy(), table["y"].to_numpy())
@@ -176,20 +165,22 @@ def png(figure: Figure) -> bytes:
     return stream.getvalue()
 
 
-def new_figure(width: float, height: float, dpi: int = 150) -> Figure:
-    """An empty figure; sizes in inches."""
+def panels(
+    width: float, height: float, rows: int = 1, columns: int = 1, dpi: int = 150, **shape: Any
+) -> tuple[Figure, np.ndarray]:
+    """An empty figure, sizes in inches, and its axes (rows, columns)."""
     figure = Figure(figsize=(width, height), dpi=dpi, facecolor="white")
     figure.set_layout_engine("constrained", w_pad=0.06, h_pad=0.05)
-    return figure
+    return figure, figure.subplots(rows, columns, squeeze=False, **shape)
 
 
 def style_of(method: str) -> tuple[str, str]:
     """Colour and marker of a method."""
-    return COLOURS.get(method[:3], MUTED), MARKERS.get(method, "o")
+    return COLOURS.get(method[:3].lower(), MUTED), MARKERS.get(method, "o")
 
 
-def prepare(axes: Axes, title: str) -> None:
-    """The style of all figures: horizontal rules, no box, a heading on the left."""
+def prepare(axes: Axes, title: str, text: str = "", log: bool = False) -> None:
+    """The style of all figures: horizontal rules, no box, a heading on the left, a label below."""
     axes.set_title(title, loc="left", fontsize=10.5, color=INK, fontweight="bold", pad=10)
     axes.grid(axis="y", color=RULE, lw=0.8)
     axes.set_axisbelow(True)
@@ -198,15 +189,12 @@ def prepare(axes: Axes, title: str) -> None:
     axes.tick_params(axis="both", which="both", length=0, labelsize=9, labelcolor=MUTED)
     axes.tick_params(axis="x", which="major", length=4, color=MUTED)
     axes.yaxis.set_major_locator(MaxNLocator(nbins=7, **NICE))
-
-
-def log_axis(axes: Axes, text: str) -> None:
-    """A logarithmic x axis with a label."""
-    axes.set_xscale("log")
-    axes.xaxis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5)))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel(text, color=MUTED)
+    if log:
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
 
 
 def legend(figure: Figure, axes: Axes, columns: int) -> None:

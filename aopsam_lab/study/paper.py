@@ -1,25 +1,16 @@
-"""The figures of the paper's three tables, and what stands beside ours.
+"""The paper's three tables (folder `paper/`, see its README) beside ours, all in its units.
 
-They are in the CSV files of the folder `paper/`, whose README says how they were read and where the
-poster is wrong or silent. All tables made here are in the paper's units: mIoU and the eliminated
-share in percent, times in seconds, memory in GB of 10^9 bytes.
+mIoU and the eliminated share in percent, times in seconds, memory in GB of 10^9 bytes.
 """
-
-from __future__ import annotations
 
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from aopsam_lab.study import tables
-from aopsam_lab.study.tables import NAN
+from aopsam_lab.study.tables import NAN, as_table, interval_columns, interval_names
 
 FOLDER = Path(__file__).with_name("paper")
-CITATION = (
-    "Chen, Son, Hua, Kim: AoP-SAM: Automation of Prompts for Efficient Segmentation. AAAI 2025, "
-    "39(2), 2284-2292, arXiv:2505.11980"
-)
 GB_PER_MIB = 2**20 / 1e9
 
 # The paper's column -> our column, and how many of the paper's units one of ours is.
@@ -37,16 +28,10 @@ STEPS = {  # what a part of AoP-SAM changes: the method without it, the method w
     "adaptive sampling": ("aop_no_as_af", "aop_no_af"),
     "adaptive filtering": ("aop_no_af", "aop"),
 }
-STEP_COLUMNS = (
-    "step", "source", "dataset", "n_images", "miou", "miou_lo", "miou_hi",
-    "n_masks", "n_masks_lo", "n_masks_hi", "peak_mem_gb",
-)  # fmt: skip
 # Columns of the sweeps whose sign is compared. Inf_Lat is not: the paper's moves by 6 ms at most.
 SIGNS_OF = ("miou", "n_masks", "elim_ratio_percent", "mask_lat_s", "peak_mem_gb")
-CHANGE = ("change", "change_lo", "change_hi")
-SIGN_COLUMNS = (
-    "parameter", "column", "first", "last", "paper_change", "n_images", *CHANGE, "verdict",
-)  # fmt: skip
+CHANGE = interval_names("change")
+SIGNS = ("parameter", "column", "first", "last", "paper_change", "n_images", *CHANGE, "verdict")
 
 
 def published(name: str) -> pd.DataFrame:
@@ -69,29 +54,25 @@ def main_table(sam: str, dataset: str) -> pd.DataFrame:
 def beside(theirs: pd.DataFrame, summary: pd.DataFrame, dataset: str) -> pd.DataFrame:
     """The paper's main table or ablation, ours in the rows of the data set that matches.
 
-    Returns:
-        A row a method of the paper: dataset, method, and of each column C of COMPARED C_paper,
-        C_ours and C_difference, NaN where one is not known.
+    Of each column C of COMPARED it has C_paper, C_ours and C_difference, NaN if not known.
     """
-    ours = summary.set_index("method").reindex(theirs["method"])
     compared = theirs[["dataset", "method"]].reset_index(drop=True)
+    ours = summary.set_index("method").reindex(compared["method"])
     matches = compared["dataset"] == paper_dataset(dataset)
     for column in COMPARED:
         name, factor = COLUMNS[column]
-        own = pd.Series(factor * ours[name].to_numpy(dtype=float)).where(matches)
-        cells = theirs[column].reset_index(drop=True).astype(float)
+        cells = theirs[column].to_numpy(dtype=float)
+        own = np.where(matches, factor * ours[name].to_numpy(dtype=float), NAN)
         for part, values in zip(PARTS, (cells, own, own - cells), strict=True):
             compared[f"{column}_{part}"] = values
     return compared
 
 
 def step_table(per_image: pd.DataFrame, summary: pd.DataFrame, dataset: str) -> pd.DataFrame:
-    """What each part of AoP-SAM changes, in the paper's ablation and in ours.
+    """What each of STEPS changes: the method with the part minus the method without it.
 
-    Returns:
-        STEP_COLUMNS, a row a step of STEPS and source, "paper" or "ours"; ours follows the paper's
-        data set that it can stand beside, else the last. Values: the method with the part minus
-        the method without it. No row of ours where one of the two was not run.
+    source is "paper" or "ours"; ours follows the paper's data set that it can stand beside, else
+    the last, where both methods were run.
     """
     theirs = published("ablation").set_index(["dataset", "method"]).drop(columns="sam")
     names, rows = list(theirs.index.unique("dataset")), []
@@ -105,49 +86,37 @@ def step_table(per_image: pd.DataFrame, summary: pd.DataFrame, dataset: str) -> 
             if name == after and {without, with_part} <= set(summary["method"]):
                 change = (values.loc[with_part] - values.loc[without]).dropna()
                 row = {"step": step, "source": "ours", "dataset": dataset, "n_images": len(change)}
-                row |= tables.interval_columns("miou", 100 * change["miou"])
-                row |= tables.interval_columns("n_masks", change["n_masks"])
+                row |= interval_columns("miou", 100 * change["miou"])
+                row |= interval_columns("n_masks", change["n_masks"])
                 rows.append(row | {"peak_mem_gb": peaks[with_part] - peaks[without]})
-    return pd.DataFrame(rows, columns=list(STEP_COLUMNS))
-
-
-def sweep_curve(parameter: str, low: float, high: float) -> pd.DataFrame:
-    """The paper's sweep of a parameter at values from low to high: value, miou (%), n_masks."""
-    theirs = published("parameter_sweeps")
-    own = (theirs["parameter"] == parameter) & theirs["value"].between(low, high)
-    return theirs.loc[own, ["value", "miou", "n_masks"]].reset_index(drop=True)
+    return pd.DataFrame(rows)
 
 
 def sign_table(trends: pd.DataFrame, table: pd.DataFrame) -> pd.DataFrame:
-    """Does a column change along a parameter as in the paper, from its first to its last value?
+    """SIGNS: does a column change along a parameter as the paper's, from first to last?
 
-    Args:
-        trends: as `sweeps.trend_table` returns it.
-        table: as `sweeps.sweep_table` returns it: peak memory is measured once a setting.
-
-    Returns:
-        SIGN_COLUMNS, a row a swept parameter and column of SIGNS_OF that the paper has along it, in
-        its units. verdict: see `verdict`, or "other values" where our first or last is another.
+    `trends` and `table` are `sweeps.trend_table` and `sweeps.sweep_table`, which has the peaks.
+    verdict: see `verdict`, or "other values" where our first or last is another.
     """
     ours, rows = trends.set_index(["parameter", "column"]), []
     for parameter, panel in published("parameter_sweeps").groupby("parameter", sort=False):
         if parameter not in ours.index.unique("parameter"):
             continue
         start, end = panel.iloc[0], panel.iloc[-1]
-        for column in [name for name in SIGNS_OF if panel[name].notna().all()]:
+        for column in panel[list(SIGNS_OF)].dropna(axis="columns"):
             name, factor = COLUMNS[column]
             once = name == "peak_mem_mb"
             own = ours.loc[(parameter, "miou" if once else name)].copy()
             if once:
                 peaks = table.loc[table["parameter"] == parameter, name]
                 own[["n_images", *CHANGE]] = NAN, peaks.iloc[-1] - peaks.iloc[0], NAN, NAN
-            row = {"parameter": parameter, "column": column, **own[["first", "last", "n_images"]]}
-            row |= (factor * own[list(CHANGE)].astype(float)).to_dict()
-            row["paper_change"] = end[column] - start[column]
-            said = verdict(row["paper_change"], *(row[name] for name in CHANGE), once)
+            own[list(CHANGE)] *= factor
+            theirs = end[column] - start[column]
+            said = verdict(theirs, *own[list(CHANGE)], measured_once=once)
             same = (own["first"], own["last"]) == (start["value"], end["value"])
-            rows.append({**row, "verdict": said if same else "other values"})
-    return pd.DataFrame(rows, columns=list(SIGN_COLUMNS))
+            row = {**own, "parameter": parameter, "column": column, "paper_change": theirs}
+            rows.append(row | {"verdict": said if same else "other values"})
+    return as_table(rows, SIGNS)
 
 
 def verdict(
@@ -155,9 +124,7 @@ def verdict(
 ) -> str:
     """Does our change, with its interval from low to high, have the sign of the paper's?
 
-    Returns:
-        "agrees" or "disagrees"; "not clear" where our interval contains 0 or cannot be had (NaN),
-        unless ours is measured once, and where a change is 0; "not measured" where ours is NaN.
+    "not clear" where the interval holds 0 or is unknown, unless it was measured once.
     """
     if not np.isfinite(change):
         return "not measured"

@@ -2,14 +2,10 @@
 
     python -m aopsam_lab.study.prompts --dataset photos --out reports/prompts
 
-Each grid is compared with `aop` where it may decode as many prompts, strongest first. `aop` stands
-there twice: with its default sampling, and with one chosen for that number of prompts. Few prompts
-should lie apart, to spread over the image; for many the map must have as many peaks. Every prompt
-is decoded once. Scores go into `OUT/results.sqlite`: a stopped run goes on and scores nothing
-twice.
+Each grid is compared with `aop` where it may decode as many prompts, strongest first: with its
+default sampling, and with one chosen for that number of prompts. Few prompts should lie apart, to
+spread over the image; for many the map must have as many peaks.
 """
-
-from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
@@ -21,16 +17,14 @@ from matplotlib.figure import Figure
 from aopsam_lab.asf import AsfParams
 from aopsam_lab.pipeline.methods import METHODS
 from aopsam_lab.study import figures, tables
+from aopsam_lab.study.report import write_all
 from aopsam_lab.study.runner import run_settings
 from aopsam_lab.study.settings import GRIDS, Setting, StudyConfig
-from aopsam_lab.study.write import write_all
 
 DENSE = METHODS["amg_d"]
 SIDES = {grid.side**2: name for name, grid in GRIDS.items()} | {DENSE.side**2: DENSE.name}
-SHARE = 0.4  # of the dense grid's prompts, with which AoP-SAM should come near it
-LIMITS = sorted([*SIDES, int(SHARE * DENSE.side**2)])
-# Chosen on held-out training photographs: `python -m aopsam_lab.training.trials prompts`. Up to 196
-# prompts the peaks keep some distance; for more every peak counts.
+LIMITS = sorted([*SIDES, int(0.4 * DENSE.side**2)])  # with 0.4 of them it should come near
+# Chosen on held-out training photographs: `python -m aopsam_lab.training.trials prompts`.
 APART = AsfParams(smoothing=0.5, confidence=0.01, spacing=3.0)
 EVERY_PEAK = AsfParams(smoothing=0.25, confidence=0.005, spacing=2.0)
 SAMPLINGS = {
@@ -40,7 +34,6 @@ SAMPLINGS = {
 CONFIG = StudyConfig(
     n_images=None, timed_images=0, memory=False, thresholds=(), out="reports/prompts"
 )
-MEASURES = ("miou", "ar_100", "coverage")
 
 
 def settings() -> list[Setting]:
@@ -56,22 +49,18 @@ def settings() -> list[Setting]:
 def comparison(per_image: pd.DataFrame) -> pd.DataFrame:
     """One row a sampling of AoP-SAM and number of prompts: its scores and the grid's.
 
-    Returns:
-        sampling, limit, grid (what it is compared with), prompts (decoded on average), masks
-        (kept); of each measure at hand its mean, the grid's, and their difference with its paired
-        95% bootstrap interval over images.
+    Of each measure its mean, the grid's, and their difference with its paired 95% interval.
     """
-    by_label = dict(list(per_image.set_index("image").groupby("method")))
-    rows = []
+    by_label, rows = tables.by_method(per_image), []
     for sampling in SAMPLINGS:
         for limit in LIMITS:
             ours, name = by_label[f"{sampling}, at most {limit}"], SIDES.get(limit, DENSE.name)
             row = {"sampling": sampling, "limit": limit, "grid": name}
             row |= {"prompts": ours["n_decoded"].mean(), "masks": ours["n_masks"].mean()}
-            for measure in [name for name in MEASURES if name in per_image]:
-                both = pd.concat([ours[measure], by_label[name][measure]], axis=1).dropna()
-                row[measure], row[f"{measure}_grid"] = both.mean()
-                change = tables.interval_columns(measure, both.iloc[:, 0] - both.iloc[:, 1])
+            for measure in [m for m in ("miou", "ar_100", "coverage") if m in per_image]:
+                grid = by_label[name][measure]
+                row |= {measure: ours[measure].mean(), f"{measure}_grid": grid.mean()}
+                change = tables.interval_columns(measure, ours[measure] - grid)
                 row |= {f"{measure}_diff": change.pop(measure), **change}
             rows.append(row)
     return pd.DataFrame(rows)
@@ -80,20 +69,10 @@ def comparison(per_image: pd.DataFrame) -> pd.DataFrame:
 def figure(per_image: pd.DataFrame, measure: str = "miou") -> Figure:
     """The mean of a measure by prompts decoded: a line for the grids, one for each sampling."""
     means = per_image.groupby("method")[["n_decoded", measure]].mean()
-    lines = {"regular grids": list(SIDES.values())}
-    for name in SAMPLINGS:
-        lines[name.replace("aop", "AoP-SAM")] = [f"{name}, at most {limit}" for limit in LIMITS]
-    drawn = figures.new_figure(6.4, 4.6)
-    axes = drawn.subplots()
-    figures.prepare(axes, f"{measure} in percent")
-    figures.log_axis(axes, "prompts decoded per image (log scale)")
-    for (name, labels), colour in zip(
-        lines.items(), ("#7f7f7f", "#0072B2", "#009E73"), strict=True
-    ):
-        line = means.loc[labels].sort_values("n_decoded")
-        axes.plot(line["n_decoded"], 100 * line[measure], "o-", ms=4, color=colour, label=name)
-    figures.legend(drawn, axes, 3)
-    return drawn
+    means = means.sort_values("n_decoded").reset_index()
+    lines = dict.fromkeys(SIDES.values(), "regular grids") | {"aop, chosen": "AoP-SAM, chosen"}
+    means["method"] = means["method"].str.replace(", at most .*", "", regex=True).replace(lines)
+    return figures.curve_figure(means.assign(own=False), "n_decoded", "prompts decoded")
 
 
 def compare(config: StudyConfig = CONFIG) -> pd.DataFrame:

@@ -1,21 +1,21 @@
-"""Reports: notebooks executed, the page of all of them, the README's table."""
-
-from __future__ import annotations
+"""What is written of a study: tables, figures, executed notebooks, their page, README's table."""
 
 import json
 import os
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import jinja2
 import pandas as pd
+from matplotlib.figure import Figure
 
 from aopsam_lab.files import write_atomically
-from aopsam_lab.study import PACKAGE_ROOT, paper, sweeps, tables
+from aopsam_lab.study import PACKAGE_ROOT, figures, paper, sweeps, tables
+from aopsam_lab.study.runner import StudyResult
 from aopsam_lab.study.settings import REFERENCE, package_environment
 
 START, END = "<!-- results: main_comparison -->", "<!-- end of results -->"
@@ -25,48 +25,97 @@ README_COLUMNS = (
 )  # fmt: skip
 
 
+def save_study(
+    result: StudyResult, name: str = "main_comparison", shown: Sequence[str] = ("aop", "amg_d")
+) -> dict[str, Path]:
+    """Write a study, a report's `name`, to its folder; of the methods `shown` masks are drawn."""
+    methods = result.summary["method"].tolist()
+    shown = [method for method in shown if method in methods] or methods[:2]
+    contents = {
+        f"{name}.csv": result.summary,
+        f"{name}_differences.csv": result.differences,
+        "per_image.csv": result.per_image,
+        f"{name}.png": figures.tradeoff_figure(result.summary),
+        "examples.png": figures.examples_figure(result.examples, shown),
+        "provenance.json": result.provenance,
+    }
+    if not result.curves.empty:
+        summary = tables.curve_summary(result.curves)
+        contents |= {
+            "thresholds.csv": summary,
+            "thresholds_per_image.csv": result.curves,
+            "equal_masks.csv": tables.equal_masks(result.curves),
+            "thresholds.png": figures.curve_figure(summary),
+        }
+    return write_all(result.out, contents)
+
+
+def save_sweeps(result: sweeps.SweepResult) -> dict[str, Path]:
+    """Write what sweeps found to the study's folder."""
+    contents = {
+        "parameter_sweeps.csv": result.table,
+        "trends.csv": result.trends,
+        "paper_signs.csv": result.signs,
+        "budgets.csv": result.budgets,
+        "per_image.csv": result.study.per_image,
+        "parameter_sweeps.png": figures.sweep_figure(result.table),
+        "joint.png": figures.joint_figure(result.table),
+        "provenance.json": result.study.provenance,
+    }
+    return write_all(result.study.out, contents)
+
+
+def write_all(
+    folder: str | Path, contents: Mapping[str, pd.DataFrame | Figure | dict[str, Any]]
+) -> dict[str, Path]:
+    """Write tables, figures and dictionaries to a folder; the paths by the files' names."""
+    paths = {}
+    for file, content in contents.items():
+        if isinstance(content, pd.DataFrame):  # six significant digits, NaN as an empty field
+            data = content.to_csv(index=False, float_format="%.6g", lineterminator="\n")
+        elif isinstance(content, Figure):
+            data = figures.png(content)
+        else:
+            data = json.dumps(content, indent=2) + "\n"
+        paths[file] = write_atomically(Path(folder) / file, data)
+    return paths
+
+
 def run_report(
     name: str, parameters: Mapping[str, Any], reports: str | os.PathLike = "reports"
 ) -> Path:
     """Execute `notebooks/<name>.ipynb` into `reports/<name>/` and rewrite `reports/index.html`.
 
-    Raises:
-        FileNotFoundError: if the notebook is not there.
-        RuntimeError: if a cell fails; what there is of it is then in `<name>.failed.ipynb`.
+    Where a cell fails (RuntimeError), what there is is in `<name>.failed.ipynb`.
     """
     import nbformat
     import papermill
     from nbconvert import HTMLExporter
     from nbconvert.preprocessors import CoalesceStreamsPreprocessor
-    from papermill.exceptions import PapermillExecutionError
 
     source = PACKAGE_ROOT / "notebooks" / f"{name}.ipynb"
     if not source.is_file():
         raise FileNotFoundError(f"There is no notebook {source}: reports need a checkout.")
     folder = Path(reports) / name
     folder.mkdir(parents=True, exist_ok=True)
-    running, failed = folder / f".{name}.running.ipynb", folder / f"{name}.failed.ipynb"
-    environment = package_environment() | {"AOPSAM_PROGRESS": "text"}
+    made = folder / f"{name}.failed.ipynb"  # until it is whole
     try:
-        with patch.dict(os.environ, environment):
+        with patch.dict(os.environ, package_environment() | {"AOPSAM_PROGRESS": "text"}):
             papermill.execute_notebook(
-                str(source),
-                str(running),
+                source,
+                made,
                 {"out": str(folder), **parameters},
                 progress_bar=False,  # the notebook's own bar says more
                 stdout_file=sys.stderr,
                 stderr_file=sys.stderr,
                 extra_arguments=["--log-level=ERROR"],
             )
-        notebook = nbformat.read(running, as_version=4)
-    except PapermillExecutionError as error:
-        os.replace(running, failed)
+    except papermill.PapermillExecutionError as error:
         raise RuntimeError(
-            f"Cell {error.exec_count} of {name} failed, see {failed}: {error.ename}: {error.evalue}"
+            f"Cell {error.exec_count} of {name} failed, see {made}: {error.ename}: {error.evalue}"
         ) from error
-    finally:
-        running.unlink(missing_ok=True)
-    failed.unlink(missing_ok=True)
+    notebook = nbformat.read(made, as_version=4)
+    made.unlink()
     # of progress bars the last state, and no path of this machine
     notebook, _ = CoalesceStreamsPreprocessor().preprocess(notebook, {})
     for key in ("input_path", "output_path"):
@@ -75,10 +124,8 @@ def run_report(
     exporter = HTMLExporter(mathjax_url="", require_js_url="", mermaid_js_url="", embed_images=True)
     body, _ = exporter.from_notebook_node(notebook, {"metadata": {"name": name}})
     # the template's loader of diagrams names a server
-    body = re.sub(
-        r'<script type="module">(?:(?!</script>).)*mermaid.*?</script>', "", body, flags=re.S
-    )
-    write_atomically(folder / f"{name}.html", body)
+    loader = r'<script type="module">(?:(?!</script>).)*mermaid.*?</script>'
+    write_atomically(folder / f"{name}.html", re.sub(loader, "", body, flags=re.S))
     return write_index(reports)
 
 
@@ -93,7 +140,7 @@ def write_index(reports: str | os.PathLike) -> Path:
         read = {file.stem: pd.read_csv(file) for file in folder.glob("*.csv")}
         files = {file.name for file in folder.iterdir()}
         found.append({"name": name, "files": files, "tables": read, "facts": _facts(folder)})
-    page = _ENVIRONMENT.get_template("index.html").render(reports=found)
+    page = _PAGES.get_template("index.html").render(reports=found)
     return write_atomically(reports / "index.html", page)
 
 
@@ -129,18 +176,16 @@ def update_readme(
     text = readme.read_text(encoding="utf-8")
     if re.findall(f"{START}|{END}", text) != [START, END]:
         raise ValueError(f"{readme} must have the line {START}, then the line {END}, once each.")
-    summary, differences = (
-        pd.read_csv(folder / f"main_comparison{end}.csv") for end in ("", "_differences")
-    )
-    table = tables.results_for_people(summary, differences)[list(README_COLUMNS)]
+    names = ("main_comparison.csv", "main_comparison_differences.csv")
+    table = tables.results_for_people(*(pd.read_csv(folder / name) for name in names))
+    table = table[list(README_COLUMNS)]
     own = table["Method"] == tables.title(REFERENCE)
     table[own] = "**" + table[own] + "**"
     rows = [table.columns, [":--", *["--:"] * (len(README_COLUMNS) - 1)], *table.to_numpy()]
     lines = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     facts = _facts(folder)
-    about = f"{what_was_run(facts)} Commit {facts['commit'][:10]}."
-    written = f"{START}\n{lines}\n\n{about}\n{END}"
-    text = re.sub(f"{START}.*{END}", lambda _: written, text, flags=re.S)
+    written = f"{lines}\n\n{what_was_run(facts)} Commit {facts['commit'][:10]}."
+    text = re.sub(f"{START}.*{END}", lambda _: f"{START}\n{written}\n{END}", text, flags=re.S)
     return write_atomically(readme, text)
 
 
@@ -148,13 +193,12 @@ def _facts(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "provenance.json").read_text(encoding="utf-8"))
 
 
-_ENVIRONMENT = jinja2.Environment(
+_PAGES = jinja2.Environment(
     loader=jinja2.PackageLoader("aopsam_lab.study"),
     autoescape=True,
     trim_blocks=True,
     lstrip_blocks=True,
     undefined=jinja2.StrictUndefined,
 )
-_ENVIRONMENT.globals |= {"paper": paper, "sweeps": sweeps, "tables": tables}
-_ENVIRONMENT.globals["what_was_run"] = what_was_run
-_PARTS = _ENVIRONMENT.get_template("parts.html").module
+_PAGES.globals |= {"paper": paper, "sweeps": sweeps, "tables": tables, "what_was_run": what_was_run}
+_PARTS = _PAGES.get_template("parts.html").module

@@ -1,7 +1,5 @@
 """Run methods on a data set, image by image, and keep every score as soon as it is known."""
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 import os
@@ -19,9 +17,9 @@ from aopsam_lab.data import Dataset, open_dataset
 from aopsam_lab.data.coco import found_masks
 from aopsam_lab.data.sample import Sample
 from aopsam_lab.pipeline.decode import encode
-from aopsam_lab.study import score, settings, tables, thresholds
-from aopsam_lab.study.memory import MEMORY_VERSION, in_own_process
-from aopsam_lab.study.provenance import processor, provenance
+from aopsam_lab.sam.zoo import spec_of
+from aopsam_lab.study import score, settings, tables
+from aopsam_lab.study.machine import MEMORY_VERSION, in_own_process, processor, provenance
 from aopsam_lab.study.settings import REFERENCE, LoadedModels, Pair, Setting, StudyConfig
 from aopsam_lab.study.store import Store, make_key
 
@@ -43,7 +41,7 @@ class StudyResult:
     per_image: pd.DataFrame  # see tables.per_image_table
     summary: pd.DataFrame  # see tables.summary_table
     differences: pd.DataFrame  # see tables.difference_table
-    curves: pd.DataFrame  # see thresholds.curve_table
+    curves: pd.DataFrame  # see tables.curve_table
     provenance: dict[str, Any]  # parameters, data set, seeds, versions, weights, commit
     examples: list[Example]  # the first images
     n_scored: int  # rows scored in this run
@@ -52,12 +50,7 @@ class StudyResult:
 
 
 def run_study(config: StudyConfig = MAIN_COMPARISON, **changes: Any) -> StudyResult:
-    """Score methods on the images of a data set and sum them up.
-
-    Args:
-        config: what is asked for.
-        **changes: fields of StudyConfig that are to be others than in `config`.
-    """
+    """Score methods on a data set and sum them up; `changes` are other fields of the `config`."""
     config = replace(config, **changes)
     return run_settings(config, [Setting(name, name, config.params) for name in config.methods])
 
@@ -67,8 +60,7 @@ def run_settings(
 ) -> StudyResult:
     """Score settings, labels all different, on the images of a data set.
 
-    Of each image the embedding, the PCM and every decoded prompt are computed once for all
-    settings. That gives their scores but no times. Times come from runs of each setting alone on
+    They share embedding, PCM and decoded prompts. Times come from runs of each setting alone on
     the first `timed_images` images; the time columns of the other images are empty.
     """
     images = open_dataset(config.dataset, config.n_images, config.seed)
@@ -82,6 +74,8 @@ def run_settings(
         rows = study.rows(asked)
         peaks = study.peaks(asked) if config.memory else {}
     per_image = tables.per_image_table(rows)
+    used = {f"SAM ({config.sam})": spec_of(models.sam)}
+    used |= {"Prompt Predictor": models.predictor, "detector": models.detector}
     parameters = {
         **{name: getattr(config, name) for name in ("sam", "seed", "device")},
         "methods": methods,
@@ -91,23 +85,22 @@ def run_settings(
         "thresholds": [f"{iou:g} / {stable:g}" for iou, stable in pairs],
         **asdict(config.params),
     }
-    shown = [images[i] for i in range(min(EXAMPLE_IMAGES, len(images)))]
     return StudyResult(
         per_image=per_image,
         summary=tables.summary_table(per_image, peaks),
         differences=tables.difference_table(per_image, reference),
-        curves=thresholds.curve_table(rows),
+        curves=tables.curve_table(rows),
         provenance={
             "parameters": parameters,
             "dataset": images.describe(),
             "seeds": {"dataset": config.seed, "bootstrap": tables.BOOTSTRAP_SEED},
-            "weights": settings.weight_hashes(models),
+            "weights": {name: model.sha256 for name, model in used.items() if model is not None},
             "scoring_code": settings.scoring_code(),
             **provenance(models.sam.device),
         },
         examples=[
-            (sample, {row["method"]: row["detail"] for row in rows if row["image"] == sample.id})
-            for sample in shown
+            (images[i], {row["method"]: row["detail"] for row in rows if row["image"] == name})
+            for i, name in enumerate(images.ids[:EXAMPLE_IMAGES])
         ],
         n_scored=study.n_scored,
         n_reused=study.n_reused,
@@ -130,11 +123,7 @@ class _Run:
         self.found = [found.get(name) for name in self.images.ids]
 
     def rows(self, asked: Sequence[Setting]) -> list[score.Row]:
-        """Rows of settings on all images.
-
-        What an image lacks is stored in one transaction: rows never depend on where an earlier run
-        was stopped.
-        """
+        """Rows of settings on all images; what an image lacks is stored in one transaction."""
         jobs = [(i, s, self._inputs(s, i)) for i in range(len(self.images)) for s in asked]
         missing, bar = self._missing(jobs, "scoring")
         with bar:
@@ -150,11 +139,11 @@ class _Run:
         """Peak memory of settings without a limit over the first images in MiB, by label."""
         first = range(min(MEMORY_IMAGES, len(self.images)))
         images = " ".join(map(self.images.sample_fingerprint, first))
-        jobs = []
-        for setting in asked:
-            if setting.max_prompts is None:
-                inputs = settings.row_inputs(setting, self.models, self.machine, images)
-                jobs.append((0, setting, inputs | MEMORY_VERSION))
+        jobs = [
+            (0, s, settings.row_inputs(s, self.models, self.machine, images) | MEMORY_VERSION)
+            for s in asked
+            if s.max_prompts is None
+        ]
         missing, bar = self._missing(jobs, "peak memory")
         shown = [self.images[i].image for i in first] if missing else []
         at_once = MEMORY_AT_ONCE if self.models.sam.device.type == "cpu" else 1
@@ -173,27 +162,19 @@ class _Run:
             "found": hashed,
             "thresholds": self.pairs,
             "shown": i < EXAMPLE_IMAGES,
-            "timed": self._is_timed(setting, i),
+            "timed": i < self.config.timed_images and setting.max_prompts is None,
         }
 
-    def _is_timed(self, setting: Setting, i: int) -> bool:
-        return i < self.config.timed_images and setting.max_prompts is None
-
     def _missing(self, jobs: Sequence[Job], text: str) -> tuple[list[Job], tqdm.auto.tqdm]:
-        """Jobs that the store does not have, equal ones once; a progress bar over all.
-
-        The bar is a widget in a notebook, text in a terminal. With AOPSAM_PROGRESS=text it is text
-        on standard output: so a notebook that papermill runs does not keep it among the errors.
-        """
+        """Jobs that the store does not have, equal ones once; a progress bar over all."""
         wanted = {make_key(job[2]): job for job in reversed(jobs)}
         missing = [job for key, job in wanted.items() if self.store.values(key) is None][::-1]
+        # papermill keeps what a notebook writes elsewhere among its errors
         plain = os.environ.get("AOPSAM_PROGRESS") == "text"
         style = {"file": sys.stdout, "ncols": 100} if plain else {"dynamic_ncols": True}
         style |= {"smoothing": 0.05, "unit": "row", "disable": not self.config.progress}
-        bar = (tqdm.tqdm if plain else tqdm.auto.tqdm)(
-            total=len(wanted), initial=len(wanted) - len(missing), desc=text, **style
-        )
-        return missing, bar
+        style |= {"total": len(wanted), "initial": len(wanted) - len(missing), "desc": text}
+        return missing, (tqdm.tqdm if plain else tqdm.auto.tqdm)(**style)
 
     def _score_image(self, i: int, inputs: dict[Setting, dict], bar: tqdm.auto.tqdm) -> None:
         sample, rows = self.images[i], {}
@@ -202,11 +183,11 @@ class _Run:
             bar.set_postfix_str(f"{sample.id} {setting.label}", refresh=False)
             bar.update()
             rows[setting] = row
-        timed = [setting for setting in inputs if self._is_timed(setting, i)]
+        timed = [setting for setting in inputs if inputs[setting]["timed"]]
         encoded = encode(self.models.sam, sample.image) if timed else None
         for n in range(len(timed)):
             # each image begins with another one: a slow while of the machine meets all alike
             setting = timed[(i + n) % len(timed)]
-            row = score.score(self.models, sample, setting, None, encoded)
+            row = score.score(self.models, sample, setting, encoded)
             rows[setting] |= {name: row[name] for name in score.TIMES}
         self.store.add((inputs[s], sample.id, s.method, row) for s, row in rows.items())

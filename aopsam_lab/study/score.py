@@ -1,7 +1,5 @@
 """One image and one setting -> a row of scores, as JSON can hold it."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -15,7 +13,7 @@ from aopsam_lab.pipeline.run import run_method
 from aopsam_lab.pipeline.segmentation import Segmentation
 from aopsam_lab.pipeline.types import Encoded
 from aopsam_lab.sam.zoo import spec_of
-from aopsam_lab.study.settings import GRIDS, LoadedModels, Pair, Setting
+from aopsam_lab.study.settings import METHODS, LoadedModels, Pair, Setting
 
 TIMES = {"encode_s": "encode", "inf_lat_s": "infer", "mask_lat_s": "mask", "total_s": "total"}
 COUNTS = ("n_sampled", "n_decoded", "n_eliminated")
@@ -24,27 +22,15 @@ Row = dict[str, Any]
 
 
 def score(
-    models: LoadedModels,
-    sample: Sample,
-    setting: Setting,
-    found_masks: list[dict] | None = None,
-    encoded: Encoded | None = None,
+    models: LoadedModels, sample: Sample, setting: Setting, encoded: Encoded | None = None
 ) -> Row:
-    """Run one setting alone on an image.
+    """Run one setting alone on an image: `mask_scores`, COUNTS of prompts, TIMES in seconds.
 
-    Args:
-        models: what the method needs.
-        sample: the image and its ground truth.
-        setting: the method, its parameters and its limit of prompts.
-        found_masks: COCO RLE of the masks that a SAM itself found; None: not at hand.
-        encoded: the image as `encode` returns it; None: it is encoded here.
-
-    Returns:
-        `mask_scores`, COUNTS of prompts, and TIMES in seconds.
+    `encoded` is the image as `encode` returns it; None: it is encoded here.
     """
     result = run(models, encoded or encode(models.sam, sample.image), setting)
     times = {name: float(result.seconds[stage]) for name, stage in TIMES.items()}
-    return _row(result, sample, found_masks) | times
+    return mask_scores(sample.rles, result.masks) | _counts(result) | times
 
 
 def score_together(
@@ -57,9 +43,8 @@ def score_together(
 ) -> Iterator[tuple[Setting, Row]]:
     """Run settings on an image; its embedding, its PCM and every prompt are computed once for all.
 
-    Yields:
-        A setting and its row as `score` returns it, without times; `curve`: the `mask_scores` at
-        each of the pairs of thresholds; `detail`, if it is to be shown: masks and prompts.
+    Yields each with its row as `score` returns it, without times; `curve`: the `mask_scores` at
+    each of the pairs of thresholds; `detail`, if it is to be `shown`: masks and prompts.
     """
     encoded = encode(models.sam, sample.image)
     predictor = models.predictor and PcmCache(models.predictor, encoded)
@@ -69,13 +54,17 @@ def score_together(
     for setting in settings:
         decode = LooseRun(cache)
         result = run(models, encoded, setting, decode=decode, predictor=predictor)
-        row = _row(result, sample, found_masks)
+        row = mask_scores(sample.rles, result.masks, found_masks) | _counts(result)
         row["curve"] = [
             dict(zip(PAIR, pair, strict=True))
             | {"own": pair == own, **mask_scores(sample.rles, kept, found_masks)}
             for pair, kept in zip(pairs, decode.masks_at(pairs), strict=True)
         ]
-        yield setting, row | ({"detail": _detail(result)} if shown else {})
+        if shown:
+            prompts = result.prompts[["x", "y", "status"]].round(2).to_numpy().tolist()
+            masks = [{**rle, "counts": rle["counts"].decode("ascii")} for rle in result.masks]
+            row["detail"] = {"masks": masks, "prompts": prompts}
+        yield setting, row
 
 
 def own_pair(sam: Sam) -> Pair:
@@ -89,20 +78,18 @@ def run(models: LoadedModels, encoded: Encoded, setting: Setting, **shared: Any)
     return run_method(
         models.sam,
         encoded,
-        GRIDS.get(setting.method, setting.method),
+        METHODS[setting.method],
         params=setting.params,
         max_prompts=setting.max_prompts,
         **{"predictor": models.predictor, "detector": models.detector, **shared},
     )
 
 
-def mask_scores(truth: list[dict], masks: list[dict], found_masks: list[dict] | None) -> Row:
+def mask_scores(truth: list[dict], masks: list[dict], found_masks: list[dict] | None = None) -> Row:
     """Scores of one image's masks, by predicted IoU, against its ground truth, all COCO RLE.
 
-    Returns:
-        miou, miou_best, ar_100, ar_1000: None without ground truth, as JSON has no NaN. n_truth:
-        masks of the ground truth; n_masks. coverage, where the masks that a SAM itself found are
-        at hand: the share of them that the masks find, None of no masks.
+    What is not defined is None, as JSON has no NaN. coverage, where the masks that a SAM itself
+    found are at hand: the share of them that the masks find.
     """
     iou = evaluator.iou_matrix(truth, masks)
     matched = evaluator.score_matrix(iou)
@@ -116,14 +103,5 @@ def mask_scores(truth: list[dict], masks: list[dict], found_masks: list[dict] | 
     return values | {"n_truth": len(truth), "n_masks": len(masks)}
 
 
-def _row(result: Segmentation, sample: Sample, found_masks: list[dict] | None) -> Row:
-    counts = {name: int(getattr(result, name)) for name in COUNTS}
-    return mask_scores(sample.rles, result.masks, found_masks) | counts
-
-
-def _detail(result: Segmentation) -> dict[str, list]:
-    prompts = result.prompts[["x", "y", "status"]].round(2)
-    return {
-        "masks": [{**mask, "counts": mask["counts"].decode("ascii")} for mask in result.masks],
-        "prompts": prompts.to_numpy().tolist(),
-    }
+def _counts(result: Segmentation) -> Row:
+    return {name: int(getattr(result, name)) for name in COUNTS}

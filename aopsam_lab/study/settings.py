@@ -1,7 +1,5 @@
 """What a study scores, and all that a score depends on."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import os
@@ -24,7 +22,6 @@ from aopsam_lab.study import PACKAGE_ROOT
 # regular grids of other sides, to compare as many prompts with
 GRIDS = {f"grid_{side}": Grid(f"grid_{side}", side) for side in (8, 10, 12, 14, 16, 20)}
 METHODS = {**OUR_METHODS, **GRIDS}
-
 # What scores. When it or a module that it imports changes, rows are scored anew.
 SCORING_MODULES = ("aopsam_lab.study.score",)
 TITLES = {
@@ -106,19 +103,20 @@ class Setting:
 
 def load_models(config: StudyConfig, methods: Iterable[str]) -> LoadedModels:
     """Load the SAM, and which of Prompt Predictor and detector the methods need."""
-    sam = load_sam(config.sam, config.checkpoint, config.device)
-    models, needs = LoadedModels(sam), {METHODS[method].needs for method in methods}
+    models = LoadedModels(load_sam(config.sam, config.checkpoint, config.device))
+    needs, device = {METHODS[method].needs for method in methods}, models.sam.device
     if "predictor" in needs:
-        models.predictor = load_predictor(config.sam, config.predictor, sam.device)
+        models.predictor = load_predictor(config.sam, config.predictor, device)
     if "detector" in needs:
-        models.detector = load_detector(config.detector, sam.device)
+        models.detector = load_detector(config.detector, device)
     return models
 
 
 def row_inputs(setting: Setting, models: LoadedModels, machine: str, image: str) -> dict[str, Any]:
     """All that could change a row, scores or times, on the image with the fingerprint `image`."""
     method = METHODS[setting.method]
-    inputs: dict[str, Any] = {
+    used = getattr(models, method.needs) if method.needs else None
+    return {
         "code": scoring_code(),
         "method": setting.method,
         "params": {name: float(getattr(setting.params, name)) for name in method.uses},
@@ -129,10 +127,8 @@ def row_inputs(setting: Setting, models: LoadedModels, machine: str, image: str)
         "machine": machine,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
+        "weights": used and used.sha256,
     }
-    if method.needs:
-        inputs[method.needs] = getattr(models, method.needs).sha256
-    return inputs
 
 
 @functools.cache
@@ -141,15 +137,7 @@ def scoring_code() -> str:
     return code_fingerprint(SCORING_MODULES)
 
 
-def weight_hashes(models: LoadedModels) -> dict[str, str]:
-    """The sha256 of the weights in use, by model."""
-    spec = spec_of(models.sam)
-    used = {f"SAM ({spec.name})": spec}
-    used |= {"Prompt Predictor": models.predictor, "detector": models.detector}
-    return {name: model.sha256 for name, model in used.items() if model is not None}
-
-
 def package_environment() -> dict[str, str]:
     """This process's environment with the package importable, for processes started from it."""
-    paths = [str(PACKAGE_ROOT), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    paths = filter(None, (str(PACKAGE_ROOT), os.environ.get("PYTHONPATH")))
     return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}

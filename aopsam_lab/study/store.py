@@ -1,7 +1,5 @@
 """Scores on disk: one SQLite file, written as soon as a score is known."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os
@@ -9,7 +7,7 @@ import sqlite3
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS scores (
@@ -42,11 +40,10 @@ class Store:
             self._connection.execute(_SCHEMA)
             self.values("")
         except sqlite3.DatabaseError as error:
-            raise ValueError(
-                f"{path} is not a store of scores ({error}). Move it away to start anew."
-            ) from error
+            advice = "Move it away to start anew."
+            raise ValueError(f"{path} is not a store of scores ({error}). {advice}") from error
 
-    def __enter__(self) -> Store:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -61,13 +58,11 @@ class Store:
     def add(self, rows: Iterable[Row]) -> None:
         """Store rows in one transaction: all of them or none."""
         now = datetime.now(UTC).isoformat(timespec="milliseconds")
-        stored = [
-            (make_key(inputs), image, method, _json(inputs), _json(values), now)
-            for inputs, image, method, values in rows
-        ]
+        command = "INSERT OR IGNORE INTO scores VALUES (?, ?, ?, ?, ?, ?)"
         with self._connection:
-            command = "INSERT OR IGNORE INTO scores VALUES (?, ?, ?, ?, ?, ?)"
-            self._connection.executemany(command, stored)
+            for inputs, image, method, values in rows:
+                stored = make_key(inputs), image, method, _json(inputs), _json(values), now
+                self._connection.execute(command, stored)
 
 
 def _json(value: Any) -> str:

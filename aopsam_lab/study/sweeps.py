@@ -1,7 +1,5 @@
 """The ablation, and the sweeps of AoP-SAM's four parameters: what is run, and what its rows say."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,18 +10,14 @@ import pandas as pd
 
 from aopsam_lab.asf import AsfParams
 from aopsam_lab.study import tables
-from aopsam_lab.study.paper import sign_table
+from aopsam_lab.study.paper import CHANGE, sign_table
 from aopsam_lab.study.runner import StudyResult, run_settings
 from aopsam_lab.study.settings import Setting, StudyConfig
-from aopsam_lab.study.tables import DIFFERENCE
+from aopsam_lab.study.tables import DIFFERENCE, SUMMARY_COLUMNS
 
-ABLATION = StudyConfig(
-    methods=("aop_no_as_af", "aop_no_af", "aop", "aop_gated"),
-    n_images=28,
-    thresholds=(),
-    out="reports/ablation",
-)
 SWEEPS = StudyConfig(methods=("aop",), n_images=28, thresholds=(), out="reports/parameter_sweeps")
+PARTS = ("aop_no_as_af", "aop_no_af", "aop", "aop_gated")
+ABLATION = replace(SWEEPS, methods=PARTS, out="reports/ablation")
 SWEPT = {  # the paper's values
     "smoothing": (1.0, 2.0, 3.0, 4.0),
     "confidence": (0.1, 0.2, 0.3, 0.4),
@@ -33,14 +27,9 @@ SWEPT = {  # the paper's values
 Values = Mapping[str, Sequence[float]]  # what each parameter is set to, by its name
 DEFAULT = "default"  # the label of the setting that a sweep departs from
 BUDGETS = (25, 50, 100)
-
-SWEEP_COLUMNS = ("parameter", "value", "is_default", *tables.SUMMARY_COLUMNS[1:], *DIFFERENCE)
-TREND_COLUMNS = (
-    "parameter", "column", "first", "last", "n_images", "change", "change_lo", "change_hi", "trend",
-)  # fmt: skip
-BUDGET_COLUMNS = (
-    "budget", *SWEPT, "miou", "miou_lo", "miou_hi", *DIFFERENCE, "n_decoded", "n_decoded_max",
-)  # fmt: skip
+SWEEP_COLUMNS = ("parameter", "value", "is_default", *SUMMARY_COLUMNS[1:], *DIFFERENCE)
+TREND_COLUMNS = ("parameter", "column", "first", "last", "n_images", *CHANGE, "trend")
+BUDGET_COLUMNS = ("budget", *SWEPT, *tables.MIOU, *DIFFERENCE, "n_decoded", "n_decoded_max")
 TREND_NAMES = {  # column: its name, what its numbers are multiplied by to be shown, their unit
     "miou": ("mIoU", 100, " points"),
     "n_masks": ("#P", 1, " masks"),
@@ -53,13 +42,13 @@ TREND_NAMES = {  # column: its name, what its numbers are multiplied by to be sh
 
 @dataclass(frozen=True)
 class SweepResult:
-    """What the sweeps found, see the functions of this module."""
+    """What the sweeps found."""
 
     study: StudyResult  # its methods are labels of settings, its reference is the default setting
-    table: pd.DataFrame
-    trends: pd.DataFrame
-    signs: pd.DataFrame  # whether the trends have the paper's sign
-    budgets: pd.DataFrame
+    table: pd.DataFrame  # see sweep_table
+    trends: pd.DataFrame  # see trend_table
+    signs: pd.DataFrame  # see sign_table
+    budgets: pd.DataFrame  # see budget_table
 
 
 def run_sweeps(
@@ -83,38 +72,31 @@ def run_sweeps(
         raise ValueError(f"A budget is a number of prompts, 1 or more; got {min(budgets)}.")
     config = replace(config, **changes)
     values = {name: tuple(sorted(set(map(float, own)))) for name, own in values.items()}
-    settings = sweep_settings(values, config.params)
-    within = limited_settings(settings, budgets)
-    study = run_settings(config, [*settings, *within], reference=DEFAULT)
+    settings = sweep_settings(values, config.params, budgets)
+    study = run_settings(config, settings, reference=DEFAULT)
     tried = {f"{name}_grid": list(own) for name, own in values.items()}
     study.provenance["parameters"] |= tried | {"budgets": list(budgets)}
-    table = sweep_table(study, values, config.params)
-    trends = trend_table(study.per_image, values)
-    best = budget_table(study.per_image, within)
+    table, trends = sweep_table(study, values, config.params), trend_table(study.per_image, values)
+    best = budget_table(study.per_image, settings)
     return SweepResult(study, table, trends, sign_table(trends, table), best)
 
 
 def label(parameter: str, value: float) -> str:
-    """The label of a setting that differs from the default in one parameter."""
+    """Of a setting that differs from the default in one parameter."""
     return f"{parameter} {value:g}"
 
 
-def sweep_settings(values: Values, params: AsfParams) -> list[Setting]:
-    """The default, then every value of every parameter."""
-    swept = [
-        Setting(label(name, value), "aop", replace(params, **{name: value}))
-        for name, own in values.items()
-        for value in own
-    ]
-    return [Setting(DEFAULT, "aop", params), *swept]
-
-
-def limited_settings(settings: Sequence[Setting], budgets: Sequence[int]) -> list[Setting]:
-    """Each different setting within each budget, the first of equal ones."""
+def sweep_settings(values: Values, params: AsfParams, budgets: Sequence[int] = ()) -> list[Setting]:
+    """The default, then every value of every parameter; each different one within each budget."""
+    settings = [Setting(DEFAULT, "aop", params)]
+    for name, own in values.items():
+        for value in own:
+            changed = replace(params, **{name: value})
+            settings.append(Setting(label(name, value), "aop", changed))
     different: dict[AsfParams, Setting] = {}
     for setting in settings:
         different.setdefault(setting.params, setting)
-    return [
+    return settings + [
         replace(s, label=f"{s.label}, at most {budget}", max_prompts=budget)
         for budget in budgets
         for s in different.values()
@@ -122,53 +104,40 @@ def limited_settings(settings: Sequence[Setting], budgets: Sequence[int]) -> lis
 
 
 def sweep_table(study: StudyResult, values: Values, params: AsfParams) -> pd.DataFrame:
-    """One row a parameter and value, with its paired difference to the default setting.
-
-    Returns:
-        SWEEP_COLUMNS, and COVERAGE_COLUMNS where the summary has them.
-    """
+    """SWEEP_COLUMNS, and coverage; one row a parameter and value, compared with the default."""
     swept = [(name, value, label(name, value)) for name, own in values.items() for value in own]
     table = pd.DataFrame(swept, columns=["parameter", "value", "method"])
     table["is_default"] = [getattr(params, name) == value for name, value, _ in swept]
-    table = table.merge(study.summary, on="method")
-    table = table.merge(study.differences[["method", *DIFFERENCE]], on="method")
-    covered = [name for name in tables.COVERAGE_COLUMNS if name in table]
-    return table[[*SWEEP_COLUMNS, *covered]]
+    change = study.differences[["method", *DIFFERENCE]]
+    table = table.merge(study.summary, on="method").merge(change, on="method")
+    return tables.as_table(table, SWEEP_COLUMNS)
 
 
 def trend_table(per_image: pd.DataFrame, values: Values) -> pd.DataFrame:
-    """Does a column rise or fall along a parameter?
-
-    Returns:
-        TREND_COLUMNS, a row a parameter and column of TREND_NAMES. change: an image's value at the
-        parameter's last value minus that at its first, averaged over images that have both, with
-        its 95% paired bootstrap interval; trend is decided only where that lies on one side of 0.
-    """
+    """TREND_COLUMNS: does a column rise or fall from first to last value, image by image?"""
     by_label, rows = tables.by_method(per_image), []
     for name, own in values.items():
         for column in TREND_NAMES if len(own) > 1 else ():
-            first, last = (by_label[label(name, own[i])][column].astype(float) for i in (0, -1))
-            changes = (last - first).dropna()
+            first, last = (by_label[label(name, own[i])][column] for i in (0, -1))
+            change = last - first
             row = {"parameter": name, "column": column, "first": own[0], "last": own[-1]}
-            row |= {"n_images": len(changes), **tables.interval_columns("change", changes)}
+            row |= {"n_images": change.count(), **tables.interval_columns("change", change)}
             row["trend"] = "undecided"
             if row["change_lo"] > 0 or row["change_hi"] < 0:
                 row["trend"] = "rises" if row["change"] > 0 else "falls"
             rows.append(row)
-    return pd.DataFrame(rows, columns=list(TREND_COLUMNS))
+    return tables.as_table(rows, TREND_COLUMNS)
 
 
 def budget_table(per_image: pd.DataFrame, settings: Sequence[Setting]) -> pd.DataFrame:
-    """For each budget the setting with the highest mIoU among those that were held to it.
+    """BUDGET_COLUMNS: for each budget the setting held to it that has the highest mIoU.
 
-    Returns:
-        BUDGET_COLUMNS. miou_diff: to the default setting held to the same budget. n_decoded,
-        n_decoded_max: mean and highest number of prompts decoded of an image.
+    miou_diff: to the default held to the same budget. n_decoded: mean over images.
     """
     by_label, rows = tables.by_method(per_image), []
-    for budget in dict.fromkeys(setting.max_prompts for setting in settings):
+    for budget in dict.fromkeys(s.max_prompts for s in settings if s.max_prompts):
         held = [setting for setting in settings if setting.max_prompts == budget]
-        miou = {setting: by_label[setting.label]["miou"].dropna() for setting in held}
+        miou = {setting: by_label[setting.label]["miou"] for setting in held}
         # of equals the first, so the default before others
         best = max(held, key=lambda setting: miou[setting].mean())
         decoded = by_label[best.label]["n_decoded"]
@@ -176,7 +145,7 @@ def budget_table(per_image: pd.DataFrame, settings: Sequence[Setting]) -> pd.Dat
         row |= tables.interval_columns("miou", miou[best])
         row |= tables.interval_columns("miou_diff", miou[best] - miou[held[0]])
         rows.append(row | {"n_decoded": decoded.mean(), "n_decoded_max": decoded.max()})
-    return pd.DataFrame(rows, columns=list(BUDGET_COLUMNS))
+    return tables.as_table(rows, BUDGET_COLUMNS)
 
 
 def pareto_front(cost: np.ndarray, gain: np.ndarray) -> np.ndarray:
@@ -191,5 +160,5 @@ def parameter_for_people(table: pd.DataFrame, parameter: str) -> pd.DataFrame:
     own = table[table["parameter"] == parameter]
     own = own.assign(method=own["value"].map("{:g}".format))
     shown = tables.results_for_people(own.drop(columns=list(DIFFERENCE)), own)
-    headings = {"Method": parameter.capitalize(), tables.DIFFERENCE_HEADING: "Δ to the default"}
+    headings = {"Method": parameter.capitalize(), "Δ to AoP-SAM": "Δ to the default"}
     return shown.rename(columns=headings)

@@ -1,6 +1,4 @@
-"""Rows of single images -> the tables of a report."""
-
-from __future__ import annotations
+"""Rows of single images -> the tables of a report, and their numbers as text."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -8,37 +6,45 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from aopsam_lab.evaluator import mean_interval
+from aopsam_lab.evaluator import CONFIDENCE_LEVEL, RESAMPLES, mean_interval
+from aopsam_lab.study.score import PAIR
 from aopsam_lab.study.settings import REFERENCE, TITLES
 
 BOOTSTRAP_SEED = 0
-DIFFERENCE_HEADING = "Δ to AoP-SAM"
 NAN = float("nan")
 
+
+def interval_names(name: str) -> tuple[str, str, str]:
+    """The columns of a mean and of the ends of its 95% interval."""
+    return name, f"{name}_lo", f"{name}_hi"
+
+
+MIOU, DIFFERENCE, RECALL = map(interval_names, ("miou", "miou_diff", "ar_1000"))
+# where the masks that a SAM found are at hand; of an image the first only
+COVERAGE_COLUMNS = interval_names("coverage")
 PER_IMAGE_COLUMNS = (
     "image", "method", "miou", "miou_best", "n_truth", "n_masks", "n_sampled", "n_decoded",
     "n_eliminated", "elim_ratio", "encode_s", "inf_lat_s", "mask_lat_s", "total_s", "ar_100",
     "ar_1000",
 )  # fmt: skip
 SUMMARY_COLUMNS = (
-    "method", "n_images", "miou", "miou_lo", "miou_hi", "miou_best", "inf_lat_s", "mask_lat_s",
-    "encode_s", "total_s", "peak_mem_mb", "n_masks", "n_decoded", "elim_ratio", "ar_100", "ar_1000",
+    "method", "n_images", *MIOU, "miou_best", "inf_lat_s", "mask_lat_s", "encode_s", "total_s",
+    "peak_mem_mb", "n_masks", "n_decoded", "elim_ratio", "ar_100", "ar_1000",
 )  # fmt: skip
-MEANS = ["inf_lat_s", "mask_lat_s", "encode_s", "total_s", "n_masks", "n_decoded"]
 RATIOS = {
-    "n_decoded_ratio": "n_decoded",
-    "mask_lat_ratio": "mask_lat_s",
-    "inf_lat_ratio": "inf_lat_s",
-    "total_ratio": "total_s",
+    f"{column.removesuffix('_s')}_ratio": column
+    for column in ("n_decoded", "mask_lat_s", "inf_lat_s", "total_s")
 }
-DIFFERENCE = ("miou_diff", "miou_diff_lo", "miou_diff_hi")
 DIFFERENCE_COLUMNS = ("method", "reference", "n_images", *DIFFERENCE, *RATIOS)
-# There where the masks that a SAM found are; of an image the first only.
-COVERAGE_COLUMNS = ("coverage", "coverage_lo", "coverage_hi")
+CURVE_COLUMNS = ("image", "method", *PAIR, "own", "n_truth", "n_masks", "miou", "ar_1000")
+CURVE_MEANS = ("method", *PAIR, "own", "n_images", "n_masks", *MIOU, *DIFFERENCE, *RECALL)
+EQUAL_COLUMNS = (
+    "method", "reference", *PAIR, "n_images", "n_masks", "miou", "reference_miou", *DIFFERENCE,
+)  # fmt: skip
 
 
 def title(method: str) -> str:
-    """A method's name for people; a label that is no method is its own."""
+    """A method's name for people."""
     return TITLES.get(method, method)
 
 
@@ -47,10 +53,10 @@ def share(part: float, whole: float) -> float:
     return part / whole if whole else NAN
 
 
-def interval_columns(name: str, values: Sequence[float]) -> dict[str, float]:
-    """The mean of images' values and its 95% interval: `name`, `name`_lo and `name`_hi."""
-    interval = mean_interval(values, BOOTSTRAP_SEED)
-    return dict(zip((name, f"{name}_lo", f"{name}_hi"), interval, strict=True))
+def interval_columns(name: str, values: pd.Series) -> dict[str, float]:
+    """The `interval_names` of images' values; those that are not known do not count."""
+    interval = mean_interval(values.dropna(), BOOTSTRAP_SEED)
+    return dict(zip(interval_names(name), interval, strict=True))
 
 
 def by_method(per_image: pd.DataFrame) -> dict[str, pd.DataFrame]:
@@ -58,67 +64,146 @@ def by_method(per_image: pd.DataFrame) -> dict[str, pd.DataFrame]:
     return dict(list(per_image.set_index("image").groupby("method", sort=False)))
 
 
-def per_image_table(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
-    """One row an image and method, from rows of `score` with `image` and `method`.
-
-    Returns:
-        PER_IMAGE_COLUMNS, and coverage where any row has it. elim_ratio: eliminated / sampled
-        prompts, NaN where nothing was sampled. What a row does not have is NaN.
-    """
+def as_table(rows: Any, columns: Sequence[str]) -> pd.DataFrame:
+    """These columns, and those of COVERAGE_COLUMNS that are there; NaN for what is not known."""
     table = pd.DataFrame(rows)
-    covered = ["coverage"] if "coverage" in table else []
-    table = table.reindex(columns=[*PER_IMAGE_COLUMNS, *covered])
-    sampled = table["n_sampled"].astype(float)
-    table["elim_ratio"] = table["n_eliminated"] / sampled.where(sampled > 0)
-    counts = ("image", "method", "n_truth", "n_masks", "n_sampled", "n_decoded", "n_eliminated")
-    return table.astype({name: float for name in table if name not in counts})
+    table = table.reindex(columns=[*columns, *(name for name in COVERAGE_COLUMNS if name in table)])
+    unknown = table.columns[table.isna().all()]
+    return table.astype(dict.fromkeys(unknown, float if len(table) else object))
+
+
+def per_image_table(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+    """PER_IMAGE_COLUMNS, and coverage where any row of `score` has it; one row an image, method."""
+    table = as_table(rows, PER_IMAGE_COLUMNS)
+    table["elim_ratio"] = table["n_eliminated"] / table["n_sampled"].replace(0, NAN)
+    return table
 
 
 def summary_table(per_image: pd.DataFrame, peak_mem_mb: Mapping[str, float]) -> pd.DataFrame:
-    """One row a method, over all its images; peak_mem_mb: peak memory by method, in MiB.
+    """SUMMARY_COLUMNS, and COVERAGE_COLUMNS where found masks are at hand; one row a method.
 
-    Returns:
-        SUMMARY_COLUMNS. n_images: images with ground truth, on which miou, its 95% interval and
-        miou_best rest. Times, n_masks, n_decoded: means over all images, times over those that were
-        timed. elim_ratio: all eliminated / all sampled prompts. ar_100, ar_1000: over all
-        ground-truth masks, as COCO defines them. COVERAGE_COLUMNS, where the masks are at hand.
+    miou rests on the n_images with ground truth. elim_ratio: all eliminated / all sampled prompts.
+    ar_100, ar_1000: over all ground-truth masks, as COCO defines them. Peaks: by method, in MiB.
     """
     rows = []
     for method, own in per_image.groupby("method", sort=False):
-        scored = own[own["n_truth"] > 0]
-        row = {"method": method, "n_images": len(scored), **own[MEANS].mean()}
-        row |= interval_columns("miou", scored["miou"])
-        row["miou_best"] = scored["miou_best"].mean()
-        row["peak_mem_mb"] = peak_mem_mb.get(method, NAN)
+        row = {**_means(own), "method": method, "peak_mem_mb": peak_mem_mb.get(method, NAN)}
         row["elim_ratio"] = share(own["n_eliminated"].sum(), own["n_sampled"].sum())
         for name in ("ar_100", "ar_1000"):
-            matched = (scored[name] * scored["n_truth"]).sum(skipna=False)
-            row[name] = share(matched, scored["n_truth"].sum())
-        if "coverage" in own:
-            row |= interval_columns("coverage", own["coverage"].dropna())
+            matched = (own[name] * own["n_truth"]).sum(min_count=1)
+            row[name] = share(matched, own["n_truth"].sum())
         rows.append(row)
-    covered = COVERAGE_COLUMNS if "coverage" in per_image else ()
-    return pd.DataFrame(rows, columns=[*SUMMARY_COLUMNS, *covered])
+    return as_table(rows, SUMMARY_COLUMNS)
 
 
 def difference_table(per_image: pd.DataFrame, reference: str = REFERENCE) -> pd.DataFrame:
-    """One row a method other than the reference: the method minus the reference.
+    """DIFFERENCE_COLUMNS; one row a method, none where the reference was not run.
 
-    Returns:
-        DIFFERENCE_COLUMNS. miou_diff and its ends: on the same images, with the paired 95%
-        bootstrap interval. The ratios: the method's mean over the reference's. Empty where the
-        reference was not run.
+    miou_diff: the method minus the reference, on the same images; ratios: of their means.
     """
     methods, rows = by_method(per_image), []
     base = methods.pop(reference, None)
     for method, own in methods.items() if base is not None else ():
-        scored = own["n_truth"] > 0
-        row = {"method": method, "reference": reference, "n_images": scored.sum()}
-        row |= interval_columns("miou_diff", (own["miou"] - base["miou"])[scored])
+        change = own["miou"] - base["miou"]
+        row = {"method": method, "reference": reference, "n_images": change.count()}
+        row |= interval_columns("miou_diff", change)
         for name, column in RATIOS.items():
             row[name] = share(own[column].mean(), base[column].mean())
         rows.append(row)
-    return pd.DataFrame(rows, columns=list(DIFFERENCE_COLUMNS))
+    return as_table(rows, DIFFERENCE_COLUMNS)
+
+
+# --- looser thresholds than SAM's own: the prompts stay those that the method decodes at SAM's ---
+
+
+def curve_table(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+    """CURVE_COLUMNS, and coverage; one row an image, method and pair; own: whether it is SAM's."""
+    points = [{**row, **point} for row in rows for point in row["curve"]]
+    return as_table(points, CURVE_COLUMNS)
+
+
+def curve_summary(curves: pd.DataFrame) -> pd.DataFrame:
+    """CURVE_MEANS, and COVERAGE_COLUMNS; as `summary_table`, at each pair."""
+    parts = dict(list(curves.set_index("image").groupby(["method", *PAIR], sort=False)))
+    rows = []
+    for key, own in parts.items():
+        row = _means(own) | dict(zip(("method", *PAIR), key, strict=True))
+        row |= {"own": own["own"].iloc[0], "ar_1000": NAN}
+        base = parts.get((REFERENCE, *key[1:]))
+        if base is not None and base is not own:
+            row |= interval_columns("miou_diff", own["miou"] - base["miou"])
+        scored = own[own["n_truth"] > 0]
+        if len(scored):
+            masks, draws = scored["n_truth"].to_numpy(), _draws(len(scored))
+            matched = masks * scored["ar_1000"].to_numpy()
+            row |= _interval(RECALL, matched[draws].sum(axis=1) / masks[draws].sum(axis=1))
+        rows.append(row)
+    return as_table(rows, CURVE_MEANS)
+
+
+def equal_masks(curves: pd.DataFrame) -> pd.DataFrame:
+    """EQUAL_COLUMNS: AoP-SAM and the dense grid at equal masks kept, #P, the paper's cost.
+
+    The curve, mean mIoU against mean masks kept in straight lines, is read where it keeps as many
+    masks as the grid does at each of its pairs, if it does. For the interval images are drawn anew
+    and both curves read again; where a draw ends before the place, its last line goes on.
+    """
+    both = {"method": REFERENCE, "reference": "amg_d"}
+    pairs = list(map(tuple, curves[list(PAIR)].drop_duplicates().to_numpy()))
+    scored = curves[(curves["n_truth"] > 0) & curves["method"].isin(both.values())]
+    if scored["method"].nunique() < 2:
+        return as_table([], EQUAL_COLUMNS)
+    wide = scored.pivot(index="image", columns=["method", *PAIR], values=["n_masks", "miou"])
+    draws = _draws(len(wide))
+    masks, miou, base_masks, base = (  # (draws, pairs), means over images
+        wide[value][name].reindex(columns=pairs).to_numpy(dtype=float)[draws].mean(axis=1)
+        for name in both.values()
+        for value in ("n_masks", "miou")
+    )
+    rows = []
+    for j, pair in enumerate(pairs):
+        at, reached = base_masks[0, j], base[0, j]
+        if masks[0].min() <= at <= masks[0].max():
+            row = {**both, **dict(zip(PAIR, pair, strict=True)), "n_images": len(wide)}
+            row |= {"n_masks": at, "reference_miou": reached}
+            read = np.array(list(map(_read, masks, miou, base_masks[:, j])))
+            row |= _interval(DIFFERENCE, read - base[:, j])
+            rows.append(row | {"miou": reached + row["miou_diff"]})
+    return as_table(rows, EQUAL_COLUMNS)
+
+
+def _read(x: np.ndarray, y: np.ndarray, at: float) -> float:
+    """The height at `at` of the straight lines through places, the outer lines prolonged."""
+    x, first = np.unique(x, return_index=True)
+    y = y[first]
+    if len(x) == 1:
+        return y[0]
+    i = np.clip(np.searchsorted(x, at) - 1, 0, len(x) - 2)
+    return y[i] + (at - x[i]) * (y[i + 1] - y[i]) / (x[i + 1] - x[i])
+
+
+def _draws(n: int) -> np.ndarray:
+    """(k, n) indices of images: all n, then, of two or more, n drawn for an interval."""
+    rng = np.random.default_rng(BOOTSTRAP_SEED)
+    return np.vstack([np.arange(n), rng.integers(0, n, (RESAMPLES if n > 1 else 0, n))])
+
+
+def _interval(names: Sequence[str], drawn: np.ndarray) -> dict[str, float]:
+    """By three names, the first of values and the 95% interval of the others."""
+    outside = 50 * (1 - CONFIDENCE_LEVEL)
+    ends = np.percentile(drawn[1:], [outside, 100 - outside]) if len(drawn) > 1 else (NAN, NAN)
+    return dict(zip(names, (drawn[0], *ends), strict=True))
+
+
+def _means(own: pd.DataFrame) -> dict[str, Any]:
+    """Of a method's images the means, n_images, and the intervals that all summaries have."""
+    row = own.mean(numeric_only=True).to_dict() | interval_columns("miou", own["miou"])
+    if "coverage" in own:
+        row |= interval_columns("coverage", own["coverage"])
+    return row | {"n_images": own["miou"].count()}
+
+
+# --- for people ---
 
 
 def results_for_people(summary: pd.DataFrame, differences: pd.DataFrame) -> pd.DataFrame:
@@ -138,31 +223,23 @@ def number(value: float, digits: int = 1) -> str:
 
 def signed(value: float, digits: int = 1) -> str:
     """A number with its sign; what rounds to zero has none."""
-    text = number(value, digits)
-    if not text.strip("-0.,–"):
-        return text.lstrip("-")
-    return text if value < 0 else f"+{text}"
+    text = f"{value:+z,.{digits}f}" if np.isfinite(value) else "–"
+    return text if text.strip("+0.") else text[1:]
 
 
-def with_interval(
-    value: float,
-    low: float = NAN,
-    high: float = NAN,
-    digits: int = 1,
-    show: Callable[[float, int], str] = signed,
-) -> str:
+def with_interval(*values: float, digits: int = 1, show: Callable = signed) -> str:
     """A value with its interval, the latter left out where it is not known."""
-    text, *ends = (show(x, digits) for x in (value, low, high))
-    return text if "–" in ends else f"{text} [{', '.join(ends)}]"
+    text, *ends = (show(value, digits) for value in values)
+    return f"{text} [{', '.join(ends)}]" if ends and "–" not in ends else text
 
 
 def percent(*shares: float) -> str:
-    """A share in percent, with the ends of its interval where they are given."""
+    """A share in percent, with its interval where the ends are given."""
     return with_interval(*(100 * x for x in shares), show=number)
 
 
 def points(*shares: float) -> str:
-    """A difference of shares in points, with the ends of its interval where they are given."""
+    """A difference of shares in points, with its interval where the ends are given."""
     return with_interval(*(100 * x for x in shares))
 
 
@@ -175,8 +252,8 @@ def milliseconds(seconds: float) -> str:
 
 
 SHOWN: dict[str, tuple] = {  # heading for people: how it is shown, of which columns
-    "mIoU %": (percent, "miou", "miou_lo", "miou_hi"),
-    DIFFERENCE_HEADING: (points, *DIFFERENCE),
+    "mIoU %": (percent, *MIOU),
+    "Δ to AoP-SAM": (points, *DIFFERENCE),
     "Best match %": (percent, "miou_best"),
     "AR@100": (percent, "ar_100"),
     "AR@1000": (percent, "ar_1000"),
