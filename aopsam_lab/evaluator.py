@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from pycocotools import mask as coco_mask
@@ -16,30 +16,18 @@ MAX_MASKS = (100, 1000)
 COVERED_IOU = 0.75
 
 
-@dataclass(frozen=True)
-class ImageScore:
-    """The score of one image with T ground-truth masks.
+class ImageScore(NamedTuple):
+    """The score of one image with T ground-truth masks."""
 
-    Args:
-        miou: mean over the ground truth of the IoU with the prediction matched to it, 0 for none;
-            NaN for T = 0.
-        miou_best: mean over the ground truth of the best IoU of any prediction; NaN for T = 0.
-        n_truth: T.
-        matches: (T,) int, the prediction matched to each, -1 for none.
-        ious: (T,) float, the IoU of that match, 0 for none.
-    """
-
-    miou: float
-    miou_best: float
-    n_truth: int
-    matches: np.ndarray
-    ious: np.ndarray
+    miou: float  # mean IoU of each with the prediction matched to it, 0 for none; NaN for T = 0
+    miou_best: float  # mean IoU of each with the best of all predictions; NaN for T = 0
+    matches: np.ndarray  # (T,) int, the prediction matched to each, -1 for none
 
 
 def iou_matrix(ground_truth: Sequence[dict], predictions: Sequence[dict]) -> np.ndarray:
     """The (T, P) IoU of T ground-truth masks with P predictions, all COCO RLE of one image.
 
-    Masks without a pixel have IoU 0 with everything. Masks of several sizes raise ValueError.
+    A mask without a pixel has IoU 0 with everything. Masks of several sizes raise ValueError.
     """
     sizes = {tuple(rle["size"]) for rle in (*ground_truth, *predictions)}
     if len(sizes) > 1:
@@ -54,7 +42,7 @@ def greedy_matching(iou: np.ndarray) -> np.ndarray:
     """Match predictions to ground truth by the paper's greedy IoU algorithm.
 
     Of all overlapping pairs (T, P) the one with the highest IoU is taken, then the next of which
-    both are still free; of equal pairs the lower ground-truth index first, then the lower
+    both are still free; of equal ones that with the lower ground-truth index, then the lower
     prediction index.
 
     Returns:
@@ -84,7 +72,7 @@ def score_matrix(iou: np.ndarray) -> ImageScore:
     ious[matched] = iou[matched, matches[matched]]
     best = iou.max(axis=1, initial=0)
     miou, miou_best = (float(x.mean()) if len(x) else float("nan") for x in (ious, best))
-    return ImageScore(miou, miou_best, len(iou), matches, ious)
+    return ImageScore(miou, miou_best, matches)
 
 
 def recall_matches(iou: np.ndarray, max_masks: Sequence[int] = MAX_MASKS) -> np.ndarray:
@@ -116,13 +104,13 @@ def recall_matches(iou: np.ndarray, max_masks: Sequence[int] = MAX_MASKS) -> np.
 def average_recall(matches: Sequence[int], n_truth: int) -> float:
     """COCO's average recall from the counts of the ten thresholds, NaN without ground truth.
 
-    Counts and masks may be one image's or the sums over a data set's, which is how COCO defines it.
+    COCO sums counts and masks over all images of a data set.
     """
     return sum(matches) / (len(IOU_THRESHOLDS) * n_truth) if n_truth else float("nan")
 
 
 def covered(iou: np.ndarray) -> int:
-    """How many of F masks some prediction finds with an IoU of 0.75 or more, from (F, P) IoU."""
+    """How many of F masks some prediction finds with COVERED_IOU or more, from (F, P) IoU."""
     return int((iou >= COVERED_IOU).any(axis=1).sum())
 
 
@@ -138,17 +126,12 @@ def mean_interval(values: Sequence[float], seed: int = 0) -> tuple[float, float,
         return mean, nan, nan
     if np.ptp(values) == 0:
         return mean, mean, mean
+    options = {"n_resamples": RESAMPLES, "confidence_level": CONFIDENCE_LEVEL}
     for method in ("BCa", "percentile"):
-        result = bootstrap(
-            (values,),
-            np.mean,
-            n_resamples=RESAMPLES,
-            confidence_level=CONFIDENCE_LEVEL,
-            method=method,
-            rng=np.random.default_rng(seed),
-        )
-        low, high = map(float, result.confidence_interval)
-        if np.isfinite(low) and np.isfinite(high):
+        rng = np.random.default_rng(seed)
+        found = bootstrap((values,), np.mean, method=method, rng=rng, **options)
+        low, high = map(float, found.confidence_interval)
+        if np.isfinite([low, high]).all():
             break
     return mean, low, high
 

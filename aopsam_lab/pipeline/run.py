@@ -46,21 +46,13 @@ def run_method(
     decode: Decode = decode_and_filter,
     max_prompts: int | None = None,
 ) -> Segmentation:
-    """Run one method on an encoded image.
+    """Run one method, by its name in METHODS or of your own, on an image that `encode` encoded.
 
-    Args:
-        sam: the model.
-        encoded: the image, as `encode` returns it.
-        method: a name in METHODS, or a method of your own.
-        predictor: for the methods that need one.
-        detector: for the methods that need one.
-        params: the ASF parameters.
-        decode: what decodes a round, such as a DecodeCache.
-        max_prompts: how many prompts are decoded at most, strongest first; None: all.
+    `decode` decodes a round of prompts; it may be a DecodeCache. The rest is as for `segment`.
 
     Raises:
         ValueError: there is no such method, a model that it needs is missing, or max_prompts is
-            below 1.
+            not a whole number of 1 or more.
     """
     chosen = method_named(method)
     if max_prompts is not None and (max_prompts < 1 or int(max_prompts) != max_prompts):
@@ -181,28 +173,28 @@ def segment(
     """
     pixels, needs = read_image(image), method_named(method).needs
     sam = loaded_sam(sam, device)
-    if needs == "predictor":
-        predictor = predictor or loaded_model(needs, sam)
-    if needs == "detector":
-        detector = detector or loaded_model(needs, sam)
+    models = {"predictor": predictor, "detector": detector}
+    if needs:
+        models[needs] = models[needs] or loaded_model(needs, sam)
     encoded = encode(sam, pixels)
-    return run_method(sam, encoded, method, predictor, detector, params, max_prompts=max_prompts)
+    return run_method(sam, encoded, method, **models, params=params, max_prompts=max_prompts)
 
 
 def loaded_sam(sam: str | Sam, device: str | torch.device = "auto") -> Sam:
     """A SAM by name, loaded once in this process; a `Sam` as it is."""
     # "auto" and the device's name are one model
-    return _loaded("sam", sam, str(resolve_device(device))) if isinstance(sam, str) else sam
+    return (
+        _loaded(load_sam, sam, device=str(resolve_device(device))) if isinstance(sam, str) else sam
+    )
 
 
 def loaded_model(kind: str, sam: Sam) -> PromptPredictor | Detector:
     """The bundled "predictor" or "detector" for a SAM, loaded once in this process."""
-    name = "any" if kind == "detector" else spec_of(sam).name
-    return _loaded(kind, name, str(sam.device))
+    if kind == "detector":
+        return _loaded(load_detector, device=str(sam.device))
+    return _loaded(load_predictor, spec_of(sam).name, device=str(sam.device))
 
 
 @cache
-def _loaded(kind: str, name: str, device: str) -> Any:
-    if kind == "detector":
-        return load_detector(device=device)
-    return {"sam": load_sam, "predictor": load_predictor}[kind](name, device=device)
+def _loaded(load: Callable, *name: str, device: str) -> Any:
+    return load(*name, device=device)
