@@ -87,9 +87,8 @@ def local_maxima(score: Tensor, threshold: float, spacing: int) -> tuple[Tensor,
     cells = cells[order]
     if (values[1:] == values[:-1]).any():  # only of equal ones can two be this near
         near = (cells[:, None] - cells[None]).abs().amax(-1) <= spacing
-        near.fill_diagonal_(False)
-        keep = torch.ones(len(cells), dtype=torch.bool, device=cells.device)
-        for i in near.any(1).nonzero()[:, 0].tolist():
+        keep = torch.ones_like(values, dtype=torch.bool)
+        for i in range(len(cells)):
             keep[i] = not (near[i, :i] & keep[:i]).any()
         cells, values = cells[keep], values[keep]
     return cells, values
@@ -127,7 +126,7 @@ def valid_cells(
 ) -> Tensor:
     """Which cells (h, w) of a grid over the model frame have their centre on the image.
 
-    `input_size` is the (height, width) of the scaled image in the model frame of side `img_size`.
+    `input_size` is the (height, width) of the scaled image, `img_size` the side of the frame.
     """
 
     def on_image(part: int, cells: int) -> Tensor:
@@ -207,10 +206,7 @@ def reference_features(features: Tensor, coverage: Tensor) -> Tensor:
 
 
 def elimination_maps(features: Tensor, references: Tensor) -> Tensor:
-    """The PEM of each reference (n, C): (1 + cos(features, reference)) / 2, (n, h, w) in [0, 1].
-
-    Both are of unit length or zero.
-    """
+    """The PEM of each reference (n, C): (1 + cos(features, reference)) / 2, (n, h, w) in [0, 1]."""
     half = references.new_full((1,), NO_COSINE)
     pems = torch.addmm(half, references, features.flatten(1), alpha=0.5)
     return pems.clamp_(0, 1).unflatten(1, features.shape[1:])
@@ -296,7 +292,7 @@ class FilteredProposal(Proposal):
         # where each round ends among the prompts, strongest first
         ends = (start + math.ceil((m - start) * i / later) for i in range(1, self.rounds))
         self._ends = [start, *ends]
-        # of each possible reference coverage, prompt, predicted IoU and box
+        # of possible references: coverage, prompt, predicted IoU and box
         self._seen: list[tuple[Tensor, ...]] = []
 
     def next_round(self) -> Tensor | None:

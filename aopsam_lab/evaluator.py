@@ -41,9 +41,8 @@ def iou_matrix(ground_truth: Sequence[dict], predictions: Sequence[dict]) -> np.
 def greedy_matching(iou: np.ndarray) -> np.ndarray:
     """Match predictions to ground truth by the paper's greedy IoU algorithm.
 
-    Of all overlapping pairs (T, P) the one with the highest IoU is taken, then the next of which
-    both are still free; of equal ones that with the lower ground-truth index, then the lower
-    prediction index.
+    Of all overlapping pairs the one with the highest IoU (T, P) is taken, then the next of which
+    both are free; of equal ones that with the lower ground-truth, then prediction index.
 
     Returns:
         (T,) int, the prediction matched to each ground-truth mask, -1 for none.
@@ -102,10 +101,7 @@ def recall_matches(iou: np.ndarray, max_masks: Sequence[int] = MAX_MASKS) -> np.
 
 
 def average_recall(matches: Sequence[int], n_truth: int) -> float:
-    """COCO's average recall from the counts of the ten thresholds, NaN without ground truth.
-
-    COCO sums counts and masks over all images of a data set.
-    """
+    """Average recall from the counts of IOU_THRESHOLDS; COCO sums counts and masks over images."""
     return sum(matches) / (len(IOU_THRESHOLDS) * n_truth) if n_truth else float("nan")
 
 
@@ -120,10 +116,10 @@ def mean_interval(values: Sequence[float], seed: int = 0) -> tuple[float, float,
     SciPy's bias-corrected and accelerated bootstrap; where that is not defined, the percentile
     interval. One value has no interval (NaN), equal values have one of width 0.
     """
-    values, nan = np.asarray(values, dtype=float), float("nan")
-    mean = float(values.mean()) if len(values) else nan
+    values = np.asarray(values, float)
+    mean = float(values.mean()) if len(values) else float("nan")
     if len(values) < 2:
-        return mean, nan, nan
+        return mean, float("nan"), float("nan")
     if np.ptp(values) == 0:
         return mean, mean, mean
     options = {"n_resamples": RESAMPLES, "confidence_level": CONFIDENCE_LEVEL}
@@ -140,8 +136,7 @@ def paired_difference(
     values: Sequence[float], reference: Sequence[float], seed: int = 0
 ) -> tuple[float, float, float]:
     """`mean_interval` of `values` minus `reference`, image by image."""
-    values, reference = np.asarray(values, dtype=float), np.asarray(reference, dtype=float)
-    if values.shape != reference.shape:
+    if len(values) != len(reference):
         sizes = f"{len(values)} values, {len(reference)} others"
         raise ValueError(f"A paired difference needs the same images: {sizes}.")
-    return mean_interval(values - reference, seed)
+    return mean_interval(np.asarray(values, float) - np.asarray(reference, float), seed)

@@ -136,8 +136,7 @@ def test_the_pcm_is_drawn_once(predictor, photo, monkeypatch):
 
 @torch.inference_mode()
 def test_nothing_of_another_picture_model_or_threshold(sam, small_sam, predictor, photo):
-    other = replace(photo)
-    other.model_image, other.embedding = photo.model_image + 0, photo.embedding + 0
+    other = replace(photo, model_image=photo.model_image + 0, embedding=photo.embedding + 0)
     cache = DecodeCache(sam, photo)
     # a box is not its centre
     for method in ("aop_no_af", "oas_box", "oas_point"):

@@ -15,15 +15,16 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from aopsam_lab import evaluator
+from aopsam_lab.masks.rle import encode_rle as encode
 from aopsam_lab.study.score import mask_scores
 
 SIDE = 10
 
 
 def rle(rows: slice, columns: slice) -> dict:
-    mask = np.zeros((SIDE, SIDE), dtype=np.uint8, order="F")
-    mask[rows, columns] = 1
-    return coco_mask.encode(mask)
+    mask = np.zeros((1, SIDE, SIDE), dtype=bool)
+    mask[0, rows, columns] = True
+    return encode(mask)[0]
 
 
 LEFT, RIGHT = rle(slice(0, 10), slice(0, 5)), rle(slice(0, 10), slice(5, 10))
@@ -40,9 +41,8 @@ def test_nothing_scores_zero_and_without_ground_truth_it_is_no_number():
 
 
 def test_masks_of_two_sizes_are_refused():
-    other = coco_mask.encode(np.ones((4, 6), dtype=np.uint8, order="F"))
     with pytest.raises(ValueError, match="share one"):
-        evaluator.evaluate([LEFT], [other])
+        evaluator.evaluate([LEFT], encode(np.ones((1, 4, 6), dtype=bool)))
 
 
 def test_a_prediction_is_used_once_but_the_best_match_may_share():
@@ -101,10 +101,6 @@ def test_a_paired_difference_is_narrower_than_the_spread_over_images():
 
 
 masks = st.integers(0, 6).flatmap(lambda n: arrays(bool, (n, 7, 6)))
-
-
-def encode(pixels: np.ndarray) -> list[dict]:
-    return [coco_mask.encode(np.asfortranarray(mask.astype(np.uint8))) for mask in pixels]
 
 
 @given(ground_truth=masks, predictions=masks)

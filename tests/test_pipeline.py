@@ -22,8 +22,7 @@ FEW = AsfParams(spacing=10, confidence=0.05, elimination=1.1)
 
 @pytest.fixture(scope="module")
 def pictures():
-    """Of three shapes, so that padding and scaling are met."""
-    rng, shapes = np.random.default_rng(0), [(96, 96), (60, 96), (96, 51)]
+    rng, shapes = np.random.default_rng(0), [(96, 96), (60, 96), (96, 51)]  # with padding
     return [rng.integers(0, 256, (*shape, 3), dtype=np.uint8) for shape in shapes]
 
 
@@ -152,16 +151,13 @@ def test_each_parameter_of_sampling_counts(predictor, photo):
     assert sampled(smoothing=4) < sampled(smoothing=2)
 
 
-def test_a_missing_model_is_named(small_sam, pictures):
-    with pytest.raises(ValueError, match="predictor"):
-        run_method(small_sam, encode(small_sam, pictures[0]), "aop")
-    with pytest.raises(ValueError, match="amg_s"):
-        method_named("nonesuch")
-
-
-def test_one_pixel_picture(small_sam, small_predictor):
+def test_one_pixel_and_a_missing_model(small_sam, small_predictor):
     encoded = encode(small_sam, np.zeros((1, 1, 3), np.uint8))
     assert run_method(small_sam, encoded, "aop", small_predictor).image.shape == (1, 1, 3)
+    with pytest.raises(ValueError, match="needs a predictor"):
+        run_method(small_sam, encoded, "aop")
+    with pytest.raises(ValueError, match="amg_s"):
+        run_method(small_sam, encoded, "nonesuch")
 
 
 def test_a_box_is_decoded_to_one_mask(sam, photo):

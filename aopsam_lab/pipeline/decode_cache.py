@@ -6,8 +6,7 @@ them are not those of the method.
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -23,8 +22,7 @@ from aopsam_lab.sam.zoo import SamSpec, spec_of
 MAX_BYTES = 512 * 2**20
 WRONG = "this cache belongs to another image, model or pair of thresholds: make one for each image"
 
-# of one prompt the masks that pass SAM's own thresholds, and all that pass the cache's, these
-# without logits
+# of one prompt: what passes SAM's own thresholds, and what passes the cache's, without logits
 Decoded = tuple[Found, Found]
 
 
@@ -37,8 +35,8 @@ class DecodeCache:
         sam: the model.
         encoded: the image.
         loosest: (predicted IoU, stability score) below which nothing is kept, if lower than SAM's
-            own thresholds. Masks are then encoded at once: at loose thresholds nearly all pass, and
-            1,024 prompts of MobileSAM have 800 MB of logits but 3 MB of RLE. None: SAM's own.
+            own. Masks are then encoded at once: nearly all pass, and 1,024 prompts of MobileSAM
+            have 800 MB of logits but 3 MB of RLE. None: SAM's own.
         max_bytes: of logits kept; beyond it the prompts asked for longest ago are forgotten.
     """
 
@@ -54,7 +52,7 @@ class DecodeCache:
         own = self.own.pred_iou_thresh, self.own.stability_score_thresh
         self.loosest = tuple(map(min, own, loosest or own))
         self.n_decoded = self.bytes = 0
-        self._known: OrderedDict[Hashable, Decoded] = OrderedDict()
+        self._known: dict[tuple, Decoded] = {}  # those asked for longest ago first
 
     def __call__(
         self, sam: Sam, encoded: Encoded, prompts: Prompts, index: Tensor, spec: SamSpec
@@ -72,19 +70,17 @@ class DecodeCache:
         """
         if sam is not self.sam or encoded is not self.encoded or spec != self.own:
             raise ValueError(WRONG)
-        keys = [_key(prompts, row) for row in index.tolist()]
-        known = {key: self._known[key] for key in keys if key in self._known}
+        places = prompts.points if prompts.boxes is None else prompts.boxes
+        keys = [(*place, prompts.multimask) for place in places[index].tolist()]
+        known = {key: self._known.pop(key) for key in keys if key in self._known}
         new = [i for i, key in enumerate(keys) if key not in known]
         if new:
             known |= zip([keys[i] for i in new], self._decode(prompts, index[new]), strict=True)
         self.n_decoded += len(new)
-        for key, own in known.items():
-            if key not in self._known:
-                self.bytes += own[0].low_res.nbytes
-            self._known[key] = own
-            self._known.move_to_end(key)
+        self._known |= known  # at the end: asked for last
+        self.bytes = sum(strict.low_res.nbytes for strict, _ in self._known.values())
         while self.bytes > self.max_bytes:
-            _, (strict, _) = self._known.popitem(last=False)
+            strict, _ = self._known.pop(next(iter(self._known)))
             self.bytes -= strict.low_res.nbytes
         return [known[key] for key in keys]
 
@@ -119,10 +115,9 @@ def of_prompts(decoded: Sequence[Decoded], index: Tensor) -> Found:
 
 @dataclass
 class LooseRun:
-    """One run of a method on a cache with loose thresholds: for `run_method(decode=...)`.
+    """An ordinary run of a method on a cache with loose thresholds: for `run_method(decode=...)`.
 
-    Its prompts and references are those of an ordinary run; `masks_at` tells what other thresholds
-    would have kept.
+    `masks_at` tells what other thresholds would have kept.
     """
 
     cache: DecodeCache
@@ -138,10 +133,7 @@ class LooseRun:
 
     @torch.inference_mode()
     def masks_at(self, thresholds: Sequence[tuple[float, float]]) -> list[list[dict]]:
-        """The masks kept at each pair (predicted IoU, stability score), duplicates removed.
-
-        Returns:
-            For each pair a list of COCO RLE, by predicted IoU, highest first.
+        """COCO RLE of the masks kept at each pair (predicted IoU, stability score), best first.
 
         Raises:
             ValueError: a pair is below the cache's thresholds.
@@ -174,8 +166,3 @@ class PcmCache:
         if self._pcm is None:
             self._pcm = self.predictor.pcm(image, embedding, valid)
         return self._pcm
-
-
-def _key(prompts: Prompts, row: int) -> Hashable:
-    box = None if prompts.boxes is None else tuple(prompts.boxes[row].tolist())
-    return tuple(prompts.points[row].tolist()), box, prompts.multimask

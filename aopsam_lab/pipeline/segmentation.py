@@ -48,20 +48,15 @@ class Segmentation:
 
     def __repr__(self) -> str:
         height, width = self.image.shape[:2]
-        return (
-            f"Segmentation({self.method!r}, {width} x {height} pixels: {len(self.masks)} masks, "
-            f"{self.n_decoded} of {self.n_sampled} prompts decoded)"
-        )
+        found = f"{len(self.masks)} masks, {self.n_decoded} of {self.n_sampled} prompts decoded"
+        return f"Segmentation({self.method!r}, {width} x {height} pixels: {found})"
 
     def to_array(self) -> np.ndarray:
         """The masks, (n, H, W) bool."""
         return decode_rle(self.masks, self.image.shape[:2])
 
     def to_records(self) -> list[dict]:
-        """The masks as SamAutomaticMaskGenerator gives them; supervision's `from_sam` reads them.
-
-        Boxes are x, y, width, height; `crop_box` is the whole image.
-        """
+        """The masks as SamAutomaticMaskGenerator gives them, for supervision's `from_sam`."""
         height, width = self.image.shape[:2]
         return [
             {
@@ -74,11 +69,7 @@ class Segmentation:
         ]
 
     def to_coco(self, image_id: int = 1, file_name: str = "") -> dict:
-        """A COCO data set of this image, ready for `json.dump` and `pycocotools.coco.COCO`.
-
-        Annotation i + 1 is mask i. Beside COCO's own keys it has score, stability_score and
-        point_coords.
-        """
+        """A COCO data set of this image, ready for `json.dump`; annotation i + 1 is mask i."""
         height, width = self.image.shape[:2]
         annotations = [
             {

@@ -93,10 +93,9 @@ class Proposal:
 
     def next_round(self) -> Tensor | None:
         """Indices (long) of the prompts to decode now, or None when none are left."""
-        if not self.waiting.any():
-            return None
-        self.waiting[:] = False
-        return torch.arange(len(self.prompts), device=self.waiting.device)
+        index = self.waiting.nonzero()[:, 0]
+        self.waiting[index] = False
+        return index if len(index) else None
 
     def observe(self, found: Found, mask_threshold: float) -> None:
         """See this round's masks; a logit above `mask_threshold` is on the mask."""
