@@ -4,10 +4,8 @@ Adaptive sampling: smooth the Prompt Confidence Map (PCM), take its local maxima
 keep them apart. Adaptive filtering: after each round of decoding, drop the waiting prompts that a
 mask already found explains, by the Prompt Elimination Map (PEM) of that mask.
 
-The README's table says what of it is the paper's (AoP-SAM, AAAI 2025).
-
-Frames: PCM cells are (row, column) of the 4h x 4w grid, PEM cells of the h x w grid. Both grids
-cover the whole model frame, padding included. Pixel centres lie at +0.5.
+PCM cells are (row, column) of the 4h x 4w grid, PEM cells of the h x w grid, the embedding's. Both
+grids cover the whole model frame, padding included.
 """
 
 from __future__ import annotations
@@ -15,6 +13,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -40,20 +39,12 @@ ROUNDS = 4  # in which prompts are decoded
 
 @dataclass(frozen=True)
 class AsfParams:
-    """The paper's four parameters with its defaults.
+    """The paper's four parameters with its defaults."""
 
-    Args:
-        smoothing: sigma of the Gaussian, in cells of a 256-wide PCM; 0 switches it off.
-        confidence: a peak counts where the smoothed PCM exceeds this, in [0, 1).
-        spacing: a peak is the maximum of a window that reaches this far to each side, in cells of a
-            256-wide PCM.
-        elimination: a prompt is dropped where a PEM exceeds this many times its own mean.
-    """
-
-    smoothing: float = 2.0
-    confidence: float = 0.2
-    spacing: float = 6.0
-    elimination: float = 1.3
+    smoothing: float = 2.0  # sigma of the Gaussian, in cells of a 256-wide PCM; 0 switches it off
+    confidence: float = 0.2  # a peak counts where the smoothed PCM exceeds this, in [0, 1)
+    spacing: float = 6.0  # a peak is the maximum so far to each side, in cells of a 256-wide PCM
+    elimination: float = 1.3  # a prompt goes where a PEM exceeds this many times its own mean
 
     def __post_init__(self) -> None:
         in_cells = "(cells of a 256-wide PCM)"
@@ -71,7 +62,7 @@ class AsfParams:
 
 
 def smooth(pcm: Tensor, sigma: float) -> Tensor:
-    """Gaussian filter of a map (H, W), as scipy's `gaussian_filter(mode="nearest")`."""
+    """A map (H, W) by SciPy's `gaussian_filter(mode="nearest")`."""
     radius = int(4 * sigma + 0.5)
     if radius == 0:
         return pcm
@@ -82,18 +73,6 @@ def smooth(pcm: Tensor, sigma: float) -> Tensor:
     return F.conv2d(F.conv2d(x, kernel.view(1, 1, 1, -1)), kernel.view(1, 1, -1, 1))[0, 0]
 
 
-def _window_maximum(x: Tensor, reach: int, dim: int) -> Tensor:
-    """The maximum within `reach` of each cell of (H, W) along `dim`, by windows that double."""
-    ends = (reach, reach, 0, 0) if dim == 1 else (0, 0, reach, reach)
-    x, width, side = F.pad(x, ends, value=-float("inf")), 1, 2 * reach + 1
-    while width < side:
-        step = min(width, side - width)
-        rest = x.shape[dim] - step
-        x = torch.maximum(x.narrow(dim, 0, rest), x.narrow(dim, step, rest))
-        width += step
-    return x
-
-
 def local_maxima(score: Tensor, threshold: float, spacing: int) -> tuple[Tensor, Tensor]:
     """Cells of (H, W) that exceed a threshold and are the maximum within `spacing` cells.
 
@@ -101,16 +80,15 @@ def local_maxima(score: Tensor, threshold: float, spacing: int) -> tuple[Tensor,
         (n, 2) long (row, column) and their (n,) scores, highest first, ties by row then column. Of
         equal maxima within one window (a plateau) the first in this order stays.
     """
-    peak = _window_maximum(_window_maximum(score, spacing, 1), spacing, 0)
-    cells = ((score == peak) & (score > threshold)).nonzero()  # row by row
-    values = score[cells[:, 0], cells[:, 1]]
-    order = values.argsort(descending=True, stable=True)
-    cells, values = cells[order], values[order]
+    window = np.ones((2 * spacing + 1,) * 2, np.uint8)
+    highest = torch.from_numpy(cv2.dilate(score.cpu().numpy(), window)).to(score.device)
+    cells = ((score == highest) & (score > threshold)).nonzero()  # row by row
+    values, order = score[tuple(cells.T)].sort(descending=True, stable=True)
+    cells = cells[order]
     if (values[1:] == values[:-1]).any():  # only of equal ones can two be this near
         near = (cells[:, None] - cells[None]).abs().amax(-1) <= spacing
-        near.fill_diagonal_(False)
-        keep = torch.ones(len(cells), dtype=torch.bool, device=cells.device)
-        for i in near.any(1).nonzero()[:, 0].tolist():
+        keep = torch.ones_like(values, dtype=torch.bool)
+        for i in range(len(cells)):
             keep[i] = not (near[i, :i] & keep[:i]).any()
         cells, values = cells[keep], values[keep]
     return cells, values
@@ -119,30 +97,22 @@ def local_maxima(score: Tensor, threshold: float, spacing: int) -> tuple[Tensor,
 def sample_prompts(
     pcm: Tensor, smoothing: float = 2.0, confidence: float = 0.2, spacing: float = 6.0
 ) -> tuple[Tensor, Tensor]:
-    """Adaptive sampling: the peaks of the smoothed PCM (H, W), by the values of AsfParams.
-
-    Returns:
-        (n, 2) long cells (row, column) and their (n,) values of the smoothed PCM, highest first.
-    """
+    """Adaptive sampling: the `local_maxima` of the smoothed PCM (H, W), by AsfParams' values."""
     scale = pcm.shape[-1] / REFERENCE_WIDTH
     reach = max(1, int(spacing * scale + 1e-6))
     return local_maxima(smooth(pcm, smoothing * scale), confidence, reach)
 
 
 def component_prompts(pcm: Tensor, confidence: float = 0.2) -> tuple[Tensor, Tensor]:
-    """Sampling without ASF: the highest cell of each 8-connected component of pcm > confidence.
-
-    Returns what `sample_prompts` does.
-    """
+    """The highest cell of each 8-connected part of pcm > confidence, as `sample_prompts`."""
     from scipy import ndimage
 
-    values = pcm.cpu().numpy()
-    labels, count = ndimage.label(values > confidence, structure=np.ones((3, 3), int))
-    found = ndimage.maximum_position(values, labels, range(1, count + 1))
+    score = pcm.cpu().numpy()
+    labels, count = ndimage.label(score > confidence, structure=np.ones((3, 3), int))
+    found = ndimage.maximum_position(score, labels, range(1, count + 1))
     cells = torch.tensor(found, dtype=torch.long, device=pcm.device).reshape(-1, 2)
-    scores = pcm[cells[:, 0], cells[:, 1]]
-    order = scores.argsort(descending=True, stable=True)
-    return cells[order], scores[order]
+    values, order = pcm[tuple(cells.T)].sort(descending=True, stable=True)
+    return cells[order], values
 
 
 # --- adaptive filtering ---------------------------------------------------------------------------
@@ -156,11 +126,11 @@ def valid_cells(
 ) -> Tensor:
     """Which cells (h, w) of a grid over the model frame have their centre on the image.
 
-    `input_size` is the (height, width) of the scaled image in the model frame of side `img_size`.
+    `input_size` is the (height, width) of the scaled image, `img_size` the side of the frame.
     """
 
     def on_image(part: int, cells: int) -> Tensor:
-        # the centre of cell i lies at (i + 1/2) * img_size / cells: in whole numbers, to be exact
+        # the centre of cell i, (i + 1/2) * img_size / cells, lies before `part`: in whole numbers
         return (2 * torch.arange(cells, device=device) + 1) * img_size < 2 * part * cells
 
     rows, columns = map(on_image, input_size, grid)
@@ -193,9 +163,8 @@ def whitened_features(embedding: Tensor, valid: Tensor) -> Tensor:
 def elimination_features(embedding: Tensor, image_pe: Tensor, valid: Tensor) -> Tensor:
     """Features of the PEM: what a cell looks like, and where it lies.
 
-    The whitened embedding (C, h, w) and SAM's centred positional encoding (C, h, w), each of one
-    length in every cell, stand one upon the other. What a cell looks like tells kinds of surface
-    apart; where it lies tells one object from another of its kind.
+    The whitened embedding tells kinds of surface apart; SAM's centred positional encoding tells one
+    object from another of its kind. Both have the same length in every cell.
 
     Returns:
         (C, h, w), from every second channel of both; valid cells (h, w) have unit length, others 0.
@@ -206,21 +175,16 @@ def elimination_features(embedding: Tensor, image_pe: Tensor, valid: Tensor) -> 
 
 
 def raw_features(embedding: Tensor, valid: Tensor) -> Tensor:
-    """Features of the PEM as the paper words it: the embedding (C, h, w), cells of length 1."""
+    """Features of the PEM as the paper words it: the embedding (C, h, w), of unit length."""
     return F.normalize(embedding, dim=0) * valid
 
 
 def on_mask(logits: Tensor, index: Tensor, threshold: float) -> Tensor:
-    """`logits[index] > threshold`: logits (N, H, W), index (n,) long -> (n, H, W) bool.
-
-    On a CPU mask by mask, so that no logits are copied, and by NumPy in a sixth of torch's time.
-    """
+    """`logits[index] > threshold`: logits (N, H, W), index (n,) long -> (n, H, W) bool, n > 0."""
     if logits.device.type != "cpu":
         return logits[index] > threshold
-    every, on = logits.numpy(), np.empty((len(index), *logits.shape[1:]), bool)
-    for i, row in enumerate(index.tolist()):
-        np.greater(every[row], threshold, out=on[i])
-    return torch.from_numpy(on)
+    pixels = logits.numpy()  # NumPy takes a sixth of torch's time
+    return torch.from_numpy(np.stack([pixels[i] > threshold for i in index.tolist()]))
 
 
 def cell_coverage(masks: Tensor) -> Tensor:
@@ -232,10 +196,7 @@ def cell_coverage(masks: Tensor) -> Tensor:
 
 
 def filled_cells(coverage: Tensor, valid: Tensor) -> Tensor:
-    """A mask's own cells, those that it covers by half at least: (n, h, w) bool.
-
-    A mask without any explains nothing: its cells are mostly its surroundings.
-    """
+    """A mask's own cells, those that it covers by half at least: (n, h, w) bool."""
     return (coverage >= 0.5) & valid
 
 
@@ -245,10 +206,7 @@ def reference_features(features: Tensor, coverage: Tensor) -> Tensor:
 
 
 def elimination_maps(features: Tensor, references: Tensor) -> Tensor:
-    """The PEM of each reference (n, C): (1 + cos(features, reference)) / 2, (n, h, w) in [0, 1].
-
-    Both are of unit length; where features (C, h, w) are zero, the PEM is one half.
-    """
+    """The PEM of each reference (n, C): (1 + cos(features, reference)) / 2, (n, h, w) in [0, 1]."""
     half = references.new_full((1,), NO_COSINE)
     pems = torch.addmm(half, references, features.flatten(1), alpha=0.5)
     return pems.clamp_(0, 1).unflatten(1, features.shape[1:])
@@ -261,13 +219,6 @@ def elimination_thresholds(
 
     With the floor it is at least the OWN_QUANTILE of the PEM over the mask's own cells. Without it
     a part is lost to its object, and a small object to its surroundings. The paper has none.
-
-    Args:
-        pems: (n, h, w).
-        coverage: (n, h, w), the share of each cell that the mask covers.
-        valid: (h, w) bool, cells on the image.
-        elimination: as AsfParams.
-        floor: whether there is this lower bound.
     """
     weights = valid.to(pems.dtype).flatten()
     adaptive = elimination * (pems.flatten(1) @ (weights / weights.sum()))
@@ -288,16 +239,17 @@ def eliminate(
         pems: (n, h, w), n at least 1.
         thresholds: (n,).
         cells: (m, 2) long, the (row, column) of each waiting prompt.
-        gates: (n, h, w) bool; a reference eliminates only where its gate is on. None: everywhere.
+        gates: (n, h, w) bool, where each reference may eliminate; None: everywhere.
 
     Returns:
         (m,) long, the reference that eliminates the prompt, -1 for none; where several do, the one
         whose PEM exceeds its threshold by the largest factor. And (m,) the PEM there, NaN for none.
     """
-    at = pems[:, cells[:, 0], cells[:, 1]]  # (n, m)
+    rows, columns = cells.T
+    at = pems[:, rows, columns]  # (n, m)
     excess = at / thresholds[:, None]
     if gates is not None:
-        excess = excess.masked_fill(~gates[:, cells[:, 0], cells[:, 1]], 0)
+        excess = excess.masked_fill(~gates[:, rows, columns], 0)
     best, by = excess.max(0)
     gone = best > 1
     values = at.gather(0, by[None])[0]
@@ -310,34 +262,26 @@ def dilate(coverage: Tensor) -> Tensor:
 
 
 def best_of_each(iou: Tensor, prompt: Tensor, m: int) -> Tensor:
-    """Indices of the mask with the highest predicted IoU (r,) of each of m prompts (r,)."""
+    """The index of each of m prompts' mask with the highest predicted IoU: iou, prompt (r,)."""
     highest = iou.new_zeros(m).scatter_reduce(0, prompt, iou, "amax")
     return (iou == highest[prompt]).nonzero()[:, 0]
 
 
-@dataclass
+@dataclass(kw_only=True)
 class FilteredProposal(Proposal):
     """Adaptive filtering: prompts in rounds; what the masks found explain is eliminated.
 
     The strongest share `first` is decoded at once, the others in `rounds - 1` equal parts. The
     reference of a prompt is its surest mask; of references that are duplicates the surest counts.
-
-    Args:
-        cells: (m, 2) long, each prompt's (row, column) on the grid.
-        features: (C', h', w') of the part of the grid, top left, that the image covers.
-        valid: (h', w') bool, cells on the image.
-        grid: (h, w).
-        gated: whether a mask eliminates only prompts on it or beside it.
-        elimination, floor: as `elimination_thresholds`.
     """
 
-    cells: Tensor = None
-    features: Tensor = None
-    valid: Tensor = None
-    grid: tuple[int, int] = None
-    elimination: float = 1.3
-    gated: bool = False
-    floor: bool = True
+    cells: Tensor  # (m, 2) long, each prompt's (row, column) on the grid
+    features: Tensor  # (C', h', w') of the part of the grid, top left, that the image covers
+    valid: Tensor  # (h', w') bool, see `valid_cells`
+    grid: tuple[int, int]  # (h, w)
+    elimination: float  # see AsfParams
+    floor: bool = True  # see `elimination_thresholds`
+    gated: bool = False  # whether a mask eliminates only prompts on it or beside it
     first: float = FIRST
     rounds: int = ROUNDS
 
@@ -348,7 +292,7 @@ class FilteredProposal(Proposal):
         # where each round ends among the prompts, strongest first
         ends = (start + math.ceil((m - start) * i / later) for i in range(1, self.rounds))
         self._ends = [start, *ends]
-        # of each possible reference coverage, prompt, predicted IoU and box
+        # of possible references: coverage, prompt, predicted IoU and box
         self._seen: list[tuple[Tensor, ...]] = []
 
     def next_round(self) -> Tensor | None:
@@ -365,19 +309,17 @@ class FilteredProposal(Proposal):
 
     def observe(self, found: Found, mask_threshold: float) -> None:
         """Remember the surest masks; see Proposal."""
-        if not len(found.iou) or not self.waiting.any():
-            return
         sure = best_of_each(found.iou, found.prompt, len(self.prompts))
         sure = sure[found.iou[sure] >= REFERENCE_IOU]
-        if not len(sure):
-            return
-        rows, columns = (CELL * side for side in self.valid.shape)  # masks have the PCM's cells
-        masks = on_mask(found.low_res[:, :rows, :columns], sure, mask_threshold)
-        seen = cell_coverage(masks), found.prompt[sure], found.iou[sure], found.boxes[sure]
-        self._seen.append(seen)
+        if len(sure) and self.waiting.any():
+            rows, columns = (CELL * side for side in self.valid.shape)  # logits: the PCM's cells
+            masks = on_mask(found.low_res[:, :rows, :columns], sure, mask_threshold)
+            seen = cell_coverage(masks), found.prompt[sure], found.iou[sure], found.boxes[sure]
+            self._seen.append(seen)
 
     def _eliminate(self, coverage: Tensor, owners: Tensor, iou: Tensor, boxes: Tensor) -> None:
         coverage = coverage * self.valid
+        # a mask that fills no cell explains nothing: its cells are mostly its surroundings
         large = filled_cells(coverage, self.valid).flatten(1).any(1).nonzero()[:, 0]
         if not len(large):
             return

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from pycocotools import mask as coco_mask
@@ -16,30 +16,18 @@ MAX_MASKS = (100, 1000)
 COVERED_IOU = 0.75
 
 
-@dataclass(frozen=True)
-class ImageScore:
-    """The score of one image with T ground-truth masks.
+class ImageScore(NamedTuple):
+    """The score of one image with T ground-truth masks."""
 
-    Args:
-        miou: mean over the ground truth of the IoU with the prediction matched to it, 0 for none;
-            NaN for T = 0.
-        miou_best: mean over the ground truth of the best IoU of any prediction; NaN for T = 0.
-        n_truth: T.
-        matches: (T,) int, the prediction matched to each, -1 for none.
-        ious: (T,) float, the IoU of that match, 0 for none.
-    """
-
-    miou: float
-    miou_best: float
-    n_truth: int
-    matches: np.ndarray
-    ious: np.ndarray
+    miou: float  # mean IoU of each with the prediction matched to it, 0 for none; NaN for T = 0
+    miou_best: float  # mean IoU of each with the best of all predictions; NaN for T = 0
+    matches: np.ndarray  # (T,) int, the prediction matched to each, -1 for none
 
 
 def iou_matrix(ground_truth: Sequence[dict], predictions: Sequence[dict]) -> np.ndarray:
     """The (T, P) IoU of T ground-truth masks with P predictions, all COCO RLE of one image.
 
-    Masks without a pixel have IoU 0 with everything. Masks of several sizes raise ValueError.
+    A mask without a pixel has IoU 0 with everything. Masks of several sizes raise ValueError.
     """
     sizes = {tuple(rle["size"]) for rle in (*ground_truth, *predictions)}
     if len(sizes) > 1:
@@ -53,9 +41,8 @@ def iou_matrix(ground_truth: Sequence[dict], predictions: Sequence[dict]) -> np.
 def greedy_matching(iou: np.ndarray) -> np.ndarray:
     """Match predictions to ground truth by the paper's greedy IoU algorithm.
 
-    Of all overlapping pairs (T, P) the one with the highest IoU is taken, then the next of which
-    both are still free; of equal pairs the lower ground-truth index first, then the lower
-    prediction index.
+    Of all overlapping pairs the one with the highest IoU (T, P) is taken, then the next of which
+    both are free; of equal ones that with the lower ground-truth, then prediction index.
 
     Returns:
         (T,) int, the prediction matched to each ground-truth mask, -1 for none.
@@ -84,7 +71,7 @@ def score_matrix(iou: np.ndarray) -> ImageScore:
     ious[matched] = iou[matched, matches[matched]]
     best = iou.max(axis=1, initial=0)
     miou, miou_best = (float(x.mean()) if len(x) else float("nan") for x in (ious, best))
-    return ImageScore(miou, miou_best, len(iou), matches, ious)
+    return ImageScore(miou, miou_best, matches)
 
 
 def recall_matches(iou: np.ndarray, max_masks: Sequence[int] = MAX_MASKS) -> np.ndarray:
@@ -114,15 +101,12 @@ def recall_matches(iou: np.ndarray, max_masks: Sequence[int] = MAX_MASKS) -> np.
 
 
 def average_recall(matches: Sequence[int], n_truth: int) -> float:
-    """COCO's average recall from the counts of the ten thresholds, NaN without ground truth.
-
-    Counts and masks may be one image's or the sums over a data set's, which is how COCO defines it.
-    """
+    """Average recall from the counts of IOU_THRESHOLDS; COCO sums counts and masks over images."""
     return sum(matches) / (len(IOU_THRESHOLDS) * n_truth) if n_truth else float("nan")
 
 
 def covered(iou: np.ndarray) -> int:
-    """How many of F masks some prediction finds with an IoU of 0.75 or more, from (F, P) IoU."""
+    """How many of F masks some prediction finds with COVERED_IOU or more, from (F, P) IoU."""
     return int((iou >= COVERED_IOU).any(axis=1).sum())
 
 
@@ -132,23 +116,18 @@ def mean_interval(values: Sequence[float], seed: int = 0) -> tuple[float, float,
     SciPy's bias-corrected and accelerated bootstrap; where that is not defined, the percentile
     interval. One value has no interval (NaN), equal values have one of width 0.
     """
-    values, nan = np.asarray(values, dtype=float), float("nan")
-    mean = float(values.mean()) if len(values) else nan
+    values = np.asarray(values, float)
+    mean = float(values.mean()) if len(values) else float("nan")
     if len(values) < 2:
-        return mean, nan, nan
+        return mean, float("nan"), float("nan")
     if np.ptp(values) == 0:
         return mean, mean, mean
+    options = {"n_resamples": RESAMPLES, "confidence_level": CONFIDENCE_LEVEL}
     for method in ("BCa", "percentile"):
-        result = bootstrap(
-            (values,),
-            np.mean,
-            n_resamples=RESAMPLES,
-            confidence_level=CONFIDENCE_LEVEL,
-            method=method,
-            rng=np.random.default_rng(seed),
-        )
-        low, high = map(float, result.confidence_interval)
-        if np.isfinite(low) and np.isfinite(high):
+        rng = np.random.default_rng(seed)
+        found = bootstrap((values,), np.mean, method=method, rng=rng, **options)
+        low, high = map(float, found.confidence_interval)
+        if np.isfinite([low, high]).all():
             break
     return mean, low, high
 
@@ -157,8 +136,7 @@ def paired_difference(
     values: Sequence[float], reference: Sequence[float], seed: int = 0
 ) -> tuple[float, float, float]:
     """`mean_interval` of `values` minus `reference`, image by image."""
-    values, reference = np.asarray(values, dtype=float), np.asarray(reference, dtype=float)
-    if values.shape != reference.shape:
+    if len(values) != len(reference):
         sizes = f"{len(values)} values, {len(reference)} others"
         raise ValueError(f"A paired difference needs the same images: {sizes}.")
-    return mean_interval(values - reference, seed)
+    return mean_interval(np.asarray(values, float) - np.asarray(reference, float), seed)

@@ -36,13 +36,12 @@ class PromptPredictor(nn.Module):
     """A CNN on the image and one on the embedding, summed, further convolutions, a Sigmoid.
 
     For each block of BLOCK x BLOCK cells of the PCM the network says how likely a prompt in it
-    gives a mask that no other gives, and where in the block it should lie. `draw_pcm` shows this as
-    one Gaussian a block, so that the peaks of neighbours stay apart when the PCM is smoothed.
-    Padding is zero in every layer: cutting it off changes no number.
+    gives a mask that no other gives, and where in the block it should lie. Padding is zero in every
+    layer: cutting it off changes no number.
 
     Args:
         embed_dim: C, channels of the embedding.
-        stride: model-frame pixels along a side of an embedding's cell, 8 or 16.
+        stride: model-frame pixels along a side of an embedding's cell.
         width: channels in which the two branches meet; later layers have half as many more.
         sees_image: whether there is a branch on the image; the paper has one.
     """
@@ -51,8 +50,6 @@ class PromptPredictor(nn.Module):
         self, embed_dim: int = 256, stride: int = 16, width: int = 64, sees_image: bool = True
     ) -> None:
         super().__init__()
-        if stride not in (8, 16):
-            raise ValueError(f"the embedding's stride must be 8 or 16, not {stride}")
         self.embed_dim, self.stride, self.width = embed_dim, stride, width
         inner = width + width // 2
         self.image = None
@@ -72,7 +69,7 @@ class PromptPredictor(nn.Module):
         """What the network says of each block.
 
         Args:
-            image: (B, 3, 4h, 4w), the mean of the pixels in each cell, see `cell_means`.
+            image: (B, 3, 4h, 4w), see `cell_means`.
             embedding: (B, C, h, w), h and w even.
             valid: (B, 4h, 4w), 1 on the image and 0 on padding.
 
@@ -91,7 +88,7 @@ class PromptPredictor(nn.Module):
         return out[:, 0], out[:, 1:]
 
     def cell_means(self, image: Tensor) -> Tensor:
-        """(B, 3, S, S) -> (B, 3, 4h, 4w), as detail finer than a PCM cell only costs time."""
+        """(B, 3, S, S) -> (B, 3, 4h, 4w), the mean of the pixels in each cell of the PCM."""
         return F.avg_pool2d(image, self.stride // CELL)
 
     def forward(self, image: Tensor, embedding: Tensor, valid: Tensor) -> Tensor:
@@ -108,15 +105,12 @@ class PromptPredictor(nn.Module):
 
     @torch.inference_mode()
     def pcm(self, image: Tensor, embedding: Tensor, valid: Tensor) -> Tensor:
-        """The PCM of one image; nothing is computed of padding.
+        """The PCM (4h, 4w) of one image, in [0, 1]; zero on padding, of which nothing is computed.
 
         Args:
             image: (1, 3, S, S), normalised and padded.
             embedding: (1, C, h, w).
             valid: (4h, 4w) bool, cells on the image: a rectangle at the top left.
-
-        Returns:
-            (4h, 4w) in [0, 1], zero on padding.
         """
         rows, columns = (COARSE * -(-int(valid.any(1 - axis).sum()) // COARSE) for axis in (0, 1))
         pixels = self.stride // CELL
@@ -125,13 +119,14 @@ class PromptPredictor(nn.Module):
             embedding[..., : rows // CELL, : columns // CELL],
             valid[None, :rows, :columns],
         )[0, 0]
-        pcm = part.new_zeros(valid.shape)
-        pcm[:rows, :columns] = part
-        return pcm * valid
+        height, width = valid.shape
+        return F.pad(part, (0, width - columns, 0, height - rows)) * valid
 
 
 def draw_pcm(confidence: Tensor, place: Tensor, soft: bool = False) -> Tensor:
     """One Gaussian a block, as high as the block's confidence, about the likeliest place in it.
+
+    So the peaks of neighbours stay apart when the PCM is smoothed.
 
     Args:
         confidence: (B, n, m) logits.
@@ -174,12 +169,10 @@ def load_predictor(
         ValueError: no predictor is bundled for this SAM, or the file does not hold one.
         FileNotFoundError: there is no such file.
     """
-    if path is None:
-        if name not in BUNDLED:
-            advice = f"train one and give its path (bundled: {', '.join(BUNDLED)})"
-            raise ValueError(f"no Prompt Predictor is bundled for {name!r}: {advice}")
-        path = BUNDLED[name]
-    path = Path(path)
+    if path is None and name not in BUNDLED:
+        advice = f"train one and give its path (bundled: {', '.join(BUNDLED)})"
+        raise ValueError(f"no Prompt Predictor is bundled for {name!r}: {advice}")
+    path = Path(path or BUNDLED[name])
     if not path.is_file():
         raise FileNotFoundError(f"no Prompt Predictor weights at {path}")
     try:
@@ -187,8 +180,7 @@ def load_predictor(
             about = file.metadata() or {}
             weights = {key: file.get_tensor(key) for key in file.keys()}
         sizes = (int(about[key]) for key in ("embed_dim", "stride", "width"))
-        sees_image = any(key.startswith("image.") for key in weights)
-        predictor = PromptPredictor(*sizes, sees_image)
+        predictor = PromptPredictor(*sizes, sees_image="image.0.0.weight" in weights)
         predictor.load_state_dict(weights)  # into float32, whatever the file has
     except (SafetensorError, KeyError, RuntimeError) as error:
         found = f"{path} does not hold weights of this Prompt Predictor"

@@ -8,6 +8,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +37,6 @@ def sam():
 
 @pytest.fixture(scope="session")
 def predictor():
-    """Its Prompt Predictor."""
     return load_predictor(device="cpu")
 
 
@@ -48,13 +48,12 @@ def sample():
 
 @pytest.fixture(scope="session")
 def photo(sam, sample):
-    """The photograph, encoded by MobileSAM."""
     return encode(sam, sample.image)
 
 
 @pytest.fixture(scope="session")
 def small_sam():
-    """The small Sam of small.py; all its masks pass."""
+    """All its masks pass."""
     torch.manual_seed(0)
     built = build_small_sam()
     built.spec = SamSpec("mobile_sam", -1e9, 0.0, "0" * 64)
@@ -63,7 +62,6 @@ def small_sam():
 
 @pytest.fixture(scope="session")
 def weights(tmp_path_factory):
-    """Paths of the small Sam and a Prompt Predictor with random weights."""
     return write_weights(tmp_path_factory.mktemp("weights"), seed=0)
 
 
@@ -142,11 +140,9 @@ def stored(path: Path) -> dict[str, tuple]:
     """What a store holds, read by another process: values and time of scoring by key."""
     if not path.exists():
         return {}
-    connection = sqlite3.connect(path, timeout=60)
-    try:
-        rows = connection.execute("SELECT key, vals, scored_at FROM scores").fetchall()
-    except sqlite3.OperationalError:  # the table is not there yet
-        rows = []
-    finally:
-        connection.close()
+    with closing(sqlite3.connect(path, timeout=60)) as connection:
+        try:
+            rows = connection.execute("SELECT key, vals, scored_at FROM scores").fetchall()
+        except sqlite3.OperationalError:  # the table is not there yet
+            rows = []
     return {key: values for key, *values in rows}

@@ -1,7 +1,6 @@
 """A small Sam with random weights, and what several tests write or compare with.
 
-The Sam is registered as "small" where this module is imported, so that a process that a test starts
-has it, too.
+Where this module is imported, a process that a test starts included, the Sam is named "small".
 """
 
 from __future__ import annotations
@@ -36,49 +35,31 @@ EVERYTHING = SamSpec("custom", -float("inf"), -float("inf"), "")  # no mask is f
 def build_small_sam(width: int = 32, heads: int = 4) -> Sam:
     """A Sam of the usual parts: 128 x 128 pixels in, an embedding of 32 x 8 x 8 out.
 
-    Args:
-        width: channels inside the image encoder; those of an official ViT make it one by its name.
-        heads: of its attention.
+    The image encoder has so many channels inside, by which official ViTs are told, and heads.
     """
-    side = IMG_SIZE // STRIDE
+    vit = {"img_size": IMG_SIZE, "embed_dim": width, "depth": 2, "num_heads": heads}
+    vit |= {"out_chans": WIDTH, "global_attn_indexes": (1,), "use_rel_pos": True, "window_size": 4}
+    grid = (IMG_SIZE // STRIDE,) * 2
+    two_way = TwoWayTransformer(depth=2, embedding_dim=WIDTH, num_heads=4, mlp_dim=64)
     return Sam(
-        image_encoder=ImageEncoderViT(
-            img_size=IMG_SIZE,
-            embed_dim=width,
-            depth=2,
-            num_heads=heads,
-            global_attn_indexes=(1,),
-            out_chans=WIDTH,
-            use_rel_pos=True,
-            window_size=4,
-        ),
-        prompt_encoder=PromptEncoder(
-            embed_dim=WIDTH,
-            image_embedding_size=(side, side),
-            input_image_size=(IMG_SIZE, IMG_SIZE),
-            mask_in_chans=16,
-        ),
-        mask_decoder=MaskDecoder(
-            transformer_dim=WIDTH,
-            transformer=TwoWayTransformer(depth=2, embedding_dim=WIDTH, num_heads=4, mlp_dim=64),
-            iou_head_hidden_dim=32,
-        ),
+        ImageEncoderViT(**vit),
+        PromptEncoder(WIDTH, grid, (IMG_SIZE, IMG_SIZE), mask_in_chans=16),
+        MaskDecoder(transformer_dim=WIDTH, transformer=two_way, iou_head_hidden_dim=32),
     )
 
 
 def write_weights(folder: Path, seed: int) -> dict[str, str]:
     """A small Sam and a Prompt Predictor for it as files; their paths as `run_study` takes them."""
     torch.manual_seed(seed)
+    paths = {name: str(folder / f"{name}.safetensors") for name in ("checkpoint", "predictor")}
     thresholds = {"pred_iou_thresh": "0", "stability_score_thresh": "0"}
-    shape = {"embed_dim": str(WIDTH), "stride": str(STRIDE), "width": "16"}
     sam = build_small_sam()
     # so some masks pass, whatever the draw
     torch.nn.init.ones_(sam.mask_decoder.iou_prediction_head.layers[-1].bias)
-    models = {"sam": (sam, thresholds), "predictor": (PromptPredictor(WIDTH, STRIDE, 16), shape)}
-    for name, (model, about) in models.items():
-        save_file(model.state_dict(), folder / f"{name}.safetensors", metadata=about)
-    paths = {name: str(folder / f"{name}.safetensors") for name in models}
-    return {"sam": "small", "checkpoint": paths["sam"], "predictor": paths["predictor"]}
+    save_file(sam.state_dict(), paths["checkpoint"], thresholds)
+    shape = {"embed_dim": str(WIDTH), "stride": str(STRIDE), "width": "16"}
+    save_file(PromptPredictor(WIDTH, STRIDE, 16).state_dict(), paths["predictor"], shape)
+    return {"sam": "small", **paths}
 
 
 def stock_predictor(sam: Sam, encoded: Encoded) -> SamPredictor:
@@ -131,9 +112,9 @@ class RunsCode:
         return os.mkdir, (self.marker,)
 
 
-MODELS["small"] = build_small_sam
-
-
 def all_masks(sam: Sam, encoded: Encoded, prompts: Prompts, row: int) -> Found:
     """All masks of the prompt `row`, whatever their scores."""
     return decode_and_filter(sam, encoded, prompts, torch.tensor([row]), EVERYTHING)
+
+
+MODELS["small"] = build_small_sam

@@ -3,12 +3,12 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy.ndimage import gaussian_filter, maximum_filter
 
 from aopsam_lab import asf
-from aopsam_lab.asf import FIRST, REFERENCE_IOU, AsfParams, FilteredProposal, best_of_each
+from aopsam_lab.asf import FIRST, REFERENCE_IOU, AsfParams, FilteredProposal
 from aopsam_lab.pipeline.types import Found, Prompts
 
 
@@ -46,31 +46,18 @@ def test_maxima_by_hand():
     assert values.tolist() == pytest.approx([0.9, 0.5, 0.5])
     assert asf.local_maxima(x, 0.2, 1)[0].tolist() == [[1, 1], [1, 3], [5, 1], [5, 7]]
     assert len(asf.local_maxima(x, 0.5, 1)[0]) == 2, "the threshold itself does not pass"
+    plateau = torch.zeros(6, 20)
+    plateau[2, 2:16] = 0.7
+    one_a_window = [[2, 2], [2, 6], [2, 10], [2, 14]]
+    assert asf.local_maxima(plateau, 0.1, 3)[0].tolist() == one_a_window
 
 
-def test_plateau_gives_one_prompt_a_window():
-    x = torch.zeros(6, 20)
-    x[2, 2:16] = 0.7
-    cells, _ = asf.local_maxima(x, 0.1, 3)
-    assert cells.tolist() == [[2, 2], [2, 6], [2, 10], [2, 14]]
-
-
-def test_parameters_scale_with_the_map():
-    small = torch.zeros(64, 64)
-    small[20, 20], small[20, 22], small[50, 9] = 1.0, 0.9, 0.8
-    # at a width of 64 a spacing of 8 (of 256) is 2 cells: (20, 22) is in the window of (20, 20)
-    assert asf.sample_prompts(small, 0, 0.2, 8)[0].tolist() == [[20, 20], [50, 9]]
-    assert asf.sample_prompts(small, 0, 0.2, 4)[0].tolist() == [[20, 20], [20, 22], [50, 9]]
+def test_spacing_scales_with_the_map():
     x = torch.zeros(160, 160)
     x[80, 80], x[80, 83], x[80, 87], x[40, 40], x[44, 40] = 1.0, 0.9, 0.8, 0.7, 0.6
     # at a width of 160 a spacing of 6 (of 256) is 3.75 cells: three away is within it, four is not
     assert asf.sample_prompts(x, 0, 0.2, 6)[0].tolist() == [[80, 80], [80, 87], [40, 40], [44, 40]]
     assert len(asf.sample_prompts(x, 0, 0.2, 6.4)[0]) == 2, "6.4 is four cells, exactly"
-
-
-def test_nothing_above_confidence_is_no_prompt():
-    cells, values = asf.sample_prompts(torch.full((32, 32), 0.1))
-    assert cells.shape == (0, 2) and values.shape == (0,)
 
 
 def test_one_prompt_a_component():
@@ -79,7 +66,12 @@ def test_one_prompt_a_component():
     cells, values = asf.component_prompts(x, 0.2)
     assert cells.tolist() == [[1, 5], [2, 2]]
     assert values.tolist() == pytest.approx([0.9, 0.6])
-    assert len(asf.component_prompts(torch.zeros(4, 4))[0]) == 0
+
+
+@pytest.mark.parametrize("sample", [asf.sample_prompts, asf.component_prompts])
+def test_nothing_above_confidence_is_no_prompt(sample):
+    cells, values = sample(torch.full((32, 32), 0.1))
+    assert cells.shape == (0, 2) and values.shape == (0,)
 
 
 @pytest.mark.parametrize(
@@ -93,16 +85,9 @@ def test_bad_parameters_are_refused_by_name(bad):
 # --- filtering ---
 
 
-def test_valid_cells_stop_at_the_padding():
-    valid = asf.valid_cells((128, 256), 256, (4, 4))
-    assert valid.tolist() == [[True] * 4] * 2 + [[False] * 4] * 2
-    assert asf.valid_cells((33, 256), 256, (4, 4))[0].all(), (
-        "a cell whose centre (32) lies on the picture counts"
-    )
-    assert not asf.valid_cells((32, 256), 256, (4, 4)).any()
-
-
 @given(st.integers(1, 96), st.integers(1, 96), st.integers(1, 24), st.integers(1, 24))
+@example(18, 96, 24, 4)  # the centre of a row lies at 18 of 96: just beyond the picture
+@example(19, 96, 24, 4)
 def test_valid_cells_are_those_whose_centres_lie_on_the_picture(high, wide, rows, columns):
     ys, xs = ((np.arange(n) + 0.5) * 96 / n for n in (rows, columns))
     wanted = (ys < high)[:, None] & (xs < wide)
@@ -128,16 +113,24 @@ def test_centring_removes_what_all_cells_share_and_leaves_padding_out():
 def test_pem_by_hand():
     features, valid = two_tone()
     centred = asf.centred_features(features, valid)
-    coverage = torch.tensor([[[1.0, 0.0], [0.5, 0.0]]])  # the left column
+    coverage = torch.tensor([[[1.0, 0.0], [0.5, 0.0]], [[0.0, 0.0], [0.0, 0.0]]])
     references = asf.reference_features(centred, coverage)
-    assert references.tolist() == [[1.0, 0.0]]
-    pem = asf.elimination_maps(centred, references)
-    assert pem.tolist() == [[[1.0, 0.0], [1.0, 0.0]]]  # mean 0.5
-    cells = torch.tensor([[0, 0], [0, 1], [1, 0]])
-    by, value = asf.eliminate(pem, torch.tensor([1.3 * 0.5]), cells)  # 1 > 0.65, 0 < 0.65
+    assert references.tolist() == [[1.0, 0.0], [0.0, 0.0]]  # of the left column, and of no cell
+    pems = asf.elimination_maps(centred, references)
+    assert pems.tolist() == [[[1.0, 0.0], [1.0, 0.0]], [[0.5, 0.5], [0.5, 0.5]]]
+    thresholds = asf.elimination_thresholds(pems, coverage, valid, 1.3, floor=False)
+    assert thresholds.tolist() == pytest.approx([0.65, 0.65])
+    by, value = asf.eliminate(pems, thresholds, torch.tensor([[0, 0], [0, 1], [1, 0]]))
     assert by.tolist() == [0, -1, 0] and value[0] == 1 and value[1].isnan()
-    by, _ = asf.eliminate(pem, torch.tensor([1.0]), cells)  # 1 > 1 is false
-    assert by.tolist() == [-1, -1, -1]
+
+
+def test_who_eliminates_by_hand():
+    pems = torch.tensor([[[0.9, 0.6]], [[0.8, 0.1]]])  # the first cell: factors 1.29 and 1.78
+    cells = torch.tensor([[0, 0], [0, 1]])
+    by, value = asf.eliminate(pems, torch.tensor([0.7, 0.45]), cells)
+    assert by.tolist() == [1, -1] and value[0].item() == pytest.approx(0.8)
+    by, _ = asf.eliminate(pems[1:], pems[1, :, 0], cells)
+    assert by.tolist() == [-1, -1], "the threshold itself does not eliminate"
 
 
 def test_threshold_is_the_larger_of_mean_and_own_quantile():
@@ -152,71 +145,47 @@ def test_threshold_is_the_larger_of_mean_and_own_quantile():
     assert asf.elimination_thresholds(pem, coverage * 0.3, valid, 1.0).item() == pytest.approx(mean)
 
 
-def filtered(
-    count: int, features: torch.Tensor, cells: torch.Tensor, elimination: float
-) -> FilteredProposal:
+def filtered(features: torch.Tensor, cells: torch.Tensor, elimination: float) -> FilteredProposal:
     """Prompts of falling confidence on a grid of 1 x 4 cells."""
-    prompts = Prompts(torch.zeros(count, 2), torch.linspace(0.9, 0.5, count))
+    prompts = Prompts(torch.zeros(len(cells), 2), torch.linspace(0.9, 0.5, len(cells)))
     valid = torch.ones(1, 4, dtype=torch.bool)
     return FilteredProposal(
         prompts, cells=cells, valid=valid, features=features, grid=(1, 4), elimination=elimination
     )
 
 
-def found_masks(
-    logits: torch.Tensor, iou: list[float], boxes: torch.Tensor, prompt: torch.Tensor
-) -> Found:
-    scores = torch.tensor(iou)
-    return Found(logits, scores, scores, boxes, prompt, torch.ones(len(iou), dtype=torch.bool))
+def observe(proposal, logits: torch.Tensor, iou: list[float], lefts: list[int], prompt: list[int]):
+    """Masks with boxes of 10 x 10 pixels from `lefts` on."""
+    boxes = torch.tensor([[left, 0, left + 9, 9] for left in lefts])
+    scores, prompt = torch.tensor(iou), torch.tensor(prompt)
+    proposal.observe(Found(logits, scores, scores, boxes, prompt, scores), 0.0)
 
 
-def test_a_mask_that_fills_no_cell_explains_nothing():
+@pytest.mark.parametrize("rows, gone", [(4, True), (2, True), (1, False)])
+def test_a_mask_that_fills_no_cell_explains_nothing(rows, gone):
     """Cells at 20, -20, 0 and 90 degrees; a mask on the first two looks most like the third."""
     angles = torch.tensor([[20.0, -20.0, 0.0, 90.0]]).deg2rad()
     features = torch.stack([angles.cos(), angles.sin()])
-    for rows, gone in ((4, True), (2, True), (1, False)):  # of four in a cell
-        proposal = filtered(2, features, torch.tensor([[0, 0], [0, 2]]), 1.0)
-        proposal.waiting[0] = False  # the first prompt has been decoded
-        logits = torch.full((1, 4, 16), -1.0)
-        logits[0, :rows, :8] = 1
-        proposal.observe(
-            found_masks(logits, [1.0], torch.zeros(1, 4), torch.zeros(1, dtype=torch.long)), 0.0
-        )
-        second = proposal.next_round()
-        assert (second is None) == gone
-        assert (proposal.eliminated_by[1] == 0) == gone
-        assert not proposal.waiting.any()
-        assert len(proposal.pems) == gone
+    proposal = filtered(features, torch.tensor([[0, 0], [0, 2]]), 1.0)
+    proposal.waiting[0] = False  # the first prompt has been decoded
+    logits = torch.zeros(1, 4, 16)  # a logit at the threshold is off the mask
+    logits[0, :rows, :8] = 1  # of four rows in a cell
+    observe(proposal, logits, [1.0], [0], [0])
+    second = proposal.next_round()
+    assert (second is None) == gone
+    assert (proposal.eliminated_by[1] == 0) == gone
+    assert not proposal.waiting.any()
+    assert len(proposal.pems) == gone
 
 
-def test_each_prompt_has_one_reference_and_a_logit_at_the_threshold_is_off_the_mask():
-    iou, prompt = torch.tensor([0.5, 0.9, 0.7, 0.8]), torch.tensor([4, 4, 1, 1])
-    assert best_of_each(iou, prompt, 6).tolist() == [1, 3]
-    logits = torch.tensor([[-1.0, 0.0, 0.5], [9.0, 9.0, 9.0], [2.0, -0.1, 0.1]])
-    assert asf.on_mask(logits, torch.tensor([2, 0]), 0.0).tolist() == [
-        [True, False, True],
-        [False, False, True],
-    ]
-
-
-def test_of_two_masks_in_one_place_the_surer_explains():
-    count = math.floor(3 / FIRST)
-    proposal = filtered(count, torch.ones(1, 1, 4), torch.zeros(count, 2, dtype=torch.long), 0.5)
-    assert proposal.next_round().tolist() == [0, 1, 2]
-    boxes = torch.tensor([[0, 0, 9, 9], [0, 0, 9, 9], [20, 20, 29, 29]])
-    proposal.observe(
-        found_masks(torch.ones(3, 4, 16), [0.8, 0.9, 0.85], boxes, torch.arange(3)), 0.0
-    )
+def test_only_sure_masks_explain_one_a_prompt_and_one_a_place():
+    count = math.floor(4 / FIRST)
+    proposal = filtered(torch.ones(1, 1, 4), torch.zeros(count, 2, dtype=torch.long), 0.5)
+    assert proposal.next_round().tolist() == [0, 1, 2, 3]
+    iou, lefts = [0.8, 0.9, 0.7, 0.85, REFERENCE_IOU - 0.01], [0, 0, 40, 20, 60]
+    observe(proposal, torch.ones(5, 4, 16), iou, lefts, [0, 1, 1, 2, 3])
     proposal.next_round()
     assert [prompt for prompt, _ in proposal.references] == [1, 2]
-
-
-def test_doubtful_masks_explain_nothing():
-    proposal = filtered(2, torch.ones(1, 1, 4), torch.zeros(2, 2, dtype=torch.long), 0.5)
-    first = proposal.next_round()
-    doubtful = found_masks(torch.ones(1, 4, 16), [REFERENCE_IOU - 0.01], torch.zeros(1, 4), first)
-    proposal.observe(doubtful, 0.0)
-    assert proposal.next_round().tolist() == [1] and not proposal.references
 
 
 def test_whitening_decorrelates():
@@ -235,23 +204,15 @@ def test_whitening_decorrelates():
     assert covariance.diagonal().max() <= 1
 
 
-def test_elimination_features_are_half_look_half_place():
-    torch.manual_seed(0)
-    valid = torch.ones(6, 6, dtype=torch.bool)
-    valid[5] = False
-    features = asf.elimination_features(torch.randn(8, 6, 6), torch.randn(8, 6, 6), valid)
-    assert features.shape == (8, 6, 6)
-    assert torch.allclose(features[:4, valid].norm(dim=0), torch.full((30,), 0.5**0.5), atol=1e-5)
-    assert torch.allclose(features[4:, valid].norm(dim=0), torch.full((30,), 0.5**0.5), atol=1e-5)
-    assert features[:, ~valid].abs().max() == 0
-
-
-def test_padding_that_is_left_away_changes_no_features():
+def test_features_are_half_look_half_place_and_padding_may_be_left_away():
     torch.manual_seed(1)
     look, place = torch.randn(8, 9, 9), torch.randn(8, 9, 9)
     valid = torch.zeros(9, 9, dtype=torch.bool)
     valid[:6, :7] = True
     whole = asf.elimination_features(look, place, valid)
+    assert whole.shape == (8, 9, 9) and whole[:, ~valid].abs().max() == 0
+    halves = whole[:, valid].unflatten(0, (2, 4)).norm(dim=1)
+    assert torch.allclose(halves, torch.full((2, 42), 0.5**0.5), atol=1e-5)
     part = asf.elimination_features(look[:, :7, :7], place[:, :7, :7], valid[:7, :7])
     assert torch.allclose(part, whole[:, :7, :7], atol=1e-5)
 
@@ -265,45 +226,24 @@ def test_gate_spares_the_like_object_elsewhere():
     assert asf.eliminate(pem, torch.tensor([0.65]), cells, gate)[0].tolist() == [0, -1, -1]
 
 
-def test_the_reference_that_exceeds_most_is_named():
-    pems = torch.tensor([[[0.9, 0.5]], [[0.8, 0.1]]])  # factors 1.29 and 1.78
-    by, value = asf.eliminate(pems, torch.tensor([0.7, 0.45]), torch.tensor([[0, 0]]))
-    assert by.item() == 1 and value.item() == pytest.approx(0.8)
-
-
-def test_a_mask_on_no_cell_eliminates_nothing():
-    features, valid = two_tone()
-    references = asf.reference_features(asf.centred_features(features, valid), torch.zeros(1, 2, 2))
-    pem = asf.elimination_maps(features, references)
-    assert (pem == 0.5).all()
-    thresholds = asf.elimination_thresholds(pem, torch.zeros(1, 2, 2), valid, 1.25)
-    assert asf.eliminate(pem, thresholds, torch.tensor([[0, 0]]))[0].item() == -1
-
-
 @settings(max_examples=40, deadline=None)
 @given(seed=st.integers(0, 10_000))
 def test_a_higher_threshold_removes_no_more(seed):
     rng = torch.Generator().manual_seed(seed)
-    pems, valid = torch.rand(5, 8, 8, generator=rng), torch.rand(8, 8, generator=rng) > 0.3
+    pems, coverage, gates = torch.rand(3, 5, 8, 8, generator=rng)
+    valid = torch.rand(8, 8, generator=rng) > 0.3
     valid[0, 0] = True
     cells = torch.randint(8, (30, 2), generator=rng)
-    coverage = torch.rand(5, 8, 8, generator=rng)
     thresholds = [asf.elimination_thresholds(pems, coverage, valid, t) for t in (1.25, 1.3, 1.4)]
     gone = [asf.eliminate(pems, t, cells)[0] >= 0 for t in thresholds]
     assert (gone[1] <= gone[0]).all() and (gone[2] <= gone[1]).all()
-    gates = torch.rand(5, 8, 8, generator=rng) > 0.5
-    assert ((asf.eliminate(pems, thresholds[0], cells, gates)[0] >= 0) <= gone[0]).all()
-
-
-def test_coverage_is_the_area_average():
-    mask = torch.zeros(1, 8, 8, dtype=torch.bool)
-    mask[0, :4, :2] = True
-    assert asf.cell_coverage(mask).tolist() == [[[0.5, 0.0], [0.0, 0.0]]]
+    gated = asf.eliminate(pems, thresholds[0], cells, gates > 0.5)[0] >= 0
+    assert (gated <= gone[0]).all()
 
 
 @settings(max_examples=30, deadline=None)
 @given(seed=st.integers(0, 10_000))
-def test_coverage_equals_average_pooling(seed):
+def test_coverage_is_the_area_average(seed):
     rng = torch.Generator().manual_seed(seed)
     masks = torch.rand(3, 12, 20, generator=rng) < torch.rand(3, 1, 1, generator=rng)
     pooled = torch.nn.functional.avg_pool2d(masks.float()[:, None], 4)[:, 0]

@@ -18,35 +18,34 @@ from aopsam_lab.pipeline.types import Prompts
 from aopsam_lab.sam.mask_decoder import ImageDecoder
 
 
-def device_of(room: int):
+def device_of(room: int, work):
     """A stand-in for a device with room for some items, and the sizes of the batches it got."""
     sizes = []
 
-    def work(part):
-        sizes.append(len(part))
-        if len(part) > room:
+    def on_device(*arguments):
+        sizes.append(len(arguments[-1]))
+        if sizes[-1] > room:
             raise torch.OutOfMemoryError("CUDA out of memory.")
-        return part * 2
+        return work(*arguments)
 
-    return work, sizes
+    return on_device, sizes
 
 
-def test_where_memory_runs_out_the_batch_is_halved_and_work_goes_on():
-    work, sizes = device_of(room=3)
-    found = torch.cat(list(halving(torch.arange(10), 8, work)))
-    assert found.tolist() == list(range(0, 20, 2))
-    assert sizes == [8, 4, 2, 2, 2, 2, 2], "the smaller size is kept"
+def doubled(part: torch.Tensor) -> list[int]:
+    return (part * 2).tolist()
 
 
 @given(st.integers(0, 40), st.integers(1, 50), st.integers(1, 50))
 def test_each_item_is_worked_on_once_and_in_order(count, size, room):
-    work, _ = device_of(room)
-    found = list(halving(torch.arange(count), size, work))
-    assert [x for part in found for x in part.tolist()] == list(range(0, 2 * count, 2))
+    work, _ = device_of(room, doubled)
+    assert sum(halving(torch.arange(count), size, work), []) == list(range(0, 2 * count, 2))
 
 
-def test_one_item_that_does_not_fit():
-    work, sizes = device_of(room=0)
+def test_where_memory_runs_out_the_batch_is_halved_and_work_goes_on():
+    work, sizes = device_of(3, doubled)
+    assert sum(halving(torch.arange(10), 8, work), []) == list(range(0, 20, 2))
+    assert sizes == [8, 4, 2, 2, 2, 2, 2], "the smaller size is kept"
+    work, sizes = device_of(0, doubled)
     with pytest.raises(torch.OutOfMemoryError):
         list(halving(torch.arange(4), 4, work))
     assert sizes == [4, 2, 1]
@@ -62,8 +61,8 @@ def two_threads():
 
 @given(st.integers(0, 40), st.integers(1, 50), st.integers(1, 6))
 def test_batches_side_by_side_come_back_in_order(two_threads, count, size, least):
-    found = list(in_batches(torch.arange(count), size, lambda part: part * 2, least))
-    assert [x for part in found for x in part.tolist()] == list(range(0, 2 * count, 2))
+    found = list(in_batches(torch.arange(count), size, doubled, least))
+    assert sum(found, []) == list(range(0, 2 * count, 2))
     assert all(len(part) <= max(size, least) for part in found)
 
 
@@ -81,18 +80,15 @@ def test_batches_run_side_by_side_with_a_thread_each(two_threads):
     assert torch.get_num_threads() == 2, "the caller keeps its threads"
 
 
-def test_all_threads_have_as_many_batches(two_threads):
-    assert list(in_batches(torch.arange(48), 16, len)) == [12] * 4
-    assert list(in_batches(torch.arange(10), 16, len, least=4)) == [5, 5]
-
-
-def test_a_batch_too_small_to_share_stays_with_the_caller(two_threads, monkeypatch):
+def test_all_threads_have_as_many_batches_and_a_small_one_stays(two_threads, monkeypatch):
     def work(part):
-        return threading.current_thread() is threading.main_thread()
+        return len(part), threading.current_thread() is threading.main_thread()
 
-    assert list(in_batches(torch.arange(4), 100, work, least=4)) == [True]
+    assert list(in_batches(torch.arange(48), 16, work)) == [(12, False)] * 4
+    assert list(in_batches(torch.arange(10), 16, work, least=4)) == [(5, False)] * 2
+    assert list(in_batches(torch.arange(4), 100, work, least=4)) == [(4, True)]
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
-    assert list(in_batches(torch.arange(8), 2, work)) == [True] * 4
+    assert list(in_batches(torch.arange(8), 2, work)) == [(2, True)] * 4
 
 
 def test_an_error_in_a_batch_reaches_the_caller(two_threads):
@@ -108,38 +104,26 @@ def test_a_forked_process_makes_threads_of_its_own():
         import os, torch
         from aopsam_lab.pipeline.batching import in_batches
         torch.set_num_threads(2)
-        def found():
-            parts = in_batches(torch.arange(6), 2, lambda part: part + 0)
-            return [x for part in parts for x in part.tolist()]
-        assert found() == list(range(6))
+        assert list(in_batches(torch.arange(6), 2, len)) == [2] * 3
         child = os.fork()
         if not child:
-            os._exit(0 if found() == list(range(6)) else 1)
+            os._exit(list(in_batches(torch.arange(6), 2, len)) != [2] * 3)
         assert os.waitpid(child, 0)[1] == 0
     """
-    subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", textwrap.dedent(program)], check=True, timeout=60
-    )
+    command = [sys.executable, "-W", "ignore", "-c", textwrap.dedent(program)]
+    subprocess.run(command, check=True, timeout=60)
 
 
 def test_decoding_goes_on_in_smaller_batches_with_the_same_masks(small_sam, monkeypatch):
-    # as on a GPU: one batch after the other
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
-    sam = small_sam
-    encoded = encode(sam, np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)  # one batch after the other
+    image = np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8)
+    encoded = encode(small_sam, image)
     prompts, index = Prompts(torch.rand(20, 2) * 60, torch.ones(20)), torch.arange(20)
-    expected = decode_and_filter(sam, encoded, prompts, index, EVERYTHING)
-    assert len(decode_and_filter(sam, encoded, prompts, index[:0], EVERYTHING).iou) == 0
-    decode, sizes = ImageDecoder.decode, []
-
-    def short_of_memory(self, sparse):
-        sizes.append(len(sparse))
-        if len(sparse) > 6:
-            raise torch.OutOfMemoryError("CUDA out of memory.")
-        return decode(self, sparse)
-
-    monkeypatch.setattr(ImageDecoder, "decode", short_of_memory)
-    found = decode_and_filter(sam, encoded, prompts, index, EVERYTHING)
+    expected = decode_and_filter(small_sam, encoded, prompts, index, EVERYTHING)
+    assert len(decode_and_filter(small_sam, encoded, prompts, index[:0], EVERYTHING).iou) == 0
+    decode, sizes = device_of(6, ImageDecoder.decode)
+    monkeypatch.setattr(ImageDecoder, "decode", lambda *arguments: decode(*arguments))
+    found = decode_and_filter(small_sam, encoded, prompts, index, EVERYTHING)
     assert max(sizes) > 6 and sum(size for size in sizes if size <= 6) == 20
     assert torch.equal(found.prompt, expected.prompt) and torch.equal(found.boxes, expected.boxes)
     assert torch.allclose(found.low_res, expected.low_res, atol=1e-4)

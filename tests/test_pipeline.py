@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from segment_anything import SamAutomaticMaskGenerator, SamPredictor
-from small import stock_predictor
+from small import all_masks, stock_predictor
 
 import aopsam_lab as aop
 from aopsam_lab.asf import FIRST, NO_COSINE, ROUNDS, AsfParams
@@ -18,14 +18,12 @@ from aopsam_lab.pipeline.types import Models
 from aopsam_lab.sam.zoo import load_sam
 
 FEW = AsfParams(spacing=10, confidence=0.05, elimination=1.1)
-SHAPES = [(96, 96), (60, 96), (96, 51)]
 
 
 @pytest.fixture(scope="module")
 def pictures():
-    """One of each of three shapes, so that padding and scaling are met."""
-    rng = np.random.default_rng(0)
-    return [rng.integers(0, 256, (*shape, 3), dtype=np.uint8) for shape in SHAPES]
+    rng, shapes = np.random.default_rng(0), [(96, 96), (60, 96), (96, 51)]  # with padding
+    return [rng.integers(0, 256, (*shape, 3), dtype=np.uint8) for shape in shapes]
 
 
 @pytest.fixture(scope="module")
@@ -110,30 +108,24 @@ def test_the_strongest_are_decoded_first_and_only_others_eliminated(result):
     assert gone["by"].nunique() > 1, "masks of several rounds eliminate"
 
 
-def test_elimination_values_are_on_the_maps(photo, result):
-    side = result.pems.shape[-1]
-    gone = result.prompts[result.prompts["by"] >= 0]
-    assert len(gone)
-    for _, row in gone.iterrows():
-        x, y = photo.to_model(torch.tensor([row["x"], row["y"]])).tolist()
-        cell = int(y / result.model_size * side), int(x / result.model_size * side)
-        assert result.pem(int(row["by"]))[cell] == pytest.approx(row["pem"], abs=1e-6)
-
-
-def test_elimination_maps_cover_the_padding_too(sam, result):
-    h, w = sam.prompt_encoder.image_embedding_size
+def test_elimination_maps_cover_the_padding_and_hold_the_values(photo, result):
+    h, w = photo.embedding.shape[-2:]
     rows = math.ceil(result.input_size[0] * h / result.model_size)
     assert result.pems.shape[1:] == (h, w) and rows < h
     assert (result.pems[:, rows:] == NO_COSINE).all()
     assert (result.pems[:, : rows - 1] != NO_COSINE).any((1, 2)).all()
+    gone = result.prompts[result.prompts["by"] >= 0]
+    assert len(gone)
+    points = photo.to_model(torch.tensor(gone[["x", "y"]].to_numpy()))
+    x, y = (points / result.model_size * w).int().numpy().T
+    np.testing.assert_allclose(result.pems[gone["by"], y, x], gone["pem"], atol=1e-6)
 
 
 def test_references_say_whose_mask_and_at_which_threshold(sam, predictor, photo, result):
     table, references = result.prompts, result.references
     assert len(references) == len(result.pems)
-    gone = table[table["status"] == "eliminated"]
-    by = references.iloc[gone["by"]]
-    assert (gone["pem"].to_numpy() > by["threshold"].to_numpy()).all()
+    gone = table[table["by"] >= 0]
+    assert (gone["pem"].to_numpy() > references["threshold"].iloc[gone["by"]].to_numpy()).all()
     assert table["status"].iloc[references["prompt"]].isin(["kept", "duplicate"]).all()
     assert table["round"].iloc[references["prompt"]].is_monotonic_increasing
     no_filter = run_method(sam, photo, "aop_no_af", predictor, params=FEW, max_prompts=5)
@@ -148,27 +140,24 @@ def test_prompts_never_lie_on_the_padding(small_sam, small_predictor, pictures):
     assert result.pcm[:valid].any() and (result.pcm[valid:] == 0).all()
 
 
-def test_turning_sliders_off_gives_fewer_or_more(sam, predictor, photo):
+@torch.inference_mode()
+def test_each_parameter_of_sampling_counts(predictor, photo):
     def sampled(**values):
-        params = AsfParams(**values)
-        return run_method(
-            sam, photo, "aop_no_af", predictor, params=params, max_prompts=1
-        ).n_sampled
+        method = method_named("aop_no_af")
+        return len(method.start(photo, Models(predictor), AsfParams(**values)).prompts)
 
-    assert sampled(confidence=0.4) <= sampled(confidence=0.2) <= sampled(confidence=0.05)
+    assert sampled(confidence=0.5) < sampled(confidence=0.2)
     assert sampled(spacing=12) < sampled(spacing=6) < sampled(spacing=2)
+    assert sampled(smoothing=4) < sampled(smoothing=2)
 
 
-def test_a_missing_model_is_named(small_sam, pictures):
-    with pytest.raises(ValueError, match="predictor"):
-        run_method(small_sam, encode(small_sam, pictures[0]), "aop")
-    with pytest.raises(ValueError, match="amg_s"):
-        method_named("nonesuch")
-
-
-def test_one_pixel_picture(small_sam, small_predictor):
+def test_one_pixel_and_a_missing_model(small_sam, small_predictor):
     encoded = encode(small_sam, np.zeros((1, 1, 3), np.uint8))
     assert run_method(small_sam, encoded, "aop", small_predictor).image.shape == (1, 1, 3)
+    with pytest.raises(ValueError, match="needs a predictor"):
+        run_method(small_sam, encoded, "aop")
+    with pytest.raises(ValueError, match="amg_s"):
+        run_method(small_sam, encoded, "nonesuch")
 
 
 def test_a_box_is_decoded_to_one_mask(sam, photo):
@@ -185,11 +174,9 @@ def test_a_box_is_decoded_to_one_mask(sam, photo):
     masks, scores, _ = stock_predictor(sam, photo).predict(box=box, multimask_output=False)
     proposal = method_named("oas_box").start(photo, Models(detector=Boxes()), AsfParams())
     with torch.inference_mode():
-        spec = sam.spec.__class__("any", -1.0, 0.0, "")
-        first = torch.tensor([0])
-        found = decoding.decode_and_filter(sam, photo, proposal.prompts, first, spec)
+        found = all_masks(sam, photo, proposal.prompts, 0)
         ours = decoding.full_resolution(sam, photo, found.low_res)[0] > 0
-    assert float(scores[0]) == pytest.approx(float(found.iou[0]), abs=1e-4)
+    assert found.iou.tolist() == pytest.approx(scores.tolist(), abs=1e-4)
     assert (ours.numpy() != masks[0]).mean() < 1e-3
 
 

@@ -1,98 +1,71 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 from PIL import Image
-from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
 from aopsam_lab.masks.drawing import label_image, mask_colours, overlay
 from aopsam_lab.masks.rle import encode_rle
-from aopsam_lab.pipeline.segmentation import PROMPT_COLUMNS, Segmentation
+from aopsam_lab.pipeline.segmentation import Segmentation
 
 HEIGHT, WIDTH = 24, 40
+BOX = ["x0", "y0", "x1", "y1"]
 
 
-def prompt_rows(rows: list[dict]) -> pd.DataFrame:
-    default = {
-        "confidence": 0.5,
-        "round": -1,
-        "by": -1,
-        "pem": np.nan,
-        **dict.fromkeys(PROMPT_COLUMNS[7:], np.nan),
-    }
-    return pd.DataFrame([{**default, **row} for row in rows], columns=list(PROMPT_COLUMNS))
+def prompt_table(rows: list[tuple]) -> pd.DataFrame:
+    columns = ["x", "y", "round", "status", "by", "pem", *BOX]
+    return pd.DataFrame(rows, columns=columns).assign(confidence=0.5)
 
 
-def example() -> Segmentation:
-    """A large rectangle, a small one inside it, and one that meets the large one's corner."""
+@pytest.fixture
+def seg() -> Segmentation:
+    """A small rectangle in a large one, and one that meets the large one's corner."""
     masks = np.zeros((3, HEIGHT, WIDTH), dtype=bool)
     masks[0, 5:9, 10:15] = True
     masks[1, 2:20, 4:30] = True
     masks[2, 18:24, 28:40] = True
-    prompts = prompt_rows(
-        [
-            {"x": 12.5, "y": 7.5, "round": 0, "status": "kept"},
-            {"x": 6.5, "y": 4.5, "round": 0, "status": "kept"},
-            {"x": 7.5, "y": 5.5, "status": "eliminated", "by": 1, "pem": 0.8},
-            {"x": 1.5, "y": 1.5, "round": 0, "status": "low_iou"},
-            {"x": 34.0, "y": 21.0, "round": 1, "status": "kept"}
-            | {"x0": 28.0, "y0": 18.0, "x1": 40.0, "y1": 24.0},
-            {"x": 35.0, "y": 21.0, "round": 1, "status": "duplicate"},
-            {"x": 2.0, "y": 22.0, "round": 1, "status": "unstable"},
-        ]
-    )
-    pems = np.stack([np.full((4, 4), 0.25), np.linspace(0, 1, 16).reshape(4, 4)]).astype(np.float32)
+    no_box = (np.nan,) * 4
+    prompts = [
+        (12.5, 7.5, 0, "kept", -1, np.nan, *no_box),
+        (6.5, 4.5, 0, "kept", -1, np.nan, *no_box),
+        (7.5, 5.5, -1, "eliminated", 1, 0.8, *no_box),
+        (1.5, 1.5, 0, "low_iou", -1, np.nan, *no_box),
+        (34.0, 21.0, 1, "kept", -1, np.nan, 28.0, 18.0, 40.0, 24.0),
+        (35.0, 21.0, 1, "duplicate", -1, np.nan, *no_box),
+        (2.0, 22.0, 1, "unstable", -1, np.nan, *no_box),
+    ]
+    pems = [np.full((4, 4), 0.25), np.linspace(0, 1, 16).reshape(4, 4)]
     return Segmentation(
         image=np.random.default_rng(0).integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8),
-        masks=encode_rle(torch.from_numpy(masks)),
+        masks=encode_rle(masks),
         scores=np.array([0.9, 0.8, 0.7], dtype=np.float32),
         stability=np.array([0.99, 0.98, 0.97], dtype=np.float32),
         boxes=np.array([[10, 5, 14, 8], [4, 2, 29, 19], [28, 18, 39, 23]], dtype=np.float32),
         mask_prompt=np.array([0, 1, 4]),
-        prompts=prompts,
-        pcm=np.zeros((16, 16), np.float32),
-        pems=pems,
-        seconds={"encode": 0.1, "infer": 0.1, "mask": 0.1, "total": 0.3},
+        prompts=prompt_table(prompts),
+        pems=np.stack(pems).astype(np.float32),
         method="aop",
         n_decoded=6,
         n_sampled=7,
-        n_eliminated=1,
-        input_size=(10, 16),
-        model_size=16,
     )
 
 
+@pytest.fixture
 def nothing() -> Segmentation:
     none = np.zeros(0, np.float32)
-    return Segmentation(
-        image=np.full((HEIGHT, WIDTH, 3), 90, np.uint8),
-        masks=[],
-        scores=none,
-        stability=none,
-        boxes=none.reshape(0, 4),
-        mask_prompt=np.zeros(0, int),
-        prompts=prompt_rows([]),
-        method="aop",
-    )
+    image = np.full((HEIGHT, WIDTH, 3), 90, np.uint8)
+    rest = none, none, none.reshape(0, 4), none.astype(int), prompt_table([])
+    return Segmentation(image, [], *rest, method="aop")
 
 
-def test_to_array_is_the_decoded_rle():
-    seg = example()
-    masks = seg.to_array()
-    assert masks.shape == (3, HEIGHT, WIDTH) and masks.dtype == bool
-    assert np.array_equal(
-        masks, np.stack([coco_mask.decode(rle) for rle in seg.masks]).astype(bool)
-    )
-    assert masks[0].sum() == 4 * 5
-
-
-def test_records_have_the_generators_keys_and_values():
-    record = example().to_records()[0]
+def test_records_have_the_generators_keys_and_values(seg):
+    record = seg.to_records()[0]
     keys = {"segmentation", "area", "bbox", "predicted_iou", "point_coords", "stability_score"}
     assert set(record) == keys | {"crop_box"}
     assert record["segmentation"].dtype == bool and record["area"] == 20
@@ -103,34 +76,29 @@ def test_records_have_the_generators_keys_and_values():
     assert record["stability_score"] == pytest.approx(0.99)
 
 
-def test_supervision_reads_the_records():
+def test_supervision_reads_the_records(seg):
     supervision = pytest.importorskip("supervision")
-    seg = example()
     detections = supervision.Detections.from_sam(seg.to_records())
-    assert len(detections) == 3
     by_area = np.argsort([-mask.sum() for mask in seg.to_array()])  # from_sam sorts by area
     assert np.array_equal(np.asarray(detections.mask), seg.to_array()[by_area])
     assert np.array_equal(detections.xyxy, seg.boxes[by_area])
 
 
-def test_coco_round_trip(tmp_path):
-    seg = example()
+def test_coco_round_trip(seg, tmp_path):
     path = tmp_path / "one.json"
     path.write_text(json.dumps(seg.to_coco(image_id=7, file_name="photo.jpg")))
     coco = COCO(path)
     assert coco.imgs == {7: {"id": 7, "file_name": "photo.jpg", "width": WIDTH, "height": HEIGHT}}
     annotations = coco.loadAnns(coco.getAnnIds(imgIds=7, iscrowd=False))
-    assert np.array_equal(
-        np.stack([coco.annToMask(a) for a in annotations]).astype(bool), seg.to_array()
-    )
-    assert [a["area"] for a in annotations] == seg.to_array().sum((1, 2)).tolist()
-    assert annotations[0]["bbox"] == [10, 5, 4, 3] and annotations[2]["point_coords"] == [
-        [34.0, 21.0]
-    ]
+    masks = seg.to_array()
+    assert masks.dtype == bool and masks[0].sum() == 4 * 5
+    assert np.array_equal(np.stack([coco.annToMask(a) for a in annotations]).astype(bool), masks)
+    assert [a["area"] for a in annotations] == masks.sum((1, 2)).tolist()
+    assert annotations[0]["bbox"] == [10, 5, 4, 3]
+    assert annotations[2]["point_coords"] == [[34.0, 21.0]]
 
 
-def test_label_image_puts_small_masks_on_top():
-    seg = example()
+def test_label_image_puts_small_masks_on_top(seg):
     labels = label_image(seg.masks, (HEIGHT, WIDTH))
     assert labels.dtype == np.uint16
     assert labels[6, 12] == 1 and labels[3, 5] == 2 and labels[0, 0] == 0
@@ -141,32 +109,26 @@ def test_label_image_puts_small_masks_on_top():
         label_image(same * 40000, (3, 3))
 
 
-def test_save_writes_three_whole_files(tmp_path):
-    seg = example()
-    paths = seg.save(tmp_path / "new" / "folder", "photo", file_name="photo.jpg")
-    assert sorted(p.name for p in (tmp_path / "new" / "folder").iterdir()) == [
-        "photo.json", "photo_labels.png", "photo_overlay.png",
-    ]  # fmt: skip
+def test_save_writes_three_whole_files(seg, tmp_path):
+    folder = tmp_path / "new" / "folder"
+    paths = seg.save(folder, "photo", file_name="photo.jpg")
+    names = {"photo.json", "photo_labels.png", "photo_overlay.png"}
+    assert {path.name for path in folder.iterdir()} == names
     with Image.open(paths["labels"]) as labels:
         assert labels.mode == "I;16"
         assert np.array_equal(np.asarray(labels), label_image(seg.masks, (HEIGHT, WIDTH)))
     with Image.open(paths["overlay"]) as drawn:
-        assert drawn.size == (WIDTH, HEIGHT) and drawn.mode == "RGB"
+        assert np.array_equal(np.asarray(drawn), overlay(seg.image, seg.masks))
     assert json.loads(paths["coco"].read_text())["images"][0]["file_name"] == "photo.jpg"
 
 
-def test_overlay_changes_masked_pixels_only():
-    seg = example()
+def test_overlay_changes_masked_pixels_only_and_colours_are_distinct(seg):
     drawn = overlay(seg.image, seg.masks)
     covered = seg.to_array().any(0)
     assert drawn.shape == seg.image.shape and drawn.dtype == np.uint8
     assert np.array_equal(drawn[~covered], seg.image[~covered])
     assert not np.array_equal(drawn[covered], seg.image[covered])
-
-
-def test_colours_are_distinct():
     assert len(np.unique(mask_colours(21), axis=0)) == 21
-    assert mask_colours(0).shape == (0, 3)
 
 
 @pytest.fixture
@@ -181,8 +143,7 @@ def headless():
     matplotlib.use(before)
 
 
-def test_plot_draws_each_status(headless):
-    seg = example()
+def test_plot_draws_each_status(seg, headless):
     ax = seg.plot()
     texts = [text.get_text() for text in ax.get_legend().get_texts()]
     assert len(texts) == seg.prompts["status"].nunique() and "kept (3)" in texts
@@ -198,43 +159,24 @@ def test_plot_draws_each_status(headless):
 
 
 def test_importing_forces_no_backend():
-    import subprocess
-    import sys
-
     code = "import sys, aopsam_lab.pipeline.show; assert 'matplotlib.pyplot' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_pem():
-    seg = example()
+def test_pem(seg, nothing):
     assert np.array_equal(seg.pem(1), seg.pems[1])
     assert np.array_equal(seg.pem(), seg.pems.max(0))
     with pytest.raises(ValueError, match="no reference 2"):
         seg.pem(2)
     with pytest.raises(ValueError, match="no PEM"):
-        nothing().pem()
+        nothing.pem()
 
 
-def test_an_empty_result_works_everywhere(tmp_path, headless):
-    seg = nothing()
-    assert seg.to_array().shape == (0, HEIGHT, WIDTH)
-    assert seg.to_records() == []
-    assert seg.to_coco()["annotations"] == []
-    paths = seg.save(tmp_path, "empty")
+def test_an_empty_result_works_everywhere(nothing, tmp_path, headless):
+    assert nothing.to_array().shape == (0, HEIGHT, WIDTH)
+    assert nothing.to_records() == nothing.to_coco()["annotations"] == []
+    paths = nothing.save(tmp_path, "empty")
     assert not np.asarray(Image.open(paths["labels"])).any()
-    assert np.array_equal(np.asarray(Image.open(paths["overlay"])), seg.image)
-    seg.plot().figure.canvas.draw()
-    assert "0 masks" in repr(seg)
-
-
-def test_parts_that_do_not_fit_are_refused():
-    good = nothing()
-    parts = {name: getattr(good, name) for name in good.__dataclass_fields__}
-    with pytest.raises(ValueError, match="scores"):
-        Segmentation(**{**parts, "scores": np.zeros(2, np.float32)})
-    with pytest.raises(ValueError, match="H x W x 3"):
-        Segmentation(**{**parts, "image": good.image[..., 0]})
-    with pytest.raises(ValueError, match="lacks the columns pem"):
-        Segmentation(**{**parts, "prompts": good.prompts.drop(columns="pem")})
-    with pytest.raises(ValueError, match="'lost'"):
-        Segmentation(**{**parts, "prompts": prompt_rows([{"x": 1.0, "y": 1.0, "status": "lost"}])})
+    assert np.array_equal(np.asarray(Image.open(paths["overlay"])), nothing.image)
+    nothing.plot().figure.canvas.draw()
+    assert "0 masks" in repr(nothing)

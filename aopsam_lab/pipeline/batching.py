@@ -20,14 +20,14 @@ def in_batches(
 ) -> Iterator[Result]:
     """Yield `work(part)` of all items, at most `size` at a time, in their order.
 
-    On a CPU as many batches run side by side as torch has threads, each with one of them: a batch
-    of small products leaves threads that share it waiting for each other. Batches become smaller,
-    down to `least`, so that all threads have as many.
+    On a CPU as many batches run side by side as torch has threads, each on one: threads that share
+    a batch of small products wait for each other. Batches become smaller, down to `least`, so that
+    all threads have as many.
     """
     threads = torch.get_num_threads() if items.device.type == "cpu" else 1
     turns = -(-len(items) // (size * threads))
     each = max(least, -(-len(items) // max(1, turns * threads)))
-    parts = items.split(min(size, each)) if len(items) else ()
+    parts = items.split(min(size, each))
     if threads == 1 or len(parts) < 2:
         yield from halving(items, size, work)
         return
@@ -63,18 +63,16 @@ if hasattr(os, "register_at_fork"):  # a forked process has no threads but its o
 
 def halving(items: Tensor, size: int, work: Callable[[Tensor], Result]) -> Iterator[Result]:
     """Yield `work(part)` of `size` items at a time; of half as many once memory runs out."""
-    at = 0
-    while at < len(items):
+    while len(items):
         try:
-            result = work(items[at : at + size])
+            done = [work(items[:size])]
         except torch.OutOfMemoryError:
             if size == 1:
                 raise
-        else:
-            at += size
-            yield result
-            continue
-        # here the error and all that it holds on to are gone
-        size = -(-min(size, len(items) - at) // 2)
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+            done = []
+        if done:
+            yield done.pop()
+            items = items[size:]
+        else:  # the error is gone, and with it the memory that it held
+            size = -(-min(size, len(items)) // 2)
+            torch.cuda.empty_cache()  # does nothing where there is no GPU

@@ -1,15 +1,14 @@
 """One image through SAM: encode it, decode prompts, keep the masks that pass, remove duplicates.
 
-Every method's masks are filtered as `SamAutomaticMaskGenerator` does it: predicted IoU, stability
-score at the image's size, box NMS at 0.7. Its crops, clean-up of small regions and edge filter
-change nothing on a whole image.
+Masks are filtered as by `SamAutomaticMaskGenerator`: predicted IoU, stability score at the image's
+size, box NMS. Its crops, clean-up of small regions and edge filter change nothing on a whole image.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -30,8 +29,8 @@ STABILITY_OFFSET = 1.0
 # Pixels of the embedding times prompts decoded at a time: fits a CPU's cache, fills a GPU.
 DECODE_PIXELS = {"cpu": 1 << 14, "cuda": 1 << 20}
 MIN_DECODE_BATCH = 4  # fewer would read the decoder's weights too often
-# Masks that wait for duplicates to be removed are kept as logits up to the larger of these: bytes,
-# and as many as float masks at the image's size. Beyond it they are encoded first.
+# Masks wait as logits until duplicates are removed, up to the larger of these: bytes, and as many
+# as float masks at the image's size. Beyond it they are encoded first.
 KEPT_LOGITS, KEPT_MASKS = 32 << 20, 24
 
 
@@ -84,8 +83,8 @@ def full_resolution(sam: Sam, encoded: Encoded, low_res: Tensor) -> Tensor:
 
 def image_decoder(sam: Sam, encoded: Encoded) -> ImageDecoder:
     """The mask decoder of an encoded image, made once; it draws on the image, not on padding."""
-    key = sam.mask_decoder
-    if key not in encoded.made:
+    decoder = sam.mask_decoder
+    if decoder not in encoded.made:
         no_mask = sam.prompt_encoder.no_mask_embed.weight[0]
         grid, model = encoded.embedding.shape[-2:], sam.image_encoder.img_size
         used = []
@@ -94,14 +93,30 @@ def image_decoder(sam: Sam, encoded: Encoded) -> ImageDecoder:
             logits = math.ceil(part * 4 * side / model) + 1
             used.append(min(side, math.ceil(logits / 4)))
         inputs = encoded.embedding, encoded.image_pe, no_mask
-        encoded.made[key] = ImageDecoder(sam.mask_decoder, *inputs, tuple(used))
-    return encoded.made[key]
+        encoded.made[decoder] = ImageDecoder(decoder, *inputs, tuple(used))
+    return encoded.made[decoder]
 
 
-def full_size(sam: Sam, encoded: Encoded) -> FullSize:
+def full_size(encoded: Encoded) -> FullSize:
     """What resizes the masks of an encoded image."""
-    sizes = tuple(encoded.input_size), encoded.image.shape[:2]
-    return FullSize(sam.image_encoder.img_size, *sizes)
+    return FullSize(encoded.model_image.shape[-1], encoded.input_size, encoded.image.shape[:2])
+
+
+def nothing(encoded: Encoded) -> Found:
+    """What no prompt finds."""
+    none, side = encoded.embedding.new_zeros(0), 4 * encoded.embedding.shape[-1]
+    boxes, prompt = none.view(0, 4).long(), none.long()
+    return Found(none.view(0, side, side), none, none, boxes, prompt, none, masks=[])
+
+
+def joined(parts: Sequence[Found]) -> Found:
+    """What several batches of prompts found."""
+    names = ("low_res", "iou", "stability", "boxes", "prompt", "best_iou")
+    fields = (torch.cat([getattr(part, name) for part in parts]) for name in names)
+    masks = None
+    if all(part.masks is not None for part in parts):
+        masks = [rle for part in parts for rle in part.masks]
+    return Found(*fields, masks)
 
 
 def decode_and_filter(
@@ -112,32 +127,24 @@ def decode_and_filter(
     Masks below the predicted IoU are never drawn, and those below the stability score are forgotten
     batch by batch: memory grows with the masks kept.
     """
-    decoder, sizes = image_decoder(sam, encoded), full_size(sam, encoded)
+    decoder, sizes = image_decoder(sam, encoded), full_size(encoded)
     masks = slice(1, None) if prompts.multimask else slice(0, 1)
-    empty = encoded.embedding.new_zeros(0)
-    side = 4 * encoded.embedding.shape[-1]
-    none = (empty.view(0, side, side), empty, empty, empty.view(0, 4).long(), empty.long())
+    least = spec.stability_score_thresh
 
-    def found_of(part: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def found_of(part: Tensor) -> Found:
         decoded = decoder.decode(prompt_tokens(sam, encoded, prompts, part))
         wanted = torch.zeros_like(decoded.iou, dtype=torch.bool)
         wanted[:, masks] = decoded.iou[:, masks] > spec.pred_iou_thresh
-        best = decoded.iou[:, masks].amax(1)
-        if not wanted.any():
-            return best, none
         low_res = decoded.draw(wanted)
-        least = spec.stability_score_thresh
         stability, boxes = sizes.measure(low_res, sam.mask_threshold, STABILITY_OFFSET, least)
         owner = part.repeat_interleave(wanted.sum(1))
         stable = stability >= least  # an empty mask has NaN and fails
         fields = (low_res, decoded.iou[wanted], stability, boxes, owner)
-        return best, tuple(x[stable] for x in fields)
+        return Found(*(x[stable] for x in fields), decoded.iou[:, masks].amax(1))
 
     pixels = DECODE_PIXELS.get(index.device.type, DECODE_PIXELS["cpu"])
     size = max(MIN_DECODE_BATCH, pixels // encoded.embedding[0, 0].numel())
-    parts = in_batches(index, size, found_of, MIN_DECODE_BATCH)
-    best, kept = zip((empty, none), *parts, strict=True)
-    return Found(*(torch.cat(x) for x in zip(*kept, strict=True)), torch.cat(best))
+    return joined([nothing(encoded), *in_batches(index, size, found_of, MIN_DECODE_BATCH)])
 
 
 def encode_early(sam: Sam, encoded: Encoded, found: list[Found]) -> None:
@@ -146,52 +153,42 @@ def encode_early(sam: Sam, encoded: Encoded, found: list[Found]) -> None:
     Most will be duplicates, encoded for nothing; so this waits until they take more than
     KEPT_LOGITS and KEPT_MASKS allow. The logits of masks that are encoded already always go.
     """
-    waiting = [part for part in found if part.masks is None]
+    waiting = sum(part.low_res.nbytes for part in found if part.masks is None)
     kept = max(KEPT_LOGITS, KEPT_MASKS * 4 * math.prod(encoded.image.shape[:2]))
-    if sum(part.low_res.nbytes for part in waiting) > kept:
-        for part in waiting:
-            part.masks = encoded_masks(sam, encoded, part.low_res)
     for part in found:
-        if part.masks is not None:
-            part.low_res = part.low_res.new_zeros(0, *part.low_res.shape[1:])
+        if waiting > kept or part.masks is not None:
+            part.masks = encoded_masks(sam, encoded, part)
+            part.low_res = part.low_res[:0].clone()
 
 
 def encoded_masks(
-    sam: Sam, encoded: Encoded, low_res: Tensor, index: Tensor | None = None
+    sam: Sam, encoded: Encoded, found: Found, index: Tensor | None = None
 ) -> list[dict]:
-    """COCO RLE of the masks `index`, in its order; None: of all."""
-    sizes = full_size(sam, encoded)
+    """COCO RLE of the masks `index` of those found, in its order; None: of all."""
     if index is None:
-        index = torch.arange(len(low_res), device=low_res.device)
+        index = torch.arange(len(found.iou), device=found.iou.device)
+    if found.masks is not None:
+        return [found.masks[i] for i in index.tolist()]
+    sizes = full_size(encoded)
 
     def encode_part(part: Tensor) -> list[dict]:
-        return sizes.encode(low_res[part], sam.mask_threshold)
+        return sizes.encode(found.low_res[part], sam.mask_threshold)
 
     return [rle for part in in_batches(index, max(1, len(index)), encode_part) for rle in part]
 
 
 def remove_duplicates(sam: Sam, encoded: Encoded, found: list[Found]) -> dict[str, Any]:
     """Box NMS over all rounds, then RLE of what is left: the mask fields of a Segmentation."""
-    if not any(len(part.iou) for part in found):
-        none = np.zeros(0, np.float32)
-        boxes, prompt = none.reshape(0, 4), none.astype(int)
-        return dict(masks=[], scores=none, stability=none, boxes=boxes, mask_prompt=prompt)
     iou, stability, boxes, prompt = (
-        torch.cat([getattr(part, name) for part in found])
+        torch.cat([getattr(part, name) for part in (nothing(encoded), *found)])
         for name in ("iou", "stability", "boxes", "prompt")
     )
     keep = nms(boxes.float(), iou, BOX_NMS_THRESH)  # best first
     masks, first = {}, 0
     for part in found:  # one by one: all logits in one tensor would be there twice
-        own = keep[(keep >= first) & (keep < first + len(part.iou))] - first
-        if part.masks is None:
-            rles = encoded_masks(sam, encoded, part.low_res, own)
-        else:
-            rles = [part.masks[i] for i in own.tolist()]
-        masks |= dict(zip((own + first).tolist(), rles, strict=True))
+        own = keep[(keep >= first) & (keep < first + len(part.iou))]
+        masks |= zip(own.tolist(), encoded_masks(sam, encoded, part, own - first), strict=True)
         first += len(part.iou)
-    scores, stability, boxes, prompt = (
-        x[keep].cpu().numpy() for x in (iou.float(), stability.float(), boxes.float(), prompt)
-    )
-    masks = [masks[i] for i in keep.tolist()]
-    return dict(masks=masks, scores=scores, stability=stability, boxes=boxes, mask_prompt=prompt)
+    kept = {"scores": iou, "stability": stability, "boxes": boxes.float(), "mask_prompt": prompt}
+    kept = {name: values[keep].cpu().numpy() for name, values in kept.items()}
+    return {"masks": [masks[i] for i in keep.tolist()], **kept}

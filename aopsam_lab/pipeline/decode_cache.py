@@ -6,17 +6,15 @@ them are not those of the method.
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from itertools import compress
 
 import torch
 from segment_anything.modeling import Sam
 from torch import Tensor
 from torchvision.ops import nms
 
-from aopsam_lab.pipeline.decode import decode_and_filter, encoded_masks
+from aopsam_lab.pipeline.decode import decode_and_filter, encoded_masks, joined, nothing
 from aopsam_lab.pipeline.types import BOX_NMS_THRESH, Encoded, Found, Prompts
 from aopsam_lab.predictor import PromptPredictor
 from aopsam_lab.sam.zoo import SamSpec, spec_of
@@ -24,41 +22,21 @@ from aopsam_lab.sam.zoo import SamSpec, spec_of
 MAX_BYTES = 512 * 2**20
 WRONG = "this cache belongs to another image, model or pair of thresholds: make one for each image"
 
-
-@dataclass(frozen=True)
-class Candidates:
-    """The n masks of one prompt that pass the cache's thresholds, in the decoder's order.
-
-    Args:
-        iou, stability: (n,).
-        boxes: (n, 4) long, image frame, inclusive.
-        masks: n COCO RLE, or None where they are not encoded yet.
-        strict: (n,) bool, which of them pass SAM's own thresholds.
-        logits: (k, 4h, 4w), model frame, of these k masks only.
-        best_iou: (), the highest predicted IoU of all the prompt's masks.
-    """
-
-    iou: Tensor
-    stability: Tensor
-    boxes: Tensor
-    masks: list[dict] | None
-    strict: Tensor
-    logits: Tensor
-    best_iou: Tensor
+# of one prompt: what passes SAM's own thresholds, and what passes the cache's, without logits
+Decoded = tuple[Found, Found]
 
 
 class DecodeCache:
     """Decodes each prompt of an image once: for `run_method(decode=...)`.
 
-    A prompt is known by its exact point or box. `n_decoded` counts the prompts that were decoded,
-    `n_served` those that were known.
+    A prompt is known by its exact point or box. `n_decoded` counts the prompts that were decoded.
 
     Args:
         sam: the model.
         encoded: the image.
         loosest: (predicted IoU, stability score) below which nothing is kept, if lower than SAM's
-            own thresholds. Masks are then encoded at once: at loose thresholds nearly all pass, and
-            1,024 prompts of MobileSAM have 800 MB of logits but 3 MB of RLE. None: SAM's own.
+            own. Masks are then encoded at once: nearly all pass, and 1,024 prompts of MobileSAM
+            have 800 MB of logits but 3 MB of RLE. None: SAM's own.
         max_bytes: of logits kept; beyond it the prompts asked for longest ago are forgotten.
     """
 
@@ -70,132 +48,107 @@ class DecodeCache:
         max_bytes: int = MAX_BYTES,
     ) -> None:
         self.sam, self.encoded, self.max_bytes = sam, encoded, max_bytes
-        self.own = self.loosest = spec_of(sam)
-        self._early = loosest is not None
-        if loosest is not None:
-            self.loosest = replace(
-                self.own,
-                pred_iou_thresh=min(loosest[0], self.own.pred_iou_thresh),
-                stability_score_thresh=min(loosest[1], self.own.stability_score_thresh),
-            )
-        self.n_decoded = self.n_served = self.bytes = 0
-        self._known: OrderedDict[Hashable, Candidates] = OrderedDict()
+        self.own, self._early = spec_of(sam), loosest is not None
+        own = self.own.pred_iou_thresh, self.own.stability_score_thresh
+        self.loosest = tuple(map(min, own, loosest or own))
+        self.n_decoded = self.bytes = 0
+        self._known: dict[tuple, Decoded] = {}  # those asked for longest ago first
 
     def __call__(
         self, sam: Sam, encoded: Encoded, prompts: Prompts, index: Tensor, spec: SamSpec
     ) -> Found:
         """As `decode_and_filter`: the masks that pass SAM's own thresholds."""
-        return _strict_masks(self.candidates(sam, encoded, prompts, index, spec), index)
+        return of_prompts(self.decoded(sam, encoded, prompts, index, spec), index)
 
-    def candidates(
+    def decoded(
         self, sam: Sam, encoded: Encoded, prompts: Prompts, index: Tensor, spec: SamSpec
-    ) -> list[Candidates]:
-        """What passes the cache's thresholds, of each of the prompts `index`.
+    ) -> list[Decoded]:
+        """What each of the prompts `index` gives.
 
         Raises:
             ValueError: another image, model or pair of thresholds than the cache was made for.
         """
         if sam is not self.sam or encoded is not self.encoded or spec != self.own:
             raise ValueError(WRONG)
-        keys = [_key(prompts, row) for row in index.tolist()]
-        known = {key: self._known[key] for key in keys if key in self._known}
+        places = prompts.points if prompts.boxes is None else prompts.boxes
+        keys = [(*place, prompts.multimask) for place in places[index].tolist()]
+        known = {key: self._known.pop(key) for key in keys if key in self._known}
         new = [i for i, key in enumerate(keys) if key not in known]
         if new:
-            decoded = self._decode(prompts, index[new])
-            known |= {keys[i]: own for i, own in zip(new, decoded, strict=True)}
+            known |= zip([keys[i] for i in new], self._decode(prompts, index[new]), strict=True)
         self.n_decoded += len(new)
-        self.n_served += len(keys) - len(new)
-        for key, own in known.items():
-            if key not in self._known:
-                self.bytes += own.logits.nbytes
-            self._known[key] = own
-            self._known.move_to_end(key)
+        self._known |= known  # at the end: asked for last
+        self.bytes = sum(strict.low_res.nbytes for strict, _ in self._known.values())
         while self.bytes > self.max_bytes:
-            _, oldest = self._known.popitem(last=False)
-            self.bytes -= oldest.logits.nbytes
+            strict, _ = self._known.pop(next(iter(self._known)))
+            self.bytes -= strict.low_res.nbytes
         return [known[key] for key in keys]
 
-    def _decode(self, prompts: Prompts, index: Tensor) -> list[Candidates]:
-        found = decode_and_filter(self.sam, self.encoded, prompts, index, self.loosest)
-        rles = encoded_masks(self.sam, self.encoded, found.low_res) if self._early else None
+    def _decode(self, prompts: Prompts, index: Tensor) -> list[Decoded]:
+        least_iou, least_stability = self.loosest
+        spec = replace(self.own, pred_iou_thresh=least_iou, stability_score_thresh=least_stability)
+        found = decode_and_filter(self.sam, self.encoded, prompts, index, spec)
+        found.masks = encoded_masks(self.sam, self.encoded, found) if self._early else None
         strict = found.iou > self.own.pred_iou_thresh
         strict &= found.stability >= self.own.stability_score_thresh
-        decoded, first = [], 0
-        for row, best in zip(index, found.best_iou, strict=True):  # masks stand prompt by prompt
-            part = slice(first, first + int((found.prompt == row).sum()))
-            # copies: the rest is forgotten
-            fields = found.iou, found.stability, found.boxes, strict
-            *numbers, own = (x[part].clone() for x in fields)
-            masks = None if rles is None else rles[part]
-            logits = found.low_res[part][own]
-            decoded.append(Candidates(*numbers, masks, own, logits, best.clone()))
-            first = part.stop
+        loose = replace(found, low_res=found.low_res[:, :0, :0])
+        decoded = []
+        for row, best in zip(index, found.best_iou, strict=True):
+            own = found.prompt == row
+            decoded.append((_some(found, own & strict, best), _some(loose, own, best)))
         return decoded
 
 
-def _strict_masks(decoded: Sequence[Candidates], index: Tensor) -> Found:
-    counts = torch.tensor([int(own.strict.sum()) for own in decoded], device=index.device)
-    masks = None
-    if all(own.masks is not None for own in decoded):
-        masks = [rle for own in decoded for rle in compress(own.masks, own.strict.tolist())]
-    return Found(
-        torch.cat([own.logits for own in decoded]),
-        *(
-            torch.cat([getattr(own, name)[own.strict] for own in decoded])
-            for name in ("iou", "stability", "boxes")
-        ),
-        prompt=index.repeat_interleave(counts),
-        best_iou=torch.stack([own.best_iou for own in decoded]),
-        masks=masks,
-    )
+def _some(found: Found, wanted: Tensor, best_iou: Tensor) -> Found:
+    """A copy of the masks marked, (n,) bool: the rest can be forgotten."""
+    fields = (found.low_res, found.iou, found.stability, found.boxes, found.prompt)
+    masks = found.masks and [found.masks[i] for i in wanted.nonzero()[:, 0].tolist()]
+    return Found(*(x[wanted] for x in fields), best_iou.clone()[None], masks)
+
+
+def of_prompts(decoded: Sequence[Decoded], index: Tensor) -> Found:
+    """The masks of the prompts `index` that pass SAM's own thresholds, as one."""
+    found = joined([strict for strict, _ in decoded])
+    counts = torch.tensor([len(strict.iou) for strict, _ in decoded], device=index.device)
+    return replace(found, prompt=index.repeat_interleave(counts))
 
 
 @dataclass
 class LooseRun:
-    """One run of a method on a cache with loose thresholds: for `run_method(decode=...)`.
+    """An ordinary run of a method on a cache with loose thresholds: for `run_method(decode=...)`.
 
-    Its prompts and references are those of an ordinary run; `masks_at` tells what other thresholds
-    would have kept.
+    `masks_at` tells what other thresholds would have kept.
     """
 
     cache: DecodeCache
-    _decoded: list[Candidates] = field(default_factory=list, init=False)
+    _loose: list[Found] = field(default_factory=list, init=False)
 
     def __call__(
         self, sam: Sam, encoded: Encoded, prompts: Prompts, index: Tensor, spec: SamSpec
     ) -> Found:
         """As the cache."""
-        decoded = self.cache.candidates(sam, encoded, prompts, index, spec)
-        # without logits: what the cache forgets must not stay here
-        self._decoded += [replace(own, logits=own.logits.new_zeros(0)) for own in decoded]
-        return _strict_masks(decoded, index)
+        decoded = self.cache.decoded(sam, encoded, prompts, index, spec)
+        self._loose += [loose for _, loose in decoded]
+        return of_prompts(decoded, index)
 
     @torch.inference_mode()
     def masks_at(self, thresholds: Sequence[tuple[float, float]]) -> list[list[dict]]:
-        """The masks kept at each pair (predicted IoU, stability score), duplicates removed.
-
-        Returns:
-            For each pair a list of COCO RLE, by predicted IoU, highest first.
+        """COCO RLE of the masks kept at each pair (predicted IoU, stability score), best first.
 
         Raises:
             ValueError: a pair is below the cache's thresholds.
         """
-        low = self.cache.loosest.pred_iou_thresh, self.cache.loosest.stability_score_thresh
+        loosest, kept = self.cache.loosest, []
+        found = joined(self._loose) if self._loose else nothing(self.cache.encoded)
         for pair in thresholds:
-            if pair[0] < low[0] or pair[1] < low[1]:
-                raise ValueError(f"masks were decoded down to {low}, not to the thresholds {pair}")
-        if not self._decoded:
-            return [[] for _ in thresholds]
-        iou, stability, boxes = (
-            torch.cat([getattr(own, name) for own in self._decoded])
-            for name in ("iou", "stability", "boxes")
-        )
-        masks = [rle for own in self._decoded for rle in own.masks]
-        kept = []
-        for least_iou, least_stability in thresholds:
-            passing = ((iou > least_iou) & (stability >= least_stability)).nonzero()[:, 0]
-            best_first = passing[nms(boxes[passing].float(), iou[passing], BOX_NMS_THRESH)]
-            kept.append([masks[i] for i in best_first.tolist()])
+            if pair[0] < loosest[0] or pair[1] < loosest[1]:
+                raise ValueError(
+                    f"masks were decoded down to {loosest}, not to the thresholds {pair}"
+                )
+            passing = (found.iou > pair[0]) & (found.stability >= pair[1])
+            rows = passing.nonzero()[:, 0]
+            best_first = rows[nms(found.boxes[rows].float(), found.iou[rows], BOX_NMS_THRESH)]
+            kept.append([found.masks[i] for i in best_first.tolist()])
         return kept
 
 
@@ -213,8 +166,3 @@ class PcmCache:
         if self._pcm is None:
             self._pcm = self.predictor.pcm(image, embedding, valid)
         return self._pcm
-
-
-def _key(prompts: Prompts, row: int) -> Hashable:
-    box = None if prompts.boxes is None else tuple(prompts.boxes[row].tolist())
-    return tuple(prompts.points[row].tolist()), box, prompts.multimask

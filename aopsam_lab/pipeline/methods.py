@@ -1,15 +1,4 @@
-"""Every method is one small object that proposes prompts; `METHODS` is the registry.
-
-| name          | prompts                                                 | masks a prompt |
-|---------------|---------------------------------------------------------|----------------|
-| amg_s, amg_d  | 16 x 16 and 32 x 32 grid (the paper's AMG-S, AMG-D)     | 3              |
-| oas_box       | YOLOv8 boxes, at most 100 (the paper's OAS Box)         | 1              |
-| oas_point     | their centres (the paper's OAS Central Point)           | 3              |
-| aop_no_as_af  | one point a component of the PCM (ablation)             | 3              |
-| aop_no_af     | adaptive sampling only (ablation)                       | 3              |
-| aop           | adaptive sampling and filtering: AoP-SAM                | 3              |
-| aop_raw       | as aop, PEM and threshold as the paper words them       | 3              |
-| aop_gated     | as aop, a mask eliminates only prompts on or beside it  | 3              |
+"""Every method is one small object that proposes prompts; METHODS is the registry.
 
 To add a method: write a class with `name`, `needs`, `uses` and `start`, and list it in METHODS.
 """
@@ -42,7 +31,7 @@ class Method(Protocol):
 
 @dataclass(frozen=True)
 class Grid:
-    """AMG's grid of side * side points over the image, as segment_anything builds it."""
+    """A grid of side * side points over the image, as segment_anything builds it."""
 
     name: str
     side: int
@@ -59,7 +48,7 @@ class Grid:
 
 @dataclass(frozen=True)
 class DetectorPrompts:
-    """OAS: YOLOv8 boxes as prompts, or the centres of these boxes."""
+    """At most MAX_BOXES boxes of YOLOv8 as prompts, or their centres."""
 
     name: str
     as_points: bool
@@ -78,22 +67,14 @@ class DetectorPrompts:
 
 @dataclass(frozen=True)
 class Aop:
-    """AoP-SAM and its ablations.
-
-    Args:
-        adaptive_sampling: or one point a component of the PCM.
-        filtering: whether prompts are eliminated.
-        gated: only on a mask or beside it.
-        literal: with the raw embedding and no lower bound of the threshold.
-        name, first, rounds, needs: as Method and FilteredProposal.
-    """
+    """AoP-SAM and its ablations."""
 
     name: str
-    adaptive_sampling: bool = True
-    filtering: bool = True
-    gated: bool = False
-    literal: bool = False
-    first: float = asf.FIRST
+    adaptive_sampling: bool = True  # or one point a component of the PCM
+    filtering: bool = True  # whether prompts are eliminated
+    literal: bool = False  # by the raw embedding, and without a lower bound of the threshold
+    gated: bool = False  # only prompts on a mask or beside it
+    first: float = asf.FIRST  # see FilteredProposal
     rounds: int = asf.ROUNDS
     needs: str = "predictor"
 
@@ -115,14 +96,14 @@ class Aop:
             cells, confidence = asf.sample_prompts(pcm, *sampling)
         else:
             cells, confidence = asf.component_prompts(pcm, params.confidence)
-        # a smoothed map can peak just outside the image; such a prompt would lie on padding
+        # a smoothed map can peak just outside the image, on padding
         inside = valid[cells[:, 0], cells[:, 1]]
         cells, confidence = cells[inside], confidence[inside]
         points = encoded.to_image((cells.flip(1) + 0.5) * (size / pcm.shape[-1]))
         prompts = Prompts(points, confidence)
         if not self.filtering:
             return Proposal(prompts, pcm)
-        # cells of the coarse grid that hold a cell on the image: nothing is computed of the others
+        # the cells of the embedding that hold one on the image: nothing is computed of the others
         rows, columns = (-(-int(valid.any(dim).sum()) // CELL) for dim in (1, 0))
         valid = asf.valid_cells(encoded.input_size, size, grid, device)[:rows, :columns]
         look, place = (x[0, :, :rows, :columns] for x in (encoded.embedding, encoded.image_pe))
@@ -148,11 +129,11 @@ class Aop:
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
-        Grid("amg_s", 16),
-        Grid("amg_d", 32),
-        DetectorPrompts("oas_box", as_points=False),
-        DetectorPrompts("oas_point", as_points=True),
-        Aop("aop_no_as_af", adaptive_sampling=False, filtering=False),
+        Grid("amg_s", 16),  # the paper's AMG-S
+        Grid("amg_d", 32),  # AMG-D
+        DetectorPrompts("oas_box", as_points=False),  # OAS Box
+        DetectorPrompts("oas_point", as_points=True),  # OAS Central Point
+        Aop("aop_no_as_af", adaptive_sampling=False, filtering=False),  # the ablation
         Aop("aop_no_af", filtering=False),
         Aop("aop"),
         # its `first` was chosen on training photographs: reports/training/filtering.csv

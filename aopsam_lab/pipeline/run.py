@@ -46,21 +46,13 @@ def run_method(
     decode: Decode = decode_and_filter,
     max_prompts: int | None = None,
 ) -> Segmentation:
-    """Run one method on an encoded image.
+    """Run one method, by its name in METHODS or of your own, on an image that `encode` encoded.
 
-    Args:
-        sam: the model.
-        encoded: the image, as `encode` returns it.
-        method: a name in METHODS, or a method of your own.
-        predictor: for the methods that need one.
-        detector: for the methods that need one.
-        params: the ASF parameters.
-        decode: what decodes a round, such as a DecodeCache.
-        max_prompts: how many prompts are decoded at most, strongest first; None: all.
+    `decode` decodes a round of prompts; it may be a DecodeCache. The rest is as for `segment`.
 
     Raises:
-        ValueError: there is no such method, a model that it needs is missing, or max_prompts is
-            below 1.
+        ValueError: no such method, a model that it needs is missing, or max_prompts is not a whole
+            number of 1 or more.
     """
     chosen = method_named(method)
     if max_prompts is not None and (max_prompts < 1 or int(max_prompts) != max_prompts):
@@ -137,13 +129,12 @@ def _prompt_table(
     proposal: Proposal, decoded: Decoded, mask_prompt: np.ndarray, pred_iou_thresh: float
 ) -> pd.DataFrame:
     """One row a prompt: where, how sure, in which round, and what became of it."""
-    prompts, m = proposal.prompts, len(proposal.prompts)
-    table = pd.DataFrame(prompts.points.cpu().numpy().astype(np.float64), columns=["x", "y"])
+    prompts, by = proposal.prompts, proposal.eliminated_by.cpu().numpy()
+    table = pd.DataFrame(prompts.points.double().cpu().numpy(), columns=["x", "y"])
     table["confidence"] = prompts.confidence.cpu().numpy()
-    table["by"] = proposal.eliminated_by.cpu().numpy()
-    table["pem"] = proposal.pem_value.cpu().numpy()
-    round_of = np.full(m, -1)
-    status = np.where(table["by"] >= 0, "eliminated", "not_reached").astype(object)
+    table["by"], table["pem"] = by, proposal.pem_value.cpu().numpy()
+    round_of = np.full(len(by), -1)
+    status = np.where(by >= 0, "eliminated", "not_reached").astype(object)
     for n_round, part, found in decoded:
         rows = part.cpu().numpy()
         round_of[rows] = n_round
@@ -152,7 +143,7 @@ def _prompt_table(
         status[found.prompt.cpu().numpy()] = "duplicate"
     status[mask_prompt] = "kept"
     table["round"], table["status"] = round_of, status
-    boxes = np.full((m, 4), np.nan) if prompts.boxes is None else prompts.boxes.cpu().numpy()
+    boxes = np.nan if prompts.boxes is None else prompts.boxes.cpu().numpy()
     table[["x0", "y0", "x1", "y1"]] = boxes
     return table
 
@@ -181,28 +172,27 @@ def segment(
     """
     pixels, needs = read_image(image), method_named(method).needs
     sam = loaded_sam(sam, device)
-    if needs == "predictor":
-        predictor = predictor or loaded_model(needs, sam)
-    if needs == "detector":
-        detector = detector or loaded_model(needs, sam)
+    models = {"predictor": predictor, "detector": detector}
+    if needs:
+        models[needs] = models[needs] or loaded_model(needs, sam)
     encoded = encode(sam, pixels)
-    return run_method(sam, encoded, method, predictor, detector, params, max_prompts=max_prompts)
+    return run_method(sam, encoded, method, **models, params=params, max_prompts=max_prompts)
 
 
 def loaded_sam(sam: str | Sam, device: str | torch.device = "auto") -> Sam:
     """A SAM by name, loaded once in this process; a `Sam` as it is."""
-    # "auto" and the device's name are one model
-    return _loaded("sam", sam, str(resolve_device(device))) if isinstance(sam, str) else sam
+    if not isinstance(sam, str):
+        return sam
+    return _loaded(load_sam, sam, device=str(resolve_device(device)))
 
 
 def loaded_model(kind: str, sam: Sam) -> PromptPredictor | Detector:
     """The bundled "predictor" or "detector" for a SAM, loaded once in this process."""
-    name = "any" if kind == "detector" else spec_of(sam).name
-    return _loaded(kind, name, str(sam.device))
+    if kind == "detector":
+        return _loaded(load_detector, device=str(sam.device))
+    return _loaded(load_predictor, spec_of(sam).name, device=str(sam.device))
 
 
 @cache
-def _loaded(kind: str, name: str, device: str) -> Any:
-    if kind == "detector":
-        return load_detector(device=device)
-    return {"sam": load_sam, "predictor": load_predictor}[kind](name, device=device)
+def _loaded(load: Callable, *name: str, device: str) -> Any:
+    return load(*name, device=device)

@@ -10,9 +10,6 @@ import pandas as pd
 from pycocotools import mask as coco_mask
 
 from aopsam_lab.masks.rle import decode_rle
-from aopsam_lab.pipeline.types import STATUSES
-
-PROMPT_COLUMNS = ("x", "y", "confidence", "round", "status", "by", "pem", "x0", "y0", "x1", "y1")
 
 
 @dataclass(eq=False, repr=False)
@@ -22,82 +19,44 @@ class Segmentation:
     n masks, m prompts; S is the side of SAM's input, h x w its embedding. Points and boxes are in
     the image frame: pixels of `image`, (x, y), pixel centres at +0.5.
 
-    Args:
-        image: (H, W, 3) uint8, RGB.
-        masks: n COCO RLE `{"size": [H, W], "counts": bytes}`, by `scores`, highest first.
-        scores: (n,) float32, the IoU that SAM predicts.
-        stability: (n,) float32, IoU of the mask cut at a higher and at a lower logit.
-        boxes: (n, 4) float32, x0 y0 x1 y1, inclusive pixel indices as in segment_anything.
-        mask_prompt: (n,) int, the row of `prompts` that made the mask.
-        prompts: m rows. x, y: the point, or the centre of the box; confidence; round: in which it
-            was decoded, -1 if never; status: one of STATUSES; by: the row of `pems` that eliminated
-            it, -1 for none; pem: the value there, NaN for none; x0, y0, x1, y1: the box, or NaN.
-        pcm: (4h, 4w) float32 in [0, 1], the Prompt Confidence Map over the model frame, or None.
-        pems: (r, h, w) float32, the Prompt Elimination Map of each reference, or None.
-        references: r rows, or None. prompt: the row of `prompts` whose mask it is; threshold: what
-            its PEM must exceed to eliminate a prompt.
-        seconds: encode, infer (until prompts are there: the paper's Inf_Lat), mask (from prompts to
-            masks: Mask_Lat), total.
-        method: its name. params: the ASF parameters that it used.
-        n_decoded, n_sampled, n_eliminated: numbers of prompts.
-        input_size: (height, width) of the scaled image in the model frame.
-        model_size: S.
-
-    Raises:
-        ValueError: these do not fit each other.
+    The columns of `prompts`: x, y, the point or the centre of the box; confidence; round in which
+    it was decoded, -1 if never; status, one of STATUSES; by, the row of `pems` that eliminated it,
+    -1 for none; pem, the value there, NaN for none; x0, y0, x1, y1, the box, or NaN.
     """
 
-    image: np.ndarray
-    masks: list[dict]
-    scores: np.ndarray
-    stability: np.ndarray
-    boxes: np.ndarray
-    mask_prompt: np.ndarray
-    prompts: pd.DataFrame
-    pcm: np.ndarray | None = None
-    pems: np.ndarray | None = None
+    image: np.ndarray  # (H, W, 3) uint8, RGB
+    masks: list[dict]  # n COCO RLE `{"size": [H, W], "counts": bytes}`, by `scores`, highest first
+    scores: np.ndarray  # (n,) float32, the IoU that SAM predicts
+    stability: np.ndarray  # (n,) float32, IoU of the mask cut at a higher and at a lower logit
+    boxes: np.ndarray  # (n, 4) float32, x0 y0 x1 y1, inclusive pixels as in segment_anything
+    mask_prompt: np.ndarray  # (n,) int, the row of `prompts` that made the mask
+    prompts: pd.DataFrame  # m rows
+    pcm: np.ndarray | None = None  # (4h, 4w) float32 in [0, 1], over the model frame
+    pems: np.ndarray | None = None  # (r, h, w) float32, the PEM of each reference
+    # r rows. prompt: the row of `prompts` whose mask it is; threshold: what its PEM must exceed
     references: pd.DataFrame | None = None
+    # encode, infer (until prompts are there: the paper's Inf_Lat), mask (from prompts to masks:
+    # Mask_Lat), total
     seconds: dict[str, float] = field(default_factory=dict)
     method: str = ""
-    params: dict = field(default_factory=dict)
-    n_decoded: int = 0
+    params: dict = field(default_factory=dict)  # the ASF parameters that it used
+    n_decoded: int = 0  # prompts
     n_sampled: int = 0
     n_eliminated: int = 0
-    input_size: tuple[int, int] = (0, 0)
-    model_size: int = 0
-
-    def __post_init__(self) -> None:
-        if self.image.ndim != 3 or self.image.shape[2] != 3 or self.image.dtype != np.uint8:
-            found = f"{self.image.dtype} of shape {self.image.shape}"
-            raise ValueError(f"image must be H x W x 3 uint8, got {found}.")
-        n = len(self.masks)
-        shapes = {"scores": (n,), "stability": (n,), "boxes": (n, 4), "mask_prompt": (n,)}
-        for name, shape in shapes.items():
-            found = getattr(self, name).shape
-            if found != shape:
-                raise ValueError(f"{name} must have shape {shape} for {n} masks, got {found}.")
-        missing = [name for name in PROMPT_COLUMNS if name not in self.prompts]
-        if missing:
-            raise ValueError(f"prompts lacks the columns {', '.join(missing)}.")
-        for status in set(self.prompts["status"]) - set(STATUSES):
-            raise ValueError(f"status {status!r} of prompts is not one of {', '.join(STATUSES)}.")
+    input_size: tuple[int, int] = (0, 0)  # (height, width) of the scaled image in the model frame
+    model_size: int = 0  # S
 
     def __repr__(self) -> str:
         height, width = self.image.shape[:2]
-        return (
-            f"Segmentation({self.method!r}, {width} x {height} pixels: {len(self.masks)} masks, "
-            f"{self.n_decoded} of {self.n_sampled} prompts decoded)"
-        )
+        found = f"{len(self.masks)} masks, {self.n_decoded} of {self.n_sampled} prompts decoded"
+        return f"Segmentation({self.method!r}, {width} x {height} pixels: {found})"
 
     def to_array(self) -> np.ndarray:
         """The masks, (n, H, W) bool."""
         return decode_rle(self.masks, self.image.shape[:2])
 
     def to_records(self) -> list[dict]:
-        """The masks as SamAutomaticMaskGenerator gives them; supervision's `from_sam` reads them.
-
-        Boxes are x, y, width, height; `crop_box` is the whole image.
-        """
+        """The masks as SamAutomaticMaskGenerator gives them, for supervision's `from_sam`."""
         height, width = self.image.shape[:2]
         return [
             {
@@ -110,11 +69,7 @@ class Segmentation:
         ]
 
     def to_coco(self, image_id: int = 1, file_name: str = "") -> dict:
-        """A COCO data set of this image, ready for `json.dump` and `pycocotools.coco.COCO`.
-
-        Annotation i + 1 is mask i. Beside COCO's own keys it has score, stability_score and
-        point_coords.
-        """
+        """A COCO data set of this image, ready for `json.dump`; annotation i + 1 is mask i."""
         height, width = self.image.shape[:2]
         annotations = [
             {
@@ -147,18 +102,13 @@ class Segmentation:
         }
 
     def pem(self, i: int | None = None) -> np.ndarray:
-        """The PEM of reference i, or the highest value of all references, (h, w) float32.
-
-        Raises:
-            ValueError: the method made no PEM, or none with that number.
-        """
+        """The PEM of reference i, or the highest value of all references, (h, w) float32."""
         if self.pems is None:
             raise ValueError(f"Method {self.method!r} made no PEM here; method 'aop' makes some.")
         if i is None:
             return self.pems.max(axis=0)
-        n = len(self.pems)
-        if not 0 <= i < n:
-            raise ValueError(f"There is no reference {i}: this image has {n}, numbered from 0.")
+        if not 0 <= i < len(self.pems):
+            raise ValueError(f"There is no reference {i}: this image has {len(self.pems)}, from 0.")
         return self.pems[i]
 
     # The package's face knows who draws and who writes; a result does not.

@@ -37,14 +37,13 @@ def save(
     Returns:
         The paths under "labels", "overlay" and "coco".
     """
-    folder = Path(folder)
     labels = drawing.png_bytes(drawing.label_image(seg.masks, seg.image.shape[:2]))
     overlay = drawing.png_bytes(drawing.overlay(seg.image, seg.masks))
     coco = json.dumps(seg.to_coco(file_name=stem if file_name is None else file_name))
     return {
-        "labels": write_atomically(folder / f"{stem}_labels.png", labels),
-        "overlay": write_atomically(folder / f"{stem}_overlay.png", overlay),
-        "coco": write_atomically(folder / f"{stem}.json", coco),
+        "labels": write_atomically(Path(folder, f"{stem}_labels.png"), labels),
+        "overlay": write_atomically(Path(folder, f"{stem}_overlay.png"), overlay),
+        "coco": write_atomically(Path(folder, f"{stem}.json"), coco),
     }
 
 
@@ -56,18 +55,15 @@ def plot(
     alpha: float = 0.45,
     legend: bool = True,
 ) -> Any:
-    """Draw the image, its masks and its prompts with matplotlib.
+    """Draw the image, its masks and its prompts with matplotlib; return the axes.
 
     Args:
         seg: what to draw.
-        ax: the axes; None: those of a new figure.
+        ax: the axes, in the image frame; None: those of a new figure.
         masks: whether masks are drawn, with the opacity `alpha`.
         prompts: whether prompts are drawn, or the STATUSES of those that are.
         alpha: from 0 to 1.
         legend: whether the statuses are explained.
-
-    Returns:
-        The axes, in the image frame.
     """
     if ax is None:
         import matplotlib.pyplot as plt
