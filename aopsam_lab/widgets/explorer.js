@@ -145,22 +145,16 @@ function render({ model, el }) {
   const message = tag("span", { className: "aop-message", role: "status" });
   const readout = tag("span", { className: "aop-readout" });
   const get = (name) => model.get(name), stage = new Stage(get);
-  const act = actions(model, stage, message, readout);
-  const controls = makeControls(get, act), side = makeSide(get, act, stage);
-  let said = [];
+  const act = actions(model, stage, message, readout), updates = [() => stage.update()];
+  const root = tag("div", { className: "aop" }, makeControls(get, act, updates),
+    tag("div", { className: "aop-main" }, stage.box, makeSide(get, act, stage, updates)),
+    tag("div", { className: "aop-line" }, message, readout));
 
   /** The page is what the traits say. */
   function update() {
     if (get("image") !== stage.packed) stage.open(get("image")).then(update);
-    const now = [get("message"), get("left"), get("right")];
-    // "Copied" is about what was there before
-    if (now.some((value, i) => value !== said[i])) act.say(get("message"));
-    said = now;
-    for (const part of [stage, controls, side]) part.update();
+    updates.forEach((part) => part());
   }
-  const root = tag("div", { className: "aop" }, controls.box,
-    tag("div", { className: "aop-main" }, stage.box, side.box),
-    tag("div", { className: "aop-line" }, message, readout));
   root.onkeydown = (e) => { // JupyterLab's shortcuts of a single key stay out
     if (!isShortcut(e)) e.stopPropagation();
   };
@@ -168,8 +162,12 @@ function render({ model, el }) {
   listenToPointer(stage, act);
   listenToKeys(stage, act);
   model.on("change", update);
+  for (const name of ["message", "left", "right"]) { // "Copied" is about what was there before
+    model.on(`change:${name}`, () => act.say(get("message")));
+  }
   model.on("msg:custom", ({ name }, [data]) => act.save(new Blob([data]), name));
   model.on("comm_live_update", act.lose);
+  act.say(get("message"));
   update();
   const observer = new ResizeObserver(() => stage.layout());
   observer.observe(stage.box);

@@ -1,13 +1,10 @@
-"""`explore`: an image, its PCM and PEM, and what became of every prompt.
-
-`Explorer` is the state; the page (explorer.js) shows it and sets it. A setting changed in the page
-is answered in two steps: where it would prompt at once, the masks when the slider rests.
-"""
+"""`explore`: the state of the explorer, which its page (explorer.js) shows and sets."""
 
 from __future__ import annotations
 
 import asyncio
 import base64
+import io
 import re
 import tempfile
 import warnings
@@ -15,11 +12,12 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 
 import anywidget
+import matplotlib
 import traitlets
+from matplotlib.figure import Figure
 from PIL import Image
 from segment_anything.modeling import Sam
 
@@ -29,7 +27,7 @@ from aopsam_lab.evaluator import evaluate
 from aopsam_lab.pipeline.methods import METHODS, method_named
 from aopsam_lab.pipeline.run import DEFAULT_PARAMS, loaded_sam
 from aopsam_lab.pipeline.segmentation import Segmentation
-from aopsam_lab.pipeline.show import STATUS_STYLES, save
+from aopsam_lab.pipeline.show import PCM_COLOURS, PEM_COLOURS, plot_panels, save
 from aopsam_lab.sam.zoo import spec_of
 from aopsam_lab.widgets import packing
 from aopsam_lab.widgets.session import Answer, Clicks, Session, same_prompt, with_clicked
@@ -44,6 +42,17 @@ SLIDERS = {  # least, most, step, tooltip
     "spacing": (1, 32, 1, "reach of a peak's window, in cells of a 256-wide map"),
     "elimination": (0.5, 2, 0.01, "a prompt is dropped above this many times a PEM's mean"),
 }
+COLOURS = {"pcm": PCM_COLOURS, "smoothed": PCM_COLOURS, "pem": PEM_COLOURS}
+LOOK = {
+    "methods": {name: method.uses for name, method in METHODS.items()},
+    "beside": [NOTHING, PINNED, *METHODS],
+    "sliders": SLIDERS,
+    "styles": packing.STYLES,
+    "colours": {
+        layer: matplotlib.colormaps[name](range(256), bytes=True)[:, :3].tolist()
+        for layer, name in COLOURS.items()
+    },
+}
 HERE = Path(__file__).parent
 SCRIPTS = ("masks", "pane", "stage", "side", "explorer")
 
@@ -54,15 +63,24 @@ def bundled(names: Sequence[str] = SCRIPTS) -> str:
     return re.sub(r"^(import [^;]*;|export (?!default))", "", text, flags=re.MULTILINE)
 
 
+class ShownFigure(Figure):
+    """A figure that a notebook shows without pyplot, which nothing here imports."""
+
+    def _repr_png_(self) -> bytes:
+        stream = io.BytesIO()
+        self.savefig(stream, format="png", dpi=90)
+        return stream.getvalue()
+
+
 class Explorer(anywidget.AnyWidget):
     """The widget that `explore` makes. Its traits are the state, to read, set and observe.
 
-    A setting made in Python is answered before the statement ends.
+    A setting made in Python is answered before the statement ends; one made in the page in two
+    steps: where it would prompt at once, the masks when the slider rests.
 
     Attributes:
-        params: the four parameters.
-        method: a name in METHODS.
-        compare: a name in METHODS, NOTHING or PINNED.
+        params, method: the setting; a method is a name in METHODS.
+        compare: what stands beside it: a name in METHODS, NOTHING or PINNED.
         source: which of the images, from 0.
         round: rounds of adaptive filtering shown; all of them by default.
         selected: row of `segmentation.prompts` that is clicked, -1 for none.
@@ -95,7 +113,7 @@ class Explorer(anywidget.AnyWidget):
 
     # What the page shows of it, see packing.py.
     names = traitlets.List().tag(sync=True)
-    look = traitlets.Dict().tag(sync=True)
+    look = traitlets.Dict(LOOK).tag(sync=True)
     image = traitlets.Dict().tag(sync=True)
     left = traitlets.Dict().tag(sync=True)
     right = traitlets.Dict().tag(sync=True)
@@ -105,26 +123,14 @@ class Explorer(anywidget.AnyWidget):
     call = traitlets.Unicode().tag(sync=True)
 
     def __init__(
-        self,
-        sources: Sequence[Source] = (),
-        sam: str | Sam = "mobile_sam",
-        shown: Segmentation | None = None,
-        **state,
+        self, sources: Sequence[Source], sam: str | Sam, shown: Segmentation | None = None, **state
     ):
         self._sources, self._sam = list(sources), sam
         self._session: Session | None = None
         self._answers: dict[str, Answer | None] = {}  # by side
         self._task: asyncio.Task | None = None
         self._worker = ThreadPoolExecutor(1)
-        look = {
-            "methods": {name: method.uses for name, method in METHODS.items()},
-            "beside": [NOTHING, PINNED, *METHODS],
-            "sliders": SLIDERS,
-            "statuses": list(STATUS_STYLES.values()),
-            "pcm": packing.colour_table(packing.PCM_COLOURS),
-            "pem": packing.colour_table(packing.PEM_COLOURS),
-        }
-        super().__init__(names=[source.name for source in sources], look=look, **state)
+        super().__init__(names=[source.name for source in sources], **state)
         self.on_msg(self._on_message)
         self._open(shown=shown)
 
@@ -151,12 +157,12 @@ class Explorer(anywidget.AnyWidget):
         if self._session is None:
             return
         with self._errors_in_message():
-            found = all(map(self._session.ask, self.manual))
-            if found:
+            if all(map(self._session.ask, self.manual)):
                 self._publish({})
+                self.message = self._session.opened.note
             else:
                 self.manual = change["old"]
-            self.message = self._session.opened.note if found else "SAM found nothing there."
+                self.message = "SAM found nothing there."
 
     @traitlets.observe("selected")
     def _selected_changed(self, _=None) -> None:
@@ -190,17 +196,11 @@ class Explorer(anywidget.AnyWidget):
             self._session = Session(opened, loaded_sam(self._sam))
             self.image = packing.pack_image(opened.image, opened.ground_truth)
             if shown is not None:
-                setting = self._settings()["left"]
-                answer = Answer(setting, shown, shown.seconds["total"], shown.n_decoded)
-                self._publish({"left": answer})
+                known = (self.method, self.params), shown, shown.seconds["total"], shown.n_decoded
+                self._publish({"left": Answer(*known)})
             self._ask()
 
     # --- answers -----------------------------------------------------------------------------
-
-    def _settings(self) -> dict[str, tuple[str, AsfParams]]:
-        """By side the setting that it should show."""
-        settings = {"left": self.method, "right": self.compare}
-        return {side: (name, self.params) for side, name in settings.items() if name in METHODS}
 
     def _cancel(self) -> None:
         if self._task is not None:
@@ -211,10 +211,11 @@ class Explorer(anywidget.AnyWidget):
         """Answer what is not answered: at once where Python asks, else when the slider rests."""
         self._cancel()
         self.message, self.preview = self._session.opened.note, []
+        known = {side: answer.setting for side, answer in self._answers.items() if answer}
         due = {
-            side: setting
-            for side, setting in self._settings().items()
-            if (answer := self._answers.get(side)) is None or answer.setting != setting
+            side: (name, self.params)
+            for side, name in (("left", self.method), ("right", self.compare))
+            if name in METHODS and known.get(side) != (name, self.params)
         }
         with self._errors_in_message():
             if not self._property_lock:  # ipywidgets has it while it takes a change of the page
@@ -222,7 +223,7 @@ class Explorer(anywidget.AnyWidget):
                     self._publish({side: self._session.run(*setting)})
             elif due:
                 if self.segmentation is not None and "left" in due:
-                    self.preview = packing.pack_table(self._session.sample(*due["left"]))
+                    self.preview = self._session.sample(*due["left"])
                 self.busy = "decoding …"
                 self._task = asyncio.get_running_loop().create_task(self._answer_later(due))
 
@@ -242,8 +243,8 @@ class Explorer(anywidget.AnyWidget):
         await asyncio.sleep(DEBOUNCE)
         with self._errors_in_message():
             for side, setting in due.items():
-                run = partial(self._session.run, *setting, progress)
-                self._publish({side: await loop.run_in_executor(self._worker, run)})
+                run = self._session.run, *setting, progress
+                self._publish({side: await loop.run_in_executor(self._worker, *run)})
             self.busy = ""
 
     def _publish(self, new: dict[str, Answer | None]) -> None:
@@ -319,11 +320,13 @@ class Explorer(anywidget.AnyWidget):
             self.message = str(error) if known else f"{type(error).__name__}: {error}"
             self.busy = ""
 
-    def to_figure(self) -> packing.ShownFigure:
+    def to_figure(self) -> ShownFigure:
         """The state as a figure for a paper. Raises ValueError where nothing is shown."""
         if self.segmentation is None:
             raise ValueError("There is no image to draw: " + (self.message or "nothing is open."))
-        return packing.state_figure(self.segmentation, self.compared, self.selected)
+        figure = ShownFigure(layout="constrained")
+        plot_panels(figure, self.segmentation, self.compared, self.selected)
+        return figure
 
     def _repr_mimebundle_(self, **kwargs):
         """The widget, and a still image for where no kernel runs: GitHub, nbviewer, HTML."""
@@ -354,8 +357,8 @@ def explore(
             or a dictionary from names to them. Or a Segmentation, which is shown as it is, with
             its own method and params.
         sam: a name for `load_sam`, or a `Sam`.
-        method: a name in METHODS, to begin with.
-        params: to begin with.
+        method: to begin with, as `params` and `compare`.
+        params: the four parameters.
         manual: clicks by hand on the first image.
         compare: a method to show beside it.
     """
@@ -370,4 +373,4 @@ def explore(
         state = {"method": method, "params": params, "compare": compare, "manual": list(manual)}
         return Explorer(sources, sam, shown, **state)
     except (ValueError, OSError) as error:
-        return Explorer(message=str(error))
+        return Explorer((), sam, message=str(error))

@@ -6,10 +6,7 @@ export const LAYERS = {
   image: "Image", pcm: "PCM", smoothed: "Smoothed PCM", pem: "PEM", masks: "Masks",
   ground_truth: "Ground truth", prompts: "Prompts",
 };
-export const COLOURS_OF = { pcm: "pcm", smoothed: "pcm", pem: "pem" }; // layer: its colour table
-const KEPT = 0, ELIMINATED = 1;
-export const WAITING = -1;
-export const lookOf = (status, look) => look.statuses[status] ?? ["O", "#dddddd", "waiting"];
+const KEPT = 0, ELIMINATED = 1, WAITING = 6; // indices into packing.py's STYLES
 
 export class Pane {
   /** sources: what layers are drawn from, image and ground truth at first. */
@@ -32,7 +29,6 @@ export class Pane {
   having(status) {
     return this.prompts.filter((p) => (p.decided < this.round ? p.status : WAITING) === status);
   }
-  isByHand({ round, status }) { return round < 0 && status === KEPT; }
   /** The reference that a prompt's mask became, or -1. */
   reference(prompt) { return this.references.findIndex((r) => r.prompt === prompt); }
   /** The prompts that a prompt eliminated, or the one that eliminated it. */
@@ -40,12 +36,6 @@ export class Pane {
     const own = this.reference(index), { by } = this.prompts[index];
     if (own >= 0) return this.prompts.filter((prompt) => prompt.by === own);
     return by < 0 ? [] : [this.prompts[this.references[by].prompt]];
-  }
-  /** The index of the nearest prompt within reach, or -1. */
-  nearest(at, reach) {
-    const far = this.prompts.map(({ x, y }) => Math.hypot(x - at.x, y - at.y));
-    const least = Math.min(...far);
-    return least < reach ? far.indexOf(least) : -1;
   }
   /** What became of a prompt, and why: a title, and facts. */
   story(index) {
@@ -63,15 +53,13 @@ export class Pane {
       facts.push(`Its mask eliminated ${this.related(index).length} prompts, ` +
         `where its PEM exceeds ${own.threshold.toFixed(3)}.`);
     }
-    const status = this.isByHand(prompt) ? "by hand" : lookOf(prompt.status, this.look)[2];
-    return [`Prompt ${index}: ${status}`, ...facts];
+    return [`Prompt ${index}: ${this.look.styles[prompt.status][2]}`, ...facts];
   }
   /** Show the PEM of a prompt's mask, or of what eliminated it; else the maximum so far. */
   choosePem(prompt) {
     if (!this.pems) return;
     const { w, h, values } = this.pems, shown = new Uint16Array(w * h);
-    const known = prompt in this.prompts, own = known ? this.reference(prompt) : -1;
-    const one = known && own < 0 ? this.prompts[prompt].by : own;
+    const own = this.reference(prompt), one = own < 0 ? this.prompts[prompt]?.by ?? -1 : own;
     this.references.forEach(({ round }, r) => {
       if (one < 0 ? round >= this.round : r !== one) return;
       for (let i = 0; i < w * h; i++) shown[i] = Math.max(shown[i], values[r * w * h + i]);
@@ -79,18 +67,17 @@ export class Pane {
     this.maps.pem = { w, h, values: shown, of: this.references[one]?.prompt };
     delete this.sources.pem;
   }
-  /** A map's value at a point of the image. */
+  /** A map's value at a point within the image, whose longest side is the map's. */
   value(name, { x, y }) {
-    const { w, h, values } = this.maps[name], [width, height] = this.result.extent;
-    const column = Math.min(w - 1, Math.floor((x / width) * w));
-    return values[Math.min(h - 1, Math.floor((y / height) * h)) * w + column] / 65535;
+    const { w, h, values } = this.maps[name], { side } = this.size;
+    return values[Math.floor((y / side) * h) * w + Math.floor((x / side) * w)] / 65535;
   }
   /** The index of the mask on top at a point within the image, or -1. */
   maskAt({ x, y }) { return this.labels[Math.floor(x) * this.size.height + Math.floor(y)] - 1; }
   /** What a layer is drawn from, made when first needed; nothing where there is no such layer. */
   source(name) {
     const { sources, maps, look } = this;
-    if (name in maps) sources[name] ??= drawMap(maps[name], look[COLOURS_OF[name]]);
+    if (name in maps) sources[name] ??= drawMap(maps[name], look.colours[name]);
     if (name === "masks") sources[name] ??= drawLabels(this.labels, this.size, this.masks, 0.55);
     return sources[name];
   }
@@ -112,8 +99,8 @@ const SHAPES = { // lines, closed where they have more than two points
 };
 
 const onScreen = (view, { x, y }) => [view.x + view.k * x, view.y + view.k * y];
-const glyphSize = (pane, view) =>
-  (view.glyph ?? 1) * Math.max(2.6, Math.min(5.5, 90 / Math.sqrt(pane.prompts.length || 1)));
+const glyphSize = ({ prompts: { length } }, view) =>
+  (view.glyph ?? 1) * Math.max(2.6, Math.min(5.5, 90 / Math.sqrt(length)));
 
 function stroke(ctx, path, lineWidth, strokeStyle) {
   Object.assign(ctx, { lineWidth, strokeStyle, lineJoin: "round" });
@@ -138,9 +125,8 @@ export function drawGlyphs(ctx, view, marker, points, fillStyle, r) {
 /** All prompts by status, kept ones on top, and what is clicked by hand; of kept boxes frames. */
 export function drawPrompts(ctx, pane, view, clicks) {
   const r = glyphSize(pane, view), points = clicks.flat().map(([x, y, label]) => ({ x, y, label }));
-  for (const status of [...pane.look.statuses.keys(), WAITING].reverse()) {
-    const [marker, colour] = lookOf(status, pane.look);
-    const own = pane.having(status).filter((prompt) => !pane.isByHand(prompt));
+  for (const status of [...pane.look.styles.keys()].reverse()) {
+    const [marker, colour] = pane.look.styles[status], own = pane.having(status);
     drawGlyphs(ctx, view, marker, own, colour, status === WAITING ? 0.7 * r : r);
     if (status !== KEPT) continue;
     Object.assign(ctx, { lineWidth: 1, strokeStyle: "#fff9" });
@@ -161,6 +147,6 @@ export function drawRelated(ctx, pane, view, index) {
     lines.lineTo(...onScreen(view, other));
   }
   stroke(ctx, lines, 4, "#000a");
-  stroke(ctx, lines, 1.9, lookOf(ELIMINATED, pane.look)[1]);
+  stroke(ctx, lines, 1.9, pane.look.styles[ELIMINATED][1]);
   drawGlyphs(ctx, view, "O", [prompt], "#ffffff", glyphSize(pane, view) + 4);
 }

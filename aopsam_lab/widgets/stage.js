@@ -4,9 +4,8 @@
 // the image) and screen (CSS pixels of a pane); view = {k, x, y}: screen = k * image + (x, y).
 
 import { drawLabels, drawMask, fitting, tag, topMask, unpackMasks } from "./masks.js";
-import { COLOURS_OF, LAYERS, Pane, drawGlyphs, drawPrompts, drawRelated } from "./pane.js";
+import { LAYERS, Pane, drawGlyphs, drawPrompts, drawRelated } from "./pane.js";
 
-export const CANDIDATES = [[0, 158, 115], [230, 159, 0], [86, 180, 233]]; // a prompt's masks
 const WHITE = [255, 255, 255];
 const GAP = 8; // between two panes, CSS pixels
 const HINT = "Image. Arrows move the cross, Enter clicks, n and p step through the prompts.";
@@ -34,10 +33,8 @@ export class Stage {
       className: "aop-canvas", tabIndex: 0, role: "application", ariaLabel: HINT,
     });
     this.badges = tag("div", { className: "aop-badges" });
-    this.empty = tag("div", { className: "aop-empty", textContent: "No image is open." });
     this.busy = tag("div", { className: "aop-busy" });
-    this.box = tag("div", { className: "aop-stage" },
-      this.badges, this.canvas, this.busy, this.empty);
+    this.box = tag("div", { className: "aop-stage" }, this.badges, this.canvas, this.busy);
   }
 
   // --- what there is to show
@@ -45,8 +42,8 @@ export class Stage {
   /** Empty the stage, and show a packed image once it is read. */
   async open(packed) {
     const { data, mime, width = 1, height = 1 } = packed;
-    const edge = Math.max(1, Math.round(Math.max(width, height) / 700)); // of outlines
-    const size = { width, height, edge };
+    const side = Math.max(width, height), edge = Math.max(1, Math.round(side / 700)); // of outlines
+    const size = { width, height, side, edge };
     Object.assign(this, { packed, size, image: null, isFitted: true });
     if (!data) return;
     const image = await createImageBitmap(new Blob([data], { type: mime }));
@@ -59,7 +56,6 @@ export class Stage {
   update() {
     const { get, image, panes } = this, prompt = get("selected"), busy = get("busy");
     const results = [get("left"), get("right")].filter((result) => image && result.prompts);
-    this.empty.hidden = image !== null;
     Object.assign(this.busy, { textContent: busy, hidden: !busy });
     const sources = { image, ground_truth: this.groundTruth };
     this.panes = results.map((result) => panes.find((pane) => pane.result === result) ??
@@ -77,19 +73,15 @@ export class Stage {
     if (detail !== this.detail) {
       Object.assign(this, { detail, only: -1 });
       this.candidates = unpackMasks(detail.masks ?? {}).map((mask, i) =>
-        ({ line: detail.lines[i], ...this.alone(mask, CANDIDATES[i], 0.25) }));
+        ({ ...mask, line: detail.lines[i], drawn: this.alone(mask, 0.25) }));
     }
     if (detail.prompt !== prompt) this.candidates = [];
     this.invalidate();
   }
-  showOnly(i) {
-    this.only = this.only === i ? -1 : i;
-    this.invalidate();
-  }
   /** One mask alone, as fine as the screen shows it. */
-  alone(mask, colour, opacity) {
+  alone(mask, opacity) {
     const step = Math.max(1, Math.floor(1 / (this.view.k * this.scale)));
-    return drawMask({ ...mask, colour }, this.size, opacity, step);
+    return drawMask(mask, this.size, opacity, step);
   }
 
   // --- drawing
@@ -118,14 +110,14 @@ export class Stage {
     });
   }
   drawLayer(ctx, pane, name, view, scale, opacity) {
-    const { width, height } = this.size, isMap = name in COLOURS_OF, k = view.k * scale;
+    const { width, height, side } = this.size, isMap = name in pane.maps, k = view.k * scale;
     const source = pane.source(name), isFirst = pane === this.panes[0];
     ctx.save();
     ctx.globalAlpha = opacity;
     if (name === "prompts") {
       drawPrompts(ctx, pane, view, isFirst ? this.get("manual") : []);
     } else if (source) {
-      const [w, h] = isMap ? pane.result.extent : [width, height];
+      const [w, h] = isMap ? [side, side] : [width, height];
       clip(ctx, view.x, view.y, view.k * width, view.k * height); // maps reach over the padding
       ctx.imageSmoothingEnabled = isMap || k < 3;
       const fine = isMap ? source : fitting(source, k);
@@ -139,19 +131,20 @@ export class Stage {
     const shown = this.candidates.filter((_, i) => isFirst && (only < 0 || only === i));
     const mask = cross ? pane.masks[pane.maskAt(cross)] : undefined;
     if (pane.hovered?.mask !== mask || pane.hovered?.k !== view.k) {
-      pane.hovered = { mask, k: view.k, drawn: mask && this.alone(mask, WHITE, 0.35) };
+      const drawn = mask && this.alone({ ...mask, colour: WHITE }, 0.35);
+      pane.hovered = { mask, k: view.k, drawn };
     }
-    if (mask) shown.push(pane.hovered.drawn);
-    for (const { canvas, left, step } of shown) {
+    if (mask) shown.push(pane.hovered);
+    for (const { drawn: { canvas, left, step } } of shown) {
       const k = view.k * step;
       ctx.drawImage(canvas, view.x + view.k * left, view.y, k * canvas.width, k * canvas.height);
     }
   }
   /** What is shown, as a canvas of the image's own size. */
   overlay() {
-    const { width, height } = this.size, n = this.panes.length;
+    const { width, height, side } = this.size, n = this.panes.length;
     const canvas = tag("canvas", { width: n * (width + GAP) - GAP, height });
-    const view = { k: 1, x: 0, y: 0, glyph: Math.max(0.6, Math.max(width, height) / 700) };
+    const view = { k: 1, x: 0, y: 0, glyph: Math.max(0.6, side / 700) };
     this.draw({ canvas, width, height, view, scale: 1 });
     return canvas;
   }
@@ -213,8 +206,11 @@ export class Stage {
     });
     return [`x ${at.x.toFixed(1)}, y ${at.y.toFixed(1)}`, ...values, ...masks].join(" · ");
   }
+  /** The index of the prompt at a point of the image, or -1. */
   promptNear(at) {
-    if (!this.get("layers").prompts || !this.panes.length) return -1;
-    return this.panes[0].nearest(at, 9 / this.view.k);
+    const prompts = this.get("layers").prompts ? this.panes[0]?.prompts ?? [] : [];
+    const far = prompts.map(({ x, y }) => Math.hypot(x - at.x, y - at.y));
+    const least = Math.min(...far);
+    return least < 9 / this.view.k ? far.indexOf(least) : -1;
   }
 }
