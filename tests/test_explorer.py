@@ -19,10 +19,9 @@ from PIL import Image
 
 import aopsam_lab as aop
 from aopsam_lab.asf import AsfParams
-from aopsam_lab.data.sample import Sample
 from aopsam_lab.masks import drawing
 from aopsam_lab.masks.points import deepest_point
-from aopsam_lab.masks.rle import decode_rle, encode_rle
+from aopsam_lab.masks.rle import decode_rle
 from aopsam_lab.pipeline.decode import decode_and_filter
 from aopsam_lab.pipeline.methods import METHODS, Grid
 from aopsam_lab.pipeline.run import run_method
@@ -81,24 +80,18 @@ def test_images_come_from_arrays_files_folders_samples_data_sets_and_mixtures(tm
     assert [(s.name, s.code) for s in same] == [("image", "image[0]"), ("image 2", "image[1]")]
 
 
-def test_a_huge_image_is_reduced_with_its_ground_truth_and_says_so():
-    masks = np.zeros((1, 1500, 4000), bool)
-    masks[0, :, :2000] = True
-    opened = prepared(Sample("huge", np.zeros((1500, 4000, 3), np.uint8), encode_rle(masks)))
-    assert opened.image.shape == (1224, 3265, 3)
-    (reduced,) = decode_rle(opened.ground_truth, (1224, 3265))
-    assert abs(reduced.mean() - 0.5) < 0.01
-    assert "4000 x 1500 pixels, explored at 3265 x 1224" in opened.note
-
-
-def test_a_huge_file_opens_without_a_warning_in_the_cell(tmp_path, sample, monkeypatch, recwarn):
-    Image.fromarray(sample.image).save(tmp_path / "huge.png")
+def test_a_huge_image_is_reduced_with_its_ground_truth_without_a_warning_in_the_cell(
+    tmp_path, sample, monkeypatch, recwarn
+):
     # beyond it Pillow warns, beyond its double it refuses
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 200_000)
     monkeypatch.setattr(sources_module, "MAX_PIXELS", 150_000)
+    masks = decode_rle(prepared(sample).ground_truth, (316, 474))
+    assert np.allclose(masks.mean((1, 2)), sample.masks.mean((1, 2)), atol=2e-3)
+    Image.fromarray(sample.image).save(tmp_path / "huge.png")
     opened = aop.explore(tmp_path / "huge.png", params=EAGER)
     assert "640 x 427 pixels, explored at 474 x 316" in opened.message
-    assert opened.segmentation is not None
+    assert opened.segmentation.image.shape == (316, 474, 3)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100_000)
     assert "cannot be read as an image" in aop.explore(tmp_path / "huge.png").message
     assert not [w for w in recwarn if w.category is Image.DecompressionBombWarning]
@@ -117,12 +110,10 @@ def test_a_huge_file_opens_without_a_warning_in_the_cell(tmp_path, sample, monke
     ],
 )
 def test_bad_input_is_said_in_the_message_line_and_the_panel_lives(tmp_path, make, words):
-    what = make(tmp_path)
     if "read as" in words:
         (tmp_path / "text.png").write_text("no image")
-    opened = aop.explore(what)
-    assert words in opened.message
-    assert opened.segmentation is None and words in repr(opened)
+    opened = aop.explore(make(tmp_path))
+    assert words in opened.message and words in repr(opened) and opened.segmentation is None
     opened.manual = [[(1, 1, 1)]]  # nothing happens
     with pytest.raises(ValueError, match=words):
         opened.to_figure()
@@ -144,14 +135,11 @@ def test_a_bad_image_among_good_ones_and_a_bad_model(sample):
 # --- what the page gets ---
 
 
-def test_packed_maps_are_right_to_five_digits():
+def test_packed_maps_have_five_digits_and_images_are_exact_or_bounded(sample):
     values = np.linspace(-0.5, 1.5, 66).reshape(6, 11)
     pack = packing.pack_maps(values)
     got = np.frombuffer(pack["data"], "<u2").reshape(pack["h"], pack["w"]) / 65535
     assert np.allclose(got, np.clip(values, 0, 1), atol=1e-5)
-
-
-def test_packed_images_are_exact_when_small_and_bounded_when_large(sample):
     small = packing.pack_image(sample.image)
     assert np.array_equal(np.asarray(Image.open(io.BytesIO(small["data"]))), sample.image)
     noise = np.random.default_rng(0).integers(0, 256, (2000, 2000, 3), np.uint8)
@@ -179,9 +167,7 @@ def test_the_order_of_rounds_is_what_happened(sam, predictor, photo):
     assert (prompts["status"] == STATUSES.index("eliminated")).any()
     assert pd.DataFrame(pack["references"])["round"].max() < rounds
     assert pack["masks"]["owners"] == seg.mask_prompt.tolist()
-    assert [counts.encode() for counts in pack["masks"]["counts"]] == [
-        m["counts"] for m in seg.masks
-    ]
+    assert pack["masks"]["counts"] == [mask["counts"].decode() for mask in seg.masks]
 
 
 # --- state ---
@@ -272,9 +258,7 @@ def test_exports_are_the_segmentations_own(explorer):
 
 
 def test_an_uploaded_image_is_opened_and_a_damaged_one_only_said(explorer, sample):
-    stream = io.BytesIO()
-    Image.fromarray(sample.image[:100]).save(stream, format="PNG")
-    send(explorer, stream.getvalue(), name="mine.png")
+    send(explorer, drawing.png_bytes(sample.image[:100]), name="mine.png")
     assert explorer.segmentation.image.shape == (100, 640, 3)
     assert explorer.names[-1] == "mine.png"
     send(explorer, b"no image", name="bad.png")
