@@ -412,12 +412,12 @@ def test_the_same_page_by_voila(browser, tmp_path):
         page.page.close()
 
 
-# --- masks.js alone, without a kernel ---
+# --- pane.js alone, without a kernel ---
 
 
 def test_the_page_draws_the_label_image_that_python_draws(browser):
     page, rng = browser.new_page(), np.random.default_rng(0)
-    script = bundled(["masks"]) + "Object.assign(window, { unpackMasks, topMask });"
+    script = bundled(["pane"]) + "Object.assign(window, { unpackMasks, topMask });"
     page.add_script_tag(content=script, type="module")
     page.wait_for_function("() => 'topMask' in window")
     for height, width, n in ((1, 1, 1), (5, 9, 3), (40, 31, 12), (64, 64, 40)):

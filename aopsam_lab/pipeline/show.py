@@ -24,7 +24,7 @@ STATUS_STYLES = {
     "duplicate": ("D", "#F0E442", "duplicate"),
     "not_reached": ("+", "#BBBBBB", "beyond the limit, never decoded"),
 }
-PCM_COLOURS, PEM_COLOURS = "magma", "viridis"  # both grow evenly lighter
+MAP_COLOURS = {"pcm": "magma", "smoothed": "magma", "pem": "viridis"}  # all grow evenly lighter
 PANEL = 3.6  # inches, of a square image
 
 
@@ -121,11 +121,11 @@ def plot_panels(
     The PEM is that of the prompt `selected`, where its mask is a reference, else the maximum.
     """
     results = [seg] if compared is None else [seg, compared]
-    maps = [] if seg.pcm is None else [("PCM", seg.pcm, PCM_COLOURS)]
+    maps = [] if seg.pcm is None else [("PCM", seg.pcm, MAP_COLOURS["pcm"])]
     if seg.pems is not None:
         rows = seg.references.index[seg.references["prompt"] == selected].tolist()
         title = f"PEM of prompt {selected}" if rows else "PEM, maximum"
-        maps.append((title, seg.pem(rows[0] if rows else None), PEM_COLOURS))
+        maps.append((title, seg.pem(rows[0] if rows else None), MAP_COLOURS["pem"]))
     height, width = seg.image.shape[:2]
     side, count = max(height, width), len(results) + len(maps)
     across, down = PANEL * (width / height) ** 0.5, PANEL * (height / width) ** 0.5

@@ -15,7 +15,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import anywidget
-import matplotlib
 import traitlets
 from matplotlib.figure import Figure
 from PIL import Image
@@ -27,7 +26,7 @@ from aopsam_lab.evaluator import evaluate
 from aopsam_lab.pipeline.methods import METHODS, method_named
 from aopsam_lab.pipeline.run import DEFAULT_PARAMS, loaded_sam
 from aopsam_lab.pipeline.segmentation import Segmentation
-from aopsam_lab.pipeline.show import PCM_COLOURS, PEM_COLOURS, plot_panels, save
+from aopsam_lab.pipeline.show import plot_panels, save
 from aopsam_lab.sam.zoo import spec_of
 from aopsam_lab.widgets import packing
 from aopsam_lab.widgets.session import Answer, Clicks, Session, same_prompt, with_clicked
@@ -42,19 +41,8 @@ SLIDERS = {  # least, most, step, tooltip
     "spacing": (1, 32, 1, "reach of a peak's window, in cells of a 256-wide map"),
     "elimination": (0.5, 2, 0.01, "a prompt is dropped above this many times a PEM's mean"),
 }
-COLOURS = {"pcm": PCM_COLOURS, "smoothed": PCM_COLOURS, "pem": PEM_COLOURS}
-LOOK = {
-    "methods": {name: method.uses for name, method in METHODS.items()},
-    "beside": [NOTHING, PINNED, *METHODS],
-    "sliders": SLIDERS,
-    "styles": packing.STYLES,
-    "colours": {
-        layer: matplotlib.colormaps[name](range(256), bytes=True)[:, :3].tolist()
-        for layer, name in COLOURS.items()
-    },
-}
 HERE = Path(__file__).parent
-SCRIPTS = ("masks", "pane", "stage", "side", "explorer")
+SCRIPTS = ("pane", "stage", "side", "explorer")
 
 
 def bundled(names: Sequence[str] = SCRIPTS) -> str:
@@ -87,8 +75,7 @@ class Explorer(anywidget.AnyWidget):
         layers: opacity from 0 to 1 of image, pcm, smoothed, pem, masks, ground_truth, prompts.
         manual: objects clicked by hand, each a list of (x, y, 1 for the object or 0 for the
             background).
-        segmentation: what is shown, masks of clicks among its own.
-        compared: what is shown beside it, or None.
+        segmentation, compared: what is shown, masks of clicks among its own, and beside it.
         message: what the message line says.
     """
 
@@ -113,7 +100,7 @@ class Explorer(anywidget.AnyWidget):
 
     # What the page shows of it, see packing.py.
     names = traitlets.List().tag(sync=True)
-    look = traitlets.Dict(LOOK).tag(sync=True)
+    look = traitlets.Dict().tag(sync=True)
     image = traitlets.Dict().tag(sync=True)
     left = traitlets.Dict().tag(sync=True)
     right = traitlets.Dict().tag(sync=True)
@@ -130,7 +117,14 @@ class Explorer(anywidget.AnyWidget):
         self._answers: dict[str, Answer | None] = {}  # by side
         self._task: asyncio.Task | None = None
         self._worker = ThreadPoolExecutor(1)
-        super().__init__(names=[source.name for source in sources], **state)
+        look = {
+            "methods": {name: method.uses for name, method in METHODS.items()},
+            "beside": [NOTHING, PINNED, *METHODS],
+            "sliders": SLIDERS,
+            "styles": packing.STYLES,
+            "colours": packing.COLOURS,
+        }
+        super().__init__(names=[source.name for source in sources], look=look, **state)
         self.on_msg(self._on_message)
         self._open(shown=shown)
 

@@ -1,4 +1,4 @@
-"""What the page gets: images and maps as bytes, masks as COCO RLE. masks.js unpacks it."""
+"""What the page gets: images and maps as bytes, masks as COCO RLE. pane.js unpacks it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import io
 import json
 from collections.abc import Sequence
 
+import matplotlib
 import numpy as np
 import pandas as pd
 import torch
@@ -14,13 +15,17 @@ from PIL import Image
 from aopsam_lab import asf
 from aopsam_lab.masks.drawing import mask_colours
 from aopsam_lab.pipeline.segmentation import Segmentation
-from aopsam_lab.pipeline.show import STATUS_STYLES
+from aopsam_lab.pipeline.show import MAP_COLOURS, STATUS_STYLES
 from aopsam_lab.pipeline.types import STATUSES
 
 LOSSLESS_PIXELS = 1_000_000
 # as STATUS_STYLES: prompts that no round has decided yet, and clicks
 WAITING, BY_HAND = ("O", "#dddddd", "waiting"), ("+", "#ffffff", "by hand")
 STYLES = [*STATUS_STYLES.values(), WAITING, BY_HAND]
+COLOURS = {  # of each layer that is a map 256 RGB
+    layer: matplotlib.colormaps[name](range(256), bytes=True)[:, :3].tolist()
+    for layer, name in MAP_COLOURS.items()
+}
 
 
 def pack_image(image: np.ndarray, ground_truth: Sequence[dict] = ()) -> dict:

@@ -147,10 +147,7 @@ class Session:
 
 
 def with_clicked(seg: Segmentation, clicked: Sequence[tuple[Clicks, Mask]]) -> Segmentation:
-    """The Segmentation with masks of clicks among its own, by score.
-
-    Each mask adds a prompt at its first click: status kept, round -1, no confidence.
-    """
+    """The Segmentation with masks of clicks among its own, each with a prompt of round -1."""
     if not clicked:
         return seg
     n, m = len(seg.prompts), len(clicked)

@@ -1,7 +1,6 @@
 // Above and beside the stage: settings, layers, the statuses' legend, the selected prompt, buttons.
 
-import { tag } from "./masks.js";
-import { LAYERS, drawGlyphs } from "./pane.js";
+import { LAYERS, drawGlyphs, tag } from "./pane.js";
 
 const HELP = "Wheel zooms, dragging pans. Click a prompt to open it, an empty place to ask SAM " +
   "there; Shift-click says: not this.";
@@ -16,20 +15,18 @@ const text = (name, textContent) => tag(name, { textContent });
 const button = (textContent, title, onclick) =>
   tag("button", { type: "button", textContent, title, onclick });
 const labelled = (name, ...controls) => tag("label", {}, text("span", name), ...controls);
-const slider = (ariaLabel, limits, set) => {
-  const range = tag("input", { type: "range", ...limits, ariaLabel });
-  range.oninput = () => set(+range.value);
-  return range;
-};
+const slider = (ariaLabel, limits, set) =>
+  tag("input", { type: "range", ...limits, ariaLabel, oninput: (e) => set(+e.target.value) });
 
 /** Choices, sliders and rounds. What brings them up to date joins the `updates`. */
 export function makeControls(get, act, updates) {
   const { methods, beside, sliders } = get("look");
-  const choice = (title, trait, options) => {
-    const select = tag("select", { ariaLabel: title });
-    select.onchange = () => act.set(trait, trait === "source" ? +select.value : select.value);
+  const choice = (title, trait, names) => {
+    const isIndex = trait === "source", select = tag("select", { ariaLabel: title });
+    select.onchange = () => act.set(trait, isIndex ? +select.value : select.value);
     updates.push(() => {
-      if (select.length !== options().length) select.replaceChildren(...options());
+      const options = names().map((name, i) => new Option(name, isIndex ? i : name));
+      if (select.length !== options.length) select.replaceChildren(...options);
       select.value = get(trait);
     });
     return labelled(title, select);
@@ -73,13 +70,12 @@ export function makeControls(get, act, updates) {
     rounds.max = get("left").rounds ?? 0;
     rounds.value = count.value = get("round");
   });
-  const named = (names) => () => names.map((name) => new Option(name));
   return tag("div", { className: "aop-controls" },
     tag("div", {},
-      choice("Image", "source", () => get("names").map((name, i) => new Option(name, i))), file,
+      choice("Image", "source", () => get("names")), file,
       button("Your own", "an image of your own", () => file.click()),
-      choice("Method", "method", named(Object.keys(methods))),
-      choice("Beside", "compare", named(beside))),
+      choice("Method", "method", () => Object.keys(methods)),
+      choice("Beside", "compare", () => beside)),
     tag("div", {}, ...Object.keys(sliders).map(parameter),
       labelled("Rounds", rounds, count), play));
 }
@@ -89,8 +85,8 @@ export function makeSide(get, act, stage, updates) {
   const { look } = stage, legend = tag("div", { className: "aop-statuses" });
   const detail = tag("div", { className: "aop-detail" });
   const layer = (name) => {
-    const range = slider(`opacity of ${LAYERS[name]}`, { min: 0, max: 100 },
-      (value) => act.setOpacity(name, value / 100));
+    const set = (percent) => act.setOpacity(name, percent / 100);
+    const range = slider(`opacity of ${LAYERS[name]}`, { min: 0, max: 100 }, set);
     const check = tag("input", { type: "checkbox", onchange: () => act.toggle(name) });
     const title = text("span", LAYERS[name]);
     const row = tag("div", { className: "aop-layer" }, tag("label", {}, check, title), range);
@@ -120,8 +116,9 @@ export function makeSide(get, act, stage, updates) {
     const parts = [icon, text("span", words), text("b", count)];
     return count ? [tag("div", { className: "aop-status" }, ...parts)] : [];
   };
-  /** What became of the selected prompt, and a button for each of its masks. */
+  /** The legend; what became of the selected prompt, and a button for each of its masks. */
   function describe() {
+    legend.replaceChildren(...[...look.styles.keys()].flatMap(entry));
     const [pane] = stage.panes, selected = get("selected");
     const [title, ...facts] = selected in (pane?.prompts ?? []) ? pane.story(selected) : [];
     const masks = stage.candidates.map(({ line, colour }, i) => {
@@ -138,9 +135,7 @@ export function makeSide(get, act, stage, updates) {
     detail.replaceChildren(...words, ...masks);
   }
   const keys = Object.entries(KEYS).map(([key, does]) => text("div", `${key}: ${does}`));
-  updates.push(describe, () => {
-    legend.replaceChildren(...[...look.styles.keys()].flatMap(entry));
-  });
+  updates.push(describe);
   return tag("div", { className: "aop-side" },
     tag("div", {}, ...Object.keys(LAYERS).map(layer)), legend, detail,
     tag("div", { className: "aop-actions" },

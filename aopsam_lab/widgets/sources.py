@@ -38,14 +38,9 @@ class Source(NamedTuple):
 
 
 def sources_of(what, code: str = "image") -> list[Source]:
-    """Sources of one or more images, no two of one name. Nothing is read yet.
+    """Sources of what `explore` takes, no two of one name, nothing read yet.
 
-    Args:
-        what: as `explore` takes it.
-        code: Python that names `what`.
-
-    Raises:
-        ValueError: there is no image in it.
+    `code` is Python that names it. Raises ValueError where it holds no image.
     """
     if isinstance(what, (Sample, np.ndarray, Image.Image)):
         return [Source(getattr(what, "id", "image"), code, lambda: prepared(what))]

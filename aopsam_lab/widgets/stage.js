@@ -3,18 +3,14 @@
 // Opacity, zoom and hover only draw anew and ask nothing of the kernel. Frames: image (pixels of
 // the image) and screen (CSS pixels of a pane); view = {k, x, y}: screen = k * image + (x, y).
 
-import { drawLabels, drawMask, fitting, tag, topMask, unpackMasks } from "./masks.js";
-import { LAYERS, Pane, drawGlyphs, drawPrompts, drawRelated } from "./pane.js";
+import {
+  LAYERS, Pane, drawGlyphs, drawLabels, drawMask, drawPrompts, drawRelated, fitting, tag, topMask,
+  unpackMasks,
+} from "./pane.js";
 
 const WHITE = [255, 255, 255];
 const GAP = 8; // between two panes, CSS pixels
 const HINT = "Image. Arrows move the cross, Enter clicks, n and p step through the prompts.";
-
-function clip(ctx, ...bounds) {
-  ctx.beginPath();
-  ctx.rect(...bounds);
-  ctx.clip();
-}
 
 export class Stage {
   panes = [];
@@ -37,8 +33,6 @@ export class Stage {
     this.box = tag("div", { className: "aop-stage" }, this.badges, this.canvas, this.busy);
   }
 
-  // --- what there is to show
-
   /** Empty the stage, and show a packed image once it is read. */
   async open(packed) {
     const { data, mime, width = 1, height = 1 } = packed;
@@ -52,14 +46,12 @@ export class Stage {
     const masks = unpackMasks(packed.ground_truth).map((mask) => ({ ...mask, colour: WHITE }));
     this.groundTruth = masks.length && drawLabels(topMask(masks, size), size, masks, 0.12);
   }
-  /** Be what the traits say. */
   update() {
     const { get, image, panes } = this, prompt = get("selected"), busy = get("busy");
     const results = [get("left"), get("right")].filter((result) => image && result.prompts);
     Object.assign(this.busy, { textContent: busy, hidden: !busy });
-    const sources = { image, ground_truth: this.groundTruth };
     this.panes = results.map((result) => panes.find((pane) => pane.result === result) ??
-      new Pane(result, this.size, this.look, { ...sources }));
+      new Pane(result, this.size, this.look, { image, ground_truth: this.groundTruth }));
     if (this.panes.length !== panes.length) this.layout();
     this.badges.replaceChildren(...results.map(({ title, badge, setting }) =>
       tag("div", { className: "aop-badge", title: setting },
@@ -69,13 +61,12 @@ export class Stage {
       pane.setRound(isLast ? pane.result.rounds : get("round"));
       pane.choosePem(i === 0 ? prompt : -1);
     });
-    const detail = image ? get("detail") : {};
+    const detail = image && get("detail").prompt === prompt ? get("detail") : null;
     if (detail !== this.detail) {
       Object.assign(this, { detail, only: -1 });
-      this.candidates = unpackMasks(detail.masks ?? {}).map((mask, i) =>
+      this.candidates = unpackMasks(detail?.masks ?? {}).map((mask, i) =>
         ({ ...mask, line: detail.lines[i], drawn: this.alone(mask, 0.25) }));
     }
-    if (detail.prompt !== prompt) this.candidates = [];
     this.invalidate();
   }
   /** One mask alone, as fine as the screen shows it. */
@@ -83,8 +74,6 @@ export class Stage {
     const step = Math.max(1, Math.floor(1 / (this.view.k * this.scale)));
     return drawMask(mask, this.size, opacity, step);
   }
-
-  // --- drawing
 
   invalidate() { this.frame ||= requestAnimationFrame(() => this.draw(this)); }
   /** Draw the panes on a canvas, each of a width and height and under a view; scale: its pixels. */
@@ -95,7 +84,9 @@ export class Stage {
     panes.forEach((pane, i) => {
       ctx.save();
       ctx.setTransform(scale, 0, 0, scale, i * (width + GAP) * scale, 0);
-      clip(ctx, 0, 0, width, height);
+      ctx.beginPath();
+      ctx.rect(0, 0, width, height);
+      ctx.clip();
       const isFaint = i === 0 && this.candidates.length > 0; // so that a prompt's masks stand out
       for (const name in LAYERS) {
         if (name === "prompts") this.drawSingleMasks(ctx, pane, view);
@@ -117,11 +108,11 @@ export class Stage {
     if (name === "prompts") {
       drawPrompts(ctx, pane, view, isFirst ? this.get("manual") : []);
     } else if (source) {
-      const [w, h] = isMap ? [side, side] : [width, height];
-      clip(ctx, view.x, view.y, view.k * width, view.k * height); // maps reach over the padding
       ctx.imageSmoothingEnabled = isMap || k < 3;
       const fine = isMap ? source : fitting(source, k);
-      ctx.drawImage(fine, view.x, view.y, view.k * w, view.k * h);
+      const [w, h] = isMap ? [width / side, height / side] : [1, 1]; // a map's rest is padding
+      ctx.drawImage(fine, 0, 0, w * fine.width, h * fine.height,
+        view.x, view.y, view.k * width, view.k * height);
     }
     ctx.restore();
   }
@@ -149,8 +140,6 @@ export class Stage {
     return canvas;
   }
 
-  // --- the view
-
   layout() {
     const n = Math.max(1, this.panes.length), ratio = this.size.height / this.size.width;
     const most = Math.min(0.62 * window.innerHeight, 680);
@@ -173,19 +162,17 @@ export class Stage {
     this.isFitted = false;
     this.invalidate();
   }
-  zoom(factor, at) {
-    const { x, y, k } = this.view, fine = Math.max(0.02, Math.min(60, k * factor)), f = fine / k;
-    this.move({ k: fine, x: at.x - f * (at.x - x), y: at.y - f * (at.y - y) });
+  /** Zoom about a point of the image. */
+  zoom(factor, at = this.here) {
+    const { x, y, k } = this.view, fine = Math.max(0.02, Math.min(60, k * factor));
+    this.move({ k: fine, x: x + (k - fine) * at.x, y: y + (k - fine) * at.y });
   }
-  /** A mouse event -> the point on the screen, relative to the pane it is in. */
-  screenPoint(event) {
-    const bounds = this.canvas.getBoundingClientRect(), x = event.clientX - bounds.left;
-    const isRight = this.panes.length > 1 && x >= this.width + GAP;
-    return { x: isRight ? x - this.width - GAP : x, y: event.clientY - bounds.top };
-  }
-  imagePoint(event) {
-    const { x, y } = this.screenPoint(event), { view } = this;
-    return { x: (x - view.x) / view.k, y: (y - view.y) / view.k };
+  /** A mouse event -> the point of the image that lies there, in either pane. */
+  imagePoint({ clientX, clientY }) {
+    const { left, top } = this.canvas.getBoundingClientRect(), { x, y, k } = this.view;
+    const far = clientX - left, next = this.width + GAP;
+    const across = this.panes.length > 1 && far >= next ? far - next : far;
+    return { x: (across - x) / k, y: (clientY - top - y) / k };
   }
   /** Where the cross is, or the middle of the image. */
   get here() { return this.cross ?? { x: this.size.width / 2, y: this.size.height / 2 }; }
