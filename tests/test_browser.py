@@ -45,22 +45,18 @@ def served(folder: Path, path: str, *command: str):
         port = probe.getsockname()[1]
     own = ("JUPYTER_CONFIG_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR")
     env = os.environ | {name: str(folder / "settings") for name in own}
-    switches = folder / "settings" / "labconfig" / "page_config.json"
-    switches.parent.mkdir(parents=True)
-    disabled = {"@jupyterlab/apputils-extension:announcements": True}
-    switches.write_text(json.dumps({"disabledExtensions": disabled}))
     command = [sys.executable, "-m", *command, "--no-browser", f"--port={port}"]
     with (folder / "server.log").open("w") as log:
         process = subprocess.Popen(command, cwd=folder, env=env, stdout=log, stderr=log)
     address, end = f"http://127.0.0.1:{port}", time.monotonic() + PATIENCE / 1000
     try:
         while True:
-            running = process.poll() is None and time.monotonic() < end
-            assert running, (folder / "server.log").read_text()[-2000:]
             try:
                 urllib.request.urlopen(address + path, timeout=PATIENCE / 1000).close()
                 break
             except OSError:
+                is_running = process.poll() is None and time.monotonic() < end
+                assert is_running, (folder / "server.log").read_text()[-2000:]
                 time.sleep(0.2)
         yield address
     finally:
@@ -106,15 +102,12 @@ class Page:
         socket.on("framesent", lambda frame: self.sent.append(frame))
         socket.on("framereceived", lambda frame: self.got.append(len(frame)))
 
-    def badge(self, side: int = 0) -> str:
-        return self.page.locator(".aop-badge").nth(side).inner_text()
+    def text(self, part: str) -> str:
+        return self.page.locator(f".aop-{part}").first.inner_text()
 
     def numbers(self) -> tuple[int, ...]:
         """Of "aop 35 decoded of 47 (0 new) ..." the numbers 35 and 47."""
-        return tuple(map(int, re.search(r"(\d+) decoded of (\d+)", self.badge()).groups()))
-
-    def message(self) -> str:
-        return self.page.locator(".aop-message").inner_text()
+        return tuple(map(int, re.search(r"(\d+) decoded of (\d+)", self.text("badge")).groups()))
 
     def pixels(self) -> str:
         """What the canvas shows, once it has been drawn."""
@@ -140,9 +133,9 @@ class Page:
         left, top = ((box[side] - k * SIDE) / 2 for side in ("width", "height"))
         return {"x": left + k * x, "y": top + k * y}
 
-    def press(self, *keys: str) -> None:
-        """Press keys on the canvas."""
-        self.canvas.focus()
+    def press(self, *keys: str, part=None) -> None:
+        """Press keys on a part of the page, None: the canvas."""
+        (part or self.canvas).focus()
         for key in keys:
             self.page.keyboard.press(key)
 
@@ -160,13 +153,14 @@ def lab(browser, tmp_path_factory):
     """The notebook, opened in JupyterLab and run by its menu."""
     folder = tmp_path_factory.mktemp("lab")
     path = notebook_in(folder)
-    options = ["--allow-root", "--IdentityProvider.token=", "--ServerApp.disable_check_xsrf=True"]
-    with served(folder, "/api", "jupyter", "lab", *options) as address:
+    command = "jupyter", "lab", "--allow-root", "--IdentityProvider.token="
+    with served(folder, "/api", *command) as address:
         context = browser.new_context(viewport={"width": 1440, "height": 1000})
         context.grant_permissions(["clipboard-read", "clipboard-write"], origin=address)
         lab = Page(context.new_page())
         lab.page.goto(f"{address}/lab/tree/{path.name}?reset")
         lab.page.locator(".jp-Notebook-ExecutionIndicator[data-status=idle]").wait_for()
+        lab.page.add_style_tag(content=".Toastify { display: none }")  # the offer of news
         # "idle" may be said before the kernel listens
         while not any("execute_request" in str(frame) for frame in lab.sent):
             lab.page.get_by_role("menuitem", name="Run", exact=True).click()
@@ -189,7 +183,7 @@ def lab(browser, tmp_path_factory):
 
 def test_the_notebook_runs_and_shows_the_image(lab):
     lab.shot("1_opened")
-    assert lab.errors == [] and lab.message() == ""
+    assert lab.errors == [] and lab.text("message") == ""
     assert lab.page.locator(".jp-RenderedText[data-mime-type*=stderr]").count() == 0
     counts = dict(line.split("\n") for line in lab.page.locator(".aop-status").all_inner_texts())
     decoded, total = lab.numbers()
@@ -198,21 +192,14 @@ def test_the_notebook_runs_and_shows_the_image(lab):
 
 
 def test_each_slider_changes_the_image_and_the_badge(lab):
-    right, left = ["ArrowRight"], ["ArrowLeft"]
-    there = [("elimination", ["End"]), ("smoothing", 8 * right)]
-    there += [("confidence", 40 * right), ("spacing", 8 * right)]
-    # the weakest peak exceeds 0.3; an elimination up to 1.2 changes nothing, as the floor decides
-    back = [("spacing", 8 * left), ("confidence", 40 * left), ("smoothing", 8 * left)]
-    back += [("elimination", ["Home"]), ("elimination", 80 * right)]
-    for i, (name, keys) in enumerate(there + back):
-        badge, pixels = lab.badge(), lab.pixels()
-        lab.page.get_by_label(name, exact=True).focus()
-        for key in keys:
-            lab.page.keyboard.press(key)
-        lab.until("old => document.querySelector('.aop-badge').innerText !== old", badge)
-        lab.settled()
-        assert lab.pixels() != pixels, name
-        lab.shot(f"2_slider_{i + 1}_{name}")
+    for name, n in {"elimination": 90, "smoothing": 8, "confidence": 40, "spacing": 8}.items():
+        for key in ("ArrowRight", "ArrowLeft"):
+            badge, pixels = lab.text("badge"), lab.pixels()
+            lab.press(*n * [key], part=lab.page.get_by_label(name, exact=True))
+            lab.until("old => document.querySelector('.aop-badge').innerText !== old", badge)
+            lab.settled()
+            assert lab.pixels() != pixels, name
+            lab.shot(f"2_slider_{name}_{key}")
 
 
 def test_layers_need_nothing_from_the_kernel(lab):
@@ -231,8 +218,7 @@ def test_layers_need_nothing_from_the_kernel(lab):
     lab.canvas.hover(position=here)
     hovering = lab.pixels()
     seen.add(hovering)
-    assert "PCM 0." in lab.page.locator(".aop-readout").inner_text()
-    lab.shot("3_hover")
+    assert "PCM 0." in lab.text("readout")
     lab.page.mouse.wheel(0, -400)
     lab.canvas.drag_to(lab.canvas, source_position=here, target_position=middle)
     seen.add(lab.pixels())
@@ -247,20 +233,20 @@ def test_layers_need_nothing_from_the_kernel(lab):
 
 
 def test_a_clicked_prompt_shows_its_masks_and_what_it_is_related_to(lab):
-    detail, reason = lab.page.locator(".aop-detail"), ""
+    reason = ""
     while "explains it" not in reason:
         lab.press("n")
-        reason = detail.inner_text()
+        reason = lab.text("detail")
         assert not reason.startswith(f"Prompt {lab.numbers()[1] - 1}:"), "none is eliminated"
     value, threshold = re.search(r"PEM (\S+), more than (\S+)\.", reason).groups()
     assert float(value) > float(threshold)
     lab.until("document.querySelectorAll('.aop-detail button').length === 3")
     lab.shot("4_prompt")
     before = lab.pixels()
-    detail.locator("button").first.click()
+    lab.page.locator(".aop-detail button").first.click()
     assert lab.pixels() != before  # only one of the three masks
     lab.press("Escape")
-    assert detail.inner_text() == ""
+    assert lab.text("detail") == ""
     x, y = map(float, re.search(r"at (\S+), ([\d.]+)", reason).groups())
     lab.canvas.click(position=lab.place(x, y))
     lab.says("detail", reason.split("\n")[0])
@@ -302,76 +288,59 @@ def test_a_point_by_hand_by_mouse_and_keyboard_and_undo(lab):
     lab.until("old => document.querySelector('.aop-canvas').toDataURL() !== old", before)
     lab.settled()
     assert lab.numbers()[1] == total + 2  # background of the last object, not another one
-    lab.shot("6_background")
     for _ in range(2):
         lab.page.get_by_role("button", name="Undo").click()
     lab.press("u")
     lab.says("badge", f"of {total}")
 
 
-def test_exports(lab, tmp_path):
-    images = {}
+def test_exports(lab):
+    files = []
     for name in ("COCO", "Labels", "Overlay"):
         with lab.page.expect_download() as waiting:
             lab.page.get_by_role("button", name=name, exact=True).click()
-        file = tmp_path / waiting.value.suggested_filename
-        waiting.value.save_as(file)
-        if name == "COCO":
-            coco = json.loads(file.read_text())
-        else:
-            images[name] = np.asarray(Image.open(file))
-    n = len(coco["annotations"])
-    assert coco["images"][0]["width"] == SIDE and f"{n} masks" in lab.badge()
-    assert images["Labels"].max() <= n and len(np.unique(images["Labels"])) > 0.8 * n
-    assert images["Labels"].shape == images["Overlay"].shape[:2] == (SIDE, SIDE)
-    shutil.copy(file, SHOTS / "7_overlay.png")
+        files.append(SHOTS / f"7_{waiting.value.suggested_filename}")
+        waiting.value.save_as(files[-1])
+    coco, images = json.loads(files[0].read_text()), list(map(Image.open, files[1:]))
+    assert f"{len(coco['annotations'])} masks" in lab.text("badge")
+    assert len(np.unique(images[0])) > 0.8 * len(coco["annotations"])
+    assert [image.size for image in images] == [(SIDE, SIDE)] * 2
     lab.page.get_by_role("button", name="Copy Python").click()
     lab.says("message", "Copied")
-    copied = lab.page.evaluate("navigator.clipboard.readText()")
     call = "aop.explore('own.png', sam='mobile_sam', method='aop', params=aop.AsfParams("
-    assert copied.startswith(call)
+    assert lab.page.evaluate("navigator.clipboard.readText()").startswith(call)
 
 
 def test_side_by_side(lab):
     lab.page.get_by_role("combobox", name="Beside").select_option("amg_s")
-    lab.until("document.querySelectorAll('.aop-badge')[1]?.innerText.includes('256 decoded')")
+    lab.until("document.querySelectorAll('.aop-badge')[1]?.innerText.startsWith('amg_s 256')")
     lab.settled()
     one = lab.pixels()
     lab.canvas.hover(position={"x": 150, "y": 150})
     lab.page.mouse.wheel(0, -500)
     lab.shot("8_side_by_side")
-    width = lab.page.evaluate("document.querySelector('.aop-canvas').width")
-    assert lab.pixels() != one and lab.badge(1).startswith("amg_s") and width > 600
+    assert lab.pixels() != one
     lab.page.get_by_role("combobox", name="Beside").select_option("nothing")
     lab.until("document.querySelectorAll('.aop-badge').length === 1")
-    lab.page.keyboard.press("Escape")
 
 
 def test_an_image_with_ground_truth_and_one_of_the_persons_own(lab, tmp_path):
     lab.page.get_by_role("combobox", name="Image").select_option("000000311303.jpg")
     lab.says("badge", "mIoU")
     lab.settled()
-    assert lab.message() == ""  # no longer what was copied before
+    assert lab.text("message") == ""  # no longer what was copied before
     before = lab.pixels()
     lab.opacity("Ground truth", 100)
     assert lab.pixels() != before
     lab.shot("8_ground_truth")
     Image.fromarray(open_dataset("photos")[6].image[:150, :SIDE]).save(tmp_path / "mine.png")
-    (tmp_path / "bad.png").write_text("no image")
-    for name in ("mine.png", "bad.png"):
-        with lab.page.expect_file_chooser() as chooser:
-            lab.page.get_by_role("button", name="Your own").click()
-        chooser.value.set_files(tmp_path / name)
-        lab.until("document.querySelector('.aop-badge')?.innerText.includes('mIoU') === false")
-        lab.settled()
-    lab.says("message", "bad.png cannot be read")
-    lab.says("badge", "masks")
+    with lab.page.expect_file_chooser() as chooser:
+        lab.page.get_by_role("button", name="Your own").click()
+    chooser.value.set_files(tmp_path / "mine.png")
+    lab.until("document.querySelector('.aop-badge')?.innerText.includes('mIoU') === false")
+    lab.settled()
     lab.shot("8_own")
     assert lab.page.locator(".jp-RenderedText[data-mime-type*=stderr]").count() == 0
-    lab.page.get_by_role("combobox", name="Image").select_option("000000311303.jpg")
-    lab.says("badge", "mIoU")
-    lab.settled()
-    assert lab.message() == ""
 
 
 def test_dark_theme(lab):
@@ -379,7 +348,6 @@ def test_dark_theme(lab):
     lab.page.get_by_text("Theme", exact=True).hover()
     lab.page.get_by_text("JupyterLab Dark", exact=True).click()
     lab.until("document.body.dataset.jpThemeLight === 'false'")
-    lab.page.get_by_role("button", name="Fit").click()
     lab.page.wait_for_timeout(500)
     lab.shot("9_dark")
     colours = lab.page.locator(".aop-layer span").first.evaluate("""e =>
@@ -408,7 +376,7 @@ def test_the_same_page_by_voila(browser, tmp_path):
         page.says("badge", "masks")
         page.shot("11_voila")
         assert page.errors == []
-        assert "waiting" not in page.page.locator(".aop-statuses").inner_text()
+        assert "waiting" not in page.text("statuses")
         page.page.close()
 
 

@@ -7,6 +7,7 @@ import base64
 import io
 import json
 from dataclasses import replace
+from unittest import mock
 
 import nbformat
 import numpy as np
@@ -26,11 +27,9 @@ from aopsam_lab.pipeline.decode import decode_and_filter
 from aopsam_lab.pipeline.methods import METHODS, Grid
 from aopsam_lab.pipeline.run import run_method
 from aopsam_lab.pipeline.types import STATUSES, Models
-from aopsam_lab.widgets import explorer as explorer_module
 from aopsam_lab.widgets import packing
-from aopsam_lab.widgets import session as session_module
-from aopsam_lab.widgets import sources as sources_module
 from aopsam_lab.widgets.explorer import NOTHING, PINNED
+from aopsam_lab.widgets.session import Session
 from aopsam_lab.widgets.sources import prepared, sources_of
 
 EAGER = AsfParams(spacing=16, confidence=0.1, elimination=1.1)  # few prompts, some eliminated
@@ -46,7 +45,7 @@ def quick(monkeypatch):
         ENCODED[key] = ENCODED.get(key) or aop.encode(sam, image)
         return replace(ENCODED[key])
 
-    monkeypatch.setattr(session_module, "encode", encode)
+    monkeypatch.setattr("aopsam_lab.widgets.session.encode", encode)
     monkeypatch.setitem(METHODS, "amg_s", Grid("amg_s", 4))
 
 
@@ -68,14 +67,13 @@ def test_images_come_from_arrays_files_folders_samples_data_sets_and_mixtures(tm
         Image.fromarray(sample.image).save(tmp_path / name)
     assert [s.name for s in sources_of(tmp_path)] == ["a.jpg", "b.png"]
     assert np.array_equal(sources_of(tmp_path / "b.png")[0].read().image, sample.image)
-    photos = sources_of("photos")
-    assert len(photos) == 28 and photos[18].code == "aop.open_dataset('photos')[18]"
-    assert photos[18].name == "000000423617.jpg" and len(photos[18].read().ground_truth) == 12
+    photo = sources_of("photos")[18]
+    assert photo[:2] == ("000000423617.jpg", "aop.open_dataset('photos')[18]")
+    assert len(photo.read().ground_truth) == 12
     few = aop.open_dataset("photos", 2)
     mixed = sources_of({"mine": sample.image, "set": few, "files": [tmp_path / "b.png", sample]})
     names = ["mine", *(f"set: {name}" for name in few.ids), "files: b.png", f"files: {sample.id}"]
-    assert [s.name for s in mixed] == names
-    assert mixed[4].read().ground_truth is sample.rles and not mixed[0].read().ground_truth
+    assert [s.name for s in mixed] == names and mixed[4].read().ground_truth is sample.rles
     same = sources_of([sample.image, sample.image])
     assert [(s.name, s.code) for s in same] == [("image", "image[0]"), ("image 2", "image[1]")]
 
@@ -85,7 +83,7 @@ def test_a_huge_image_is_reduced_with_its_ground_truth_without_a_warning_in_the_
 ):
     # beyond it Pillow warns, beyond its double it refuses
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 200_000)
-    monkeypatch.setattr(sources_module, "MAX_PIXELS", 150_000)
+    monkeypatch.setattr("aopsam_lab.widgets.sources.MAX_PIXELS", 150_000)
     masks = decode_rle(prepared(sample).ground_truth, (316, 474))
     assert np.allclose(masks.mean((1, 2)), sample.masks.mean((1, 2)), atol=2e-3)
     Image.fromarray(sample.image).save(tmp_path / "huge.png")
@@ -104,7 +102,6 @@ def test_a_huge_image_is_reduced_with_its_ground_truth_without_a_warning_in_the_
         (lambda folder: folder / "missing.png", "no image file"),
         (lambda folder: str(folder / "text.png"), "read as an image: its format is none"),
         (lambda folder: np.zeros((1, 1, 3), np.uint8), "too small"),
-        (lambda folder: np.zeros((4, 4, 4, 4)), "channels"),
         (lambda folder: [], "no image in this list"),
         (lambda folder: 7, "Nothing to explore in a int"),
     ],
@@ -125,8 +122,7 @@ def test_a_bad_image_among_good_ones_and_a_bad_model(sample):
     opened.source = 1
     assert opened.message == "" and len(opened.segmentation.masks)
     opened.source = 0
-    assert "too small" in opened.message
-    assert opened.segmentation is None and opened.left == {}
+    assert "too small" in opened.message and opened.segmentation is None and opened.left == {}
     assert "no SAM called 'nosuch'" in aop.explore(sample, sam="nosuch").message
     for argument in ("method", "compare"):
         assert "no method 'nosuch'" in aop.explore(sample, **{argument: "nosuch"}).message
@@ -176,15 +172,12 @@ def test_the_order_of_rounds_is_what_happened(sam, predictor, photo):
 def test_settings_give_what_a_fresh_run_gives_and_decode_only_what_is_new(
     explorer, sam, predictor, photo
 ):
-    seen = []
-    explorer.observe(lambda change: seen.append(change["new"]), "segmentation")
-    others = replace(EAGER, elimination=1.0), AsfParams(smoothing=1, confidence=0.3, spacing=20)
-    for params in (EAGER, *others):
+    other = AsfParams(smoothing=1, confidence=0.3, spacing=20)
+    for params in (EAGER, replace(EAGER, elimination=1.0), other):
         explorer.params = params
         seg, fresh = explorer.segmentation, run_method(sam, photo, "aop", predictor, params=params)
         assert seg.masks == fresh.masks and seg.prompts.equals(fresh.prompts)
         assert explorer.get_state("params")["params"] == vars(params)
-    assert len(seen) == 2
     explorer.params = EAGER
     assert "(0 new)" in explorer.left["badge"] and "mIoU" in explorer.left["badge"]
 
@@ -195,7 +188,7 @@ def test_the_selected_prompt_and_the_round_stay_where_they_are(explorer):
     table = explorer.segmentation.prompts
     row = int((table["status"] == "kept").to_numpy().nonzero()[0][-1])
     explorer.selected = row
-    assert explorer.selected == row and explorer.detail["prompt"] == row
+    assert explorer.detail["prompt"] == row
     assert len(explorer.detail["masks"]["counts"]) == len(explorer.detail["lines"]) == 3
     explorer.params = replace(EAGER, confidence=0.05)
     after = explorer.segmentation.prompts.iloc[explorer.selected]
@@ -210,19 +203,17 @@ def test_clicks_by_hand_add_a_mask_are_refined_and_taken_back(explorer, sample, 
     explorer.manual = [[[x, y, 1]]]
     one = explorer.segmentation
     assert explorer.message == "" and len(one.masks) == len(before.masks) + 1
-    assert one.n_decoded == before.n_decoded + 1
-    assert (np.diff(one.scores) <= 0).all()
+    assert one.n_decoded == before.n_decoded + 1 and (np.diff(one.scores) <= 0).all()
     mine = one.masks[int((one.mask_prompt == len(before.prompts)).nonzero()[0][0])]
     assert decode_rle([mine], sample.image.shape[:2])[0, int(y), int(x)]
     assert tuple(one.prompts.iloc[-1][["x", "y", "round", "status"]]) == (x, y, -1, "kept")
     assert packing.STYLES[explorer.left["prompts"][-1]["status"]][2] == "by hand"
     explorer.set_state({"manual": [[[x, y, 1], [5.0, 5.0, 0]]]})  # as the page does
-    assert len(explorer.segmentation.masks) == len(one.masks)
-    assert explorer.segmentation.masks != one.masks
-    assert "manual=[[(" in explorer.call
+    refined = explorer.segmentation.masks
+    assert len(refined) == len(one.masks) and refined != one.masks
     again = eval(explorer.call, {"aop": aop, "image": sample})
-    assert again.segmentation.masks == explorer.segmentation.masks, "the call makes the same state"
-    monkeypatch.setattr(session_module.Session, "ask", lambda *_: None)
+    assert again.segmentation.masks == refined, "the call makes the same state"
+    monkeypatch.setattr(Session, "ask", lambda *_: None)
     explorer.manual = [[[x, y, 1]], [[1.0, 1.0, 1]]]
     assert explorer.message == "SAM found nothing there." and len(explorer.manual) == 1
     explorer.manual = []
@@ -259,7 +250,6 @@ def test_exports_are_the_segmentations_own(explorer):
 
 def test_an_uploaded_image_is_opened_and_a_damaged_one_only_said(explorer, sample):
     send(explorer, drawing.png_bytes(sample.image[:100]), name="mine.png")
-    assert explorer.segmentation.image.shape == (100, 640, 3)
     assert explorer.names[-1] == "mine.png"
     send(explorer, b"no image", name="bad.png")
     said = "bad.png cannot be read as an image: its format is none that Pillow knows."
@@ -268,7 +258,7 @@ def test_an_uploaded_image_is_opened_and_a_damaged_one_only_said(explorer, sampl
 
 def test_a_segmentation_is_explored_as_it_is(explorer, monkeypatch):
     seg = explorer.segmentation
-    monkeypatch.setattr(session_module.Session, "run", lambda *_: pytest.fail("it decodes"))
+    monkeypatch.setattr(Session, "run", lambda *_: pytest.fail("it decodes"))
     opened = aop.explore(seg)
     assert opened.segmentation.masks == seg.masks
     assert opened.params == EAGER and opened.message == ""
@@ -298,30 +288,26 @@ def live(monkeypatch, act) -> None:
         while not condition():
             await asyncio.sleep(0.005)
 
-    monkeypatch.setattr(explorer_module, "DEBOUNCE", 0.05)
+    monkeypatch.setattr("aopsam_lab.widgets.explorer.DEBOUNCE", 0.05)
     asyncio.run(asyncio.wait_for(act(until), 60))
 
 
 def test_a_moving_slider_previews_at_once_and_decodes_when_it_rests(explorer, monkeypatch):
-    start, runs, run = explorer.segmentation, [], session_module.Session.run
-    previews = []
-
-    def recorded(self, method, params, *rest):
-        runs.append(params)
-        return run(self, method, params, *rest)
+    start, previews = explorer.segmentation, []
+    run = mock.create_autospec(Session.run, side_effect=Session.run)
 
     async def drag(until):
         for value in (0.12, 0.14, 0.16, 0.18, 0.3):
             explorer.set_state({"params": {**vars(EAGER), "confidence": value}})
             previews.append(len(explorer.preview))
         assert explorer.segmentation is start and explorer.busy
-        assert runs == [], "nothing is decoded while it moves"
+        assert not run.called, "nothing is decoded while it moves"
         await until(lambda: not explorer.busy)
 
-    monkeypatch.setattr(session_module.Session, "run", recorded)
+    monkeypatch.setattr(Session, "run", run)
     live(monkeypatch, drag)
-    assert runs == [replace(EAGER, confidence=0.3)] == [explorer.params]
-    assert previews == sorted(previews, reverse=True)
+    assert run.call_args.args[2] == explorer.params == replace(EAGER, confidence=0.3)
+    assert run.call_count == 1 and previews == sorted(previews, reverse=True)
     assert previews[-1] == len(explorer.segmentation.prompts)
     assert explorer.preview == [] and explorer.segmentation is not start
 
@@ -344,13 +330,10 @@ def test_a_newer_setting_stops_the_older_one_between_rounds(explorer, monkeypatc
 
 
 def test_what_fails_in_the_worker_is_said(explorer, monkeypatch):
-    def fail(*_):
-        raise RuntimeError("out of luck")
-
     async def move(until):
         explorer.set_state({"params": {**vars(EAGER), "elimination": 1.35}})
         await until(lambda: explorer.message)
 
-    monkeypatch.setattr(session_module.Session, "run", fail)
+    monkeypatch.setattr(Session, "run", mock.Mock(side_effect=RuntimeError("out of luck")))
     live(monkeypatch, move)
     assert explorer.message == "RuntimeError: out of luck" and explorer.busy == ""

@@ -292,11 +292,9 @@ class Explorer(anywidget.AnyWidget):
 
     def _call(self) -> str:
         """The Python that makes this state again."""
-        sam = repr(self._sam)
-        if not isinstance(self._sam, str):
-            sam = f"aop.load_sam({spec_of(self._sam).name!r})"
-        call = f"aop.explore({self._sources[self.source].code}, sam={sam}, method={self.method!r}"
-        call += f", params=aop.{self.params}"
+        sam = self._sam if isinstance(self._sam, str) else spec_of(self._sam).name
+        call = f"aop.explore({self._sources[self.source].code}, sam={sam!r}"
+        call += f", method={self.method!r}, params=aop.{self.params}"
         if self.manual:
             clicks = [[(round(x, 1), round(y, 1), k) for x, y, k in one] for one in self.manual]
             call += f", manual={clicks}"
