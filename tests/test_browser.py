@@ -222,7 +222,6 @@ def test_layers_need_nothing_from_the_kernel(lab):
     lab.page.mouse.wheel(0, -400)
     lab.canvas.drag_to(lab.canvas, source_position=here, target_position=middle)
     seen.add(lab.pixels())
-    lab.shot("3_zoomed")
     lab.canvas.dblclick(position=middle)
     lab.page.wait_for_timeout(600)
     lab.canvas.hover(position=here)
@@ -361,7 +360,6 @@ def test_a_restarted_kernel_is_said_in_the_message_line(lab):
     lab.page.get_by_text("Restart Kernel…", exact=True).click()
     lab.page.get_by_role("button", name="Confirm Kernel Restart").click()
     lab.says("message", "kernel was restarted")
-    lab.page.locator(".aop-message").scroll_into_view_if_needed()
     lab.shot("10_restarted")
     before = lab.pixels()
     lab.press("5")  # what is there can still be looked at

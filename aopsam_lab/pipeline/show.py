@@ -127,17 +127,15 @@ def plot_panels(
         title = f"PEM of prompt {selected}" if rows else "PEM, maximum"
         maps.append((title, seg.pem(rows[0] if rows else None), MAP_COLOURS["pem"]))
     height, width = seg.image.shape[:2]
-    side, count = max(height, width), len(results) + len(maps)
-    across, down = PANEL * (width / height) ** 0.5, PANEL * (height / width) ** 0.5
-    figure.set_size_inches(across * count + 0.6 * len(maps), down + 0.5)
+    count, scale = len(results) + len(maps), (width / height) ** 0.5
+    figure.set_size_inches(PANEL * scale * count + 0.6 * len(maps), PANEL / scale + 0.5)
     axes = iter(figure.subplots(1, count, squeeze=False)[0])
     for result in results:
         plot(result, next(axes), legend=False)
+    side = max(height, width)  # it fills the model frame, which the maps cover
+    look = {"vmin": 0, "vmax": 1, "alpha": 0.85, "extent": (0, side, side, 0)}
     for ax, (title, values, colours) in zip(axes, maps, strict=True):
-        ax.imshow(seg.image, extent=(0, width, height, 0))
-        # the maps cover the model frame, which the longest side fills
-        look = {"vmin": 0, "vmax": 1, "alpha": 0.85, "extent": (0, side, side, 0)}
+        plot(seg, ax, masks=False, prompts=False)
         drawn = ax.imshow(values, cmap=colours, **look)
-        ax.set(xlim=(0, width), ylim=(height, 0), xticks=[], yticks=[])
         ax.set_title(title, fontsize="small")
         figure.colorbar(drawn, ax=ax, shrink=0.7)

@@ -1,12 +1,10 @@
-// The explorer in the page: shows the model's traits, and sets them. explorer.py joins these
-// modules, this one last.
+// The page: shows the model's traits, and sets them. explorer.py joins its modules, this one last.
 
 import { LAYERS, tag } from "./pane.js";
 import { makeControls, makeSide } from "./side.js";
 import { Stage } from "./stage.js";
 
-const KERNEL_LOST =
-  "The kernel was restarted or stopped, so nothing can be computed here. Run the cell again.";
+const KERNEL_LOST = "The kernel was restarted or stopped. To compute anew, run the cell again.";
 const NO_OBJECT = "A background point belongs to an object: " +
   "click the object first, then shift-click what is not it.";
 
@@ -101,8 +99,7 @@ function actions(model, stage, message, readout) {
       if (n) act.set("selected", ((from < 0 && by < 0 ? 0 : from) + by + n) % n);
     },
     turn(by) {
-      const most = get("left").rounds ?? 0;
-      act.set("round", Math.max(0, Math.min(most, get("round") + by)));
+      act.set("round", Math.max(0, Math.min(get("left").rounds ?? 0, get("round") + by)));
     },
     /** The kernel learns an opacity with the next change of something else. */
     setOpacity(name, value) { model.set("layers", { ...get("layers"), [name]: value }); },
@@ -146,8 +143,7 @@ function render({ model, el }) {
     if (get("image") !== stage.packed) stage.open(get("image")).then(update);
     updates.forEach((part) => part());
   }
-  // JupyterLab's shortcuts of a single key stay out
-  root.onkeydown = (e) => isShortcut(e) || e.stopPropagation();
+  root.onkeydown = (e) => isShortcut(e) || e.stopPropagation(); // keys are none of JupyterLab's
   el.append(root);
   listenToPointer(stage, act);
   listenToKeys(stage, act);

@@ -30,7 +30,7 @@ from aopsam_lab.pipeline.show import plot_panels, save
 from aopsam_lab.sam.zoo import spec_of
 from aopsam_lab.widgets import packing
 from aopsam_lab.widgets.session import Answer, Clicks, Session, same_prompt, with_clicked
-from aopsam_lab.widgets.sources import Opened, Source, prepared, sources_of
+from aopsam_lab.widgets.sources import Source, prepared, sources_of
 
 DEBOUNCE = 0.12  # seconds a slider must rest before decoding begins
 NOTHING, PINNED = "nothing", "this setting, pinned"  # what may stand beside, apart from a method
@@ -42,10 +42,9 @@ SLIDERS = {  # least, most, step, tooltip
     "elimination": (0.5, 2, 0.01, "a prompt is dropped above this many times a PEM's mean"),
 }
 HERE = Path(__file__).parent
-SCRIPTS = ("pane", "stage", "side", "explorer")
 
 
-def bundled(names: Sequence[str] = SCRIPTS) -> str:
+def bundled(names: Sequence[str] = ("pane", "stage", "side", "explorer")) -> str:
     """The page's ES modules as the single one that anywidget takes: without imports and exports."""
     text = "\n".join((HERE / f"{name}.js").read_text("utf-8") for name in names)
     return re.sub(r"^(import [^;]*;|export (?!default))", "", text, flags=re.MULTILINE)
@@ -356,13 +355,10 @@ def explore(
     """
     shown = source if isinstance(source, Segmentation) else None
     try:
-        if shown is None:
-            sources = sources_of(source)
-        else:
-            sources = [Source("image", "seg.image", lambda: Opened(shown.image))]
+        if shown is not None:
             params = replace(params, **shown.params)
             method = shown.method if shown.method in METHODS else method
         state = {"method": method, "params": params, "compare": compare, "manual": list(manual)}
-        return Explorer(sources, sam, shown, **state)
+        return Explorer(sources_of(source), sam, shown, **state)
     except (ValueError, OSError) as error:
         return Explorer((), sam, message=str(error))

@@ -29,14 +29,13 @@ COLOURS = {  # of each layer that is a map 256 RGB
 
 
 def pack_image(image: np.ndarray, ground_truth: Sequence[dict] = ()) -> dict:
-    """(H, W, 3) uint8 and COCO RLE -> width, height, mime, data (PNG or JPEG), ground_truth."""
+    """(H, W, 3) uint8 and COCO RLE -> width, height, data (PNG or JPEG), ground_truth."""
     height, width = image.shape[:2]
-    kind, stream = "png" if height * width <= LOSSLESS_PIXELS else "jpeg", io.BytesIO()
+    kind, stream = "PNG" if height * width <= LOSSLESS_PIXELS else "JPEG", io.BytesIO()
     Image.fromarray(image).save(stream, kind, compress_level=3, quality=92)
     return {
         "width": width,
         "height": height,
-        "mime": f"image/{kind}",
         "data": stream.getvalue(),
         "ground_truth": pack_masks(ground_truth),
     }

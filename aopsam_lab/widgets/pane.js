@@ -120,7 +120,7 @@ export class Pane {
   setRound(round) {
     if (round === this.round) return;
     this.round = round;
-    const isShown = (mask) => this.prompts[mask.owner].decided < round;
+    const isShown = ({ owner }) => this.prompts[owner].decided < round;
     this.labels = topMask(this.masks, this.size, isShown);
     delete this.sources.masks;
   }
@@ -138,21 +138,20 @@ export class Pane {
   }
   /** What became of a prompt, and why: a title, and facts. */
   story(index) {
-    const prompt = this.prompts[index], { x, y, confidence, round, by, pem } = prompt;
+    const { x, y, confidence, round, by, pem, status } = this.prompts[index];
+    const own = this.references[this.reference(index)], other = this.references[by];
     const facts = [`at ${x.toFixed(1)}, ${y.toFixed(1)}`];
-    const own = this.references[this.reference(index)];
     if (confidence !== null) facts[0] += `, confidence ${confidence.toFixed(2)}`;
     if (round >= 0) facts[0] += `, round ${round + 1}`;
-    if (by >= 0) {
-      const { prompt: other, threshold } = this.references[by];
-      facts.push(`The mask of prompt ${other} explains it: ` +
-        `PEM ${pem.toFixed(3)}, more than ${threshold.toFixed(3)}.`);
+    if (other) {
+      facts.push(`The mask of prompt ${other.prompt} explains it: ` +
+        `PEM ${pem.toFixed(3)}, more than ${other.threshold.toFixed(3)}.`);
     }
     if (own) {
       facts.push(`Its mask eliminated ${this.related(index).length} prompts, ` +
         `where its PEM exceeds ${own.threshold.toFixed(3)}.`);
     }
-    return [`Prompt ${index}: ${this.look.styles[prompt.status][2]}`, ...facts];
+    return [`Prompt ${index}: ${this.look.styles[status][2]}`, ...facts];
   }
   /** Show the PEM of a prompt's mask, or of what eliminated it; else the maximum so far. */
   choosePem(prompt) {

@@ -16,6 +16,7 @@ from pycocotools import mask as coco_mask
 from aopsam_lab.data import open_dataset
 from aopsam_lab.data.images import ImageLike, find_images, read_image
 from aopsam_lab.data.sample import Sample
+from aopsam_lab.pipeline.segmentation import Segmentation
 
 MAX_PIXELS = 4_000_000  # SAM sees 1,024 pixels a side: more only makes the page slow
 MIN_SIDE = 8
@@ -44,6 +45,8 @@ def sources_of(what, code: str = "image") -> list[Source]:
     """
     if isinstance(what, (Sample, np.ndarray, Image.Image)):
         return [Source(getattr(what, "id", "image"), code, lambda: prepared(what))]
+    if isinstance(what, Segmentation):
+        return [Source("image", "seg.image", lambda: Opened(what.image))]
     if isinstance(what, (str, os.PathLike)):
         return _of_path(what)
     if isinstance(what, Mapping):

@@ -35,12 +35,12 @@ export class Stage {
 
   /** Empty the stage, and show a packed image once it is read. */
   async open(packed) {
-    const { data, mime, width = 1, height = 1 } = packed;
+    const { data, width = 1, height = 1 } = packed;
     const side = Math.max(width, height), edge = Math.max(1, Math.round(side / 700)); // of outlines
     const size = { width, height, side, edge };
     Object.assign(this, { packed, size, image: null, isFitted: true });
     if (!data) return;
-    const image = await createImageBitmap(new Blob([data], { type: mime }));
+    const image = await createImageBitmap(new Blob([data]));
     if (this.packed !== packed) return; // another one came in the meantime
     this.image = image;
     const masks = unpackMasks(packed.ground_truth).map((mask) => ({ ...mask, colour: WHITE }));
