@@ -24,6 +24,8 @@ STATUS_STYLES = {
     "duplicate": ("D", "#F0E442", "duplicate"),
     "not_reached": ("+", "#BBBBBB", "beyond the limit, never decoded"),
 }
+MAP_COLOURS = {"pcm": "magma", "smoothed": "magma", "pem": "viridis"}  # all grow evenly lighter
+PANEL = 3.6  # inches, of a square image
 
 
 def save(
@@ -105,3 +107,31 @@ def _draw_prompts(seg: Segmentation, ax: Any, status: str) -> None:
     for box in rows[["x0", "y0", "x1", "y1"]].dropna().itertuples(index=False):
         size = (box.x1 - box.x0, box.y1 - box.y0)
         ax.add_patch(Rectangle((box.x0, box.y0), *size, fill=False, ec=colour, lw=0.9, zorder=2))
+
+
+def plot_panels(
+    figure: Any, seg: Segmentation, compared: Segmentation | None = None, selected: int = -1
+) -> None:
+    """Draw the result, the one it is compared with, and its PCM and PEM, on an empty figure.
+
+    The PEM is that of the prompt `selected`, where its mask is a reference, else the maximum.
+    """
+    results = [seg] if compared is None else [seg, compared]
+    maps = [] if seg.pcm is None else [("PCM", seg.pcm, MAP_COLOURS["pcm"])]
+    if seg.pems is not None:
+        rows = seg.references.index[seg.references["prompt"] == selected].tolist()
+        title = f"PEM of prompt {selected}" if rows else "PEM, maximum"
+        maps.append((title, seg.pem(rows[0] if rows else None), MAP_COLOURS["pem"]))
+    height, width = seg.image.shape[:2]
+    count, scale = len(results) + len(maps), (width / height) ** 0.5
+    figure.set_size_inches(PANEL * scale * count + 0.6 * len(maps), PANEL / scale + 0.5)
+    axes = iter(figure.subplots(1, count, squeeze=False)[0])
+    for result in results:
+        plot(result, next(axes), legend=False)
+    side = max(height, width)  # it fills the model frame, which the maps cover
+    look = {"vmin": 0, "vmax": 1, "alpha": 0.85, "extent": (0, side, side, 0)}
+    for ax, (title, values, colours) in zip(axes, maps, strict=True):
+        plot(seg, ax, masks=False, prompts=False)
+        drawn = ax.imshow(values, cmap=colours, **look)
+        ax.set_title(title, fontsize="small")
+        figure.colorbar(drawn, ax=ax, shrink=0.7)

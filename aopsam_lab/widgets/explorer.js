@@ -1,17 +1,13 @@
-// The explorer in the page: shows the model's traits, and sets them. explorer.py joins these
-// modules, this one last.
+// The page: shows the model's traits, and sets them. explorer.py joins its modules, this one last.
 
-import { tag } from "./masks.js";
-import { LAYERS } from "./pane.js";
+import { LAYERS, tag } from "./pane.js";
 import { makeControls, makeSide } from "./side.js";
 import { Stage } from "./stage.js";
 
-const KERNEL_LOST =
-  "The kernel was restarted or stopped, so nothing can be computed here. Run the cell again.";
+const KERNEL_LOST = "The kernel was restarted or stopped. To compute anew, run the cell again.";
 const NO_OBJECT = "A background point belongs to an object: " +
   "click the object first, then shift-click what is not it.";
 
-/** Mouse and touch on the stage. */
 function listenToPointer(stage, act) {
   const { canvas } = stage;
   let from = null, isDragged = false, asking = 0;
@@ -39,14 +35,13 @@ function listenToPointer(stage, act) {
   };
   canvas.addEventListener("wheel", (e) => {
     e.preventDefault();
-    stage.zoom(Math.exp(-0.0015 * e.deltaY), stage.screenPoint(e));
+    stage.zoom(Math.exp(-0.0015 * e.deltaY), stage.imagePoint(e));
     act.point(stage.imagePoint(e));
   }, { passive: false });
 }
 
 const isShortcut = (e) => e.ctrlKey || e.metaKey || e.altKey;
 
-/** Keys on the stage. */
 function listenToKeys(stage, act) {
   const move = (dx, dy, e) => {
     const { size, here } = stage, far = (e.shiftKey ? 40 : 4) / stage.view.k;
@@ -54,17 +49,13 @@ function listenToKeys(stage, act) {
     const x = within(here.x + dx * far, size.width), y = within(here.y + dy * far, size.height);
     act.point({ x, y }, true);
   };
-  const zoom = (factor) => {
-    const { view, here } = stage;
-    stage.zoom(factor, { x: view.x + view.k * here.x, y: view.y + view.k * here.y });
-  };
   const does = {
     ArrowLeft: (e) => move(-1, 0, e), ArrowRight: (e) => move(1, 0, e),
     ArrowUp: (e) => move(0, -1, e), ArrowDown: (e) => move(0, 1, e),
     Enter: (e) => act.click(stage.here, e.shiftKey), Escape: () => act.set("selected", -1),
     u: act.undo, n: () => act.step(1), p: () => act.step(-1),
-    "+": () => zoom(1.25), "=": () => zoom(1.25), "-": () => zoom(0.8), 0: () => stage.fit(),
-    "[": () => act.turn(-1), "]": () => act.turn(1),
+    "+": () => stage.zoom(1.25), "=": () => stage.zoom(1.25), "-": () => stage.zoom(0.8),
+    0: () => stage.fit(), "[": () => act.turn(-1), "]": () => act.turn(1),
   };
   Object.keys(LAYERS).forEach((name, i) => { does[i + 1] = () => act.toggle(name); });
   stage.canvas.onkeydown = (e) => {
@@ -80,13 +71,12 @@ function actions(model, stage, message, readout) {
   let isLost = false;
   const say = (words) => { message.textContent = words; };
   const ask = (question) => isLost ? say(KERNEL_LOST) : question();
+  model.on("comm_live_update", () => { // ipywidgets' own event: the other end is gone
+    isLost = true;
+    say(KERNEL_LOST);
+  });
   const act = {
     say,
-    /** ipywidgets' own event: the other end is gone. */
-    lose() {
-      isLost = true;
-      say(KERNEL_LOST);
-    },
     set(name, value) {
       model.set(name, value);
       ask(() => model.save_changes());
@@ -109,8 +99,7 @@ function actions(model, stage, message, readout) {
       if (n) act.set("selected", ((from < 0 && by < 0 ? 0 : from) + by + n) % n);
     },
     turn(by) {
-      const most = get("left").rounds ?? 0;
-      act.set("round", Math.max(0, Math.min(most, get("round") + by)));
+      act.set("round", Math.max(0, Math.min(get("left").rounds ?? 0, get("round") + by)));
     },
     /** The kernel learns an opacity with the next change of something else. */
     setOpacity(name, value) { model.set("layers", { ...get("layers"), [name]: value }); },
@@ -133,8 +122,7 @@ function actions(model, stage, message, readout) {
     saveOverlay() { stage.overlay().toBlob((blob) => act.save(blob, "overlay.png")); },
     copyCall() {
       const call = get("call"); // without a clipboard the text can be marked
-      const copied = navigator.clipboard.writeText(call);
-      copied.then(() => say(`Copied: ${call}`), () => say(call));
+      navigator.clipboard.writeText(call).then(() => say(`Copied: ${call}`), () => say(call));
     },
   };
   return act;
@@ -145,31 +133,26 @@ function render({ model, el }) {
   const message = tag("span", { className: "aop-message", role: "status" });
   const readout = tag("span", { className: "aop-readout" });
   const get = (name) => model.get(name), stage = new Stage(get);
-  const act = actions(model, stage, message, readout);
-  const controls = makeControls(get, act), side = makeSide(get, act, stage);
-  let said = [];
+  const act = actions(model, stage, message, readout), updates = [() => stage.update()];
+  const root = tag("div", { className: "aop" }, makeControls(get, act, updates),
+    tag("div", { className: "aop-main" }, stage.box, makeSide(get, act, stage, updates)),
+    tag("div", { className: "aop-line" }, message, readout));
 
   /** The page is what the traits say. */
   function update() {
     if (get("image") !== stage.packed) stage.open(get("image")).then(update);
-    const now = [get("message"), get("left"), get("right")];
-    // "Copied" is about what was there before
-    if (now.some((value, i) => value !== said[i])) act.say(get("message"));
-    said = now;
-    for (const part of [stage, controls, side]) part.update();
+    updates.forEach((part) => part());
   }
-  const root = tag("div", { className: "aop" }, controls.box,
-    tag("div", { className: "aop-main" }, stage.box, side.box),
-    tag("div", { className: "aop-line" }, message, readout));
-  root.onkeydown = (e) => { // JupyterLab's shortcuts of a single key stay out
-    if (!isShortcut(e)) e.stopPropagation();
-  };
+  root.onkeydown = (e) => isShortcut(e) || e.stopPropagation(); // keys are none of JupyterLab's
   el.append(root);
   listenToPointer(stage, act);
   listenToKeys(stage, act);
   model.on("change", update);
+  for (const name of ["message", "left", "right"]) { // "Copied" is about what was there before
+    model.on(`change:${name}`, () => act.say(get("message")));
+  }
   model.on("msg:custom", ({ name }, [data]) => act.save(new Blob([data]), name));
-  model.on("comm_live_update", act.lose);
+  act.say(get("message"));
   update();
   const observer = new ResizeObserver(() => stage.layout());
   observer.observe(stage.box);

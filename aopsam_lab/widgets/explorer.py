@@ -1,13 +1,10 @@
-"""`explore`: an image, its PCM and PEM, and what became of every prompt.
-
-`Explorer` is the state; the page (explorer.js) shows it and sets it. A setting changed in the page
-is answered in two steps: where it would prompt at once, the masks when the slider rests.
-"""
+"""`explore`: the state of the explorer, which its page (explorer.js) shows and sets."""
 
 from __future__ import annotations
 
 import asyncio
 import base64
+import io
 import re
 import tempfile
 import warnings
@@ -15,11 +12,11 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 
 import anywidget
 import traitlets
+from matplotlib.figure import Figure
 from PIL import Image
 from segment_anything.modeling import Sam
 
@@ -29,11 +26,11 @@ from aopsam_lab.evaluator import evaluate
 from aopsam_lab.pipeline.methods import METHODS, method_named
 from aopsam_lab.pipeline.run import DEFAULT_PARAMS, loaded_sam
 from aopsam_lab.pipeline.segmentation import Segmentation
-from aopsam_lab.pipeline.show import STATUS_STYLES, save
+from aopsam_lab.pipeline.show import plot_panels, save
 from aopsam_lab.sam.zoo import spec_of
 from aopsam_lab.widgets import packing
 from aopsam_lab.widgets.session import Answer, Clicks, Session, same_prompt, with_clicked
-from aopsam_lab.widgets.sources import Opened, Source, prepared, sources_of
+from aopsam_lab.widgets.sources import Source, prepared, sources_of
 
 DEBOUNCE = 0.12  # seconds a slider must rest before decoding begins
 NOTHING, PINNED = "nothing", "this setting, pinned"  # what may stand beside, apart from a method
@@ -45,32 +42,39 @@ SLIDERS = {  # least, most, step, tooltip
     "elimination": (0.5, 2, 0.01, "a prompt is dropped above this many times a PEM's mean"),
 }
 HERE = Path(__file__).parent
-SCRIPTS = ("masks", "pane", "stage", "side", "explorer")
 
 
-def bundled(names: Sequence[str] = SCRIPTS) -> str:
+def bundled(names: Sequence[str] = ("pane", "stage", "side", "explorer")) -> str:
     """The page's ES modules as the single one that anywidget takes: without imports and exports."""
     text = "\n".join((HERE / f"{name}.js").read_text("utf-8") for name in names)
     return re.sub(r"^(import [^;]*;|export (?!default))", "", text, flags=re.MULTILINE)
 
 
+class ShownFigure(Figure):
+    """A figure that a notebook shows without pyplot, which nothing here imports."""
+
+    def _repr_png_(self) -> bytes:
+        stream = io.BytesIO()
+        self.savefig(stream, format="png", dpi=90)
+        return stream.getvalue()
+
+
 class Explorer(anywidget.AnyWidget):
     """The widget that `explore` makes. Its traits are the state, to read, set and observe.
 
-    A setting made in Python is answered before the statement ends.
+    A setting made in Python is answered before the statement ends; one made in the page in two
+    steps: where it would prompt at once, the masks when the slider rests.
 
     Attributes:
-        params: the four parameters.
-        method: a name in METHODS.
-        compare: a name in METHODS, NOTHING or PINNED.
+        params, method: the setting; a method is a name in METHODS.
+        compare: what stands beside it: a name in METHODS, NOTHING or PINNED.
         source: which of the images, from 0.
         round: rounds of adaptive filtering shown; all of them by default.
         selected: row of `segmentation.prompts` that is clicked, -1 for none.
         layers: opacity from 0 to 1 of image, pcm, smoothed, pem, masks, ground_truth, prompts.
         manual: objects clicked by hand, each a list of (x, y, 1 for the object or 0 for the
             background).
-        segmentation: what is shown, masks of clicks among its own.
-        compared: what is shown beside it, or None.
+        segmentation, compared: what is shown, masks of clicks among its own, and beside it.
         message: what the message line says.
     """
 
@@ -105,11 +109,7 @@ class Explorer(anywidget.AnyWidget):
     call = traitlets.Unicode().tag(sync=True)
 
     def __init__(
-        self,
-        sources: Sequence[Source] = (),
-        sam: str | Sam = "mobile_sam",
-        shown: Segmentation | None = None,
-        **state,
+        self, sources: Sequence[Source], sam: str | Sam, shown: Segmentation | None = None, **state
     ):
         self._sources, self._sam = list(sources), sam
         self._session: Session | None = None
@@ -120,9 +120,8 @@ class Explorer(anywidget.AnyWidget):
             "methods": {name: method.uses for name, method in METHODS.items()},
             "beside": [NOTHING, PINNED, *METHODS],
             "sliders": SLIDERS,
-            "statuses": list(STATUS_STYLES.values()),
-            "pcm": packing.colour_table(packing.PCM_COLOURS),
-            "pem": packing.colour_table(packing.PEM_COLOURS),
+            "styles": packing.STYLES,
+            "colours": packing.COLOURS,
         }
         super().__init__(names=[source.name for source in sources], look=look, **state)
         self.on_msg(self._on_message)
@@ -151,12 +150,12 @@ class Explorer(anywidget.AnyWidget):
         if self._session is None:
             return
         with self._errors_in_message():
-            found = all(map(self._session.ask, self.manual))
-            if found:
+            if all(map(self._session.ask, self.manual)):
                 self._publish({})
+                self.message = self._session.opened.note
             else:
                 self.manual = change["old"]
-            self.message = self._session.opened.note if found else "SAM found nothing there."
+                self.message = "SAM found nothing there."
 
     @traitlets.observe("selected")
     def _selected_changed(self, _=None) -> None:
@@ -190,17 +189,11 @@ class Explorer(anywidget.AnyWidget):
             self._session = Session(opened, loaded_sam(self._sam))
             self.image = packing.pack_image(opened.image, opened.ground_truth)
             if shown is not None:
-                setting = self._settings()["left"]
-                answer = Answer(setting, shown, shown.seconds["total"], shown.n_decoded)
-                self._publish({"left": answer})
+                known = (self.method, self.params), shown, shown.seconds["total"], shown.n_decoded
+                self._publish({"left": Answer(*known)})
             self._ask()
 
     # --- answers -----------------------------------------------------------------------------
-
-    def _settings(self) -> dict[str, tuple[str, AsfParams]]:
-        """By side the setting that it should show."""
-        settings = {"left": self.method, "right": self.compare}
-        return {side: (name, self.params) for side, name in settings.items() if name in METHODS}
 
     def _cancel(self) -> None:
         if self._task is not None:
@@ -211,10 +204,11 @@ class Explorer(anywidget.AnyWidget):
         """Answer what is not answered: at once where Python asks, else when the slider rests."""
         self._cancel()
         self.message, self.preview = self._session.opened.note, []
+        known = {side: answer.setting for side, answer in self._answers.items() if answer}
         due = {
-            side: setting
-            for side, setting in self._settings().items()
-            if (answer := self._answers.get(side)) is None or answer.setting != setting
+            side: (name, self.params)
+            for side, name in (("left", self.method), ("right", self.compare))
+            if name in METHODS and known.get(side) != (name, self.params)
         }
         with self._errors_in_message():
             if not self._property_lock:  # ipywidgets has it while it takes a change of the page
@@ -222,7 +216,7 @@ class Explorer(anywidget.AnyWidget):
                     self._publish({side: self._session.run(*setting)})
             elif due:
                 if self.segmentation is not None and "left" in due:
-                    self.preview = packing.pack_table(self._session.sample(*due["left"]))
+                    self.preview = self._session.sample(*due["left"])
                 self.busy = "decoding …"
                 self._task = asyncio.get_running_loop().create_task(self._answer_later(due))
 
@@ -242,8 +236,8 @@ class Explorer(anywidget.AnyWidget):
         await asyncio.sleep(DEBOUNCE)
         with self._errors_in_message():
             for side, setting in due.items():
-                run = partial(self._session.run, *setting, progress)
-                self._publish({side: await loop.run_in_executor(self._worker, run)})
+                run = self._session.run, *setting, progress
+                self._publish({side: await loop.run_in_executor(self._worker, *run)})
             self.busy = ""
 
     def _publish(self, new: dict[str, Answer | None]) -> None:
@@ -297,11 +291,9 @@ class Explorer(anywidget.AnyWidget):
 
     def _call(self) -> str:
         """The Python that makes this state again."""
-        sam = repr(self._sam)
-        if not isinstance(self._sam, str):
-            sam = f"aop.load_sam({spec_of(self._sam).name!r})"
-        call = f"aop.explore({self._sources[self.source].code}, sam={sam}, method={self.method!r}"
-        call += f", params=aop.{self.params}"
+        sam = self._sam if isinstance(self._sam, str) else spec_of(self._sam).name
+        call = f"aop.explore({self._sources[self.source].code}, sam={sam!r}"
+        call += f", method={self.method!r}, params=aop.{self.params}"
         if self.manual:
             clicks = [[(round(x, 1), round(y, 1), k) for x, y, k in one] for one in self.manual]
             call += f", manual={clicks}"
@@ -319,11 +311,13 @@ class Explorer(anywidget.AnyWidget):
             self.message = str(error) if known else f"{type(error).__name__}: {error}"
             self.busy = ""
 
-    def to_figure(self) -> packing.ShownFigure:
+    def to_figure(self) -> ShownFigure:
         """The state as a figure for a paper. Raises ValueError where nothing is shown."""
         if self.segmentation is None:
             raise ValueError("There is no image to draw: " + (self.message or "nothing is open."))
-        return packing.state_figure(self.segmentation, self.compared, self.selected)
+        figure = ShownFigure(layout="constrained")
+        plot_panels(figure, self.segmentation, self.compared, self.selected)
+        return figure
 
     def _repr_mimebundle_(self, **kwargs):
         """The widget, and a still image for where no kernel runs: GitHub, nbviewer, HTML."""
@@ -354,20 +348,17 @@ def explore(
             or a dictionary from names to them. Or a Segmentation, which is shown as it is, with
             its own method and params.
         sam: a name for `load_sam`, or a `Sam`.
-        method: a name in METHODS, to begin with.
-        params: to begin with.
+        method: to begin with, as `params` and `compare`.
+        params: the four parameters.
         manual: clicks by hand on the first image.
         compare: a method to show beside it.
     """
     shown = source if isinstance(source, Segmentation) else None
     try:
-        if shown is None:
-            sources = sources_of(source)
-        else:
-            sources = [Source("image", "seg.image", lambda: Opened(shown.image))]
+        if shown is not None:
             params = replace(params, **shown.params)
             method = shown.method if shown.method in METHODS else method
         state = {"method": method, "params": params, "compare": compare, "manual": list(manual)}
-        return Explorer(sources, sam, shown, **state)
+        return Explorer(sources_of(source), sam, shown, **state)
     except (ValueError, OSError) as error:
-        return Explorer(message=str(error))
+        return Explorer((), sam, message=str(error))

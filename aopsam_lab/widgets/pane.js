@@ -1,15 +1,111 @@
-// One result: what is known of it in a round, in words and as glyphs.
-
-import { drawLabels, drawMap, topMask, unpackMaps, unpackMasks } from "./masks.js";
+// One result as packing.py sends it: its masks, maps and prompts, in a round, in words and drawn.
 
 export const LAYERS = {
   image: "Image", pcm: "PCM", smoothed: "Smoothed PCM", pem: "PEM", masks: "Masks",
   ground_truth: "Ground truth", prompts: "Prompts",
 };
-export const COLOURS_OF = { pcm: "pcm", smoothed: "pcm", pem: "pem" }; // layer: its colour table
-const KEPT = 0, ELIMINATED = 1;
-export const WAITING = -1;
-export const lookOf = (status, look) => look.statuses[status] ?? ["O", "#dddddd", "waiting"];
+const KEPT = 0, ELIMINATED = 1, WAITING = 6; // indices into packing.py's STYLES
+
+export function tag(name, properties = {}, ...children) {
+  const element = Object.assign(document.createElement(name), properties);
+  element.append(...children);
+  return element;
+}
+
+const rgba = ([r, g, b], a) => ((a << 24) | (b << 16) | (g << 8) | r) >>> 0;
+
+export const unpackMaps = ({ w, h, data: { buffer, byteOffset, byteLength } }) =>
+  ({ w, h, values: new Uint16Array(buffer.slice(byteOffset, byteOffset + byteLength)) });
+
+/** COCO's compressed counts -> run lengths down the columns, background first. */
+function runLengths(counts) {
+  const runs = [];
+  for (let at = 0; at < counts.length; ) { // five bits a character, differences to the last but one
+    let value = 0, shift = 0, bits;
+    do {
+      bits = counts.charCodeAt(at++) - 48;
+      value |= (bits & 31) << shift;
+      shift += 5;
+    } while (bits & 32);
+    if (bits & 16 && shift < 32) value |= -1 << shift;
+    runs.push(runs.length > 2 ? value + runs.at(-2) : value);
+  }
+  return runs;
+}
+
+/** Packed masks -> a list of {runs, area, end (past the last pixel), colour, owner}. */
+export function unpackMasks({ counts = [], colours, owners }) {
+  const sum = (numbers) => numbers.reduce((total, number) => total + number, 0);
+  return counts.map((text, i) => {
+    const runs = runLengths(text), end = sum(runs.slice(0, runs.length - (runs.length % 2)));
+    const area = sum(runs.filter((_, j) => j % 2));
+    return { runs, area, end, colour: colours[i], owner: owners[i] };
+  });
+}
+
+/** Which mask lies on top, i + 1 or 0, column by column. Smaller ones lie over larger ones.
+ * A mask's `start` is the pixel where the labels begin. */
+export function topMask(masks, size, isShown = () => true) {
+  const labels = new Int32Array(size.width * size.height);
+  const order = [...masks.keys()].sort((a, b) => masks[b].area - masks[a].area || b - a);
+  for (const i of order.filter((one) => isShown(masks[one]))) {
+    let at = -(masks[i].start ?? 0);
+    masks[i].runs.forEach((length, j) => {
+      if (j % 2) labels.fill(i + 1, at, at + length);
+      at += length;
+    });
+  }
+  return labels;
+}
+
+/** A canvas of the colours that `at(x, y)` gives, 0 for none. */
+function drawPixels(width, height, at) {
+  const pixels = new ImageData(width, height), out = new Uint32Array(pixels.data.buffer);
+  for (let y = 0, i = 0; y < height; y++) for (let x = 0; x < width; x++) out[i++] = at(x, y);
+  const canvas = tag("canvas", { width, height });
+  canvas.getContext("2d").putImageData(pixels, 0, 0);
+  return canvas;
+}
+
+/** Every `step`-th pixel of the labels of masks: outlined, and filled with an opacity. */
+export function drawLabels(labels, { width, height, edge }, masks, opacity, step = 1) {
+  const shades = (a) => Uint32Array.from([0, ...masks.map(({ colour }) => rgba(colour, a))]);
+  const inside = shades(Math.round(255 * opacity)), line = shades(255);
+  const d = Math.max(edge, step), far = d * height;
+  return drawPixels(Math.ceil(width / step), Math.ceil(height / step), (i, j) => {
+    const x = i * step, y = j * step, at = x * height + y, label = labels[at];
+    const isInner = x >= d && x < width - d && y >= d && y < height - d &&
+      labels[at - d] === label && labels[at + d] === label &&
+      labels[at - far] === label && labels[at + far] === label;
+    return (isInner ? inside : line)[label];
+  });
+}
+
+/** One mask alone: {canvas, left, step}, the canvas beginning at the column `left`. */
+export function drawMask(mask, size, opacity, step) {
+  const left = Math.floor(mask.runs[0] / size.height);
+  const part = { ...size, width: Math.ceil(mask.end / size.height) - left };
+  const labels = topMask([{ ...mask, start: left * size.height }], part);
+  return { canvas: drawLabels(labels, part, [mask], opacity, step), left, step };
+}
+
+export function drawMap({ w, h, values }, table) {
+  const colours = Uint32Array.from(table, (colour) => rgba(colour, 255));
+  return drawPixels(w, h, (x, y) => colours[values[y * w + x] >> 8]);
+}
+
+/** An image, its half, its quarter, ...: drawn small from one that fits, it does not flicker. */
+const halves = new WeakMap();
+export function fitting(source, k) {
+  if (k > 0.5) return source;
+  if (!halves.has(source)) {
+    const width = Math.max(1, source.width >> 1), height = Math.max(1, source.height >> 1);
+    const half = tag("canvas", { width, height });
+    half.getContext("2d").drawImage(source, 0, 0, width, height);
+    halves.set(source, half);
+  }
+  return fitting(halves.get(source), 2 * k);
+}
 
 export class Pane {
   /** sources: what layers are drawn from, image and ground truth at first. */
@@ -24,7 +120,7 @@ export class Pane {
   setRound(round) {
     if (round === this.round) return;
     this.round = round;
-    const isShown = (mask) => this.prompts[mask.owner].decided < round;
+    const isShown = ({ owner }) => this.prompts[owner].decided < round;
     this.labels = topMask(this.masks, this.size, isShown);
     delete this.sources.masks;
   }
@@ -32,7 +128,6 @@ export class Pane {
   having(status) {
     return this.prompts.filter((p) => (p.decided < this.round ? p.status : WAITING) === status);
   }
-  isByHand({ round, status }) { return round < 0 && status === KEPT; }
   /** The reference that a prompt's mask became, or -1. */
   reference(prompt) { return this.references.findIndex((r) => r.prompt === prompt); }
   /** The prompts that a prompt eliminated, or the one that eliminated it. */
@@ -41,37 +136,28 @@ export class Pane {
     if (own >= 0) return this.prompts.filter((prompt) => prompt.by === own);
     return by < 0 ? [] : [this.prompts[this.references[by].prompt]];
   }
-  /** The index of the nearest prompt within reach, or -1. */
-  nearest(at, reach) {
-    const far = this.prompts.map(({ x, y }) => Math.hypot(x - at.x, y - at.y));
-    const least = Math.min(...far);
-    return least < reach ? far.indexOf(least) : -1;
-  }
   /** What became of a prompt, and why: a title, and facts. */
   story(index) {
-    const prompt = this.prompts[index], { x, y, confidence, round, by, pem } = prompt;
+    const { x, y, confidence, round, by, pem, status } = this.prompts[index];
+    const own = this.references[this.reference(index)], other = this.references[by];
     const facts = [`at ${x.toFixed(1)}, ${y.toFixed(1)}`];
-    const own = this.references[this.reference(index)];
     if (confidence !== null) facts[0] += `, confidence ${confidence.toFixed(2)}`;
     if (round >= 0) facts[0] += `, round ${round + 1}`;
-    if (by >= 0) {
-      const { prompt: other, threshold } = this.references[by];
-      facts.push(`The mask of prompt ${other} explains it: ` +
-        `PEM ${pem.toFixed(3)}, more than ${threshold.toFixed(3)}.`);
+    if (other) {
+      facts.push(`The mask of prompt ${other.prompt} explains it: ` +
+        `PEM ${pem.toFixed(3)}, more than ${other.threshold.toFixed(3)}.`);
     }
     if (own) {
       facts.push(`Its mask eliminated ${this.related(index).length} prompts, ` +
         `where its PEM exceeds ${own.threshold.toFixed(3)}.`);
     }
-    const status = this.isByHand(prompt) ? "by hand" : lookOf(prompt.status, this.look)[2];
-    return [`Prompt ${index}: ${status}`, ...facts];
+    return [`Prompt ${index}: ${this.look.styles[status][2]}`, ...facts];
   }
   /** Show the PEM of a prompt's mask, or of what eliminated it; else the maximum so far. */
   choosePem(prompt) {
     if (!this.pems) return;
     const { w, h, values } = this.pems, shown = new Uint16Array(w * h);
-    const known = prompt in this.prompts, own = known ? this.reference(prompt) : -1;
-    const one = known && own < 0 ? this.prompts[prompt].by : own;
+    const own = this.reference(prompt), one = own < 0 ? this.prompts[prompt]?.by ?? -1 : own;
     this.references.forEach(({ round }, r) => {
       if (one < 0 ? round >= this.round : r !== one) return;
       for (let i = 0; i < w * h; i++) shown[i] = Math.max(shown[i], values[r * w * h + i]);
@@ -79,18 +165,17 @@ export class Pane {
     this.maps.pem = { w, h, values: shown, of: this.references[one]?.prompt };
     delete this.sources.pem;
   }
-  /** A map's value at a point of the image. */
+  /** A map's value at a point within the image, whose longest side is the map's. */
   value(name, { x, y }) {
-    const { w, h, values } = this.maps[name], [width, height] = this.result.extent;
-    const column = Math.min(w - 1, Math.floor((x / width) * w));
-    return values[Math.min(h - 1, Math.floor((y / height) * h)) * w + column] / 65535;
+    const { w, h, values } = this.maps[name], { side } = this.size;
+    return values[Math.floor((y / side) * h) * w + Math.floor((x / side) * w)] / 65535;
   }
   /** The index of the mask on top at a point within the image, or -1. */
   maskAt({ x, y }) { return this.labels[Math.floor(x) * this.size.height + Math.floor(y)] - 1; }
   /** What a layer is drawn from, made when first needed; nothing where there is no such layer. */
   source(name) {
     const { sources, maps, look } = this;
-    if (name in maps) sources[name] ??= drawMap(maps[name], look[COLOURS_OF[name]]);
+    if (name in maps) sources[name] ??= drawMap(maps[name], look.colours[name]);
     if (name === "masks") sources[name] ??= drawLabels(this.labels, this.size, this.masks, 0.55);
     return sources[name];
   }
@@ -112,8 +197,8 @@ const SHAPES = { // lines, closed where they have more than two points
 };
 
 const onScreen = (view, { x, y }) => [view.x + view.k * x, view.y + view.k * y];
-const glyphSize = (pane, view) =>
-  (view.glyph ?? 1) * Math.max(2.6, Math.min(5.5, 90 / Math.sqrt(pane.prompts.length || 1)));
+const glyphSize = ({ prompts: { length } }, view) =>
+  (view.glyph ?? 1) * Math.max(2.6, Math.min(5.5, 90 / Math.sqrt(length)));
 
 function stroke(ctx, path, lineWidth, strokeStyle) {
   Object.assign(ctx, { lineWidth, strokeStyle, lineJoin: "round" });
@@ -138,9 +223,8 @@ export function drawGlyphs(ctx, view, marker, points, fillStyle, r) {
 /** All prompts by status, kept ones on top, and what is clicked by hand; of kept boxes frames. */
 export function drawPrompts(ctx, pane, view, clicks) {
   const r = glyphSize(pane, view), points = clicks.flat().map(([x, y, label]) => ({ x, y, label }));
-  for (const status of [...pane.look.statuses.keys(), WAITING].reverse()) {
-    const [marker, colour] = lookOf(status, pane.look);
-    const own = pane.having(status).filter((prompt) => !pane.isByHand(prompt));
+  for (const status of [...pane.look.styles.keys()].reverse()) {
+    const [marker, colour] = pane.look.styles[status], own = pane.having(status);
     drawGlyphs(ctx, view, marker, own, colour, status === WAITING ? 0.7 * r : r);
     if (status !== KEPT) continue;
     Object.assign(ctx, { lineWidth: 1, strokeStyle: "#fff9" });
@@ -161,6 +245,6 @@ export function drawRelated(ctx, pane, view, index) {
     lines.lineTo(...onScreen(view, other));
   }
   stroke(ctx, lines, 4, "#000a");
-  stroke(ctx, lines, 1.9, lookOf(ELIMINATED, pane.look)[1]);
+  stroke(ctx, lines, 1.9, pane.look.styles[ELIMINATED][1]);
   drawGlyphs(ctx, view, "O", [prompt], "#ffffff", glyphSize(pane, view) + 4);
 }

@@ -24,7 +24,7 @@ from aopsam_lab.pipeline.decode_cache import DecodeCache, PcmCache
 from aopsam_lab.pipeline.methods import METHODS
 from aopsam_lab.pipeline.run import loaded_model, run_method
 from aopsam_lab.pipeline.segmentation import Segmentation
-from aopsam_lab.pipeline.types import Encoded, Found, Models
+from aopsam_lab.pipeline.types import Found, Models
 from aopsam_lab.widgets.sources import Opened
 
 CHUNK = 16  # prompts decoded between two looks at whether the answer is still wanted
@@ -42,12 +42,12 @@ class Answer(NamedTuple):
 
 
 class Mask(NamedTuple):
-    """A mask as COCO RLE, its predicted IoU and stability score, and its box x0 y0 x1 y1."""
+    """A mask as COCO RLE, its predicted IoU, its stability score and its box."""
 
     rle: dict
-    score: float
-    stability: float
-    box: np.ndarray  # the last two are the highest pixel indices on the mask
+    score: np.float32
+    stability: np.float32
+    box: np.ndarray  # x0 y0 x1 y1, inclusive pixel indices
 
 
 class Session:
@@ -59,17 +59,13 @@ class Session:
         self._asked: dict[str, Mask | None] = {}  # by the clicks, as JSON
 
     @cached_property
-    def encoded(self) -> Encoded:
-        """The image with its embedding."""
-        return encode(self.sam, self.opened.image)
-
-    @cached_property
     def _cache(self) -> DecodeCache:
-        return DecodeCache(self.sam, self.encoded)
+        """The decodes, and with them the image with its embedding."""
+        return DecodeCache(self.sam, encode(self.sam, self.opened.image))
 
     @cached_property
     def _pcm(self) -> PcmCache:
-        return PcmCache(loaded_model("predictor", self.sam), self.encoded)
+        return PcmCache(loaded_model("predictor", self.sam), self._cache.encoded)
 
     def _models(self, method: str) -> Models:
         needs = METHODS[method].needs
@@ -78,25 +74,19 @@ class Session:
         return Models(detector=loaded_model(needs, self.sam) if needs else None)
 
     @torch.inference_mode()
-    def sample(self, method: str, params: AsfParams) -> pd.DataFrame:
-        """Points of the prompts that the method proposes before anything is decoded."""
+    def sample(self, method: str, params: AsfParams) -> list[dict]:
+        """Where the method would prompt, before anything is decoded: x and y of each point."""
         with self._lock:
-            proposal = METHODS[method].start(self.encoded, self._models(method), params)
-        return pd.DataFrame(proposal.prompts.points.cpu().numpy(), columns=["x", "y"])
+            proposal = METHODS[method].start(self._cache.encoded, self._models(method), params)
+        return [{"x": x, "y": y} for x, y in proposal.prompts.points.tolist()]
 
     def run(
-        self,
-        method: str,
-        params: AsfParams,
-        progress: Callable[[int, int], None] = lambda done, total: None,
+        self, method: str, params: AsfParams, progress: Callable[..., None] = lambda *_: None
     ) -> Answer:
         """The method's answer, from what is known already and what must still be decoded.
 
-        Args:
-            method: a name in METHODS.
-            params: the four parameters.
-            progress: told before every CHUNK prompts how many were decoded, and of how many. What
-                it raises ends the run.
+        Before every CHUNK prompts `progress` is told how many of how many were decoded. What it
+        raises ends the run.
         """
         start = time.perf_counter()
         before, done = self._cache.n_decoded, 0
@@ -111,9 +101,9 @@ class Session:
             with self._lock:
                 return self._cache(sam, encoded, prompts, index, spec)  # joins the parts
 
-        models = self._models(method)
+        models, encoded = self._models(method), self._cache.encoded
         seg = run_method(
-            self.sam, self.encoded, method, models.predictor, models.detector, params, decode=decode
+            self.sam, encoded, method, models.predictor, models.detector, params, decode=decode
         )
         seconds = time.perf_counter() - start
         return Answer((method, params), seg, seconds, self._cache.n_decoded - before)
@@ -141,9 +131,9 @@ class Session:
     def _predict(self, multimask: bool, **prompt) -> list[Mask]:
         """The masks of one prompt as `SamPredictor.predict` takes it, without empty ones."""
         stock = SamPredictor(self.sam)
-        stock.features, stock.is_image_set = self.encoded.embedding, True
-        stock.original_size = self.opened.image.shape[:2]
-        stock.input_size = self.encoded.input_size
+        encoded = self._cache.encoded
+        stock.features, stock.is_image_set = encoded.embedding, True
+        stock.original_size, stock.input_size = encoded.image.shape[:2], encoded.input_size
         with self._lock:
             found = stock.predict(multimask_output=multimask, return_logits=True, **prompt)
         logits, scores = map(torch.from_numpy, found[:2])
@@ -151,34 +141,28 @@ class Session:
         some = (logits > threshold).flatten(1).any(1)
         logits, scores = logits[some], scores[some]
         stability = calculate_stability_score(logits, threshold, STABILITY_OFFSET)
-        boxes = batched_mask_to_box(logits > threshold).float().numpy()
+        boxes = batched_mask_to_box(logits > threshold).float()
         rles = encode_rle(logits > threshold)
-        return list(map(Mask, rles, scores.tolist(), stability.tolist(), boxes))
+        return list(map(Mask, rles, scores.numpy(), stability.numpy(), boxes.numpy()))
 
 
 def with_clicked(seg: Segmentation, clicked: Sequence[tuple[Clicks, Mask]]) -> Segmentation:
-    """The Segmentation with masks of clicks among its own, by score.
-
-    Each mask adds a prompt at its first click: status kept, round -1, no confidence.
-    """
+    """The Segmentation with masks of clicks among its own, each with a prompt of round -1."""
     if not clicked:
         return seg
     n, m = len(seg.prompts), len(clicked)
     rows = pd.DataFrame([clicks[0][:2] for clicks, _ in clicked], columns=["x", "y"])
     rows = rows.assign(round=-1, status="kept", by=-1)
     rles, scores, stability, boxes = zip(*(mask for _, mask in clicked), strict=True)
-    order = np.argsort(-np.append(seg.scores, scores), kind="stable")
-
-    def joined(own: np.ndarray, more: Sequence) -> np.ndarray:
-        return np.concatenate([own, np.array(more, own.dtype)])[order]
-
+    masks, scores = [*seg.masks, *rles], np.append(seg.scores, scores)
+    order = np.argsort(-scores, kind="stable")
     return replace(
         seg,
-        masks=joined(np.array(seg.masks, object), rles).tolist(),
-        scores=joined(seg.scores, scores),
-        stability=joined(seg.stability, stability),
-        boxes=joined(seg.boxes, boxes),
-        mask_prompt=joined(seg.mask_prompt, range(n, n + m)),
+        masks=[masks[i] for i in order],
+        scores=scores[order],
+        stability=np.append(seg.stability, stability)[order],
+        boxes=np.vstack([seg.boxes, boxes])[order],
+        mask_prompt=np.append(seg.mask_prompt, range(n, n + m))[order],
         prompts=pd.concat([seg.prompts, rows], ignore_index=True),
         n_decoded=seg.n_decoded + m,
         n_sampled=seg.n_sampled + m,

@@ -1,8 +1,6 @@
 // Above and beside the stage: settings, layers, the statuses' legend, the selected prompt, buttons.
 
-import { tag } from "./masks.js";
-import { COLOURS_OF, LAYERS, WAITING, drawGlyphs, lookOf } from "./pane.js";
-import { CANDIDATES } from "./stage.js";
+import { LAYERS, drawGlyphs, tag } from "./pane.js";
 
 const HELP = "Wheel zooms, dragging pans. Click a prompt to open it, an empty place to ask SAM " +
   "there; Shift-click says: not this.";
@@ -17,20 +15,18 @@ const text = (name, textContent) => tag(name, { textContent });
 const button = (textContent, title, onclick) =>
   tag("button", { type: "button", textContent, title, onclick });
 const labelled = (name, ...controls) => tag("label", {}, text("span", name), ...controls);
-const slider = (ariaLabel, limits, set) => {
-  const range = tag("input", { type: "range", ...limits, ariaLabel });
-  range.oninput = () => set(+range.value);
-  return range;
-};
+const slider = (ariaLabel, limits, set) =>
+  tag("input", { type: "range", ...limits, ariaLabel, oninput: (e) => set(+e.target.value) });
 
-/** Choices, sliders and rounds: their box, and a function that brings them up to date. */
-export function makeControls(get, act) {
-  const { methods, beside, sliders } = get("look"), updates = [];
-  const choice = (title, trait, options) => {
-    const select = tag("select", { ariaLabel: title });
-    select.onchange = () => act.set(trait, trait === "source" ? +select.value : select.value);
+/** Choices, sliders and rounds. What brings them up to date joins the `updates`. */
+export function makeControls(get, act, updates) {
+  const { methods, beside, sliders } = get("look");
+  const choice = (title, trait, names) => {
+    const isIndex = trait === "source", select = tag("select", { ariaLabel: title });
+    select.onchange = () => act.set(trait, isIndex ? +select.value : select.value);
     updates.push(() => {
-      if (select.length !== options().length) select.replaceChildren(...options());
+      const options = names().map((name, i) => new Option(name, isIndex ? i : name));
+      if (select.length !== options.length) select.replaceChildren(...options);
       select.value = get(trait);
     });
     return labelled(title, select);
@@ -74,32 +70,29 @@ export function makeControls(get, act) {
     rounds.max = get("left").rounds ?? 0;
     rounds.value = count.value = get("round");
   });
-  const named = (names) => () => names.map((name) => new Option(name));
-  const box = tag("div", { className: "aop-controls" },
+  return tag("div", { className: "aop-controls" },
     tag("div", {},
-      choice("Image", "source", () => get("names").map((name, i) => new Option(name, i))), file,
+      choice("Image", "source", () => get("names")), file,
       button("Your own", "an image of your own", () => file.click()),
-      choice("Method", "method", named(Object.keys(methods))),
-      choice("Beside", "compare", named(beside))),
+      choice("Method", "method", () => Object.keys(methods)),
+      choice("Beside", "compare", () => beside)),
     tag("div", {}, ...Object.keys(sliders).map(parameter),
       labelled("Rounds", rounds, count), play));
-  return { box, update: () => updates.forEach((update) => update()) };
 }
 
 /** Layers with their opacity, the legend, the selected prompt, and buttons: as makeControls. */
-export function makeSide(get, act, stage) {
+export function makeSide(get, act, stage, updates) {
   const { look } = stage, legend = tag("div", { className: "aop-statuses" });
   const detail = tag("div", { className: "aop-detail" });
-  const updates = [];
   const layer = (name) => {
-    const range = slider(`opacity of ${LAYERS[name]}`, { min: 0, max: 100 },
-      (value) => act.setOpacity(name, value / 100));
+    const set = (percent) => act.setOpacity(name, percent / 100);
+    const range = slider(`opacity of ${LAYERS[name]}`, { min: 0, max: 100 }, set);
     const check = tag("input", { type: "checkbox", onchange: () => act.toggle(name) });
     const title = text("span", LAYERS[name]);
     const row = tag("div", { className: "aop-layer" }, tag("label", {}, check, title), range);
-    if (name in COLOURS_OF) {
-      const table = look[COLOURS_OF[name]], bar = tag("span", { className: "aop-bar" });
-      const stops = [0, 51, 102, 153, 204, 255].map((i) => `rgb(${table[i]})`);
+    if (name in look.colours) {
+      const bar = tag("span", { className: "aop-bar" });
+      const stops = look.colours[name].filter((_, i) => i % 51 === 0).map((c) => `rgb(${c})`);
       bar.style.background = `linear-gradient(90deg, ${stops})`;
       row.append(tag("span", { className: "aop-scale" }, "0", bar, "1"));
     }
@@ -116,31 +109,34 @@ export function makeSide(get, act, stage) {
   };
   /** What a status looks like, and how many prompts have it. */
   const entry = (status) => {
-    const [marker, colour, words] = lookOf(status, look);
+    const [marker, colour, words] = look.styles[status];
     const count = stage.panes[0]?.having(status).length;
     const icon = tag("canvas", { width: 32, height: 32 }), view = { k: 1, x: 16, y: 16 };
     drawGlyphs(icon.getContext("2d"), view, marker, [{ x: 0, y: 0 }], colour, 10);
     const parts = [icon, text("span", words), text("b", count)];
     return count ? [tag("div", { className: "aop-status" }, ...parts)] : [];
   };
-  /** What became of the selected prompt, and a button for each of its masks. */
+  /** The legend; what became of the selected prompt, and a button for each of its masks. */
   function describe() {
+    legend.replaceChildren(...[...look.styles.keys()].flatMap(entry));
     const [pane] = stage.panes, selected = get("selected");
     const [title, ...facts] = selected in (pane?.prompts ?? []) ? pane.story(selected) : [];
-    const masks = stage.candidates.map(({ line }, i) => {
+    const masks = stage.candidates.map(({ line, colour }, i) => {
       const only = button(line, "show only this one of its masks", () => {
-        stage.showOnly(i);
+        stage.only = stage.only === i ? -1 : i;
+        stage.invalidate();
         describe();
       });
       only.classList.toggle("aop-only", stage.only === i);
-      only.style.setProperty("--swatch", `rgb(${CANDIDATES[i]})`);
+      only.style.setProperty("--swatch", `rgb(${colour})`);
       return only;
     });
     const words = title ? [text("b", title), ...facts.map((fact) => text("div", fact))] : [];
     detail.replaceChildren(...words, ...masks);
   }
   const keys = Object.entries(KEYS).map(([key, does]) => text("div", `${key}: ${does}`));
-  const box = tag("div", { className: "aop-side" },
+  updates.push(describe);
+  return tag("div", { className: "aop-side" },
     tag("div", {}, ...Object.keys(LAYERS).map(layer)), legend, detail,
     tag("div", { className: "aop-actions" },
       button("Undo", "take back the last click (u)", act.undo),
@@ -151,8 +147,4 @@ export function makeSide(get, act, stage) {
       button("Copy Python", "the call that makes this state again", act.copyCall)),
     tag("details", { className: "aop-keys" },
       text("summary", "Mouse and keys"), text("div", HELP), ...keys));
-  updates.push(describe, () => {
-    legend.replaceChildren(...[...look.statuses.keys(), WAITING].flatMap(entry));
-  });
-  return { box, update: () => updates.forEach((update) => update()) };
 }

@@ -11,11 +11,12 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 from PIL import Image
+from pycocotools import mask as coco_mask
 
 from aopsam_lab.data import open_dataset
 from aopsam_lab.data.images import ImageLike, find_images, read_image
 from aopsam_lab.data.sample import Sample
-from aopsam_lab.masks.rle import decode_rle, encode_rle
+from aopsam_lab.pipeline.segmentation import Segmentation
 
 MAX_PIXELS = 4_000_000  # SAM sees 1,024 pixels a side: more only makes the page slow
 MIN_SIDE = 8
@@ -38,17 +39,14 @@ class Source(NamedTuple):
 
 
 def sources_of(what, code: str = "image") -> list[Source]:
-    """Sources of one or more images, no two of one name. Nothing is read yet.
+    """Sources of what `explore` takes, no two of one name, nothing read yet.
 
-    Args:
-        what: as `explore` takes it.
-        code: Python that names `what`.
-
-    Raises:
-        ValueError: for a folder without images, an empty list and another type.
+    `code` is Python that names it. Raises ValueError where it holds no image.
     """
     if isinstance(what, (Sample, np.ndarray, Image.Image)):
         return [Source(getattr(what, "id", "image"), code, lambda: prepared(what))]
+    if isinstance(what, Segmentation):
+        return [Source("image", "seg.image", lambda: Opened(what.image))]
     if isinstance(what, (str, os.PathLike)):
         return _of_path(what)
     if isinstance(what, Mapping):
@@ -64,11 +62,7 @@ def sources_of(what, code: str = "image") -> list[Source]:
 
 
 def prepared(what: Sample | ImageLike) -> Opened:
-    """An image ready to explore: read, and reduced to MAX_PIXELS. Raises what `read_image` raises.
-
-    Raises:
-        ValueError: the image is tiny.
-    """
+    """An image as `read_image` reads it, reduced to MAX_PIXELS; ValueError where it is tiny."""
     is_sample = isinstance(what, Sample)
     image, ground_truth = (what.image, what.rles) if is_sample else (read_image(what), ())
     height, width = image.shape[:2]
@@ -80,17 +74,15 @@ def prepared(what: Sample | ImageLike) -> Opened:
     if height * width <= MAX_PIXELS:
         return Opened(image, ground_truth)
     scale = (MAX_PIXELS / (height * width)) ** 0.5
-    size = (max(MIN_SIDE, int(width * scale)), max(MIN_SIDE, int(height * scale)))
+    size = int(width * scale), int(height * scale)
+    reduced = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
     masks = [
-        cv2.resize(mask.view(np.uint8), size, interpolation=cv2.INTER_NEAREST).astype(bool)
-        for mask in decode_rle(ground_truth, (height, width))
+        cv2.resize(coco_mask.decode(rle), size, interpolation=cv2.INTER_NEAREST)
+        for rle in ground_truth
     ]
-    return Opened(
-        cv2.resize(image, size, interpolation=cv2.INTER_AREA),
-        encode_rle(np.array(masks)) if masks else (),
-        f"{width} x {height} pixels, explored at {size[0]} x {size[1]}; "
-        "aop.segment gives masks of the full size.",
-    )
+    note = f"{width} x {height} pixels, explored at {size[0]} x {size[1]}; "
+    note += "aop.segment gives masks of the full size."
+    return Opened(reduced, [coco_mask.encode(np.asfortranarray(mask)) for mask in masks], note)
 
 
 def _of_path(path: str | os.PathLike) -> list[Source]:

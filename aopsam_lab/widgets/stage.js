@@ -3,19 +3,14 @@
 // Opacity, zoom and hover only draw anew and ask nothing of the kernel. Frames: image (pixels of
 // the image) and screen (CSS pixels of a pane); view = {k, x, y}: screen = k * image + (x, y).
 
-import { drawLabels, drawMask, fitting, tag, topMask, unpackMasks } from "./masks.js";
-import { COLOURS_OF, LAYERS, Pane, drawGlyphs, drawPrompts, drawRelated } from "./pane.js";
+import {
+  LAYERS, Pane, drawGlyphs, drawLabels, drawMask, drawPrompts, drawRelated, fitting, tag, topMask,
+  unpackMasks,
+} from "./pane.js";
 
-export const CANDIDATES = [[0, 158, 115], [230, 159, 0], [86, 180, 233]]; // a prompt's masks
 const WHITE = [255, 255, 255];
 const GAP = 8; // between two panes, CSS pixels
 const HINT = "Image. Arrows move the cross, Enter clicks, n and p step through the prompts.";
-
-function clip(ctx, ...bounds) {
-  ctx.beginPath();
-  ctx.rect(...bounds);
-  ctx.clip();
-}
 
 export class Stage {
   panes = [];
@@ -34,36 +29,29 @@ export class Stage {
       className: "aop-canvas", tabIndex: 0, role: "application", ariaLabel: HINT,
     });
     this.badges = tag("div", { className: "aop-badges" });
-    this.empty = tag("div", { className: "aop-empty", textContent: "No image is open." });
     this.busy = tag("div", { className: "aop-busy" });
-    this.box = tag("div", { className: "aop-stage" },
-      this.badges, this.canvas, this.busy, this.empty);
+    this.box = tag("div", { className: "aop-stage" }, this.badges, this.canvas, this.busy);
   }
-
-  // --- what there is to show
 
   /** Empty the stage, and show a packed image once it is read. */
   async open(packed) {
-    const { data, mime, width = 1, height = 1 } = packed;
-    const edge = Math.max(1, Math.round(Math.max(width, height) / 700)); // of outlines
-    const size = { width, height, edge };
+    const { data, width = 1, height = 1 } = packed;
+    const side = Math.max(width, height), edge = Math.max(1, Math.round(side / 700)); // of outlines
+    const size = { width, height, side, edge };
     Object.assign(this, { packed, size, image: null, isFitted: true });
     if (!data) return;
-    const image = await createImageBitmap(new Blob([data], { type: mime }));
+    const image = await createImageBitmap(new Blob([data]));
     if (this.packed !== packed) return; // another one came in the meantime
     this.image = image;
     const masks = unpackMasks(packed.ground_truth).map((mask) => ({ ...mask, colour: WHITE }));
     this.groundTruth = masks.length && drawLabels(topMask(masks, size), size, masks, 0.12);
   }
-  /** Be what the traits say. */
   update() {
     const { get, image, panes } = this, prompt = get("selected"), busy = get("busy");
     const results = [get("left"), get("right")].filter((result) => image && result.prompts);
-    this.empty.hidden = image !== null;
     Object.assign(this.busy, { textContent: busy, hidden: !busy });
-    const sources = { image, ground_truth: this.groundTruth };
     this.panes = results.map((result) => panes.find((pane) => pane.result === result) ??
-      new Pane(result, this.size, this.look, { ...sources }));
+      new Pane(result, this.size, this.look, { image, ground_truth: this.groundTruth }));
     if (this.panes.length !== panes.length) this.layout();
     this.badges.replaceChildren(...results.map(({ title, badge, setting }) =>
       tag("div", { className: "aop-badge", title: setting },
@@ -73,26 +61,19 @@ export class Stage {
       pane.setRound(isLast ? pane.result.rounds : get("round"));
       pane.choosePem(i === 0 ? prompt : -1);
     });
-    const detail = image ? get("detail") : {};
+    const detail = image && get("detail").prompt === prompt ? get("detail") : null;
     if (detail !== this.detail) {
       Object.assign(this, { detail, only: -1 });
-      this.candidates = unpackMasks(detail.masks ?? {}).map((mask, i) =>
-        ({ line: detail.lines[i], ...this.alone(mask, CANDIDATES[i], 0.25) }));
+      this.candidates = unpackMasks(detail?.masks ?? {}).map((mask, i) =>
+        ({ ...mask, line: detail.lines[i], drawn: this.alone(mask, 0.25) }));
     }
-    if (detail.prompt !== prompt) this.candidates = [];
-    this.invalidate();
-  }
-  showOnly(i) {
-    this.only = this.only === i ? -1 : i;
     this.invalidate();
   }
   /** One mask alone, as fine as the screen shows it. */
-  alone(mask, colour, opacity) {
+  alone(mask, opacity) {
     const step = Math.max(1, Math.floor(1 / (this.view.k * this.scale)));
-    return drawMask({ ...mask, colour }, this.size, opacity, step);
+    return drawMask(mask, this.size, opacity, step);
   }
-
-  // --- drawing
 
   invalidate() { this.frame ||= requestAnimationFrame(() => this.draw(this)); }
   /** Draw the panes on a canvas, each of a width and height and under a view; scale: its pixels. */
@@ -103,7 +84,9 @@ export class Stage {
     panes.forEach((pane, i) => {
       ctx.save();
       ctx.setTransform(scale, 0, 0, scale, i * (width + GAP) * scale, 0);
-      clip(ctx, 0, 0, width, height);
+      ctx.beginPath();
+      ctx.rect(0, 0, width, height);
+      ctx.clip();
       const isFaint = i === 0 && this.candidates.length > 0; // so that a prompt's masks stand out
       for (const name in LAYERS) {
         if (name === "prompts") this.drawSingleMasks(ctx, pane, view);
@@ -118,18 +101,18 @@ export class Stage {
     });
   }
   drawLayer(ctx, pane, name, view, scale, opacity) {
-    const { width, height } = this.size, isMap = name in COLOURS_OF, k = view.k * scale;
+    const { width, height, side } = this.size, isMap = name in pane.maps, k = view.k * scale;
     const source = pane.source(name), isFirst = pane === this.panes[0];
     ctx.save();
     ctx.globalAlpha = opacity;
     if (name === "prompts") {
       drawPrompts(ctx, pane, view, isFirst ? this.get("manual") : []);
     } else if (source) {
-      const [w, h] = isMap ? pane.result.extent : [width, height];
-      clip(ctx, view.x, view.y, view.k * width, view.k * height); // maps reach over the padding
       ctx.imageSmoothingEnabled = isMap || k < 3;
       const fine = isMap ? source : fitting(source, k);
-      ctx.drawImage(fine, view.x, view.y, view.k * w, view.k * h);
+      const [w, h] = isMap ? [width / side, height / side] : [1, 1]; // a map's rest is padding
+      ctx.drawImage(fine, 0, 0, w * fine.width, h * fine.height,
+        view.x, view.y, view.k * width, view.k * height);
     }
     ctx.restore();
   }
@@ -139,24 +122,23 @@ export class Stage {
     const shown = this.candidates.filter((_, i) => isFirst && (only < 0 || only === i));
     const mask = cross ? pane.masks[pane.maskAt(cross)] : undefined;
     if (pane.hovered?.mask !== mask || pane.hovered?.k !== view.k) {
-      pane.hovered = { mask, k: view.k, drawn: mask && this.alone(mask, WHITE, 0.35) };
+      const drawn = mask && this.alone({ ...mask, colour: WHITE }, 0.35);
+      pane.hovered = { mask, k: view.k, drawn };
     }
-    if (mask) shown.push(pane.hovered.drawn);
-    for (const { canvas, left, step } of shown) {
+    if (mask) shown.push(pane.hovered);
+    for (const { drawn: { canvas, left, step } } of shown) {
       const k = view.k * step;
       ctx.drawImage(canvas, view.x + view.k * left, view.y, k * canvas.width, k * canvas.height);
     }
   }
   /** What is shown, as a canvas of the image's own size. */
   overlay() {
-    const { width, height } = this.size, n = this.panes.length;
+    const { width, height, side } = this.size, n = this.panes.length;
     const canvas = tag("canvas", { width: n * (width + GAP) - GAP, height });
-    const view = { k: 1, x: 0, y: 0, glyph: Math.max(0.6, Math.max(width, height) / 700) };
+    const view = { k: 1, x: 0, y: 0, glyph: Math.max(0.6, side / 700) };
     this.draw({ canvas, width, height, view, scale: 1 });
     return canvas;
   }
-
-  // --- the view
 
   layout() {
     const n = Math.max(1, this.panes.length), ratio = this.size.height / this.size.width;
@@ -180,19 +162,17 @@ export class Stage {
     this.isFitted = false;
     this.invalidate();
   }
-  zoom(factor, at) {
-    const { x, y, k } = this.view, fine = Math.max(0.02, Math.min(60, k * factor)), f = fine / k;
-    this.move({ k: fine, x: at.x - f * (at.x - x), y: at.y - f * (at.y - y) });
+  /** Zoom about a point of the image. */
+  zoom(factor, at = this.here) {
+    const { x, y, k } = this.view, fine = Math.max(0.02, Math.min(60, k * factor));
+    this.move({ k: fine, x: x + (k - fine) * at.x, y: y + (k - fine) * at.y });
   }
-  /** A mouse event -> the point on the screen, relative to the pane it is in. */
-  screenPoint(event) {
-    const bounds = this.canvas.getBoundingClientRect(), x = event.clientX - bounds.left;
-    const isRight = this.panes.length > 1 && x >= this.width + GAP;
-    return { x: isRight ? x - this.width - GAP : x, y: event.clientY - bounds.top };
-  }
-  imagePoint(event) {
-    const { x, y } = this.screenPoint(event), { view } = this;
-    return { x: (x - view.x) / view.k, y: (y - view.y) / view.k };
+  /** A mouse event -> the point of the image that lies there, in either pane. */
+  imagePoint({ clientX, clientY }) {
+    const { left, top } = this.canvas.getBoundingClientRect(), { x, y, k } = this.view;
+    const far = clientX - left, next = this.width + GAP;
+    const across = this.panes.length > 1 && far >= next ? far - next : far;
+    return { x: (across - x) / k, y: (clientY - top - y) / k };
   }
   /** Where the cross is, or the middle of the image. */
   get here() { return this.cross ?? { x: this.size.width / 2, y: this.size.height / 2 }; }
@@ -213,8 +193,11 @@ export class Stage {
     });
     return [`x ${at.x.toFixed(1)}, y ${at.y.toFixed(1)}`, ...values, ...masks].join(" · ");
   }
+  /** The index of the prompt at a point of the image, or -1. */
   promptNear(at) {
-    if (!this.get("layers").prompts || !this.panes.length) return -1;
-    return this.panes[0].nearest(at, 9 / this.view.k);
+    const prompts = this.get("layers").prompts ? this.panes[0]?.prompts ?? [] : [];
+    const far = prompts.map(({ x, y }) => Math.hypot(x - at.x, y - at.y));
+    const least = Math.min(...far);
+    return least < 9 / this.view.k ? far.indexOf(least) : -1;
   }
 }
