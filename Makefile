@@ -23,7 +23,7 @@ READY := $(VENV)/.requirements-installed
 RUN := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help study ablation sweeps benchmark reports test lessons lint lab app readme clean
+.PHONY: help study ablation sweeps equal benchmark reports test lessons lint lab app readme clean
 
 help:  ## this list
 	@echo "Targets:"
@@ -47,10 +47,13 @@ ablation: $(READY)  ## what each part of AoP-SAM gives: the parameters of study
 sweeps: $(READY)  ## what each of the four parameters does: the arguments of study
 	$(REPORT) parameter_sweeps
 
+equal: $(READY)  ## AoP-SAM against grids of as many prompts: the arguments of study
+	$(REPORT) equal_prompts
+
 benchmark: $(READY)  ## segment_anything's decoding against ours: SAM= CHECKPOINT= DATASET= DATA= N= SEED= DEVICE= OUT=
 	$(REPORT) benchmark
 
-reports: study ablation sweeps readme  ## all three, and the README's results
+reports: study ablation sweeps equal readme  ## all four, and the README's results
 
 test: $(READY)  ## all tests; ARGS="-k name" for some of them
 	$(RUN) -m pytest $(ARGS)

@@ -22,7 +22,7 @@ from aopsam_lab.study.sweeps import SWEPT, pareto_front
 BLUE, RED, GREEN, PINK = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
 INK, MUTED, RULE = "#1b1b1b", "#5f6368", "#d9dce0"
 COLOURS = {"amg": BLUE, "oas": RED, "aop": GREEN}
-MARKERS = dict(zip(TITLES, "sDsov^oPX", strict=True))
+MARKERS = dict(zip([*TITLES, "AoP-SAM, chosen"], "sDsov^oPXs", strict=True))
 SWEEP_STYLES = dict(zip(SWEPT, ((BLUE, "s"), (RED, "^"), (PINK, "D"), (GREEN, "o")), strict=True))
 PAPER_LINE = {"color": INK, "lw": 1.3, "ls": (0, (4, 2.5)), "marker": ".", "ms": 6}
 PROMPT_STYLES = {

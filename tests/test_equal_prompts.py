@@ -1,18 +1,16 @@
 """Comparison at equal prompts: a table worked by hand, and one run on a small image."""
 
-from dataclasses import replace
-
 import pandas as pd
 import pytest
 
-from aopsam_lab.study import prompts
-from aopsam_lab.study.figures import png
+from aopsam_lab.study import equal_prompts
+from aopsam_lab.study.report import part
 
 
 def made(ours: float, theirs: float) -> pd.DataFrame:
     """Two images: the grids score `theirs` and a tenth more, AoP-SAM `ours` and a tenth more."""
     rows = []
-    for setting in prompts.settings():
+    for setting in equal_prompts.settings():
         for image, extra in (("a", 0.0), ("b", 0.1)):
             score = (ours if setting.method == "aop" else theirs) + extra
             counts = {"n_decoded": setting.max_prompts or 64, "n_masks": 5}
@@ -21,22 +19,29 @@ def made(ours: float, theirs: float) -> pd.DataFrame:
 
 
 def test_equal_prompts_by_hand():
-    table = prompts.comparison(made(0.5, 0.3)).set_index(["sampling", "limit"])
+    table = equal_prompts.comparison(made(0.5, 0.3)).set_index(["sampling", "limit"])
     assert table["grid"].loc["aop"].tolist()[:2] == ["grid_8", "grid_10"]
     assert table["grid"].loc["aop"].tolist()[-2:] == ["amg_d"] * 2
     row = table.loc[("aop, chosen", 100)]
     assert (row["miou"], row["miou_grid"], row["miou_diff"]) == pytest.approx((0.55, 0.35, 0.2))
     assert (row["miou_lo"], row["miou_hi"]) == pytest.approx((0.2, 0.2))
-    assert png(prompts.figure(made(0.5, 0.3))).startswith(b"\x89PNG")
+    shown = part("limits", table.reset_index())
+    assert "<td>AoP-SAM, chosen</td><td>100 prompts, grid of side 10</td>" in shown
+    assert "<td>55.0</td><td>35.0</td>\n<td>+20.0 [+20.0, +20.0]</td>" in shown
+    figure = equal_prompts.figure(made(0.5, 0.3).assign(coverage=0.5))
+    assert [axes.get_title(loc="left") for axes in figure.axes] == ["mIoU %", "coverage %"]
+    lines = {line.get_label() for line in figure.axes[0].lines}
+    assert lines == {"regular grids", "AoP-SAM", "AoP-SAM, chosen"}
 
 
 def test_a_run_is_kept_and_drawn(folder, weights, tmp_path):
     asked = {"dataset": folder, "out": tmp_path, "n_images": 1, "progress": False, **weights}
-    config = replace(prompts.CONFIG, **asked)
-    table = prompts.compare(config)
-    assert (table["prompts"] <= table["limit"]).all() and len(table) == 2 * len(prompts.LIMITS)
-    written = (tmp_path / "prompts.csv").read_text()
-    assert (tmp_path / "miou_by_prompts.png").exists()
-    assert not (tmp_path / "coverage_by_prompts.png").exists(), "no found masks are at hand"
-    prompts.compare(config)
-    assert (tmp_path / "prompts.csv").read_text() == written
+    result, table = equal_prompts.compare(**asked)
+    assert (table["prompts"] <= table["limit"]).all()
+    assert len(table) == 2 * len(equal_prompts.LIMITS)
+    files = equal_prompts.save(result, table)
+    again, table = equal_prompts.compare(**asked)
+    assert again.n_scored == 0
+    pd.testing.assert_frame_equal(
+        pd.read_csv(files["equal_prompts.csv"]), table, rtol=1e-5, check_dtype=False
+    )

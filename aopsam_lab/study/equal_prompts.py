@@ -1,15 +1,13 @@
 """AoP-SAM against regular grids at equal numbers of prompts decoded.
 
-    python -m aopsam_lab.study.prompts --dataset photos --out reports/prompts
-
 Each grid is compared with `aop` where it may decode as many prompts, strongest first: with its
 default sampling, and with one chosen for that number of prompts. Few prompts should lie apart, to
 spread over the image; for many the map must have as many peaks.
 """
 
-import argparse
-from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from matplotlib.figure import Figure
@@ -18,7 +16,7 @@ from aopsam_lab.asf import AsfParams
 from aopsam_lab.pipeline.methods import METHODS
 from aopsam_lab.study import figures, tables
 from aopsam_lab.study.report import write_all
-from aopsam_lab.study.runner import run_settings
+from aopsam_lab.study.runner import StudyResult, run_settings
 from aopsam_lab.study.settings import GRIDS, Setting, StudyConfig
 
 DENSE = METHODS["amg_d"]
@@ -32,7 +30,7 @@ SAMPLINGS = {
     "aop, chosen": {limit: APART if limit < 200 else EVERY_PEAK for limit in LIMITS},
 }
 CONFIG = StudyConfig(
-    n_images=None, timed_images=0, memory=False, thresholds=(), out="reports/prompts"
+    n_images=None, timed_images=0, memory=False, thresholds=(), out="reports/equal_prompts"
 )
 
 
@@ -66,38 +64,29 @@ def comparison(per_image: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def figure(per_image: pd.DataFrame, measure: str = "miou") -> Figure:
-    """The mean of a measure by prompts decoded: a line for the grids, one for each sampling."""
-    means = per_image.groupby("method")[["n_decoded", measure]].mean()
+def figure(per_image: pd.DataFrame) -> Figure:
+    """Means of measures by prompts decoded: a line for the grids, one for each sampling."""
+    known = per_image.dropna(axis="columns", how="all")
+    shown = [name for name in figures.CURVE_TITLES if name in known]
+    means = per_image.groupby("method")[["n_decoded", *shown]].mean()
     means = means.sort_values("n_decoded").reset_index()
     lines = dict.fromkeys(SIDES.values(), "regular grids") | {"aop, chosen": "AoP-SAM, chosen"}
     means["method"] = means["method"].str.replace(", at most .*", "", regex=True).replace(lines)
     return figures.curve_figure(means.assign(own=False), "n_decoded", "prompts decoded")
 
 
-def compare(config: StudyConfig = CONFIG) -> pd.DataFrame:
-    """Score all settings, write `prompts.csv`, `per_image.csv` and figures; the comparison."""
-    per_image = run_settings(config, settings(), reference="aop, at most 100").per_image
-    table = comparison(per_image)
-    contents = {"per_image.csv": per_image, "prompts.csv": table}
-    for measure in ("miou", "coverage"):
-        if measure in per_image and per_image[measure].notna().any():
-            contents[f"{measure}_by_prompts.png"] = figure(per_image, measure)
-    write_all(config.out, contents)
-    return table
+def compare(**changes: Any) -> tuple[StudyResult, pd.DataFrame]:
+    """Score all settings, with `changes` to CONFIG; what was found, and its comparison."""
+    result = run_settings(replace(CONFIG, **changes), settings(), reference="aop, at most 100")
+    return result, comparison(result.per_image)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """The command line: fields of StudyConfig."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    for name in ("dataset", "sam", "predictor", "out"):
-        parser.add_argument(f"--{name}", default=getattr(CONFIG, name))
-    parser.add_argument("--n-images", type=int, help="all if not given")
-    table = compare(replace(CONFIG, **vars(parser.parse_args(argv))))
-    print(table.round(4).to_string(index=False))
-
-
-if __name__ == "__main__":
-    main()
+def save(result: StudyResult, table: pd.DataFrame) -> dict[str, Path]:
+    """Write a comparison to the study's folder."""
+    contents = {
+        "equal_prompts.csv": table,
+        "per_image.csv": result.per_image,
+        "equal_prompts.png": figure(result.per_image),
+        "provenance.json": result.provenance,
+    }
+    return write_all(result.out, contents)
