@@ -91,7 +91,7 @@ class Detector:
         """Boxes of an RGB image (H, W, 3) uint8, (n, 4) float32 x0 y0 x1 y1, and falling scores."""
         height, width = image.shape[:2]
         found = self._predictor([np.ascontiguousarray(image[..., ::-1])])[0].boxes  # BGR
-        limits = np.float32([width, height, width, height])
+        limits = np.array([width, height, width, height], np.float32)
         boxes = found.xyxy.float().cpu().numpy().clip(0, limits)
         scores = found.conf.float().cpu().numpy()
         real = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])

@@ -101,7 +101,7 @@ class ImageSet:
 
 @contextmanager
 def expected_format(where: str | Path) -> Iterator[None]:
-    """Makes what is not as expected in a JSON file a ValueError that says where."""
+    """Turn an error from unexpected content of a JSON file into a ValueError that says where."""
     try:
         yield
     except (json.JSONDecodeError, UnicodeDecodeError, LookupError, TypeError) as error:
@@ -133,9 +133,9 @@ def ground_truth(
             left_out["annotations_without_mask"] += 1
             continue
         rles.append(rle)
-        points.append(annotation.get("point_coords"))
+        points.append(annotation.get("point_coords", []))
         clicks.append(annotation.get("clicks", []))
-    first = np.float32([p[0] for p in points]) if points and all(points) else None
+    first = np.array([p[0] for p in points], np.float32) if points and all(points) else None
     return rles, first, clicks if any(clicks) else None
 
 

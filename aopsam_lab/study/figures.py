@@ -101,8 +101,8 @@ def sweep_figure(table: pd.DataFrame) -> Figure:
     The band is the 95% interval of the paired difference to the default, whose mark is filled.
     """
     names, sweeps = list(table["parameter"].unique()), published("parameter_sweeps")
-    shape = {"sharey": "row", "sharex": "col", "height_ratios": (3, 3, 2)}
-    figure, grid = panels(2.9 * len(names) + 0.5, 6.6, 3, len(names), **shape)
+    size = 2.9 * len(names) + 0.5, 6.6, 3, len(names)
+    figure, grid = panels(*size, sharey="row", sharex="col", height_ratios=(3, 3, 2))
     rows = {"miou": "mIoU %", "n_masks": "#P, masks kept", "n_decoded": "prompts decoded"}
     for column, letter, name in zip(grid.T, "abcd", names, strict=False):
         own = table[table["parameter"] == name].assign(miou=lambda rows: 100 * rows["miou"])
@@ -199,9 +199,9 @@ def prepare(axes: Axes, title: str, text: str = "", log: bool = False) -> None:
 
 def legend(figure: Figure, axes: Axes, columns: int) -> None:
     """A legend below the axes."""
-    style = {"frameon": False, "fontsize": 8.5, "labelcolor": INK, "handlelength": 2.5}
-    names = axes.get_legend_handles_labels()
-    figure.legend(*names, loc="outside lower left", ncols=columns, **style)
+    handles, labels = axes.get_legend_handles_labels()
+    style = {"ncols": columns, "frameon": False, "fontsize": 8.5, "labelcolor": INK}
+    figure.legend(handles, labels, loc="outside lower left", handlelength=2.5, **style)
 
 
 def _draw(axes: Axes, image: np.ndarray, masks: list[dict], text: str) -> None:

@@ -66,16 +66,16 @@ def run_settings(
     images = open_dataset(config.dataset, config.n_images, config.seed)
     methods = list(dict.fromkeys(setting.method for setting in asked))
     models = settings.load_models(config, methods)
-    pairs = {(float(iou), float(stable)) for iou, stable in config.thresholds}
+    wanted = {(float(iou), float(stable)) for iou, stable in config.thresholds}
     # strictest first, SAM's own among them
-    pairs = sorted(pairs | {score.own_pair(models.sam)}, reverse=True) if pairs else []
+    pairs = sorted(wanted | {score.own_pair(models.sam)}, reverse=True) if wanted else []
     with Store(Path(config.out) / STORE_NAME) as store:
         study = _Run(config, images, models, store, pairs)
         rows = study.rows(asked)
         peaks = study.peaks(asked) if config.memory else {}
     per_image = tables.per_image_table(rows)
-    used = {f"SAM ({config.sam})": spec_of(models.sam)}
-    used |= {"Prompt Predictor": models.predictor, "detector": models.detector}
+    needed = ("Prompt Predictor", models.predictor), ("detector", models.detector)
+    used = (f"SAM ({config.sam})", spec_of(models.sam)), *needed
     parameters = {
         **{name: getattr(config, name) for name in ("sam", "seed", "device")},
         "methods": methods,
@@ -94,7 +94,7 @@ def run_settings(
             "parameters": parameters,
             "dataset": images.describe(),
             "seeds": {"dataset": config.seed, "bootstrap": tables.BOOTSTRAP_SEED},
-            "weights": {name: model.sha256 for name, model in used.items() if model is not None},
+            "weights": {name: model.sha256 for name, model in used if model is not None},
             "scoring_code": settings.scoring_code(),
             **provenance(models.sam.device),
         },
@@ -168,7 +168,7 @@ class _Run:
     def _missing(self, jobs: Sequence[Job], text: str) -> tuple[list[Job], tqdm.auto.tqdm]:
         """Jobs that the store does not have, equal ones once; a progress bar over all."""
         wanted = {make_key(job[2]): job for job in reversed(jobs)}
-        missing = [job for key, job in wanted.items() if self.store.values(key) is None][::-1]
+        missing = [job for key, job in wanted.items() if not self.store.values(key)][::-1]
         # papermill keeps what a notebook writes elsewhere among its errors
         plain = os.environ.get("AOPSAM_PROGRESS") == "text"
         style = {"file": sys.stdout, "ncols": 100} if plain else {"dynamic_ncols": True}

@@ -93,7 +93,7 @@ def mask_scores(truth: list[dict], masks: list[dict], found_masks: list[dict] | 
     """
     iou = evaluator.iou_matrix(truth, masks)
     matched = evaluator.score_matrix(iou)
-    values = {"miou": matched.miou, "miou_best": matched.miou_best}
+    values: Row = {"miou": matched.miou, "miou_best": matched.miou_best}
     for most, counts in zip(evaluator.MAX_MASKS, evaluator.recall_matches(iou), strict=True):
         values[f"ar_{most}"] = evaluator.average_recall(counts.tolist(), len(truth))
     values = {name: value if truth else None for name, value in values.items()}

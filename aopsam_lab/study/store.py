@@ -49,11 +49,11 @@ class Store:
     def __exit__(self, *_: object) -> None:
         self._connection.close()
 
-    def values(self, key: str) -> dict[str, Any] | None:
-        """The values stored under a key, None where there are none."""
+    def values(self, key: str) -> dict[str, Any]:
+        """The values stored under a key, none where it is not there."""
         query = "SELECT vals FROM scores WHERE key = ?"
         row = self._connection.execute(query, (key,)).fetchone()
-        return None if row is None else json.loads(row[0])
+        return {} if row is None else json.loads(row[0])
 
     def add(self, rows: Iterable[Row]) -> None:
         """Store rows in one transaction: all of them or none."""
