@@ -20,13 +20,13 @@ GroundTruth = tuple[list[dict], np.ndarray | None, list[list[list[float]]] | Non
 
 
 class ImageSet:
-    """Images with masks in COCO's format. Opening reads each image taken once, for its hash.
+    """Images with masks in COCO's format. Opening reads each chosen image once, for its hash.
 
     An image without masks stays: methods run on it, the scores skip it. One whose file is missing
     is left out before the n images are chosen.
 
     Attributes:
-        ids: of the images taken; unique.
+        ids: of the chosen images; unique.
         sizes: (height, width) of each in pixels.
         fingerprint: a hash of all images and masks.
     """

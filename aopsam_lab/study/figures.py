@@ -54,7 +54,7 @@ def tradeoff_figure(summary: pd.DataFrame) -> Figure:
 
 
 def examples_figure(examples: Sequence[Example], methods: Sequence[str]) -> Figure:
-    """A row an image: its ground truth, then the masks and prompts of each method."""
+    """Draw a row an image: its ground truth, then the masks and prompts of each method."""
     heights = [sample.image.shape[0] / sample.image.shape[1] for sample, _ in examples]
     width, columns = 3.5, 1 + len(methods)
     size = width * columns, width * sum(heights) + 0.5 * len(examples)
@@ -73,7 +73,7 @@ def examples_figure(examples: Sequence[Example], methods: Sequence[str]) -> Figu
 
 
 def curve_figure(summary: pd.DataFrame, x: str = "n_masks", text: str = "masks kept") -> Figure:
-    """Those of CURVE_TITLES that are there against `x`, one line a method; SAM's `own` filled."""
+    """Draw the columns of CURVE_TITLES against `x`, a line a method; at SAM's thresholds filled."""
     names = [name for name in CURVE_TITLES if name in summary]
     summary = summary.assign(**{x: summary[x].clip(lower=0.5)})
     figure, grid = panels(1.2 + 3.9 * len(names), 5.0, 1, len(names))
@@ -96,7 +96,7 @@ def curve_figure(summary: pd.DataFrame, x: str = "n_masks", text: str = "masks k
 
 
 def sweep_figure(table: pd.DataFrame) -> Figure:
-    """A column of panels a parameter: mIoU, #P and prompts decoded; the paper's curves dashed.
+    """Draw mIoU, #P and prompts decoded in a column a parameter; the paper's curves are dashed.
 
     The band is the 95% interval of the paired difference to the default, whose mark is filled.
     """

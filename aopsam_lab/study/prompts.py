@@ -75,7 +75,7 @@ def figure(per_image: pd.DataFrame, measure: str = "miou") -> Figure:
 
 
 def compare(config: StudyConfig = CONFIG) -> pd.DataFrame:
-    """Score all settings, write `prompts.csv`, `per_image.csv` and figures; the comparison."""
+    """Score all settings, write `prompts.csv`, `per_image.csv`, figures; return the comparison."""
     per_image = run_settings(config, settings(), reference="aop, at most 100").per_image
     table = comparison(per_image)
     contents = {"per_image.csv": per_image, "prompts.csv": table}
@@ -88,9 +88,8 @@ def compare(config: StudyConfig = CONFIG) -> pd.DataFrame:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line: fields of StudyConfig."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     for name in ("dataset", "sam", "predictor", "out"):
         parser.add_argument(f"--{name}", default=getattr(CONFIG, name))
     parser.add_argument("--n-images", type=int, help="all if not given")

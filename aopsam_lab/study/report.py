@@ -86,7 +86,7 @@ def run_report(
 ) -> Path:
     """Execute `notebooks/<name>.ipynb` into `reports/<name>/` and rewrite `reports/index.html`.
 
-    Where a cell fails (RuntimeError), what there is is in `<name>.failed.ipynb`.
+    Where a cell fails (RuntimeError), `<name>.failed.ipynb` holds what ran before it.
     """
     import nbformat
     import papermill

@@ -123,7 +123,7 @@ class _Run:
         self.found = [found.get(name) for name in self.images.ids]
 
     def rows(self, asked: Sequence[Setting]) -> list[score.Row]:
-        """Rows of settings on all images; what an image lacks is stored in one transaction."""
+        """Rows of settings on all images; an image's missing ones are stored in one transaction."""
         jobs = [(i, s, self._inputs(s, i)) for i in range(len(self.images)) for s in asked]
         missing, bar = self._missing(jobs, "scoring")
         with bar:
@@ -166,7 +166,7 @@ class _Run:
         }
 
     def _missing(self, jobs: Sequence[Job], text: str) -> tuple[list[Job], tqdm.auto.tqdm]:
-        """Jobs that the store does not have, equal ones once; a progress bar over all."""
+        """The jobs whose rows the store lacks, equal ones once; a progress bar over all jobs."""
         wanted = {make_key(job[2]): job for job in reversed(jobs)}
         missing = [job for key, job in wanted.items() if not self.store.values(key)][::-1]
         # papermill keeps what a notebook writes elsewhere among its errors
@@ -186,7 +186,7 @@ class _Run:
         timed = [setting for setting in inputs if inputs[setting]["timed"]]
         encoded = encode(self.models.sam, sample.image) if timed else None
         for n in range(len(timed)):
-            # each image begins with another one: a slow while of the machine meets all alike
+            # each image begins with another setting: a slow moment meets all of them alike
             setting = timed[(i + n) % len(timed)]
             row = score.score(self.models, sample, setting, encoded)
             rows[setting] |= {name: row[name] for name in score.TIMES}

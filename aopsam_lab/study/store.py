@@ -30,7 +30,7 @@ def make_key(inputs: Mapping[str, Any]) -> str:
 class Store:
     """Rows of values in one SQLite file; ValueError for a file that is no such store.
 
-    A process that is killed loses only what it had in hand. A stored key is never written again.
+    A killed process loses only what it has not yet added. A stored key is never written again.
     """
 
     def __init__(self, path: str | os.PathLike) -> None:

@@ -82,7 +82,7 @@ def run_sweeps(
 
 
 def label(parameter: str, value: float) -> str:
-    """Of a setting that differs from the default in one parameter."""
+    """The label of a setting that differs from the default in one parameter."""
     return f"{parameter} {value:g}"
 
 
@@ -130,9 +130,9 @@ def trend_table(per_image: pd.DataFrame, values: Values) -> pd.DataFrame:
 
 
 def budget_table(per_image: pd.DataFrame, settings: Sequence[Setting]) -> pd.DataFrame:
-    """BUDGET_COLUMNS: for each budget the setting held to it that has the highest mIoU.
+    """BUDGET_COLUMNS: for each budget the setting with the highest mIoU within it.
 
-    miou_diff: to the default held to the same budget. n_decoded: mean over images.
+    miou_diff: to the default within the same budget. n_decoded: mean over images.
     """
     by_label, rows = tables.by_method(per_image), []
     for budget in dict.fromkeys(s.max_prompts for s in settings if s.max_prompts):
@@ -149,7 +149,7 @@ def budget_table(per_image: pd.DataFrame, settings: Sequence[Setting]) -> pd.Dat
 
 
 def pareto_front(cost: np.ndarray, gain: np.ndarray) -> np.ndarray:
-    """Which points no other equals in cost and gain and betters in one of them: (n,) bool."""
+    """(n,) bool: no other point is as good in cost and gain and better in one of them."""
     no_worse = (cost[None] <= cost[:, None]) & (gain[None] >= gain[:, None])
     better = (cost[None] < cost[:, None]) | (gain[None] > gain[:, None])
     return (no_worse & better).sum(axis=1) == 0

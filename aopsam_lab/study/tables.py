@@ -20,7 +20,7 @@ def interval_names(name: str) -> tuple[str, str, str]:
 
 
 MIOU, DIFFERENCE, RECALL = map(interval_names, ("miou", "miou_diff", "ar_1000"))
-# where the masks that a SAM found are at hand; of an image the first only
+# where the masks that a SAM found are at hand; an image has only the first
 COVERAGE_COLUMNS = interval_names("coverage")
 PER_IMAGE_COLUMNS = (
     "image", "method", "miou", "miou_best", "n_truth", "n_masks", "n_sampled", "n_decoded",
