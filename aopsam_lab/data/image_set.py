@@ -86,6 +86,7 @@ class ImageSet:
     def describe(self) -> dict[str, str | int]:
         """Name, fingerprint, counts; images_available and missing_images are of the whole set."""
         n_masks = [len(rles) for rles, *_ in self._ground_truth]
+        counted = ("missing_images", "crowd_regions", "annotations_without_mask")
         return {
             "name": self.name,
             "fingerprint": self.fingerprint,
@@ -93,9 +94,7 @@ class ImageSet:
             "images_available": self._available,
             "masks": sum(n_masks),
             "images_without_masks": n_masks.count(0),
-            "missing_images": self._counts["missing_images"],
-            "crowd_regions": self._counts["crowd_regions"],
-            "annotations_without_mask": self._counts["annotations_without_mask"],
+            **{name: self._counts[name] for name in counted},
         }
 
 

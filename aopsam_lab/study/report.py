@@ -144,7 +144,7 @@ def write_index(reports: str | os.PathLike) -> Path:
     return write_atomically(reports / "index.html", page)
 
 
-def part(name: str, *arguments: Any) -> str:
+def part(name: str, *arguments: object) -> str:
     """HTML of a macro of `templates/parts.html`, for a notebook's output."""
     return f"{_PARTS['style']()}{_PARTS[name](*arguments)}"
 

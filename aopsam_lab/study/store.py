@@ -65,5 +65,5 @@ class Store:
                 self._connection.execute(command, stored)
 
 
-def _json(value: Any) -> str:
+def _json(value: object) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"))
