@@ -70,9 +70,9 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(run=download_command)
     command.add_argument("names", nargs="+", choices=list(OFFICIAL))
     for name, module in (("find-masks", ground_truth), ("train-predictor", predictor_training)):
-        about = {"description": module.__doc__, "help": module.__doc__.partition("\n")[0]}
-        raw = argparse.RawDescriptionHelpFormatter
-        command = commands.add_parser(name, formatter_class=raw, **about)
+        about, raw = module.__doc__ or "", argparse.RawDescriptionHelpFormatter
+        command = commands.add_parser(name, help=about.partition("\n")[0], formatter_class=raw)
+        command.description = about
         command.set_defaults(run=module.run)
         module.add_arguments(command)
     return parser

@@ -26,7 +26,7 @@ from aopsam_lab.sam.zoo import file_sha256, first_line, official_weights, resolv
 from aopsam_lab.weights import WEIGHTS
 
 ARCHITECTURE = "yolov8n.yaml"
-# Where the weights do not say. A box more costs the baseline time, not mIoU.
+# For weights that hold no options. More boxes cost the baseline time, not mIoU.
 DEFAULTS = {"imgsz": 640, "confidence": 0.05, "overlap": 0.7}
 _OFFLINE = {"YOLO_OFFLINE": "true", "YOLO_AUTOINSTALL": "false", "YOLO_VERBOSE": "false"}
 
@@ -88,10 +88,10 @@ class Detector:
             self._predictor([np.zeros((self.imgsz, self.imgsz, 3), np.uint8)])
 
     def boxes(self, image: np.ndarray, max_boxes: int = 100) -> tuple[np.ndarray, np.ndarray]:
-        """Boxes of an RGB image (H, W, 3) uint8, (n, 4) float32 x0 y0 x1 y1, and falling scores."""
+        """Boxes (n, 4) float32 x0 y0 x1 y1 in an RGB image (H, W, 3) uint8; falling scores."""
         height, width = image.shape[:2]
         found = self._predictor([np.ascontiguousarray(image[..., ::-1])])[0].boxes  # BGR
-        limits = np.float32([width, height, width, height])
+        limits = np.array([width, height, width, height], np.float32)
         boxes = found.xyxy.float().cpu().numpy().clip(0, limits)
         scores = found.conf.float().cpu().numpy()
         real = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])

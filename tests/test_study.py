@@ -28,14 +28,14 @@ def test_rows_are_there_as_soon_as_they_are_added_and_never_change(tmp_path):
     inputs = {"method": "aop", "image": "x"}
     key, path = make_key(inputs), tmp_path / "deep" / "s.sqlite"
     with Store(path) as store:
-        assert store.values(key) is None
+        assert store.values(key) == {}
         store.add([(inputs, "x", "aop", {"miou": 0.5})])
         store.add([(inputs, "x", "aop", {"miou": 0.9})])
         with Store(path) as other:  # another process would see it now
             assert other.values(key) == {"miou": 0.5}
         with pytest.raises(TypeError):  # all or none
             store.add(({"image": y}, "y", "aop", {}) for y in ("y", object()))
-        assert store.values(make_key({"image": "y"})) is None
+        assert store.values(make_key({"image": "y"})) == {}
 
 
 def test_a_file_that_is_no_store(tmp_path):

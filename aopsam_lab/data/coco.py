@@ -4,7 +4,6 @@ import json
 from collections import Counter, defaultdict
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from aopsam_lab.data.image_set import ImageSet, Known, expected_format, ground_truth
 
@@ -17,7 +16,7 @@ class CocoFolder(ImageSet):
     def _find(self) -> dict[str, Known]:
         file, self._root, self.name = self._locate()
         images, annotations = _read(file)
-        known = {}
+        known: dict[str, Known] = {}
         for what in (lambda image: image["id"], self._image_path):
             for value, n in Counter(map(what, images)).most_common(1):
                 if n > 1:
@@ -110,7 +109,7 @@ def _read(file: Path) -> tuple[list[dict], dict[int, list[dict]]]:
         return content["images"], annotations
 
 
-def found_masks(dataset: Any) -> dict[str, list[dict]] | None:
+def found_masks(dataset: ImageSet) -> dict[str, list[dict]] | None:
     """Read the masks that a SAM found on a data set: `found.json`, beside `annotations.json`.
 
     Returns:

@@ -20,13 +20,13 @@ GroundTruth = tuple[list[dict], np.ndarray | None, list[list[list[float]]] | Non
 
 
 class ImageSet:
-    """Images with masks in COCO's format. Opening reads each image taken once, for its hash.
+    """Images with masks in COCO's format. Opening reads each chosen image once, for its hash.
 
     An image without masks stays: methods run on it, the scores skip it. One whose file is missing
     is left out before the n images are chosen.
 
     Attributes:
-        ids: of the images taken; unique.
+        ids: of the chosen images; unique.
         sizes: (height, width) of each in pixels.
         fingerprint: a hash of all images and masks.
     """
@@ -86,6 +86,7 @@ class ImageSet:
     def describe(self) -> dict[str, str | int]:
         """Name, fingerprint, counts; images_available and missing_images are of the whole set."""
         n_masks = [len(rles) for rles, *_ in self._ground_truth]
+        counted = ("missing_images", "crowd_regions", "annotations_without_mask")
         return {
             "name": self.name,
             "fingerprint": self.fingerprint,
@@ -93,15 +94,13 @@ class ImageSet:
             "images_available": self._available,
             "masks": sum(n_masks),
             "images_without_masks": n_masks.count(0),
-            "missing_images": self._counts["missing_images"],
-            "crowd_regions": self._counts["crowd_regions"],
-            "annotations_without_mask": self._counts["annotations_without_mask"],
+            **{name: self._counts[name] for name in counted},
         }
 
 
 @contextmanager
 def expected_format(where: str | Path) -> Iterator[None]:
-    """Makes what is not as expected in a JSON file a ValueError that says where."""
+    """Turn an error from unexpected content of a JSON file into a ValueError that says where."""
     try:
         yield
     except (json.JSONDecodeError, UnicodeDecodeError, LookupError, TypeError) as error:
@@ -133,9 +132,9 @@ def ground_truth(
             left_out["annotations_without_mask"] += 1
             continue
         rles.append(rle)
-        points.append(annotation.get("point_coords"))
+        points.append(annotation.get("point_coords", []))
         clicks.append(annotation.get("clicks", []))
-    first = np.float32([p[0] for p in points]) if points and all(points) else None
+    first = np.array([p[0] for p in points], np.float32) if points and all(points) else None
     return rles, first, clicks if any(clicks) else None
 
 

@@ -2,11 +2,12 @@
 
 import argparse
 import sys
+from collections.abc import Callable
 
 from aopsam_lab.study import sweeps
 from aopsam_lab.study.report import run_report, update_readme, write_index
 
-PARAMETERS: dict = {
+PARAMETERS: dict[str, Callable[[str], object]] = {
     **dict.fromkeys(("sam", "checkpoint", "predictor", "detector", "dataset", "device"), str),
     **dict.fromkeys(("n-images", "timed-images", "seed"), int),
     **dict.fromkeys(sweeps.SWEPT, float),

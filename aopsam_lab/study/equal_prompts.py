@@ -13,15 +13,14 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from aopsam_lab.asf import AsfParams
-from aopsam_lab.pipeline.methods import METHODS
 from aopsam_lab.study import figures, tables
 from aopsam_lab.study.report import write_all
 from aopsam_lab.study.runner import StudyResult, run_settings
 from aopsam_lab.study.settings import GRIDS, Setting, StudyConfig
 
-DENSE = METHODS["amg_d"]
-SIDES = {grid.side**2: name for name, grid in GRIDS.items()} | {DENSE.side**2: DENSE.name}
-LIMITS = sorted([*SIDES, int(0.4 * DENSE.side**2)])  # with 0.4 of them it should come near
+DENSE, MOST = "amg_d", 32**2  # the dense grid and its number of prompts
+SIDES = {grid.side**2: name for name, grid in GRIDS.items()} | {MOST: DENSE}
+LIMITS = sorted([*SIDES, int(0.4 * MOST)])  # with 0.4 of them it should come near
 # Chosen on held-out training photographs: `python -m aopsam_lab.training.trials prompts`.
 APART = AsfParams(smoothing=0.5, confidence=0.01, spacing=3.0)
 EVERY_PEAK = AsfParams(smoothing=0.25, confidence=0.005, spacing=2.0)
@@ -52,7 +51,7 @@ def comparison(per_image: pd.DataFrame) -> pd.DataFrame:
     by_label, rows = tables.by_method(per_image), []
     for sampling in SAMPLINGS:
         for limit in LIMITS:
-            ours, name = by_label[f"{sampling}, at most {limit}"], SIDES.get(limit, DENSE.name)
+            ours, name = by_label[f"{sampling}, at most {limit}"], SIDES.get(limit, DENSE)
             row = {"sampling": sampling, "limit": limit, "grid": name}
             row |= {"prompts": ours["n_decoded"].mean(), "masks": ours["n_masks"].mean()}
             for measure in [m for m in ("miou", "ar_100", "coverage") if m in per_image]:

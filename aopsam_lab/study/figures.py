@@ -54,7 +54,7 @@ def tradeoff_figure(summary: pd.DataFrame) -> Figure:
 
 
 def examples_figure(examples: Sequence[Example], methods: Sequence[str]) -> Figure:
-    """A row an image: its ground truth, then the masks and prompts of each method."""
+    """Draw a row an image: its ground truth, then the masks and prompts of each method."""
     heights = [sample.image.shape[0] / sample.image.shape[1] for sample, _ in examples]
     width, columns = 3.5, 1 + len(methods)
     size = width * columns, width * sum(heights) + 0.5 * len(examples)
@@ -73,7 +73,7 @@ def examples_figure(examples: Sequence[Example], methods: Sequence[str]) -> Figu
 
 
 def curve_figure(summary: pd.DataFrame, x: str = "n_masks", text: str = "masks kept") -> Figure:
-    """Those of CURVE_TITLES that are there against `x`, one line a method; SAM's `own` filled."""
+    """Draw the columns of CURVE_TITLES against `x`, a line a method; at SAM's thresholds filled."""
     names = [name for name in CURVE_TITLES if name in summary]
     summary = summary.assign(**{x: summary[x].clip(lower=0.5)})
     figure, grid = panels(1.2 + 3.9 * len(names), 5.0, 1, len(names))
@@ -96,13 +96,13 @@ def curve_figure(summary: pd.DataFrame, x: str = "n_masks", text: str = "masks k
 
 
 def sweep_figure(table: pd.DataFrame) -> Figure:
-    """A column of panels a parameter: mIoU, #P and prompts decoded; the paper's curves dashed.
+    """Draw mIoU, #P and prompts decoded in a column a parameter; the paper's curves are dashed.
 
     The band is the 95% interval of the paired difference to the default, whose mark is filled.
     """
     names, sweeps = list(table["parameter"].unique()), published("parameter_sweeps")
-    shape = {"sharey": "row", "sharex": "col", "height_ratios": (3, 3, 2)}
-    figure, grid = panels(2.9 * len(names) + 0.5, 6.6, 3, len(names), **shape)
+    size = 2.9 * len(names) + 0.5, 6.6, 3, len(names)
+    figure, grid = panels(*size, sharey="row", sharex="col", height_ratios=(3, 3, 2))
     rows = {"miou": "mIoU %", "n_masks": "#P, masks kept", "n_decoded": "prompts decoded"}
     for column, letter, name in zip(grid.T, "abcd", names, strict=False):
         own = table[table["parameter"] == name].assign(miou=lambda rows: 100 * rows["miou"])
@@ -199,9 +199,9 @@ def prepare(axes: Axes, title: str, text: str = "", log: bool = False) -> None:
 
 def legend(figure: Figure, axes: Axes, columns: int) -> None:
     """A legend below the axes."""
-    style = {"frameon": False, "fontsize": 8.5, "labelcolor": INK, "handlelength": 2.5}
-    names = axes.get_legend_handles_labels()
-    figure.legend(*names, loc="outside lower left", ncols=columns, **style)
+    handles, labels = axes.get_legend_handles_labels()
+    style = {"ncols": columns, "frameon": False, "fontsize": 8.5, "labelcolor": INK}
+    figure.legend(handles, labels, loc="outside lower left", handlelength=2.5, **style)
 
 
 def _draw(axes: Axes, image: np.ndarray, masks: list[dict], text: str) -> None:

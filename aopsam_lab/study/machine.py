@@ -72,10 +72,8 @@ def _resident(field: str) -> int:
 
 def provenance(device: torch.device) -> dict[str, Any]:
     """What no parameter says: time (UTC), commit, processor, versions."""
-    installed = {
-        own.name.lower().replace("_", "-"): own.version for own in metadata.distributions()
-    }
-    versions = {name: installed[name] for name in PACKAGES if name in installed}
+    found = {own.name.lower().replace("_", "-"): own.version for own in metadata.distributions()}
+    versions = {name: found[name] for name in PACKAGES if name in found}
     commit, dirty = git_state(PACKAGE_ROOT)
     return {
         "written_at": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -120,7 +120,7 @@ def sign_table(trends: pd.DataFrame, table: pd.DataFrame) -> pd.DataFrame:
 
 
 def verdict(
-    paper_change: float, change: float, low: float, high: float, measured_once: bool = False
+    paper_change: float, change: float, low: float, high: float, *, measured_once: bool = False
 ) -> str:
     """Does our change, with its interval from low to high, have the sign of the paper's?
 

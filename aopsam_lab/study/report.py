@@ -66,7 +66,7 @@ def save_sweeps(result: sweeps.SweepResult) -> dict[str, Path]:
 
 
 def write_all(
-    folder: str | Path, contents: Mapping[str, pd.DataFrame | Figure | dict[str, Any]]
+    folder: str | os.PathLike, contents: Mapping[str, pd.DataFrame | Figure | dict[str, Any]]
 ) -> dict[str, Path]:
     """Write tables, figures and dictionaries to a folder; the paths by the files' names."""
     paths = {}
@@ -86,7 +86,7 @@ def run_report(
 ) -> Path:
     """Execute `notebooks/<name>.ipynb` into `reports/<name>/` and rewrite `reports/index.html`.
 
-    Where a cell fails (RuntimeError), what there is is in `<name>.failed.ipynb`.
+    Where a cell fails (RuntimeError), `<name>.failed.ipynb` holds what ran before it.
     """
     import nbformat
     import papermill
@@ -144,9 +144,9 @@ def write_index(reports: str | os.PathLike) -> Path:
     return write_atomically(reports / "index.html", page)
 
 
-def part(name: str, *arguments: Any) -> str:
+def part(name: str, *arguments: object) -> str:
     """HTML of a macro of `templates/parts.html`, for a notebook's output."""
-    return f"{_PARTS.style()}{getattr(_PARTS, name)(*arguments)}"
+    return f"{_PARTS['style']()}{_PARTS[name](*arguments)}"
 
 
 def what_was_run(facts: Mapping[str, Any]) -> str:
@@ -201,4 +201,4 @@ _PAGES = jinja2.Environment(
     undefined=jinja2.StrictUndefined,
 )
 _PAGES.globals |= {"paper": paper, "sweeps": sweeps, "tables": tables, "what_was_run": what_was_run}
-_PARTS = _PAGES.get_template("parts.html").module
+_PARTS = vars(_PAGES.get_template("parts.html").module)

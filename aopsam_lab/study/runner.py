@@ -66,16 +66,16 @@ def run_settings(
     images = open_dataset(config.dataset, config.n_images, config.seed)
     methods = list(dict.fromkeys(setting.method for setting in asked))
     models = settings.load_models(config, methods)
-    pairs = {(float(iou), float(stable)) for iou, stable in config.thresholds}
+    wanted = {(float(iou), float(stable)) for iou, stable in config.thresholds}
     # strictest first, SAM's own among them
-    pairs = sorted(pairs | {score.own_pair(models.sam)}, reverse=True) if pairs else []
+    pairs = sorted(wanted | {score.own_pair(models.sam)}, reverse=True) if wanted else []
     with Store(Path(config.out) / STORE_NAME) as store:
         study = _Run(config, images, models, store, pairs)
         rows = study.rows(asked)
         peaks = study.peaks(asked) if config.memory else {}
     per_image = tables.per_image_table(rows)
-    used = {f"SAM ({config.sam})": spec_of(models.sam)}
-    used |= {"Prompt Predictor": models.predictor, "detector": models.detector}
+    needed = ("Prompt Predictor", models.predictor), ("detector", models.detector)
+    used = (f"SAM ({config.sam})", spec_of(models.sam)), *needed
     parameters = {
         **{name: getattr(config, name) for name in ("sam", "seed", "device")},
         "methods": methods,
@@ -94,7 +94,7 @@ def run_settings(
             "parameters": parameters,
             "dataset": images.describe(),
             "seeds": {"dataset": config.seed, "bootstrap": tables.BOOTSTRAP_SEED},
-            "weights": {name: model.sha256 for name, model in used.items() if model is not None},
+            "weights": {name: model.sha256 for name, model in used if model is not None},
             "scoring_code": settings.scoring_code(),
             **provenance(models.sam.device),
         },
@@ -123,7 +123,7 @@ class _Run:
         self.found = [found.get(name) for name in self.images.ids]
 
     def rows(self, asked: Sequence[Setting]) -> list[score.Row]:
-        """Rows of settings on all images; what an image lacks is stored in one transaction."""
+        """Rows of settings on all images; an image's missing ones are stored in one transaction."""
         jobs = [(i, s, self._inputs(s, i)) for i in range(len(self.images)) for s in asked]
         missing, bar = self._missing(jobs, "scoring")
         with bar:
@@ -166,9 +166,9 @@ class _Run:
         }
 
     def _missing(self, jobs: Sequence[Job], text: str) -> tuple[list[Job], tqdm.auto.tqdm]:
-        """Jobs that the store does not have, equal ones once; a progress bar over all."""
+        """The jobs whose rows the store lacks, equal ones once; a progress bar over all jobs."""
         wanted = {make_key(job[2]): job for job in reversed(jobs)}
-        missing = [job for key, job in wanted.items() if self.store.values(key) is None][::-1]
+        missing = [job for key, job in wanted.items() if not self.store.values(key)][::-1]
         # papermill keeps what a notebook writes elsewhere among its errors
         plain = os.environ.get("AOPSAM_PROGRESS") == "text"
         style = {"file": sys.stdout, "ncols": 100} if plain else {"dynamic_ncols": True}
@@ -186,7 +186,7 @@ class _Run:
         timed = [setting for setting in inputs if inputs[setting]["timed"]]
         encoded = encode(self.models.sam, sample.image) if timed else None
         for n in range(len(timed)):
-            # each image begins with another one: a slow while of the machine meets all alike
+            # each image begins with another setting: a slow moment meets all of them alike
             setting = timed[(i + n) % len(timed)]
             row = score.score(self.models, sample, setting, encoded)
             rows[setting] |= {name: row[name] for name in score.TIMES}

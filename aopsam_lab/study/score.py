@@ -85,22 +85,22 @@ def run(models: LoadedModels, encoded: Encoded, setting: Setting, **shared: Any)
     )
 
 
-def mask_scores(truth: list[dict], masks: list[dict], found_masks: list[dict] | None = None) -> Row:
-    """Scores of one image's masks, by predicted IoU, against its ground truth, all COCO RLE.
+def mask_scores(ground_truth: list[dict], kept: list[dict], found: list[dict] | None = None) -> Row:
+    """Score the kept masks of one image, best first, against its ground truth, all COCO RLE.
 
     What is not defined is None, as JSON has no NaN. coverage, where the masks that a SAM itself
-    found are at hand: the share of them that the masks find.
+    found are at hand: the share of them that the kept masks find.
     """
-    iou = evaluator.iou_matrix(truth, masks)
+    iou = evaluator.iou_matrix(ground_truth, kept)
     matched = evaluator.score_matrix(iou)
-    values = {"miou": matched.miou, "miou_best": matched.miou_best}
+    values: Row = {"miou": matched.miou, "miou_best": matched.miou_best}
     for most, counts in zip(evaluator.MAX_MASKS, evaluator.recall_matches(iou), strict=True):
-        values[f"ar_{most}"] = evaluator.average_recall(counts.tolist(), len(truth))
-    values = {name: value if truth else None for name, value in values.items()}
-    if found_masks is not None:
-        n_covered = evaluator.covered(evaluator.iou_matrix(found_masks, masks))
-        values["coverage"] = n_covered / len(found_masks) if found_masks else None
-    return values | {"n_truth": len(truth), "n_masks": len(masks)}
+        values[f"ar_{most}"] = evaluator.average_recall(counts.tolist(), len(ground_truth))
+    values = {name: value if ground_truth else None for name, value in values.items()}
+    if found is not None:
+        n_covered = evaluator.covered(evaluator.iou_matrix(found, kept))
+        values["coverage"] = n_covered / len(found) if found else None
+    return values | {"n_truth": len(ground_truth), "n_masks": len(kept)}
 
 
 def _counts(result: Segmentation) -> Row:

@@ -14,14 +14,14 @@ from aopsam_lab.asf import AsfParams
 from aopsam_lab.detector import Detector, load_detector
 from aopsam_lab.files import code_fingerprint
 from aopsam_lab.pipeline.methods import METHODS as OUR_METHODS
-from aopsam_lab.pipeline.methods import Grid
+from aopsam_lab.pipeline.methods import Grid, Method
 from aopsam_lab.predictor import PromptPredictor, load_predictor
 from aopsam_lab.sam.zoo import load_sam, spec_of
 from aopsam_lab.study import PACKAGE_ROOT
 
 # regular grids of other sides, to compare as many prompts with
 GRIDS = {f"grid_{side}": Grid(f"grid_{side}", side) for side in (8, 10, 12, 14, 16, 20)}
-METHODS = {**OUR_METHODS, **GRIDS}
+METHODS: dict[str, Method] = {**OUR_METHODS, **GRIDS}
 # What scores. When it or a module that it imports changes, rows are scored anew.
 SCORING_MODULES = ("aopsam_lab.study.score",)
 TITLES = {

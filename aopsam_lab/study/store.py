@@ -30,7 +30,7 @@ def make_key(inputs: Mapping[str, Any]) -> str:
 class Store:
     """Rows of values in one SQLite file; ValueError for a file that is no such store.
 
-    A process that is killed loses only what it had in hand. A stored key is never written again.
+    A killed process loses only what it has not yet added. A stored key is never written again.
     """
 
     def __init__(self, path: str | os.PathLike) -> None:
@@ -49,11 +49,11 @@ class Store:
     def __exit__(self, *_: object) -> None:
         self._connection.close()
 
-    def values(self, key: str) -> dict[str, Any] | None:
-        """The values stored under a key, None where there are none."""
+    def values(self, key: str) -> dict[str, Any]:
+        """The values stored under a key, none where it is not there."""
         query = "SELECT vals FROM scores WHERE key = ?"
         row = self._connection.execute(query, (key,)).fetchone()
-        return None if row is None else json.loads(row[0])
+        return {} if row is None else json.loads(row[0])
 
     def add(self, rows: Iterable[Row]) -> None:
         """Store rows in one transaction: all of them or none."""
@@ -65,5 +65,5 @@ class Store:
                 self._connection.execute(command, stored)
 
 
-def _json(value: Any) -> str:
+def _json(value: object) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"))

@@ -82,7 +82,7 @@ def run_sweeps(
 
 
 def label(parameter: str, value: float) -> str:
-    """Of a setting that differs from the default in one parameter."""
+    """The label of a setting that differs from the default in one parameter."""
     return f"{parameter} {value:g}"
 
 
@@ -121,18 +121,18 @@ def trend_table(per_image: pd.DataFrame, values: Values) -> pd.DataFrame:
             first, last = (by_label[label(name, own[i])][column] for i in (0, -1))
             change = last - first
             row = {"parameter": name, "column": column, "first": own[0], "last": own[-1]}
-            row |= {"n_images": change.count(), **tables.interval_columns("change", change)}
-            row["trend"] = "undecided"
-            if row["change_lo"] > 0 or row["change_hi"] < 0:
-                row["trend"] = "rises" if row["change"] > 0 else "falls"
-            rows.append(row)
+            interval = tables.interval_columns("change", change)
+            decided = interval["change_lo"] > 0 or interval["change_hi"] < 0
+            direction = "rises" if interval["change"] > 0 else "falls"
+            row |= {**interval, "trend": direction if decided else "undecided"}
+            rows.append(row | {"n_images": change.count()})
     return tables.as_table(rows, TREND_COLUMNS)
 
 
 def budget_table(per_image: pd.DataFrame, settings: Sequence[Setting]) -> pd.DataFrame:
-    """BUDGET_COLUMNS: for each budget the setting held to it that has the highest mIoU.
+    """BUDGET_COLUMNS: for each budget the setting with the highest mIoU within it.
 
-    miou_diff: to the default held to the same budget. n_decoded: mean over images.
+    miou_diff: to the default within the same budget. n_decoded: mean over images.
     """
     by_label, rows = tables.by_method(per_image), []
     for budget in dict.fromkeys(s.max_prompts for s in settings if s.max_prompts):
@@ -149,10 +149,10 @@ def budget_table(per_image: pd.DataFrame, settings: Sequence[Setting]) -> pd.Dat
 
 
 def pareto_front(cost: np.ndarray, gain: np.ndarray) -> np.ndarray:
-    """Which points no other equals in cost and gain and betters in one of them: (n,) bool."""
+    """(n,) bool: no other point is as good in cost and gain and better in one of them."""
     no_worse = (cost[None] <= cost[:, None]) & (gain[None] >= gain[:, None])
     better = (cost[None] < cost[:, None]) | (gain[None] > gain[:, None])
-    return ~(no_worse & better).any(axis=1)
+    return (no_worse & better).sum(axis=1) == 0
 
 
 def parameter_for_people(table: pd.DataFrame, parameter: str) -> pd.DataFrame:

@@ -20,7 +20,7 @@ def interval_names(name: str) -> tuple[str, str, str]:
 
 
 MIOU, DIFFERENCE, RECALL = map(interval_names, ("miou", "miou_diff", "ar_1000"))
-# where the masks that a SAM found are at hand; of an image the first only
+# where the masks that a SAM found are at hand; an image has only the first
 COVERAGE_COLUMNS = interval_names("coverage")
 PER_IMAGE_COLUMNS = (
     "image", "method", "miou", "miou_best", "n_truth", "n_masks", "n_sampled", "n_decoded",
@@ -64,7 +64,7 @@ def by_method(per_image: pd.DataFrame) -> dict[str, pd.DataFrame]:
     return dict(list(per_image.set_index("image").groupby("method", sort=False)))
 
 
-def as_table(rows: Any, columns: Sequence[str]) -> pd.DataFrame:
+def as_table(rows: Sequence[Mapping] | pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
     """These columns, and those of COVERAGE_COLUMNS that are there; NaN for what is not known."""
     table = pd.DataFrame(rows)
     table = table.reindex(columns=[*columns, *(name for name in COVERAGE_COLUMNS if name in table)])

@@ -36,14 +36,14 @@ CONFIDENCE = 0.001  # the least of a box: more boxes found more objects in every
 
 
 def boxes_of(rles: list[dict]) -> torch.Tensor:
-    """Boxes of COCO RLE, (n, 4) float64 x0 y0 x1 y1, image frame; of one object's the first."""
+    """Boxes (n, 4) float64 x0 y0 x1 y1 of COCO RLE, image frame; of almost equal ones the first."""
     found = torch.as_tensor(coco_mask.toBbox(rles), dtype=torch.float64).reshape(-1, 4)
     boxes = box_convert(found, "xywh", "xyxy")
     return boxes[nms(boxes, -torch.arange(len(boxes)).double(), SAME_BOX)]
 
 
 def write_data(data: Dataset, rows: dict[str, list[int]], listing: Path) -> None:
-    """Write the rows for "train" and "val" in YOLO's layout; the listing, a data.yaml, at last."""
+    """Write the rows for "train" and "val" in YOLO's layout, and last the listing, a data.yaml."""
     for part, own in rows.items():
         images, labels = (listing.parent / kind / part for kind in ("images", "labels"))
         images.mkdir(parents=True, exist_ok=True)

@@ -37,8 +37,8 @@ def own_prompts(sample: Sample) -> list[Prompt]:
     """One prompt a mask, as in the paper: the data set's prompt point, else the deepest point."""
     points = sample.points
     if points is None:
-        points = [deepest_point(coco_mask.decode(rle))[:2] for rle in sample.rles]
-    return [(np.float32([point]), 1.0) for point in points]
+        points = np.array([deepest_point(coco_mask.decode(rle))[:2] for rle in sample.rles])
+    return [(np.array([point], np.float32), 1.0) for point in points]
 
 
 def covering_prompts(sample: Sample) -> list[Prompt]:
@@ -78,7 +78,7 @@ def covering_prompts(sample: Sample) -> list[Prompt]:
         mask = coco_mask.decode(rle)
         if not own and not any(_at(mask, point) for point in lying):
             lying.append(deepest_point(mask)[:2])
-            prompts.append((np.float32([lying[-1]]), 1.0))
+            prompts.append((np.array([lying[-1]], np.float32), 1.0))
     return prompts
 
 
@@ -92,7 +92,7 @@ def _about(click: tuple[float, float], depth: np.ndarray, reach: list[int]) -> n
     window = depth[top : int(click[1]) + reach[1] + 1, left : int(click[0]) + reach[0] + 1]
     rows, columns = np.nonzero(window >= max(1, window.max(initial=0) / 2))
     points = np.stack((columns + left, rows + top), axis=1).astype(np.float32) + 0.5
-    return points[:: -(-len(points) // POINTS)] if len(points) else np.float32([click])
+    return points[:: -(-len(points) // POINTS)] if len(points) else np.array([click], np.float32)
 
 
 def _at(values: np.ndarray, point: tuple[float, float]) -> float:

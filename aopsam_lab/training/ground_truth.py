@@ -125,10 +125,9 @@ def write_folder(photos: list[Path], args: argparse.Namespace) -> None:
         copy = args.out / "images" / photo.name
         if not copy.exists():
             shutil.copyfile(photo, copy)
+    about = f"masks that {args.sam} finds from a {args.side} x {args.side} grid"
     content = {
-        "info": {
-            "description": f"masks that {args.sam} finds from a {args.side} x {args.side} grid"
-        },
+        "info": {"description": about},
         "images": images,
         "annotations": annotations,
         "categories": [{"id": 1, "name": "object"}],

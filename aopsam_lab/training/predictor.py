@@ -72,16 +72,17 @@ def predicted(predictor: PromptPredictor, held: Examples) -> Iterator[tuple[Tens
 @torch.inference_mode()
 def recall(predictor: PromptPredictor, held: Examples) -> dict[str, float]:
     """Measure a predictor in evaluation mode on the held-out photographs; see ABOUT_CURVE."""
-    hits: dict[int, list[bool]] = {k: [] for k in TOP}
+    hits, n_masks = dict.fromkeys(TOP, 0), 0
     candidates = []
     for i, (confidence, place, valid) in enumerate(predicted(predictor, held)):
         pcm = draw_pcm(confidence, place)[0, 0] * valid
         candidates.append(len(sample_prompts(pcm)[0]))
         row, column = sample_prompts(pcm, **FINE)[0].cpu().numpy().T
         on_mask = held.masks(i)[:, row, column]
+        n_masks += len(on_mask)
         for k in TOP:
-            hits[k] += on_mask[:, :k].any(1).tolist()
-    found = {f"recall_{k}": sum(own) / max(1, len(own)) for k, own in hits.items()}
+            hits[k] += int(on_mask[:, :k].any(1).sum())
+    found = {f"recall_{k}": n / max(1, n_masks) for k, n in hits.items()}
     return {**found, "candidates": float(np.mean(candidates))}
 
 
@@ -187,7 +188,7 @@ class Training:
             self.predictor.load_state_dict(state["predictor"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.curve = state["curve"]
-            self.step, self.seconds = self.curve[-1]["step"], 60 * self.curve[-1]["minutes"]
+            self.step, self.seconds = int(self.curve[-1]["step"]), 60 * self.curve[-1]["minutes"]
 
     def _finish(self) -> None:
         """Calibrate the predictor; write it as float16, and its card."""

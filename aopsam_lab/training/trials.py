@@ -61,30 +61,28 @@ def measure(
     """What each trial gives on a photograph, a row each; every point is decoded once."""
     encoded = encode(sam, sample.image)
     cache, pcm = DecodeCache(sam, encoded), PcmCache(predictor, encoded)
-    by_people, by_sam = [], []
-    for rle, clicks in zip(sample.rles, sample.clicks or [[]] * len(sample.rles), strict=True):
-        (by_sam if clicks else by_people).append(rle)
+    pairs = list(zip(sample.rles, sample.clicks or [[]] * len(sample.rles), strict=True))
+    by_people = [rle for rle, clicks in pairs if not clicks]
+    by_sam = [rle for rle, clicks in pairs if clicks]
     drawn = decode_rle(by_sam, sample.image.shape[:2])
     rows, sampled = [], 0
     for method, params, limit in trials:
-        most = max(1, round(limit * sampled)) if limit and limit < 1 else limit
+        most = None if limit is None else round(limit if limit >= 1 else max(1, limit * sampled))
         found = run_method(sam, encoded, method, pcm, params=params, decode=cache, max_prompts=most)
         sampled = max(sampled, found.n_sampled)
         decoded = found.prompts[~found.prompts["status"].isin(("eliminated", "not_reached"))]
         x, y = decoded[["x", "y"]].to_numpy().astype(int).T
-        rows.append(
-            {
-                "miou": evaluate(by_people, found.masks).miou,
-                "coverage": covered(iou_matrix(by_sam, found.masks)) / len(by_sam)
-                if by_sam
-                else None,
-                "hit": drawn[:, y, x].any(1).mean() if by_sam else None,
-                "sampled": found.n_sampled,
-                "decoded": found.n_decoded,
-                "eliminated": found.n_eliminated / max(1, found.n_sampled),
-                "masks": len(found.masks),
-            }
-        )
+        n_covered = covered(iou_matrix(by_sam, found.masks))
+        row = {
+            "miou": evaluate(by_people, found.masks).miou,
+            "coverage": n_covered / len(by_sam) if by_sam else None,
+            "hit": drawn[:, y, x].any(1).mean() if by_sam else None,
+            "sampled": found.n_sampled,
+            "decoded": found.n_decoded,
+            "eliminated": found.n_eliminated / max(1, found.n_sampled),
+            "masks": len(found.masks),
+        }
+        rows.append(row)
     return pd.DataFrame(rows, dtype=float)
 
 
