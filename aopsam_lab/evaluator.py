@@ -116,16 +116,16 @@ def mean_interval(values: Sequence[float], seed: int = 0) -> tuple[float, float,
     SciPy's bias-corrected and accelerated bootstrap; where that is not defined, the percentile
     interval. One value has no interval (NaN), equal values have one of width 0.
     """
-    values = np.asarray(values, float)
-    mean = float(values.mean()) if len(values) else float("nan")
-    if len(values) < 2:
+    numbers = np.asarray(values, float)
+    mean = float(numbers.mean()) if len(numbers) else float("nan")
+    if len(numbers) < 2:
         return mean, float("nan"), float("nan")
-    if np.ptp(values) == 0:
+    if np.ptp(numbers) == 0:
         return mean, mean, mean
     options = {"n_resamples": RESAMPLES, "confidence_level": CONFIDENCE_LEVEL}
     for method in ("BCa", "percentile"):
         rng = np.random.default_rng(seed)
-        found = bootstrap((values,), np.mean, method=method, rng=rng, **options)
+        found = bootstrap((numbers,), np.mean, method=method, rng=rng, **options)
         low, high = map(float, found.confidence_interval)
         if np.isfinite([low, high]).all():
             break

@@ -46,6 +46,8 @@ class PromptPredictor(nn.Module):
         sees_image: whether there is a branch on the image; the paper has one.
     """
 
+    sha256 = ""  # of its weights file
+
     def __init__(
         self, embed_dim: int = 256, stride: int = 16, width: int = 64, sees_image: bool = True
     ) -> None:
@@ -63,7 +65,7 @@ class PromptPredictor(nn.Module):
         parts = (COARSE // BLOCK) ** 2
         self.head = nn.Conv2d(inner, parts * (1 + BLOCK**2), 1)
         # few blocks need a prompt; a Sigmoid that starts at one half would have to unlearn the rest
-        nn.init.constant_(self.head.bias[:parts], -3.5)
+        nn.init.constant_(self.head.get_parameter("bias")[:parts], -3.5)
 
     def blocks(self, image: Tensor, embedding: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
         """What the network says of each block.
@@ -179,8 +181,8 @@ def load_predictor(
         with safe_open(str(path), "pt") as file:
             about = file.metadata() or {}
             weights = {key: file.get_tensor(key) for key in file.keys()}
-        sizes = (int(about[key]) for key in ("embed_dim", "stride", "width"))
-        predictor = PromptPredictor(*sizes, sees_image="image.0.0.weight" in weights)
+        sizes = {key: int(about[key]) for key in ("embed_dim", "stride", "width")}
+        predictor = PromptPredictor(**sizes, sees_image="image.0.0.weight" in weights)
         predictor.load_state_dict(weights)  # into float32, whatever the file has
     except (SafetensorError, KeyError, RuntimeError) as error:
         found = f"{path} does not hold weights of this Prompt Predictor"

@@ -90,10 +90,11 @@ class FullSize:
 
     def _batches(self, logits: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """Full-size logits (k, H, W) of a few masks at a time, and which masks these are."""
-        (height, width), step = self.input_size, max(1, GPU_PIXELS // np.prod(self.image_size))
+        (height, width), (used_y, used_x) = self.image_size, self.input_size
+        step = max(1, GPU_PIXELS // (height * width))
         for i in range(0, len(logits), step):
             model = F.interpolate(logits[i : i + step, None], (self.model,) * 2, mode="bilinear")
-            full = F.interpolate(model[..., :height, :width], self.image_size, mode="bilinear")
+            full = F.interpolate(model[..., :used_y, :used_x], self.image_size, mode="bilinear")
             yield slice(i, i + step), full[:, 0]
 
 

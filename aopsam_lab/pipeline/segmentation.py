@@ -34,7 +34,7 @@ class Segmentation:
     pcm: np.ndarray | None = None  # (4h, 4w) float32 in [0, 1], over the model frame
     pems: np.ndarray | None = None  # (r, h, w) float32, the PEM of each reference
     # r rows. prompt: the row of `prompts` whose mask it is; threshold: what its PEM must exceed
-    references: pd.DataFrame | None = None
+    references: pd.DataFrame = field(default_factory=pd.DataFrame)
     # encode, infer (until prompts are there: the paper's Inf_Lat), mask (from prompts to masks:
     # Mask_Lat), total
     seconds: dict[str, float] = field(default_factory=dict)

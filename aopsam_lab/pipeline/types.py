@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -70,6 +70,7 @@ class Found:
     stability: Tensor  # (n,)
     boxes: Tensor  # (n, 4) long, image frame, inclusive
     prompt: Tensor  # (n,) long, index into the prompts
+    _: KW_ONLY
     best_iou: Tensor  # (m,), the highest predicted IoU of each prompt's masks, passed or not
     masks: list[dict] | None = None  # n COCO RLE where they are encoded already
 

@@ -22,9 +22,10 @@ from aopsam_lab.masks.rle import encode_rle
 from aopsam_lab.pipeline.decode import STABILITY_OFFSET, encode
 from aopsam_lab.pipeline.decode_cache import DecodeCache, PcmCache
 from aopsam_lab.pipeline.methods import METHODS
-from aopsam_lab.pipeline.run import loaded_model, run_method
+from aopsam_lab.pipeline.run import loaded_detector, loaded_predictor, run_method
 from aopsam_lab.pipeline.segmentation import Segmentation
-from aopsam_lab.pipeline.types import Found, Models
+from aopsam_lab.pipeline.types import Encoded, Found, Models, Prompts
+from aopsam_lab.sam.zoo import SamSpec
 from aopsam_lab.widgets.sources import Opened
 
 CHUNK = 16  # prompts decoded between two looks at whether the answer is still wanted
@@ -65,13 +66,13 @@ class Session:
 
     @cached_property
     def _pcm(self) -> PcmCache:
-        return PcmCache(loaded_model("predictor", self.sam), self._cache.encoded)
+        return PcmCache(loaded_predictor(self.sam), self._cache.encoded)
 
     def _models(self, method: str) -> Models:
         needs = METHODS[method].needs
         if needs == "predictor":
             return Models(predictor=self._pcm)
-        return Models(detector=loaded_model(needs, self.sam) if needs else None)
+        return Models(detector=loaded_detector(self.sam) if needs else None)
 
     @torch.inference_mode()
     def sample(self, method: str, params: AsfParams) -> list[dict]:
@@ -91,7 +92,9 @@ class Session:
         start = time.perf_counter()
         before, done = self._cache.n_decoded, 0
 
-        def decode(sam, encoded, prompts, index, spec) -> Found:
+        def decode(
+            sam: Sam, encoded: Encoded, prompts: Prompts, index: torch.Tensor, spec: SamSpec
+        ) -> Found:
             nonlocal done
             for part in index.split(CHUNK):
                 progress(done, len(prompts))
@@ -121,14 +124,14 @@ class Session:
         """SAM's mask for clicks: the best of three for one, its single one for more; or None."""
         key = json.dumps(clicks)
         if key not in self._asked:
-            clicks = np.array(clicks, float)
-            points, labels = clicks[:, :2], clicks[:, 2]
-            masks = self._predict(len(clicks) == 1, point_coords=points, point_labels=labels)
+            points, labels = np.hsplit(np.array(clicks, float), [2])
+            prompt = {"point_coords": points, "point_labels": labels[:, 0]}
+            masks = self._predict(len(clicks) == 1, **prompt)
             self._asked[key] = max(masks, key=lambda mask: mask.score, default=None)
         return self._asked[key]
 
     @torch.inference_mode()
-    def _predict(self, multimask: bool, **prompt) -> list[Mask]:
+    def _predict(self, multimask: bool, **prompt: np.ndarray) -> list[Mask]:
         """The masks of one prompt as `SamPredictor.predict` takes it, without empty ones."""
         stock = SamPredictor(self.sam)
         encoded = self._cache.encoded
