@@ -46,13 +46,12 @@ class PromptPredictor(nn.Module):
         sees_image: whether there is a branch on the image; the paper has one.
     """
 
-    sha256 = ""  # of its weights file
-
     def __init__(
         self, embed_dim: int = 256, stride: int = 16, width: int = 64, sees_image: bool = True
     ) -> None:
         super().__init__()
         self.embed_dim, self.stride, self.width = embed_dim, stride, width
+        self.sha256 = ""  # of its weights file
         inner = width + width // 2
         self.image = None
         if sees_image:

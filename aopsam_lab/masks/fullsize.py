@@ -76,16 +76,13 @@ class FullSize:
             model, first, last = model[:used_y, :used_x], 0, height
             if height * width > WHOLE_PIXELS:
                 on = (model > least).any(1).nonzero()[0]
-                scale = height / used_y
-                if len(on):  # a row of pixels is made of the two rows on either side of it
-                    first = max(0, int((on[0] - 0.5) * scale - 0.5))
-                    last = min(height, int((on[-1] + 1.5) * scale + 1.5))
-                else:
-                    last = 0
+                if not len(on):
+                    yield np.zeros((0, width), np.float32), 0
+                    continue
+                scale = height / used_y  # a row of pixels is made of the two rows beside it
+                first = max(0, int((on[0] - 0.5) * scale - 0.5))
+                last = min(height, int((on[-1] + 1.5) * scale + 1.5))
                 model = _resized_rows(model, height, first, last)
-            if first == last:
-                yield np.zeros((0, width), np.float32), 0
-                continue
             yield cv2.resize(model, (width, last - first)), first  # linearly
 
     def _batches(self, logits: Tensor) -> Iterator[tuple[slice, Tensor]]:

@@ -142,9 +142,8 @@ class LooseRun:
         found = joined(self._loose) if self._loose else nothing(self.cache.encoded)
         for pair in thresholds:
             if pair[0] < loosest[0] or pair[1] < loosest[1]:
-                raise ValueError(
-                    f"masks were decoded down to {loosest}, not to the thresholds {pair}"
-                )
+                problem = f"masks were decoded down to {loosest}, not to the thresholds {pair}"
+                raise ValueError(problem)
             passing = (found.iou > pair[0]) & (found.stability >= pair[1])
             rows = passing.nonzero()[:, 0]
             best_first = rows[nms(found.boxes[rows].float(), found.iou[rows], BOX_NMS_THRESH)]

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 from pycocotools import mask as coco_mask
 
+import aopsam_lab
 from aopsam_lab.masks.rle import decode_rle
 
 
@@ -114,12 +115,8 @@ class Segmentation:
     # The package's face knows who draws and who writes; a result does not.
     def plot(self, *args: Any, **kwargs: Any) -> Any:
         """Draw image, masks and prompts: `aopsam_lab.plot` of this result."""
-        import aopsam_lab
-
         return aopsam_lab.plot(self, *args, **kwargs)
 
     def save(self, *args: Any, **kwargs: Any) -> Any:
         """Write masks as JSON and PNG: `aopsam_lab.save` of this result."""
-        import aopsam_lab
-
         return aopsam_lab.save(self, *args, **kwargs)

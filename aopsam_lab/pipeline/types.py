@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import KW_ONLY, dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -40,8 +40,7 @@ class Encoded:
         return [self.input_size[1] / width, self.input_size[0] / height]
 
 
-@dataclass
-class Models:
+class Models(NamedTuple):
     """What a method may need beside SAM."""
 
     predictor: Any = None  # has `pcm`

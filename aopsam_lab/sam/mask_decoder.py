@@ -65,10 +65,8 @@ class ImageDecoder:
         if is_stock(decoder):  # made here, as batches of prompts may come from several threads
             self._shared = _SharedDecoder(decoder, embedding, image_pe, no_mask, used)
         else:
-            warnings.warn(
-                "This mask decoder is run as it is, slowly: it is not segment_anything's own.",
-                stacklevel=2,
-            )
+            reason = "it is not segment_anything's own"
+            warnings.warn(f"This mask decoder is run as it is, slowly: {reason}.", stacklevel=2)
 
     @torch.no_grad()
     def decode(self, sparse: Tensor) -> DecodedPrompts:

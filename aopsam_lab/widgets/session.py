@@ -104,10 +104,8 @@ class Session:
             with self._lock:
                 return self._cache(sam, encoded, prompts, index, spec)  # joins the parts
 
-        models, encoded = self._models(method), self._cache.encoded
-        seg = run_method(
-            self.sam, encoded, method, models.predictor, models.detector, params, decode=decode
-        )
+        models = self._models(method)
+        seg = run_method(self.sam, self._cache.encoded, method, *models, params, decode=decode)
         seconds = time.perf_counter() - start
         return Answer((method, params), seg, seconds, self._cache.n_decoded - before)
 
@@ -125,16 +123,14 @@ class Session:
         key = json.dumps(clicks)
         if key not in self._asked:
             points, labels = np.hsplit(np.array(clicks, float), [2])
-            prompt = {"point_coords": points, "point_labels": labels[:, 0]}
-            masks = self._predict(len(clicks) == 1, **prompt)
+            masks = self._predict(len(clicks) == 1, point_coords=points, point_labels=labels[:, 0])
             self._asked[key] = max(masks, key=lambda mask: mask.score, default=None)
         return self._asked[key]
 
     @torch.inference_mode()
     def _predict(self, multimask: bool, **prompt: np.ndarray) -> list[Mask]:
         """The masks of one prompt as `SamPredictor.predict` takes it, without empty ones."""
-        stock = SamPredictor(self.sam)
-        encoded = self._cache.encoded
+        stock, encoded = SamPredictor(self.sam), self._cache.encoded
         stock.features, stock.is_image_set = encoded.embedding, True
         stock.original_size, stock.input_size = encoded.image.shape[:2], encoded.input_size
         with self._lock:

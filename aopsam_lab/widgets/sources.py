@@ -56,10 +56,8 @@ def sources_of(what: object, code: str = "image") -> list[Source]:
         return _joined(("", sources_of(item, f"{code}[{i}]")) for i, item in enumerate(what))
     if isinstance(what, Dataset):
         return _of_dataset(what, code)
-    raise ValueError(
-        f"Nothing to explore in a {type(what).__name__}: "
-        "give an array, a Pillow image, a path, or a list of them."
-    )
+    advice = "give an array, a Pillow image, a path, or a list of them"
+    raise ValueError(f"Nothing to explore in a {type(what).__name__}: {advice}.")
 
 
 def prepared(what: Sample | ImageLike) -> Opened:
@@ -67,19 +65,15 @@ def prepared(what: Sample | ImageLike) -> Opened:
     opened = Opened(what.image, what.rles) if isinstance(what, Sample) else Opened(read_image(what))
     height, width = opened.image.shape[:2]
     if min(height, width) < MIN_SIDE:
-        raise ValueError(
-            f"An image of {width} x {height} pixels is too small to explore: "
-            f"each side needs {MIN_SIDE} or more."
-        )
+        problem = f"An image of {width} x {height} pixels is too small to explore"
+        raise ValueError(f"{problem}: each side needs {MIN_SIDE} or more.")
     if height * width <= MAX_PIXELS:
         return opened
     scale = (MAX_PIXELS / (height * width)) ** 0.5
     size = int(width * scale), int(height * scale)
     reduced = cv2.resize(opened.image, size, interpolation=cv2.INTER_AREA)
-    masks = [
-        cv2.resize(coco_mask.decode(rle), size, interpolation=cv2.INTER_NEAREST)
-        for rle in opened.ground_truth
-    ]
+    decoded = map(coco_mask.decode, opened.ground_truth)
+    masks = [cv2.resize(mask, size, interpolation=cv2.INTER_NEAREST) for mask in decoded]
     note = f"{width} x {height} pixels, explored at {size[0]} x {size[1]}; "
     note += "aop.segment gives masks of the full size."
     return Opened(reduced, [coco_mask.encode(np.asfortranarray(mask)) for mask in masks], note)
