@@ -1,4 +1,4 @@
-"""How good masks are: IoU and recall against ground truth, and how sure a mean over images is."""
+"""How good masks are: IoU and recall against ground truth, and intervals of means over images."""
 
 from __future__ import annotations
 
@@ -100,9 +100,9 @@ def recall_matches(iou: np.ndarray, max_masks: Sequence[int] = MAX_MASKS) -> np.
     return counts
 
 
-def average_recall(matches: Sequence[int], n_truth: int) -> float:
+def average_recall(matches: Sequence[int], n_ground_truth: int) -> float:
     """Average recall from the counts of IOU_THRESHOLDS; COCO sums counts and masks over images."""
-    return sum(matches) / (len(IOU_THRESHOLDS) * n_truth) if n_truth else float("nan")
+    return sum(matches) / (len(IOU_THRESHOLDS) * n_ground_truth) if n_ground_truth else float("nan")
 
 
 def covered(iou: np.ndarray) -> int:

@@ -36,7 +36,7 @@ class FullSize:
         """Stability scores (n,) and boxes (n, 4) of masks, as segment_anything defines them.
 
         The score is the IoU of the mask cut at threshold plus and minus the offset, NaN for 0 / 0.
-        Boxes are inclusive pixel indices, 0 for an empty mask, perhaps for a score below `least`.
+        Boxes are inclusive pixel indices: 0 for an empty mask, maybe for a score below `least`.
         """
         scores = logits.new_full((len(logits),), float("nan"))
         boxes = torch.zeros(len(logits), 4, dtype=torch.long, device=logits.device)
@@ -62,26 +62,23 @@ class FullSize:
         found = []
         for pixels, top in self._rows(logits, threshold):
             columns = np.zeros((width, height), np.uint8)
-            if len(pixels):
-                on = (pixels > threshold).view(np.uint8)
-                columns[:, top : top + len(pixels)] = cv2.transpose(on)
+            on = (pixels > threshold).view(np.uint8)
+            columns[:, top : top + len(pixels)] = cv2.transpose(on)
             found.append(coco_mask.encode(columns.T))
         return found
 
     def _rows(self, logits: Tensor, least: float) -> Iterator[tuple[np.ndarray, int]]:
-        """Of each mask the rows of pixels that may exceed `least`, and which is the first."""
+        """Of each mask the rows of pixels that may exceed `least`, at least one, and the first."""
         (height, width), (used_y, used_x) = self.image_size, self.input_size
         for mask in logits.numpy():
             model = cv2.resize(mask, (self.model, self.model))
             model, first, last = model[:used_y, :used_x], 0, height
             if height * width > WHOLE_PIXELS:
                 on = (model > least).any(1).nonzero()[0]
-                if not len(on):
-                    yield np.zeros((0, width), np.float32), 0
-                    continue
+                top, bottom = (on[0], on[-1]) if len(on) else (0, 0)
                 scale = height / used_y  # a row of pixels is made of the two rows beside it
-                first = max(0, int((on[0] - 0.5) * scale - 0.5))
-                last = min(height, int((on[-1] + 1.5) * scale + 1.5))
+                first = max(0, int((top - 0.5) * scale - 0.5))
+                last = min(height, int((bottom + 1.5) * scale + 1.5))
                 model = _resized_rows(model, height, first, last)
             yield cv2.resize(model, (width, last - first)), first  # linearly
 

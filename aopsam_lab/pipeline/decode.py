@@ -29,8 +29,8 @@ STABILITY_OFFSET = 1.0
 # Pixels of the embedding times prompts decoded at a time: fits a CPU's cache, fills a GPU.
 DECODE_PIXELS = {"cpu": 1 << 14, "cuda": 1 << 20}
 MIN_DECODE_BATCH = 4  # fewer would read the decoder's weights too often
-# Masks wait as logits until duplicates are removed, up to the larger of these: bytes, and as many
-# as float masks at the image's size. Beyond it they are encoded first.
+# Masks stay logits until duplicates are removed. Above the larger of two limits they are encoded
+# first: this many bytes, and the bytes of this many float masks at the image's size.
 KEPT_LOGITS, KEPT_MASKS = 32 << 20, 24
 
 
@@ -103,14 +103,14 @@ def full_size(encoded: Encoded) -> FullSize:
 
 
 def nothing(encoded: Encoded) -> Found:
-    """What no prompt finds."""
+    """A Found without masks."""
     none, side = encoded.embedding.new_zeros(0), 4 * encoded.embedding.shape[-1]
     boxes, prompt = none.view(0, 4).long(), none.long()
     return Found(none.view(0, side, side), none, none, boxes, prompt, best_iou=none, masks=[])
 
 
 def joined(parts: Sequence[Found]) -> Found:
-    """What several batches of prompts found."""
+    """What several batches of prompts found, as one."""
     names = ("low_res", "iou", "stability", "boxes", "prompt", "best_iou")
     fields = {name: torch.cat([getattr(part, name) for part in parts]) for name in names}
     are_encoded = all(part.masks is not None for part in parts)

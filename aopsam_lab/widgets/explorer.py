@@ -63,8 +63,8 @@ class ShownFigure(Figure):
 class Explorer(anywidget.AnyWidget):
     """The widget that `explore` makes. Its traits are the state, to read, set and observe.
 
-    A setting made in Python is answered before the statement ends; one made in the page in two
-    steps: where it would prompt at once, the masks when the slider rests.
+    A setting made in Python is answered before the statement ends. One made in the page is answered
+    in two steps: the prompts at once, the masks when the slider rests.
 
     Attributes:
         params, method: the setting; a method is a name in METHODS.
@@ -304,7 +304,7 @@ class Explorer(anywidget.AnyWidget):
 
     @contextmanager
     def _errors_in_message(self) -> Iterator[None]:
-        """The message line says what goes wrong: who uses the page never sees a traceback."""
+        """Write errors into the message line, so that a user of the page sees no traceback."""
         try:
             yield
         except Exception as error:

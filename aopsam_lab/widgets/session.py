@@ -28,7 +28,7 @@ from aopsam_lab.pipeline.types import Encoded, Found, Models, Prompts
 from aopsam_lab.sam.zoo import SamSpec
 from aopsam_lab.widgets.sources import Opened
 
-CHUNK = 16  # prompts decoded between two looks at whether the answer is still wanted
+CHUNK = 16  # prompts decoded before each check whether the answer is still wanted
 
 Clicks = Sequence[tuple[float, float, int]]  # x, y, and 1 for the object or 0 for the background
 
