@@ -43,8 +43,8 @@ class AsfParams:
 
     smoothing: float = 2.0  # sigma of the Gaussian, in cells of a 256-wide PCM; 0 switches it off
     confidence: float = 0.2  # a peak counts where the smoothed PCM exceeds this, in [0, 1)
-    spacing: float = 6.0  # reach of a peak, the maximum within it, in cells of a 256-wide PCM
-    elimination: float = 1.3  # a prompt goes where a PEM exceeds the PEM's mean times this
+    spacing: float = 6.0  # a peak is the maximum within this many cells of a 256-wide PCM
+    elimination: float = 1.3  # a prompt is eliminated where a PEM exceeds its mean times this
 
     def __post_init__(self) -> None:
         in_cells = "(cells of a 256-wide PCM)"

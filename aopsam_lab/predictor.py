@@ -19,7 +19,7 @@ from aopsam_lab.weights import WEIGHTS
 CELL = 4  # PCM cells along each side of a cell of the embedding
 BLOCK = 4  # PCM cells along each side of a block, in which the network places one prompt
 COARSE = 8  # PCM cells along each side of a cell of the last layers, which speak for 2 x 2 blocks
-DROPPED = 0.2  # of the embedding's channels in training, against overfitting
+DROPPED = 0.2  # share of the embedding's channels set to 0 in training, against overfitting
 SIGMA = 1.5  # of the Gaussian about a prompt, in PCM cells
 BUNDLED = {"mobile_sam": WEIGHTS / "predictor_mobile_sam.safetensors"}
 
@@ -42,7 +42,7 @@ class PromptPredictor(nn.Module):
     Args:
         embed_dim: C, channels of the embedding.
         stride: model-frame pixels along a side of an embedding's cell.
-        width: channels in which the two branches meet; later layers have half as many more.
+        width: channels in which the two branches meet; later layers have 1.5 times as many.
         sees_image: whether there is a branch on the image; the paper has one.
     """
 

@@ -68,7 +68,7 @@ class FullSize:
         return found
 
     def _rows(self, logits: Tensor, least: float) -> Iterator[tuple[np.ndarray, int]]:
-        """Of each mask the rows of pixels that may exceed `least`, at least one, and the first."""
+        """Of each mask the rows that may exceed `least`, one or more, and the first one's index."""
         (height, width), (used_y, used_x) = self.image_size, self.input_size
         for mask in logits.numpy():
             model = cv2.resize(mask, (self.model, self.model))

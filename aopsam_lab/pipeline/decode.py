@@ -124,7 +124,7 @@ def decode_and_filter(
     """Decode the prompts `index` (n,) long; keep the masks that pass both thresholds of `spec`.
 
     Masks below the predicted IoU are never drawn, and those below the stability score are forgotten
-    batch by batch: memory grows with the masks kept.
+    batch by batch: memory grows only with the masks kept.
     """
     decoder, sizes = image_decoder(sam, encoded), full_size(encoded)
     masks = slice(1, None) if prompts.multimask else slice(0, 1)
