@@ -20,9 +20,9 @@ class Segmentation:
     n masks, m prompts; S is the side of SAM's input, h x w its embedding. Points and boxes are in
     the image frame: pixels of `image`, (x, y), pixel centres at +0.5.
 
-    The columns of `prompts`: x, y, the point or the centre of the box; confidence; round in which
-    it was decoded, -1 if never; status; by, the row of `pems` that eliminated it, -1 for none;
-    pem, the value there, NaN for none; x0, y0, x1, y1, the box, or NaN.
+    The columns of `prompts`: x, y (the point, or the centre of the box); confidence; round (in
+    which it was decoded, or -1); status; by (the row of `pems` that eliminated it, or -1); pem (the
+    value there, or NaN); x0, y0, x1, y1 (the box, or NaN).
 
     A status is "kept" where a mask of the prompt is among `masks`; "duplicate" where box NMS
     removed all; "low_iou" or "unstable" where all missed a threshold, of predicted IoU or of
