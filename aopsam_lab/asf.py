@@ -43,8 +43,8 @@ class AsfParams:
 
     smoothing: float = 2.0  # sigma of the Gaussian, in cells of a 256-wide PCM; 0 switches it off
     confidence: float = 0.2  # a peak counts where the smoothed PCM exceeds this, in [0, 1)
-    spacing: float = 6.0  # a peak is the maximum so far to each side, in cells of a 256-wide PCM
-    elimination: float = 1.3  # a prompt goes where a PEM exceeds this many times its own mean
+    spacing: float = 6.0  # a peak is the maximum within this many cells of a 256-wide PCM
+    elimination: float = 1.3  # a prompt is eliminated where a PEM exceeds its mean times this
 
     def __post_init__(self) -> None:
         in_cells = "(cells of a 256-wide PCM)"
@@ -218,7 +218,7 @@ def elimination_thresholds(
     """What each PEM must exceed to eliminate a prompt: `elimination` times its mean.
 
     With the floor it is at least the OWN_QUANTILE of the PEM over the mask's own cells. Without it
-    a part is lost to its object, and a small object to its surroundings. The paper has none.
+    an object eliminates its parts, and surroundings a small object. The paper has no floor.
     """
     weights = valid.to(pems.dtype).flatten()
     adaptive = elimination * (pems.flatten(1) @ (weights / weights.sum()))
@@ -257,12 +257,12 @@ def eliminate(
 
 
 def dilate(coverage: Tensor) -> Tensor:
-    """Which cells (n, h, w) a mask covers by more than half, or lie beside such a cell."""
+    """The cells (n, h, w) that a mask covers by more than half, and those beside them."""
     return F.max_pool2d(coverage[:, None], 3, stride=1, padding=1)[:, 0] > 0.5
 
 
 def best_of_each(iou: Tensor, prompt: Tensor, m: int) -> Tensor:
-    """The index of each of m prompts' mask with the highest predicted IoU: iou, prompt (r,)."""
+    """Indices of masks whose predicted IoU is the highest of their prompt: iou, prompt (r,)."""
     highest = iou.new_zeros(m).scatter_reduce(0, prompt, iou, "amax")
     return (iou == highest[prompt]).nonzero()[:, 0]
 

@@ -1,4 +1,4 @@
-"""How good masks are: IoU and recall against ground truth, and how sure a mean over images is."""
+"""How good masks are: IoU and recall against ground truth, and intervals of means over images."""
 
 from __future__ import annotations
 
@@ -100,9 +100,9 @@ def recall_matches(iou: np.ndarray, max_masks: Sequence[int] = MAX_MASKS) -> np.
     return counts
 
 
-def average_recall(matches: Sequence[int], n_truth: int) -> float:
+def average_recall(matches: Sequence[int], n_ground_truth: int) -> float:
     """Average recall from the counts of IOU_THRESHOLDS; COCO sums counts and masks over images."""
-    return sum(matches) / (len(IOU_THRESHOLDS) * n_truth) if n_truth else float("nan")
+    return sum(matches) / (len(IOU_THRESHOLDS) * n_ground_truth) if n_ground_truth else float("nan")
 
 
 def covered(iou: np.ndarray) -> int:
@@ -116,16 +116,16 @@ def mean_interval(values: Sequence[float], seed: int = 0) -> tuple[float, float,
     SciPy's bias-corrected and accelerated bootstrap; where that is not defined, the percentile
     interval. One value has no interval (NaN), equal values have one of width 0.
     """
-    values = np.asarray(values, float)
-    mean = float(values.mean()) if len(values) else float("nan")
-    if len(values) < 2:
+    numbers = np.asarray(values, float)
+    mean = float(numbers.mean()) if len(numbers) else float("nan")
+    if len(numbers) < 2:
         return mean, float("nan"), float("nan")
-    if np.ptp(values) == 0:
+    if np.ptp(numbers) == 0:
         return mean, mean, mean
     options = {"n_resamples": RESAMPLES, "confidence_level": CONFIDENCE_LEVEL}
     for method in ("BCa", "percentile"):
         rng = np.random.default_rng(seed)
-        found = bootstrap((values,), np.mean, method=method, rng=rng, **options)
+        found = bootstrap((numbers,), np.mean, method=method, rng=rng, **options)
         low, high = map(float, found.confidence_interval)
         if np.isfinite([low, high]).all():
             break

@@ -19,7 +19,7 @@ from aopsam_lab.weights import WEIGHTS
 CELL = 4  # PCM cells along each side of a cell of the embedding
 BLOCK = 4  # PCM cells along each side of a block, in which the network places one prompt
 COARSE = 8  # PCM cells along each side of a cell of the last layers, which speak for 2 x 2 blocks
-DROPPED = 0.2  # of the embedding's channels in training, against overfitting
+DROPPED = 0.2  # share of the embedding's channels set to 0 in training, against overfitting
 SIGMA = 1.5  # of the Gaussian about a prompt, in PCM cells
 BUNDLED = {"mobile_sam": WEIGHTS / "predictor_mobile_sam.safetensors"}
 
@@ -42,7 +42,7 @@ class PromptPredictor(nn.Module):
     Args:
         embed_dim: C, channels of the embedding.
         stride: model-frame pixels along a side of an embedding's cell.
-        width: channels in which the two branches meet; later layers have half as many more.
+        width: channels in which the two branches meet; later layers have 1.5 times as many.
         sees_image: whether there is a branch on the image; the paper has one.
     """
 
@@ -51,6 +51,7 @@ class PromptPredictor(nn.Module):
     ) -> None:
         super().__init__()
         self.embed_dim, self.stride, self.width = embed_dim, stride, width
+        self.sha256 = ""  # of its weights file
         inner = width + width // 2
         self.image = None
         if sees_image:
@@ -63,7 +64,7 @@ class PromptPredictor(nn.Module):
         parts = (COARSE // BLOCK) ** 2
         self.head = nn.Conv2d(inner, parts * (1 + BLOCK**2), 1)
         # few blocks need a prompt; a Sigmoid that starts at one half would have to unlearn the rest
-        nn.init.constant_(self.head.bias[:parts], -3.5)
+        nn.init.constant_(self.head.get_parameter("bias")[:parts], -3.5)
 
     def blocks(self, image: Tensor, embedding: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
         """What the network says of each block.
@@ -179,8 +180,8 @@ def load_predictor(
         with safe_open(str(path), "pt") as file:
             about = file.metadata() or {}
             weights = {key: file.get_tensor(key) for key in file.keys()}
-        sizes = (int(about[key]) for key in ("embed_dim", "stride", "width"))
-        predictor = PromptPredictor(*sizes, sees_image="image.0.0.weight" in weights)
+        sizes = {key: int(about[key]) for key in ("embed_dim", "stride", "width")}
+        predictor = PromptPredictor(**sizes, sees_image="image.0.0.weight" in weights)
         predictor.load_state_dict(weights)  # into float32, whatever the file has
     except (SafetensorError, KeyError, RuntimeError) as error:
         found = f"{path} does not hold weights of this Prompt Predictor"

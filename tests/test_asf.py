@@ -158,7 +158,7 @@ def observe(proposal, logits: torch.Tensor, iou: list[float], lefts: list[int], 
     """Masks with boxes of 10 x 10 pixels from `lefts` on."""
     boxes = torch.tensor([[left, 0, left + 9, 9] for left in lefts])
     scores, prompt = torch.tensor(iou), torch.tensor(prompt)
-    proposal.observe(Found(logits, scores, scores, boxes, prompt, scores), 0.0)
+    proposal.observe(Found(logits, scores, scores, boxes, prompt, best_iou=scores), 0.0)
 
 
 @pytest.mark.parametrize("rows, gone", [(4, True), (2, True), (1, False)])

@@ -36,7 +36,7 @@ class FullSize:
         """Stability scores (n,) and boxes (n, 4) of masks, as segment_anything defines them.
 
         The score is the IoU of the mask cut at threshold plus and minus the offset, NaN for 0 / 0.
-        Boxes are inclusive pixel indices, 0 for an empty mask, perhaps for a score below `least`.
+        Boxes are inclusive pixel indices: 0 for an empty mask, maybe for a score below `least`.
         """
         scores = logits.new_full((len(logits),), float("nan"))
         boxes = torch.zeros(len(logits), 4, dtype=torch.long, device=logits.device)
@@ -62,38 +62,33 @@ class FullSize:
         found = []
         for pixels, top in self._rows(logits, threshold):
             columns = np.zeros((width, height), np.uint8)
-            if len(pixels):
-                on = (pixels > threshold).view(np.uint8)
-                columns[:, top : top + len(pixels)] = cv2.transpose(on)
+            on = (pixels > threshold).view(np.uint8)
+            columns[:, top : top + len(pixels)] = cv2.transpose(on)
             found.append(coco_mask.encode(columns.T))
         return found
 
     def _rows(self, logits: Tensor, least: float) -> Iterator[tuple[np.ndarray, int]]:
-        """Of each mask the rows of pixels that may exceed `least`, and which is the first."""
+        """Of each mask the rows that may exceed `least`, one or more, and the first one's index."""
         (height, width), (used_y, used_x) = self.image_size, self.input_size
         for mask in logits.numpy():
             model = cv2.resize(mask, (self.model, self.model))
             model, first, last = model[:used_y, :used_x], 0, height
             if height * width > WHOLE_PIXELS:
                 on = (model > least).any(1).nonzero()[0]
-                scale = height / used_y
-                if len(on):  # a row of pixels is made of the two rows on either side of it
-                    first = max(0, int((on[0] - 0.5) * scale - 0.5))
-                    last = min(height, int((on[-1] + 1.5) * scale + 1.5))
-                else:
-                    last = 0
+                top, bottom = (on[0], on[-1]) if len(on) else (0, 0)
+                scale = height / used_y  # a row of pixels is made of the two rows beside it
+                first = max(0, int((top - 0.5) * scale - 0.5))
+                last = min(height, int((bottom + 1.5) * scale + 1.5))
                 model = _resized_rows(model, height, first, last)
-            if first == last:
-                yield np.zeros((0, width), np.float32), 0
-                continue
             yield cv2.resize(model, (width, last - first)), first  # linearly
 
     def _batches(self, logits: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """Full-size logits (k, H, W) of a few masks at a time, and which masks these are."""
-        (height, width), step = self.input_size, max(1, GPU_PIXELS // np.prod(self.image_size))
+        (height, width), (used_y, used_x) = self.image_size, self.input_size
+        step = max(1, GPU_PIXELS // (height * width))
         for i in range(0, len(logits), step):
             model = F.interpolate(logits[i : i + step, None], (self.model,) * 2, mode="bilinear")
-            full = F.interpolate(model[..., :height, :width], self.image_size, mode="bilinear")
+            full = F.interpolate(model[..., :used_y, :used_x], self.image_size, mode="bilinear")
             yield slice(i, i + step), full[:, 0]
 
 

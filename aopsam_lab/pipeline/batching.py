@@ -22,7 +22,7 @@ def in_batches(
 
     On a CPU as many batches run side by side as torch has threads, each on one: threads that share
     a batch of small products wait for each other. Batches become smaller, down to `least`, so that
-    all threads have as many.
+    all threads get equally many.
     """
     threads = torch.get_num_threads() if items.device.type == "cpu" else 1
     turns = -(-len(items) // (size * threads))

@@ -29,8 +29,8 @@ STABILITY_OFFSET = 1.0
 # Pixels of the embedding times prompts decoded at a time: fits a CPU's cache, fills a GPU.
 DECODE_PIXELS = {"cpu": 1 << 14, "cuda": 1 << 20}
 MIN_DECODE_BATCH = 4  # fewer would read the decoder's weights too often
-# Masks wait as logits until duplicates are removed, up to the larger of these: bytes, and as many
-# as float masks at the image's size. Beyond it they are encoded first.
+# Masks stay logits until duplicates are removed. Above the larger of two limits they are encoded
+# first: this many bytes, and the bytes of this many float masks at the image's size.
 KEPT_LOGITS, KEPT_MASKS = 32 << 20, 24
 
 
@@ -103,20 +103,19 @@ def full_size(encoded: Encoded) -> FullSize:
 
 
 def nothing(encoded: Encoded) -> Found:
-    """What no prompt finds."""
+    """A Found without masks."""
     none, side = encoded.embedding.new_zeros(0), 4 * encoded.embedding.shape[-1]
     boxes, prompt = none.view(0, 4).long(), none.long()
-    return Found(none.view(0, side, side), none, none, boxes, prompt, none, masks=[])
+    return Found(none.view(0, side, side), none, none, boxes, prompt, best_iou=none, masks=[])
 
 
 def joined(parts: Sequence[Found]) -> Found:
-    """What several batches of prompts found."""
+    """What several batches of prompts found, as one."""
     names = ("low_res", "iou", "stability", "boxes", "prompt", "best_iou")
-    fields = (torch.cat([getattr(part, name) for part in parts]) for name in names)
-    masks = None
-    if all(part.masks is not None for part in parts):
-        masks = [rle for part in parts for rle in part.masks]
-    return Found(*fields, masks)
+    fields = {name: torch.cat([getattr(part, name) for part in parts]) for name in names}
+    are_encoded = all(part.masks is not None for part in parts)
+    masks = [rle for part in parts for rle in part.masks or ()] if are_encoded else None
+    return Found(**fields, masks=masks)
 
 
 def decode_and_filter(
@@ -125,7 +124,7 @@ def decode_and_filter(
     """Decode the prompts `index` (n,) long; keep the masks that pass both thresholds of `spec`.
 
     Masks below the predicted IoU are never drawn, and those below the stability score are forgotten
-    batch by batch: memory grows with the masks kept.
+    batch by batch: memory grows only with the masks kept.
     """
     decoder, sizes = image_decoder(sam, encoded), full_size(encoded)
     masks = slice(1, None) if prompts.multimask else slice(0, 1)
@@ -140,7 +139,7 @@ def decode_and_filter(
         owner = part.repeat_interleave(wanted.sum(1))
         stable = stability >= least  # an empty mask has NaN and fails
         fields = (low_res, decoded.iou[wanted], stability, boxes, owner)
-        return Found(*(x[stable] for x in fields), decoded.iou[:, masks].amax(1))
+        return Found(*(x[stable] for x in fields), best_iou=decoded.iou[:, masks].amax(1))
 
     pixels = DECODE_PIXELS.get(index.device.type, DECODE_PIXELS["cpu"])
     size = max(MIN_DECODE_BATCH, pixels // encoded.embedding[0, 0].numel())
@@ -184,11 +183,12 @@ def remove_duplicates(sam: Sam, encoded: Encoded, found: list[Found]) -> dict[st
         for name in ("iou", "stability", "boxes", "prompt")
     )
     keep = nms(boxes.float(), iou, BOX_NMS_THRESH)  # best first
-    masks, first = {}, 0
+    masks: dict[int, dict] = {}
+    first = 0
     for part in found:  # one by one: all logits in one tensor would be there twice
         own = keep[(keep >= first) & (keep < first + len(part.iou))]
         masks |= zip(own.tolist(), encoded_masks(sam, encoded, part, own - first), strict=True)
         first += len(part.iou)
-    kept = {"scores": iou, "stability": stability, "boxes": boxes.float(), "mask_prompt": prompt}
-    kept = {name: values[keep].cpu().numpy() for name, values in kept.items()}
+    about = {"scores": iou, "stability": stability, "boxes": boxes.float(), "mask_prompt": prompt}
+    kept = {name: values[keep].cpu().numpy() for name, values in about.items()}
     return {"masks": [masks[i] for i in keep.tolist()], **kept}

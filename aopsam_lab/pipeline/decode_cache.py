@@ -103,7 +103,7 @@ def _some(found: Found, wanted: Tensor, best_iou: Tensor) -> Found:
     """A copy of the masks marked, (n,) bool: the rest can be forgotten."""
     fields = (found.low_res, found.iou, found.stability, found.boxes, found.prompt)
     masks = found.masks and [found.masks[i] for i in wanted.nonzero()[:, 0].tolist()]
-    return Found(*(x[wanted] for x in fields), best_iou.clone()[None], masks)
+    return Found(*(x[wanted] for x in fields), best_iou=best_iou.clone()[None], masks=masks)
 
 
 def of_prompts(decoded: Sequence[Decoded], index: Tensor) -> Found:
@@ -142,13 +142,12 @@ class LooseRun:
         found = joined(self._loose) if self._loose else nothing(self.cache.encoded)
         for pair in thresholds:
             if pair[0] < loosest[0] or pair[1] < loosest[1]:
-                raise ValueError(
-                    f"masks were decoded down to {loosest}, not to the thresholds {pair}"
-                )
+                problem = f"masks were decoded down to {loosest}, not to the thresholds {pair}"
+                raise ValueError(problem)
             passing = (found.iou > pair[0]) & (found.stability >= pair[1])
             rows = passing.nonzero()[:, 0]
             best_first = rows[nms(found.boxes[rows].float(), found.iou[rows], BOX_NMS_THRESH)]
-            kept.append([found.masks[i] for i in best_first.tolist()])
+            kept.append(encoded_masks(self.cache.sam, self.cache.encoded, found, best_first))
         return kept
 
 

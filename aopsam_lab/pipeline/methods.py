@@ -19,11 +19,19 @@ MAX_BOXES = 100
 
 
 class Method(Protocol):
-    """`needs` is "predictor", "detector" or ""; `uses` names the ASF parameters that count."""
+    """What proposes prompts."""
 
-    name: str
-    needs: str
-    uses: tuple[str, ...]
+    @property
+    def name(self) -> str:
+        """Its key in METHODS."""
+
+    @property
+    def needs(self) -> str:
+        """The model it needs beside SAM: "predictor", "detector", or "" for none."""
+
+    @property
+    def uses(self) -> tuple[str, ...]:
+        """Names of the fields of AsfParams that count."""
 
     def start(self, encoded: Encoded, models: Models, params: asf.AsfParams) -> Proposal:
         """Propose prompts on an image; the pipeline asks the proposal for rounds of them."""
@@ -87,9 +95,9 @@ class Aop:
 
     def start(self, encoded: Encoded, models: Models, params: asf.AsfParams) -> Proposal:
         """See Method."""
-        size, grid = encoded.model_image.shape[-1], tuple(encoded.embedding.shape[-2:])
-        fine, device = tuple(CELL * side for side in grid), encoded.embedding.device
-        valid = asf.valid_cells(encoded.input_size, size, fine, device)
+        size, (h, w) = encoded.model_image.shape[-1], encoded.embedding.shape[-2:]
+        device = encoded.embedding.device
+        valid = asf.valid_cells(encoded.input_size, size, (CELL * h, CELL * w), device)
         pcm = models.predictor.pcm(encoded.model_image, encoded.embedding, valid)
         if self.adaptive_sampling:
             sampling = params.smoothing, params.confidence, params.spacing
@@ -105,7 +113,7 @@ class Aop:
             return Proposal(prompts, pcm)
         # the cells of the embedding that hold one on the image: nothing is computed of the others
         rows, columns = (-(-int(valid.any(dim).sum()) // CELL) for dim in (1, 0))
-        valid = asf.valid_cells(encoded.input_size, size, grid, device)[:rows, :columns]
+        valid = asf.valid_cells(encoded.input_size, size, (h, w), device)[:rows, :columns]
         look, place = (x[0, :, :rows, :columns] for x in (encoded.embedding, encoded.image_pe))
         if self.literal:
             features = asf.raw_features(look, valid)
@@ -117,7 +125,7 @@ class Aop:
             cells=cells // CELL,
             features=features,
             valid=valid,
-            grid=grid,
+            grid=(h, w),
             elimination=params.elimination,
             gated=self.gated,
             floor=not self.literal,

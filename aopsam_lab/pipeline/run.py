@@ -21,6 +21,7 @@ from aopsam_lab.pipeline.decode import (
     encode_early,
     remove_duplicates,
 )
+from aopsam_lab.pipeline.decode_cache import PcmCache
 from aopsam_lab.pipeline.methods import Method, method_named
 from aopsam_lab.pipeline.segmentation import Segmentation
 from aopsam_lab.pipeline.types import Encoded, Found, Models, Prompts, Proposal
@@ -40,7 +41,7 @@ def run_method(
     sam: Sam,
     encoded: Encoded,
     method: str | Method,
-    predictor: PromptPredictor | None = None,
+    predictor: PromptPredictor | PcmCache | None = None,
     detector: Detector | None = None,
     params: AsfParams = DEFAULT_PARAMS,
     decode: Decode = decode_and_filter,
@@ -58,7 +59,6 @@ def run_method(
     if max_prompts is not None and (max_prompts < 1 or int(max_prompts) != max_prompts):
         limits = "a whole number of 1 or more, or None for no limit"
         raise ValueError(f"max_prompts must be {limits}, not {max_prompts}")
-    left = float("inf") if max_prompts is None else int(max_prompts)
     models = Models(predictor, detector)
     if chosen.needs and getattr(models, chosen.needs) is None:
         advice = f"pass {chosen.needs}=load_{chosen.needs}(...)"
@@ -71,6 +71,7 @@ def run_method(
     with watch("infer"):
         proposal = chosen.start(encoded, models, params)
         index = proposal.next_round()
+    left = len(proposal.prompts) if max_prompts is None else int(max_prompts)
     while index is not None and left:
         with watch("mask"):
             index = strongest(proposal.prompts.confidence, index, left)
@@ -102,12 +103,12 @@ def run_method(
         n_decoded=sum(len(part) for _, part, _ in decoded),
         n_sampled=len(proposal.prompts),
         n_eliminated=int((proposal.eliminated_by >= 0).sum()),
-        input_size=tuple(encoded.input_size),
+        input_size=encoded.input_size,
         model_size=encoded.model_image.shape[-1],
     )
 
 
-def strongest(confidence: torch.Tensor, index: torch.Tensor, limit: float) -> torch.Tensor:
+def strongest(confidence: torch.Tensor, index: torch.Tensor, limit: int) -> torch.Tensor:
     """At most `limit` of the prompts `index` (n,) long, the most confident, in their order.
 
     Where equals compete for the last places, the same draw decides each time: a part of a grid
@@ -172,11 +173,12 @@ def segment(
     """
     pixels, needs = read_image(image), method_named(method).needs
     sam = loaded_sam(sam, device)
-    models = {"predictor": predictor, "detector": detector}
-    if needs:
-        models[needs] = models[needs] or loaded_model(needs, sam)
-    encoded = encode(sam, pixels)
-    return run_method(sam, encoded, method, **models, params=params, max_prompts=max_prompts)
+    if needs == "predictor":
+        predictor = predictor or loaded_predictor(sam)
+    elif needs == "detector":
+        detector = detector or loaded_detector(sam)
+    models = predictor, detector
+    return run_method(sam, encode(sam, pixels), method, *models, params, max_prompts=max_prompts)
 
 
 def loaded_sam(sam: str | Sam, device: str | torch.device = "auto") -> Sam:
@@ -186,11 +188,14 @@ def loaded_sam(sam: str | Sam, device: str | torch.device = "auto") -> Sam:
     return _loaded(load_sam, sam, device=str(resolve_device(device)))
 
 
-def loaded_model(kind: str, sam: Sam) -> PromptPredictor | Detector:
-    """The bundled "predictor" or "detector" for a SAM, loaded once in this process."""
-    if kind == "detector":
-        return _loaded(load_detector, device=str(sam.device))
+def loaded_predictor(sam: Sam) -> PromptPredictor:
+    """The bundled Prompt Predictor of a SAM, loaded once in this process."""
     return _loaded(load_predictor, spec_of(sam).name, device=str(sam.device))
+
+
+def loaded_detector(sam: Sam) -> Detector:
+    """The bundled detector, on a SAM's device, loaded once in this process."""
+    return _loaded(load_detector, device=str(sam.device))
 
 
 @cache

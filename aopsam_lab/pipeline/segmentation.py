@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 from pycocotools import mask as coco_mask
 
+import aopsam_lab
 from aopsam_lab.masks.rle import decode_rle
 
 
@@ -19,9 +20,13 @@ class Segmentation:
     n masks, m prompts; S is the side of SAM's input, h x w its embedding. Points and boxes are in
     the image frame: pixels of `image`, (x, y), pixel centres at +0.5.
 
-    The columns of `prompts`: x, y, the point or the centre of the box; confidence; round in which
-    it was decoded, -1 if never; status, one of STATUSES; by, the row of `pems` that eliminated it,
-    -1 for none; pem, the value there, NaN for none; x0, y0, x1, y1, the box, or NaN.
+    The columns of `prompts`: x, y (the point, or the centre of the box); confidence; round (in
+    which it was decoded, or -1); status; by (the row of `pems` that eliminated it, or -1); pem (the
+    value there, or NaN); x0, y0, x1, y1 (the box, or NaN).
+
+    A status is "kept" where a mask of the prompt is among `masks`; "duplicate" where box NMS
+    removed all; "low_iou" or "unstable" where all missed a threshold, of predicted IoU or of
+    stability; "eliminated"; or "not_reached", beyond `max_prompts`. The last two are not decoded.
     """
 
     image: np.ndarray  # (H, W, 3) uint8, RGB
@@ -32,17 +37,17 @@ class Segmentation:
     mask_prompt: np.ndarray  # (n,) int, the row of `prompts` that made the mask
     prompts: pd.DataFrame  # m rows
     pcm: np.ndarray | None = None  # (4h, 4w) float32 in [0, 1], over the model frame
-    pems: np.ndarray | None = None  # (r, h, w) float32, the PEM of each reference
+    pems: np.ndarray | None = None  # (r, h, w) float32 in [0, 1], the PEM of each reference
     # r rows. prompt: the row of `prompts` whose mask it is; threshold: what its PEM must exceed
-    references: pd.DataFrame | None = None
+    references: pd.DataFrame = field(default_factory=pd.DataFrame)
     # encode, infer (until prompts are there: the paper's Inf_Lat), mask (from prompts to masks:
     # Mask_Lat), total
     seconds: dict[str, float] = field(default_factory=dict)
-    method: str = ""
-    params: dict = field(default_factory=dict)  # the ASF parameters that it used
-    n_decoded: int = 0  # prompts
-    n_sampled: int = 0
-    n_eliminated: int = 0
+    method: str = ""  # its name
+    params: dict[str, float] = field(default_factory=dict)  # the ASF parameters that it used
+    n_decoded: int = 0  # prompts that SAM decoded
+    n_sampled: int = 0  # m, all prompts that the method proposed
+    n_eliminated: int = 0  # prompts that a PEM eliminated
     input_size: tuple[int, int] = (0, 0)  # (height, width) of the scaled image in the model frame
     model_size: int = 0  # S
 
@@ -114,12 +119,8 @@ class Segmentation:
     # The package's face knows who draws and who writes; a result does not.
     def plot(self, *args: Any, **kwargs: Any) -> Any:
         """Draw image, masks and prompts: `aopsam_lab.plot` of this result."""
-        import aopsam_lab
-
         return aopsam_lab.plot(self, *args, **kwargs)
 
     def save(self, *args: Any, **kwargs: Any) -> Any:
         """Write masks as JSON and PNG: `aopsam_lab.save` of this result."""
-        import aopsam_lab
-
         return aopsam_lab.save(self, *args, **kwargs)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import KW_ONLY, dataclass, field
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -40,8 +40,7 @@ class Encoded:
         return [self.input_size[1] / width, self.input_size[0] / height]
 
 
-@dataclass
-class Models:
+class Models(NamedTuple):
     """What a method may need beside SAM."""
 
     predictor: Any = None  # has `pcm`
@@ -70,6 +69,7 @@ class Found:
     stability: Tensor  # (n,)
     boxes: Tensor  # (n, 4) long, image frame, inclusive
     prompt: Tensor  # (n,) long, index into the prompts
+    _: KW_ONLY
     best_iou: Tensor  # (m,), the highest predicted IoU of each prompt's masks, passed or not
     masks: list[dict] | None = None  # n COCO RLE where they are encoded already
 

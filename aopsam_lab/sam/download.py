@@ -18,7 +18,7 @@ class OfficialFile:
     url: str
     sha256: str
     size: int
-    licence: str
+    licence: str = "Apache-2.0"
 
     @property
     def name(self) -> str:
@@ -31,19 +31,16 @@ OFFICIAL = {
         f"{_SAM}/sam_vit_b_01ec64.pth",
         "ec2df62732614e57411cdcf32a23ffdf28910380d03139ee0f4fcbe91eb8c912",
         375_042_383,
-        "Apache-2.0",
     ),
     "vit_l": OfficialFile(
         f"{_SAM}/sam_vit_l_0b3195.pth",
         "3adcc4315b642a4d2101128f611684e8734c41232a17c648ed1693702a49a622",
         1_249_524_607,
-        "Apache-2.0",
     ),
     "vit_h": OfficialFile(
         f"{_SAM}/sam_vit_h_4b8939.pth",
         "a7bf3b02f3ebf1267aba913ff637d9a2d5c33d3173bb679e46d9f338c26f262e",
         2_564_550_879,
-        "Apache-2.0",
     ),
     "yolov8n": OfficialFile(
         "https://github.com/ultralytics/assets/releases/download/v8.4.0/yolov8n.pt",

@@ -25,6 +25,7 @@ from functools import partial
 
 import torch
 from segment_anything.modeling import MaskDecoder, TwoWayTransformer
+from segment_anything.modeling.common import LayerNorm2d
 from segment_anything.modeling.transformer import Attention
 from torch import Tensor, nn
 
@@ -64,10 +65,8 @@ class ImageDecoder:
         if is_stock(decoder):  # made here, as batches of prompts may come from several threads
             self._shared = _SharedDecoder(decoder, embedding, image_pe, no_mask, used)
         else:
-            warnings.warn(
-                "This mask decoder is run as it is, slowly: it is not segment_anything's own.",
-                stacklevel=2,
-            )
+            reason = "it is not segment_anything's own"
+            warnings.warn(f"This mask decoder is run as it is, slowly: {reason}.", stacklevel=2)
 
     @torch.no_grad()
     def decode(self, sparse: Tensor) -> DecodedPrompts:
@@ -79,7 +78,7 @@ class ImageDecoder:
         return DecodedPrompts(iou.float(), lambda wanted: logits[wanted].float())
 
 
-def is_stock(decoder: nn.Module) -> bool:
+def is_stock(decoder: MaskDecoder) -> bool:
     """Whether a mask decoder is segment_anything's with two layers, of any width and heads."""
     if type(decoder) is not MaskDecoder:
         return False
@@ -331,7 +330,7 @@ class _SharedDecoder:
         return logits
 
 
-def _channel_norm(norm: nn.Module, x: Tensor) -> Tensor:
+def _channel_norm(norm: LayerNorm2d, x: Tensor) -> Tensor:
     """segment_anything's LayerNorm2d of (4, C, N), whose mean over C is 0; overwrites x."""
     x *= torch.rsqrt((x * x).mean(1, keepdim=True) + norm.eps)
     return torch.addcmul(norm.bias[:, None], x, norm.weight[:, None], out=x)

@@ -29,7 +29,7 @@ function listenToPointer(stage, act) {
   canvas.onclick = (e) => {
     clearTimeout(asking);
     if (isDragged) return;
-    if (e.detail > 1) return stage.fit(); // a double click is no question: it waits for a second
+    if (e.detail > 1) return stage.fit(); // so a single click waits for a second
     const at = stage.imagePoint(e), wait = !e.shiftKey && stage.promptNear(at) >= 0 ? 0 : 250;
     asking = setTimeout(() => act.click(at, e.shiftKey), wait);
   };
@@ -65,13 +65,13 @@ function listenToKeys(stage, act) {
   };
 }
 
-/** What a hand can do, and what is said of it. */
+/** What pointer, keys and buttons do, and the messages about it. */
 function actions(model, stage, message, readout) {
   const last = {}, get = (name) => model.get(name); // last: opacity of layers that are off
   let isLost = false;
   const say = (words) => { message.textContent = words; };
   const ask = (question) => isLost ? say(KERNEL_LOST) : question();
-  model.on("comm_live_update", () => { // ipywidgets' own event: the other end is gone
+  model.on("comm_live_update", () => { // ipywidgets' own event: the kernel is gone
     isLost = true;
     say(KERNEL_LOST);
   });
@@ -138,12 +138,12 @@ function render({ model, el }) {
     tag("div", { className: "aop-main" }, stage.box, makeSide(get, act, stage, updates)),
     tag("div", { className: "aop-line" }, message, readout));
 
-  /** The page is what the traits say. */
+  /** Show what the traits hold now. */
   function update() {
     if (get("image") !== stage.packed) stage.open(get("image")).then(update);
     updates.forEach((part) => part());
   }
-  root.onkeydown = (e) => isShortcut(e) || e.stopPropagation(); // keys are none of JupyterLab's
+  root.onkeydown = (e) => isShortcut(e) || e.stopPropagation(); // JupyterLab sees no key
   el.append(root);
   listenToPointer(stage, act);
   listenToKeys(stage, act);

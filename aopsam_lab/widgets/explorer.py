@@ -13,6 +13,7 @@ from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import anywidget
 import traitlets
@@ -62,8 +63,8 @@ class ShownFigure(Figure):
 class Explorer(anywidget.AnyWidget):
     """The widget that `explore` makes. Its traits are the state, to read, set and observe.
 
-    A setting made in Python is answered before the statement ends; one made in the page in two
-    steps: where it would prompt at once, the masks when the slider rests.
+    A setting made in Python is answered before the statement ends. One made in the page is answered
+    in two steps: the prompts at once, the masks when the slider rests.
 
     Attributes:
         params, method: the setting; a method is a name in METHODS.
@@ -92,25 +93,25 @@ class Explorer(anywidget.AnyWidget):
     round = traitlets.Int(0).tag(sync=True)
     selected = traitlets.Int(-1).tag(sync=True)
     layers = traitlets.Dict(LAYERS).tag(sync=True)
-    manual = traitlets.List().tag(sync=True)
+    manual: traitlets.List[Clicks] = traitlets.List().tag(sync=True)
     segmentation = traitlets.Instance(Segmentation, allow_none=True)
     compared = traitlets.Instance(Segmentation, allow_none=True)
     message = traitlets.Unicode().tag(sync=True)
 
     # What the page shows of it, see packing.py.
-    names = traitlets.List().tag(sync=True)
+    names: traitlets.List[str] = traitlets.List().tag(sync=True)
     look = traitlets.Dict().tag(sync=True)
     image = traitlets.Dict().tag(sync=True)
     left = traitlets.Dict().tag(sync=True)
     right = traitlets.Dict().tag(sync=True)
-    preview = traitlets.List().tag(sync=True)
+    preview: traitlets.List[dict] = traitlets.List().tag(sync=True)
     detail = traitlets.Dict().tag(sync=True)
     busy = traitlets.Unicode().tag(sync=True)
     call = traitlets.Unicode().tag(sync=True)
 
     def __init__(
-        self, sources: Sequence[Source], sam: str | Sam, shown: Segmentation | None = None, **state
-    ):
+        self, sources: Sequence[Source], sam: str | Sam, shown: Segmentation | None, **state: Any
+    ) -> None:
         self._sources, self._sam = list(sources), sam
         self._session: Session | None = None
         self._answers: dict[str, Answer | None] = {}  # by side
@@ -130,40 +131,40 @@ class Explorer(anywidget.AnyWidget):
     # --- changes -----------------------------------------------------------------------------
 
     @traitlets.validate("method", "compare")
-    def _is_known(self, proposal) -> str:
+    def _is_known(self, proposal: dict) -> str:
         name, value = proposal["trait"].name, proposal["value"]
         if name == "method" or value not in (NOTHING, PINNED):
             method_named(value)
         return value
 
     @traitlets.observe("params", "method", "compare")
-    def _setting_changed(self, change) -> None:
+    def _setting_changed(self, change: dict) -> None:
         if self._session is None:
             return
         if change["name"] == "compare":
             pinned = self._answers.get("left") if self.compare == PINNED else None
-            self._publish({"right": pinned})
-        self._ask()
+            self._publish(self._session, {"right": pinned})
+        self._ask(self._session)
 
     @traitlets.observe("manual")
-    def _manual_changed(self, change) -> None:
+    def _manual_changed(self, change: dict) -> None:
         if self._session is None:
             return
         with self._errors_in_message():
             if all(map(self._session.ask, self.manual)):
-                self._publish({})
+                self._publish(self._session, {})
                 self.message = self._session.opened.note
             else:
                 self.manual = change["old"]
                 self.message = "SAM found nothing there."
 
     @traitlets.observe("selected")
-    def _selected_changed(self, _=None) -> None:
-        seg, self.detail = self.segmentation, {}
-        if seg is None or not 0 <= self.selected < len(seg.prompts):
+    def _selected_changed(self, _: dict | None = None) -> None:
+        seg, session, self.detail = self.segmentation, self._session, {}
+        if seg is None or session is None or not 0 <= self.selected < len(seg.prompts):
             return
         with self._errors_in_message():
-            masks = self._session.candidates(seg, self.selected)
+            masks = session.candidates(seg, self.selected)
             lines = [f"IoU {mask.score:.2f}, stability {mask.stability:.2f}" for mask in masks]
             if masks:
                 lines[max(range(len(masks)), key=lambda i: masks[i].score)] += ", best"
@@ -171,7 +172,7 @@ class Explorer(anywidget.AnyWidget):
             self.detail = {"prompt": self.selected, "masks": packed, "lines": lines}
 
     @traitlets.observe("source")
-    def _open(self, change=None, shown: Segmentation | None = None) -> None:
+    def _open(self, change: dict | None = None, shown: Segmentation | None = None) -> None:
         """Show the image `source`; its Segmentation may be known already."""
         self._cancel()
         self._session, self._answers = None, {}
@@ -186,12 +187,12 @@ class Explorer(anywidget.AnyWidget):
             # `prepared` has a note on large images
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             opened = self._sources[self.source].read()
-            self._session = Session(opened, loaded_sam(self._sam))
+            self._session = session = Session(opened, loaded_sam(self._sam))
             self.image = packing.pack_image(opened.image, opened.ground_truth)
             if shown is not None:
                 known = (self.method, self.params), shown, shown.seconds["total"], shown.n_decoded
-                self._publish({"left": Answer(*known)})
-            self._ask()
+                self._publish(session, {"left": Answer(*known)})
+            self._ask(session)
 
     # --- answers -----------------------------------------------------------------------------
 
@@ -200,10 +201,10 @@ class Explorer(anywidget.AnyWidget):
             self._task.cancel()
         self._task, self.busy = None, ""
 
-    def _ask(self) -> None:
+    def _ask(self, session: Session) -> None:
         """Answer what is not answered: at once where Python asks, else when the slider rests."""
         self._cancel()
-        self.message, self.preview = self._session.opened.note, []
+        self.message, self.preview = session.opened.note, []
         known = {side: answer.setting for side, answer in self._answers.items() if answer}
         due = {
             side: (name, self.params)
@@ -213,48 +214,48 @@ class Explorer(anywidget.AnyWidget):
         with self._errors_in_message():
             if not self._property_lock:  # ipywidgets has it while it takes a change of the page
                 for side, setting in due.items():
-                    self._publish({side: self._session.run(*setting)})
+                    self._publish(session, {side: session.run(*setting)})
             elif due:
                 if self.segmentation is not None and "left" in due:
-                    self.preview = self._session.sample(*due["left"])
+                    self.preview = session.sample(*due["left"])
                 self.busy = "decoding …"
-                self._task = asyncio.get_running_loop().create_task(self._answer_later(due))
+                self._task = asyncio.get_running_loop().create_task(self._later(session, due))
 
-    async def _answer_later(self, due: dict[str, tuple[str, AsfParams]]) -> None:
+    async def _later(self, session: Session, due: dict[str, tuple[str, AsfParams]]) -> None:
         """Answer in the worker. A newer setting cancels this task, and then the worker gives up."""
         loop, task = asyncio.get_running_loop(), asyncio.current_task()
 
         def say(done: int, total: int) -> None:
-            if not task.cancelling():
+            if self._task is task:
                 self.busy = f"decoding {done} of {total} …"
 
         def progress(done: int, total: int) -> None:
-            if task.cancelling():
+            if self._task is not task:
                 raise CancelledError
             loop.call_soon_threadsafe(say, done, total)
 
         await asyncio.sleep(DEBOUNCE)
         with self._errors_in_message():
             for side, setting in due.items():
-                run = self._session.run, *setting, progress
-                self._publish({side: await loop.run_in_executor(self._worker, *run)})
+                found = loop.run_in_executor(self._worker, session.run, *setting, progress)
+                self._publish(session, {side: await found})
             self.busy = ""
 
-    def _publish(self, new: dict[str, Answer | None]) -> None:
+    def _publish(self, session: Session, new: dict[str, Answer | None]) -> None:
         """Take new answers by side; traits and page get what is known."""
         self._answers.update(new)
         answer, beside = self._answers.get("left"), self._answers.get("right")
         with self.hold_sync():
             self.call = self._call()
             if beside is None or self.compared is not beside.segmentation:
-                self.compared = beside and beside.segmentation
-                self.right = self._packed(beside, self.compared) if beside else {}
+                self.compared = beside.segmentation if beside else None
+                self.right = self._packed(session, beside, beside.segmentation) if beside else {}
             if answer is None:
                 return
-            masks = [(clicks, self._session.ask(clicks)) for clicks in self.manual]
-            seg = with_clicked(answer.segmentation, [pair for pair in masks if pair[1]])
+            clicked = [(one, mask) for one in self.manual if (mask := session.ask(one))]
+            seg = with_clicked(answer.segmentation, clicked)
             selected = same_prompt(self.segmentation, self.selected, seg)
-            packed = self._packed(answer, seg)
+            packed = self._packed(session, answer, seg)
             is_at_end = self.round >= self.left.get("rounds", 0)
             self.round = packed["rounds"] if is_at_end else min(self.round, packed["rounds"])
             self.left, self.preview, self.segmentation = packed, [], seg
@@ -262,11 +263,11 @@ class Explorer(anywidget.AnyWidget):
                 self._selected_changed()
             self.selected = selected
 
-    def _packed(self, answer: Answer, seg: Segmentation) -> dict:
+    def _packed(self, session: Session, answer: Answer, seg: Segmentation) -> dict:
         new = f" ({answer.n_new} new)" if answer.n_new < seg.n_decoded else ""
         badge = f"{seg.n_decoded} decoded of {seg.n_sampled}{new} · {len(seg.masks)} masks"
         badge += f" · {answer.seconds:.2f} s"
-        ground_truth = self._session.opened.ground_truth
+        ground_truth = session.opened.ground_truth
         if ground_truth:
             badge += f" · mIoU {100 * evaluate(ground_truth, seg.masks).miou:.1f} %"
         smoothing = seg.params.get("smoothing", self.params.smoothing)
@@ -274,7 +275,7 @@ class Explorer(anywidget.AnyWidget):
 
     # --- files -------------------------------------------------------------------------------
 
-    def _on_message(self, _, content: dict, buffers: Sequence[memoryview]) -> None:
+    def _on_message(self, _: object, content: dict, buffers: Sequence[memoryview]) -> None:
         """Take what the page sends: an upload and its `name`, or `what` to export."""
         with self._errors_in_message():
             if buffers:
@@ -303,7 +304,7 @@ class Explorer(anywidget.AnyWidget):
 
     @contextmanager
     def _errors_in_message(self) -> Iterator[None]:
-        """The message line says what goes wrong: who uses the page never sees a traceback."""
+        """Write errors into the message line, so that a user of the page sees no traceback."""
         try:
             yield
         except Exception as error:
@@ -319,9 +320,9 @@ class Explorer(anywidget.AnyWidget):
         plot_panels(figure, self.segmentation, self.compared, self.selected)
         return figure
 
-    def _repr_mimebundle_(self, **kwargs):
+    def _repr_mimebundle_(self, **kwargs: Any) -> tuple[dict, dict]:
         """The widget, and a still image for where no kernel runs: GitHub, nbviewer, HTML."""
-        data, metadata = super()._repr_mimebundle_(**kwargs)
+        data, metadata = super()._repr_mimebundle_(**kwargs) or ({}, {})
         if self.segmentation is not None:
             data["image/png"] = base64.b64encode(self.to_figure()._repr_png_()).decode("ascii")
         return data, metadata
@@ -331,7 +332,7 @@ class Explorer(anywidget.AnyWidget):
 
 
 def explore(
-    source="photos",
+    source: object = "photos",
     sam: str | Sam = "mobile_sam",
     method: str = "aop",
     params: AsfParams = DEFAULT_PARAMS,
@@ -361,4 +362,4 @@ def explore(
         state = {"method": method, "params": params, "compare": compare, "manual": list(manual)}
         return Explorer(sources_of(source), sam, shown, **state)
     except (ValueError, OSError) as error:
-        return Explorer((), sam, message=str(error))
+        return Explorer((), sam, None, message=str(error))

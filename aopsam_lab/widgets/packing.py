@@ -41,7 +41,7 @@ def pack_image(image: np.ndarray, ground_truth: Sequence[dict] = ()) -> dict:
     }
 
 
-def pack_masks(masks: Sequence[dict], owners: Sequence[int] = ()) -> dict:
+def pack_masks(masks: Sequence[dict], owners: Sequence[int] | np.ndarray = ()) -> dict:
     """COCO RLE of n masks -> counts, colours (RGB) and, where known, owners: each one's prompt."""
     return {
         "counts": [mask["counts"].decode("ascii") for mask in masks],

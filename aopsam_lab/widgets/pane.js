@@ -181,7 +181,7 @@ export class Pane {
   }
 }
 
-// --- glyphs: one path for all of a kind, so that a thousand prompts are a handful of strokes
+// --- glyphs: one path for all of a kind, so that a thousand prompts need few strokes
 
 const TURNS = Array.from({ length: 24 }, (_, i) => (i * Math.PI) / 12);
 const CIRCLE = TURNS.map((turn) => [Math.cos(turn), Math.sin(turn)]);
@@ -220,7 +220,7 @@ export function drawGlyphs(ctx, view, marker, points, fillStyle, r) {
   else Object.assign(ctx, { fillStyle }).fill(path);
 }
 
-/** All prompts by status, kept ones on top, and what is clicked by hand; of kept boxes frames. */
+/** All prompts by status, kept ones on top; frames of kept boxes; clicks by hand. */
 export function drawPrompts(ctx, pane, view, clicks) {
   const r = glyphSize(pane, view), points = clicks.flat().map(([x, y, label]) => ({ x, y, label }));
   for (const status of [...pane.look.styles.keys()].reverse()) {

@@ -22,12 +22,13 @@ from aopsam_lab.masks.rle import encode_rle
 from aopsam_lab.pipeline.decode import STABILITY_OFFSET, encode
 from aopsam_lab.pipeline.decode_cache import DecodeCache, PcmCache
 from aopsam_lab.pipeline.methods import METHODS
-from aopsam_lab.pipeline.run import loaded_model, run_method
+from aopsam_lab.pipeline.run import loaded_detector, loaded_predictor, run_method
 from aopsam_lab.pipeline.segmentation import Segmentation
-from aopsam_lab.pipeline.types import Found, Models
+from aopsam_lab.pipeline.types import Encoded, Found, Models, Prompts
+from aopsam_lab.sam.zoo import SamSpec
 from aopsam_lab.widgets.sources import Opened
 
-CHUNK = 16  # prompts decoded between two looks at whether the answer is still wanted
+CHUNK = 16  # prompts decoded before each check whether the answer is still wanted
 
 Clicks = Sequence[tuple[float, float, int]]  # x, y, and 1 for the object or 0 for the background
 
@@ -65,13 +66,13 @@ class Session:
 
     @cached_property
     def _pcm(self) -> PcmCache:
-        return PcmCache(loaded_model("predictor", self.sam), self._cache.encoded)
+        return PcmCache(loaded_predictor(self.sam), self._cache.encoded)
 
     def _models(self, method: str) -> Models:
         needs = METHODS[method].needs
         if needs == "predictor":
             return Models(predictor=self._pcm)
-        return Models(detector=loaded_model(needs, self.sam) if needs else None)
+        return Models(detector=loaded_detector(self.sam) if needs else None)
 
     @torch.inference_mode()
     def sample(self, method: str, params: AsfParams) -> list[dict]:
@@ -91,7 +92,9 @@ class Session:
         start = time.perf_counter()
         before, done = self._cache.n_decoded, 0
 
-        def decode(sam, encoded, prompts, index, spec) -> Found:
+        def decode(
+            sam: Sam, encoded: Encoded, prompts: Prompts, index: torch.Tensor, spec: SamSpec
+        ) -> Found:
             nonlocal done
             for part in index.split(CHUNK):
                 progress(done, len(prompts))
@@ -101,10 +104,8 @@ class Session:
             with self._lock:
                 return self._cache(sam, encoded, prompts, index, spec)  # joins the parts
 
-        models, encoded = self._models(method), self._cache.encoded
-        seg = run_method(
-            self.sam, encoded, method, models.predictor, models.detector, params, decode=decode
-        )
+        models = self._models(method)
+        seg = run_method(self.sam, self._cache.encoded, method, *models, params, decode=decode)
         seconds = time.perf_counter() - start
         return Answer((method, params), seg, seconds, self._cache.n_decoded - before)
 
@@ -121,17 +122,15 @@ class Session:
         """SAM's mask for clicks: the best of three for one, its single one for more; or None."""
         key = json.dumps(clicks)
         if key not in self._asked:
-            clicks = np.array(clicks, float)
-            points, labels = clicks[:, :2], clicks[:, 2]
-            masks = self._predict(len(clicks) == 1, point_coords=points, point_labels=labels)
+            points, labels = np.hsplit(np.array(clicks, float), [2])
+            masks = self._predict(len(clicks) == 1, point_coords=points, point_labels=labels[:, 0])
             self._asked[key] = max(masks, key=lambda mask: mask.score, default=None)
         return self._asked[key]
 
     @torch.inference_mode()
-    def _predict(self, multimask: bool, **prompt) -> list[Mask]:
+    def _predict(self, multimask: bool, **prompt: np.ndarray) -> list[Mask]:
         """The masks of one prompt as `SamPredictor.predict` takes it, without empty ones."""
-        stock = SamPredictor(self.sam)
-        encoded = self._cache.encoded
+        stock, encoded = SamPredictor(self.sam), self._cache.encoded
         stock.features, stock.is_image_set = encoded.embedding, True
         stock.original_size, stock.input_size = encoded.image.shape[:2], encoded.input_size
         with self._lock:

@@ -18,7 +18,7 @@ const labelled = (name, ...controls) => tag("label", {}, text("span", name), ...
 const slider = (ariaLabel, limits, set) =>
   tag("input", { type: "range", ...limits, ariaLabel, oninput: (e) => set(+e.target.value) });
 
-/** Choices, sliders and rounds. What brings them up to date joins the `updates`. */
+/** Choices, sliders and rounds. The functions that update them join `updates`. */
 export function makeControls(get, act, updates) {
   const { methods, beside, sliders } = get("look");
   const choice = (title, trait, names) => {
@@ -39,7 +39,7 @@ export function makeControls(get, act, updates) {
     number.onchange = () => set(Math.max(range.min, Math.min(range.max, number.value)));
     updates.push(() => {
       const value = get("params")[name], disabled = !methods[get("method")].includes(name);
-      // Python may go beyond what a slider needs
+      // a value set in Python may lie beyond
       Object.assign(range, { min: Math.min(min, value), max: Math.max(max, value), disabled });
       range.value = value;
       number.disabled = disabled;

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,7 +14,7 @@ import numpy as np
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from aopsam_lab.data import open_dataset
+from aopsam_lab.data import Dataset, open_dataset
 from aopsam_lab.data.images import ImageLike, find_images, read_image
 from aopsam_lab.data.sample import Sample
 from aopsam_lab.pipeline.segmentation import Segmentation
@@ -38,7 +39,7 @@ class Source(NamedTuple):
     read: Callable[[], Opened]
 
 
-def sources_of(what, code: str = "image") -> list[Source]:
+def sources_of(what: object, code: str = "image") -> list[Source]:
     """Sources of what `explore` takes, no two of one name, nothing read yet.
 
     `code` is Python that names it. Raises ValueError where it holds no image.
@@ -53,33 +54,26 @@ def sources_of(what, code: str = "image") -> list[Source]:
         return _joined((str(key), sources_of(what[key], f"{code}[{key!r}]")) for key in what)
     if isinstance(what, (list, tuple)):
         return _joined(("", sources_of(item, f"{code}[{i}]")) for i, item in enumerate(what))
-    if hasattr(what, "sample_fingerprint"):
+    if isinstance(what, Dataset):
         return _of_dataset(what, code)
-    raise ValueError(
-        f"Nothing to explore in a {type(what).__name__}: "
-        "give an array, a Pillow image, a path, or a list of them."
-    )
+    advice = "give an array, a Pillow image, a path, or a list of them"
+    raise ValueError(f"Nothing to explore in a {type(what).__name__}: {advice}.")
 
 
 def prepared(what: Sample | ImageLike) -> Opened:
     """An image as `read_image` reads it, reduced to MAX_PIXELS; ValueError where it is tiny."""
-    is_sample = isinstance(what, Sample)
-    image, ground_truth = (what.image, what.rles) if is_sample else (read_image(what), ())
-    height, width = image.shape[:2]
+    opened = Opened(what.image, what.rles) if isinstance(what, Sample) else Opened(read_image(what))
+    height, width = opened.image.shape[:2]
     if min(height, width) < MIN_SIDE:
-        raise ValueError(
-            f"An image of {width} x {height} pixels is too small to explore: "
-            f"each side needs {MIN_SIDE} or more."
-        )
+        problem = f"An image of {width} x {height} pixels is too small to explore"
+        raise ValueError(f"{problem}: each side needs {MIN_SIDE} or more.")
     if height * width <= MAX_PIXELS:
-        return Opened(image, ground_truth)
+        return opened
     scale = (MAX_PIXELS / (height * width)) ** 0.5
     size = int(width * scale), int(height * scale)
-    reduced = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
-    masks = [
-        cv2.resize(coco_mask.decode(rle), size, interpolation=cv2.INTER_NEAREST)
-        for rle in ground_truth
-    ]
+    reduced = cv2.resize(opened.image, size, interpolation=cv2.INTER_AREA)
+    decoded = map(coco_mask.decode, opened.ground_truth)
+    masks = [cv2.resize(mask, size, interpolation=cv2.INTER_NEAREST) for mask in decoded]
     note = f"{width} x {height} pixels, explored at {size[0]} x {size[1]}; "
     note += "aop.segment gives masks of the full size."
     return Opened(reduced, [coco_mask.encode(np.asfortranarray(mask)) for mask in masks], note)
@@ -92,19 +86,20 @@ def _of_path(path: str | os.PathLike) -> list[Source]:
     found, bad = find_images([str(path)])
     if bad:
         raise ValueError(f"{bad[0][0]}: {bad[0][1]}.")
-    return [Source(file.name, repr(str(file)), lambda file=file: prepared(file)) for file in found]
+    return [Source(file.name, repr(str(file)), partial(prepared, file)) for file in found]
 
 
-def _of_dataset(dataset, code: str) -> list[Source]:
-    return [
-        Source(str(name), f"{code}[{i}]", lambda i=i: prepared(dataset[i]))
-        for i, name in enumerate(dataset.ids)
-    ]
+def _of_dataset(dataset: Dataset, code: str) -> list[Source]:
+    def read(i: int) -> Opened:
+        return prepared(dataset[i])
+
+    return [Source(id, f"{code}[{i}]", partial(read, i)) for i, id in enumerate(dataset.ids)]
 
 
 def _joined(groups: Iterable[tuple[str, list[Source]]]) -> list[Source]:
     """The sources of all groups, each with its group's name; equal names are numbered."""
-    sources, times = [], Counter()
+    sources: list[Source] = []
+    times: Counter[str] = Counter()
     for group_name, group in groups:
         for source in group:
             name = source.name
