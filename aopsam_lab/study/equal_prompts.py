@@ -24,10 +24,9 @@ LIMITS = sorted([*SIDES, int(0.4 * MOST)])  # with 0.4 of them it should come ne
 # Chosen on held-out training photographs: `python -m aopsam_lab.training.trials prompts`.
 APART = AsfParams(smoothing=0.5, confidence=0.01, spacing=3.0)
 EVERY_PEAK = AsfParams(smoothing=0.25, confidence=0.005, spacing=2.0)
-SAMPLINGS = {
-    "aop": dict.fromkeys(LIMITS, AsfParams()),
-    "aop, chosen": {limit: APART if limit < 200 else EVERY_PEAK for limit in LIMITS},
-}
+RAW_MAP = AsfParams(smoothing=0.0, confidence=0.005, spacing=1.0, elimination=2.0)
+CHOSEN = {limit: APART if limit < 200 else EVERY_PEAK for limit in LIMITS} | {MOST: RAW_MAP}
+SAMPLINGS = {"aop": dict.fromkeys(LIMITS, AsfParams()), "aop, chosen": CHOSEN}
 CONFIG = StudyConfig(
     n_images=None, timed_images=0, memory=False, thresholds=(), out="reports/equal_prompts"
 )

@@ -38,7 +38,7 @@ SHARES = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 GRIDS = (8, 10, 12, 14, 16, 32)
 SAMPLINGS = (  # smoothing, confidence, spacing
     (3.0, 0.01, 8.0), (3.0, 0.01, 6.0), (2.0, 0.2, 6.0), (2.0, 0.02, 6.0), (1.0, 0.01, 4.0),
-    (0.5, 0.01, 3.0), (0.25, 0.005, 2.0), (0.0, 0.005, 2.0),
+    (0.5, 0.01, 3.0), (0.25, 0.005, 2.0), (0.0, 0.005, 2.0), (0.0, 0.005, 1.0),
 )  # fmt: skip
 FIRSTS, ROUNDS, ELIMINATIONS = (0.2, 0.3, 0.5), (2, 4, 8), (1.25, 1.3, 1.35, 1.4)
 # a method, its parameters, and how many prompts it may decode: a number, a share, or all
