@@ -104,7 +104,8 @@ def sweep_figure(table: pd.DataFrame) -> Figure:
     size = 2.9 * len(names) + 0.5, 6.6, 3, len(names)
     figure, grid = panels(*size, sharey="row", sharex="col", height_ratios=(3, 3, 2))
     rows = {"miou": "mIoU %", "n_masks": "#P, masks kept", "n_decoded": "prompts decoded"}
-    for column, letter, name in zip(grid.T, "abcd", names, strict=False):
+    letters = dict(zip(SWEPT, "abcd", strict=True))
+    for column, name in zip(grid.T, names, strict=True):
         own = table[table["parameter"] == name].assign(miou=lambda rows: 100 * rows["miou"])
         x, default = own["value"], own["is_default"].astype(bool)
         low, high = (
@@ -114,7 +115,7 @@ def sweep_figure(table: pd.DataFrame) -> Figure:
         theirs = sweeps[(sweeps["parameter"] == name) & sweeps["value"].between(x.min(), x.max())]
         for axes, shown in zip(column, rows, strict=True):
             top, bottom = shown == "miou", shown == "n_decoded"
-            prepare(axes, f"({letter}) {name}" if top else "", name if bottom else "")
+            prepare(axes, f"({letters[name]}) {name}" if top else "", name if bottom else "")
             axes.plot(x, own[shown], "o-", color=GREEN, mfc="white", lw=1.8, mew=1.6, label="ours")
             axes.plot(x[default], own[shown][default], "o", color=GREEN)
             if shown in theirs and len(theirs):
