@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pandas as pd
 import pytest
+from conftest import row
 
 from aopsam_lab.study import prompts
 from aopsam_lab.study.figures import png
@@ -13,24 +14,23 @@ def made(ours: float, theirs: float) -> pd.DataFrame:
     """Two images: the grids score `theirs` and a tenth more, AoP-SAM `ours` and a tenth more."""
     rows = []
     for setting in prompts.settings():
+        score, decoded = ours if setting.method == "aop" else theirs, setting.max_prompts or 64
         for image, extra in (("a", 0.0), ("b", 0.1)):
-            score = (ours if setting.method == "aop" else theirs) + extra
-            counts = {"n_decoded": setting.max_prompts or 64, "n_masks": 5}
-            rows.append({"image": image, "method": setting.label, "miou": score, **counts})
+            rows.append(row(image, setting.label, score + extra, n_decoded=decoded))
     return pd.DataFrame(rows)
 
 
-def test_equal_prompts_by_hand():
+def test_methods_at_equal_prompts_worked_by_hand():
     table = prompts.comparison(made(0.5, 0.3)).set_index(["sampling", "limit"])
     assert table["grid"].loc["aop"].tolist()[:2] == ["grid_8", "grid_10"]
     assert table["grid"].loc["aop"].tolist()[-2:] == ["amg_d"] * 2
-    row = table.loc[("aop, chosen", 100)]
-    assert (row["miou"], row["miou_grid"], row["miou_diff"]) == pytest.approx((0.55, 0.35, 0.2))
-    assert (row["miou_lo"], row["miou_hi"]) == pytest.approx((0.2, 0.2))
+    columns = ["miou", *(f"miou_{end}" for end in ("grid", "diff", "lo", "hi"))]
+    found = table.loc[("aop, chosen", 100), columns].tolist()
+    assert found == pytest.approx([0.55, 0.35, 0.2, 0.2, 0.2])
     assert png(prompts.figure(made(0.5, 0.3))).startswith(b"\x89PNG")
 
 
-def test_a_run_is_kept_and_drawn(folder, weights, tmp_path):
+def test_a_comparison_is_drawn_and_its_scores_kept(folder, weights, tmp_path):
     asked = {"dataset": folder, "out": tmp_path, "n_images": 1, "progress": False, **weights}
     config = replace(prompts.CONFIG, **asked)
     table = prompts.compare(config)
