@@ -1,9 +1,6 @@
 """MobileSAM with a photograph, and a small random Sam with a small data set."""
 
-from __future__ import annotations
-
 import os
-import signal
 import sqlite3
 import subprocess
 import sys
@@ -11,6 +8,7 @@ import time
 from contextlib import closing
 from pathlib import Path
 
+import nbformat
 import numpy as np
 import pytest
 import torch
@@ -71,11 +69,6 @@ def small_predictor(weights):
 
 
 @pytest.fixture(scope="session")
-def other_weights(tmp_path_factory):
-    return write_weights(tmp_path_factory.mktemp("weights"), seed=1)
-
-
-@pytest.fixture(scope="session")
 def folder(tmp_path_factory):
     """14 small images of two squares; the last has no masks."""
     images, annotations = {}, {}
@@ -101,29 +94,6 @@ def study(weights, folder, tmp_path):
     return run
 
 
-@pytest.fixture(scope="session")
-def kill_after():
-    """A function that runs code in a process and kills it once a store has so many rows."""
-
-    def run(code: str, store: Path, rows: int) -> dict[str, tuple]:
-        path = os.pathsep.join([str(PACKAGE_ROOT), str(Path(__file__).parent)])
-        command = [sys.executable, "-c", f"import small; {code}"]
-        process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": path})
-        while len(stored(store)) < rows:
-            assert process.poll() is None, "the study ended before it could be killed"
-            time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        return stored(store)
-
-    return run
-
-
-@pytest.fixture(scope="session")
-def stored_rows():
-    return stored
-
-
 def row(image: str, method: str, miou: float | None, **values) -> dict:
     """A row of scores as the study makes it; no mIoU is no ground truth."""
     row = {"image": image, "method": method, "miou": miou, "miou_best": miou, "n_masks": 4}
@@ -131,9 +101,31 @@ def row(image: str, method: str, miou: float | None, **values) -> dict:
     return {**row, "n_eliminated": 0, **values}
 
 
+def parameters(notebook: str) -> dict:
+    """The values in a notebook's one cell tagged parameters."""
+    cells = nbformat.read(PACKAGE_ROOT / "notebooks" / f"{notebook}.ipynb", as_version=4).cells
+    (cell,) = [cell for cell in cells if "parameters" in cell.metadata.get("tags", [])]
+    values: dict = {}
+    exec(cell.source, values)
+    return values
+
+
 def part(*asked) -> str:
     """A part of a report on one line, its style aside."""
     return " ".join(report.part(*asked).split("</style>")[1].split())
+
+
+def kill_after(code: str, store: Path, rows: int) -> dict[str, tuple]:
+    """What a store holds after a process ran code and was killed once there were so many rows."""
+    path = os.pathsep.join([str(PACKAGE_ROOT), str(Path(__file__).parent)])
+    command = [sys.executable, "-c", f"import small; {code}"]
+    process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": path})
+    while len(stored(store)) < rows:
+        assert process.poll() is None, "the study ended before it could be killed"
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    return stored(store)
 
 
 def stored(path: Path) -> dict[str, tuple]:

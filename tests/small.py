@@ -3,8 +3,6 @@
 Where this module is imported, a process that a test starts included, the Sam is named "small".
 """
 
-from __future__ import annotations
-
 import json
 import os
 from pathlib import Path

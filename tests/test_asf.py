@@ -37,7 +37,7 @@ def test_local_maxima_are_the_highest_of_their_windows(seed, spacing, threshold)
     assert (values.diff() <= 0).all()
 
 
-def test_maxima_by_hand():
+def test_maxima_of_peaks_ties_and_a_plateau_by_hand():
     x = torch.zeros(7, 9)
     x[1, 1], x[1, 3], x[5, 7], x[5, 1] = 0.9, 0.8, 0.5, 0.5
     # (1, 3) lies in the window of (1, 1); ties go row, then column
@@ -60,7 +60,7 @@ def test_spacing_scales_with_the_map():
     assert len(asf.sample_prompts(x, 0, 0.2, 6.4)[0]) == 2, "6.4 is four cells, exactly"
 
 
-def test_one_prompt_a_component():
+def test_each_component_gives_one_prompt_at_its_highest_cell():
     x = torch.zeros(8, 8)
     x[1, 1], x[2, 2], x[1, 5], x[6, 6] = 0.4, 0.6, 0.9, 0.15  # the first two touch at a corner
     cells, values = asf.component_prompts(x, 0.2)
@@ -69,7 +69,7 @@ def test_one_prompt_a_component():
 
 
 @pytest.mark.parametrize("sample", [asf.sample_prompts, asf.component_prompts])
-def test_nothing_above_confidence_is_no_prompt(sample):
+def test_a_map_below_the_confidence_gives_no_prompts(sample):
     cells, values = sample(torch.full((32, 32), 0.1))
     assert cells.shape == (0, 2) and values.shape == (0,)
 
@@ -110,7 +110,7 @@ def test_centring_removes_what_all_cells_share_and_leaves_padding_out():
     assert asf.centred_features(features, valid)[0].tolist() == [[1, -1], [0, 0]]
 
 
-def test_pem_by_hand():
+def test_references_maps_thresholds_and_elimination_by_hand():
     features, valid = two_tone()
     centred = asf.centred_features(features, valid)
     coverage = torch.tensor([[[1.0, 0.0], [0.5, 0.0]], [[0.0, 0.0], [0.0, 0.0]]])
@@ -124,7 +124,7 @@ def test_pem_by_hand():
     assert by.tolist() == [0, -1, 0] and value[0] == 1 and value[1].isnan()
 
 
-def test_who_eliminates_by_hand():
+def test_the_map_furthest_above_its_threshold_eliminates():
     pems = torch.tensor([[[0.9, 0.6]], [[0.8, 0.1]]])  # the first cell: factors 1.29 and 1.78
     cells = torch.tensor([[0, 0], [0, 1]])
     by, value = asf.eliminate(pems, torch.tensor([0.7, 0.45]), cells)
@@ -178,7 +178,7 @@ def test_a_mask_that_fills_no_cell_explains_nothing(rows, gone):
     assert len(proposal.pems) == gone
 
 
-def test_only_sure_masks_explain_one_a_prompt_and_one_a_place():
+def test_references_are_sure_masks_one_a_prompt_and_one_a_place():
     count = math.floor(4 / FIRST)
     proposal = filtered(torch.ones(1, 1, 4), torch.zeros(count, 2, dtype=torch.long), 0.5)
     assert proposal.next_round().tolist() == [0, 1, 2, 3]
@@ -188,7 +188,7 @@ def test_only_sure_masks_explain_one_a_prompt_and_one_a_place():
     assert [prompt for prompt, _ in proposal.references] == [1, 2]
 
 
-def test_whitening_decorrelates():
+def test_whitening_takes_correlation_out_of_the_features():
     torch.manual_seed(0)
     mix = torch.randn(6, 6)
     embedding = (mix @ torch.randn(6, 400)).view(6, 20, 20) + 30
@@ -217,7 +217,7 @@ def test_features_are_half_look_half_place_and_padding_may_be_left_away():
     assert torch.allclose(part, whole[:, :7, :7], atol=1e-5)
 
 
-def test_gate_spares_the_like_object_elsewhere():
+def test_the_gate_spares_a_like_object_elsewhere():
     pem = torch.tensor([[[1.0, 0.0, 0.0, 1.0]]])
     gate = asf.dilate(torch.tensor([[[1.0, 0.0, 0.0, 0.0]]]))
     assert gate.tolist() == [[[True, True, False, False]]]
@@ -243,7 +243,7 @@ def test_a_higher_threshold_removes_no_more(seed):
 
 @settings(max_examples=30, deadline=None)
 @given(seed=st.integers(0, 10_000))
-def test_coverage_is_the_area_average(seed):
+def test_coverage_is_the_share_of_a_cell_that_the_mask_fills(seed):
     rng = torch.Generator().manual_seed(seed)
     masks = torch.rand(3, 12, 20, generator=rng) < torch.rand(3, 1, 1, generator=rng)
     pooled = torch.nn.functional.avg_pool2d(masks.float()[:, None], 4)[:, 0]

@@ -1,7 +1,5 @@
 """The explorer in a real browser, Chromium on a local JupyterLab; screenshots: build/browser/."""
 
-from __future__ import annotations
-
 import json
 import os
 import re
@@ -270,7 +268,7 @@ def test_rounds_can_be_played(lab):
     lab.opacity("PEM", 0)
 
 
-def test_a_point_by_hand_by_mouse_and_keyboard_and_undo(lab):
+def test_points_are_set_by_mouse_and_keyboard_and_undone(lab):
     lab.settled()
     _, total = lab.numbers()
     lab.opacity("Prompts", 0)  # every place is empty then
@@ -293,7 +291,7 @@ def test_a_point_by_hand_by_mouse_and_keyboard_and_undo(lab):
     lab.says("badge", f"of {total}")
 
 
-def test_exports(lab):
+def test_exports_hold_the_masks_that_are_shown(lab):
     files = []
     for name in ("COCO", "Labels", "Overlay"):
         with lab.page.expect_download() as waiting:
@@ -310,7 +308,7 @@ def test_exports(lab):
     assert lab.page.evaluate("navigator.clipboard.readText()").startswith(call)
 
 
-def test_side_by_side(lab):
+def test_another_method_is_shown_side_by_side(lab):
     lab.page.get_by_role("combobox", name="Beside").select_option("amg_s")
     lab.until("document.querySelectorAll('.aop-badge')[1]?.innerText.startsWith('amg_s 256')")
     lab.settled()
@@ -323,7 +321,7 @@ def test_side_by_side(lab):
     lab.until("document.querySelectorAll('.aop-badge').length === 1")
 
 
-def test_an_image_with_ground_truth_and_one_of_the_persons_own(lab, tmp_path):
+def test_another_image_and_one_of_the_persons_own_can_be_opened(lab, tmp_path):
     lab.page.get_by_role("combobox", name="Image").select_option("000000311303.jpg")
     lab.says("badge", "mIoU")
     lab.settled()
@@ -342,7 +340,7 @@ def test_an_image_with_ground_truth_and_one_of_the_persons_own(lab, tmp_path):
     assert lab.page.locator(".jp-RenderedText[data-mime-type*=stderr]").count() == 0
 
 
-def test_dark_theme(lab):
+def test_text_is_readable_in_the_dark_theme(lab):
     lab.page.get_by_role("menuitem", name="Settings", exact=True).click()
     lab.page.get_by_text("Theme", exact=True).hover()
     lab.page.get_by_text("JupyterLab Dark", exact=True).click()
@@ -366,7 +364,7 @@ def test_a_restarted_kernel_is_said_in_the_message_line(lab):
     assert lab.pixels() != before and lab.errors == []
 
 
-def test_the_same_page_by_voila(browser, tmp_path):
+def test_voila_shows_the_same_page(browser, tmp_path):
     path = notebook_in(tmp_path)
     with served(tmp_path, "", "voila", path.name, "--Voila.ip=127.0.0.1") as address:
         page = Page(browser.new_page(viewport={"width": 1280, "height": 1000}))

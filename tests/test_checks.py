@@ -1,7 +1,5 @@
 """The lessons' exercises: right answers pass, and each usual mistake is named."""
 
-from __future__ import annotations
-
 import sys
 
 import numpy as np
@@ -10,7 +8,8 @@ import pytest
 from aopsam_lab.study import PACKAGE_ROOT
 
 sys.path.insert(0, str(PACKAGE_ROOT / "notebooks" / "lessons"))
-checks = pytest.importorskip("checks")
+import checks  # noqa: E402
+
 MISTAKES = [(name, *pair) for name, task in checks.EXERCISES.items() for pair in task.mistakes]
 
 
@@ -28,7 +27,7 @@ def test_a_mistake_is_named(name, mistake, message):
 
 
 @pytest.mark.parametrize("name", checks.EXERCISES)
-def test_other_wrong_answers_get_an_example(name):
+def test_any_other_wrong_answer_is_told_what_is_wrong_with_it(name):
     exercise = checks.EXERCISES[name]
     assert "returns nothing" in checks.verdict(exercise, lambda *_: None)
     assert "ZeroDivisionError" in checks.verdict(exercise, lambda *_: 1 / 0)
@@ -53,7 +52,7 @@ def test_an_answer_may_change_its_arguments():
     assert checks.verdict(checks.EXERCISES["greedy_miou"], greedy) is None
 
 
-def test_hints_unfold(capsys):
+def test_hints_are_shown_one_by_one_and_the_last_again(capsys):
     for number in (1, 3, 9):
         checks.hint("iou", number)
     first, last, beyond = capsys.readouterr().out.splitlines()

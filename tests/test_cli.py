@@ -27,7 +27,7 @@ def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_bundled_models_from_a_shell(tmp_path):
+def test_the_command_segments_with_the_bundled_models(tmp_path):
     photo, out = picture(tmp_path / "photo.png", 64), tmp_path / "out"
     command = [sys.executable, "-m", "aopsam_lab", "segment", str(photo), "--out", str(out)]
     run = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -49,7 +49,7 @@ def test_good_images_are_written_and_bad_ones_reported(tmp_path, capsys, untrain
     assert coco["images"][0]["file_name"] == good.as_posix() and coco["annotations"]
 
 
-def test_equal_stems_stay_apart(tmp_path, untrained):
+def test_images_of_one_name_are_written_to_different_files(tmp_path, untrained):
     files = (("a/x.png", 30), ("b/x.png", 34), ("b/X.jpg", 38))
     pictures, out = [picture(tmp_path / name, side) for name, side in files], tmp_path / "out"
     assert cli.main(["segment", *map(str, pictures), "--out", str(out), *untrained]) == 0
@@ -61,7 +61,7 @@ def test_equal_stems_stay_apart(tmp_path, untrained):
     assert cli.unique_stems([*paths]) == ["a", "a_2", "a_3", "a_4"]
 
 
-def test_folders_and_patterns(tmp_path, monkeypatch):
+def test_folders_and_patterns_stand_for_their_images(tmp_path, monkeypatch):
     for name in ("b.png", "a.JPG", "deep/c.tif", "[odd].png", "done_labels.png", "keep_labels.png"):
         picture(tmp_path / "in" / name)
     (tmp_path / "in" / "notes.txt").write_text("text")
@@ -79,7 +79,7 @@ def test_folders_and_patterns(tmp_path, monkeypatch):
     assert found("none", "in/*.bmp", "in/notes.txt") == (["in/notes.txt"], ["none", "in/*.bmp"])
 
 
-def test_what_stops_everything_is_one_line(tmp_path, capsys, untrained):
+def test_what_stops_everything_is_said_in_one_line(tmp_path, capsys, untrained):
     image = str(picture(tmp_path / "a.png"))
     out = ["--out", str(tmp_path / "out")]
     for arguments in (

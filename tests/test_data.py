@@ -111,7 +111,7 @@ def test_the_fingerprint_follows_the_content(tmp_path):
     assert CocoFolder(folder).sample_fingerprint(1 - i) != before.sample_fingerprint(1 - i)
 
 
-def test_a_photograph_taken_sideways_and_prompt_points(tmp_path):
+def test_a_photograph_taken_sideways_is_turned_and_points_are_read(tmp_path):
     folder = write(tmp_path / "set", [[TRIANGLE]], point_coords=[[7.5, 3.5]])
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -156,7 +156,7 @@ def test_bad_images_say_what_is_wrong(tmp_path):
         dataset[0]
 
 
-def test_no_folder_no_annotations_and_arguments_out_of_range(tmp_path):
+def test_missing_files_and_arguments_out_of_range_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="'photos' or a COCO-style folder"):
         open_dataset(tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError, match="annotations.json"):

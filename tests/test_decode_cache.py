@@ -1,7 +1,5 @@
 """Decoding within a limit, and decoding each prompt once for many settings."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
 
@@ -61,7 +59,7 @@ def test_a_part_of_a_grid_covers_the_picture(sam, photo):
 
 
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=40), st.integers(1, 45))
-def test_strongest(values, limit):
+def test_the_strongest_are_chosen_up_to_the_limit(values, limit):
     confidence = torch.tensor([9.0, *values, 9.0])
     index = torch.arange(1, len(values) + 1)
     chosen = strongest(confidence, index, limit).tolist()
@@ -71,7 +69,7 @@ def test_strongest(values, limit):
 
 
 @pytest.mark.parametrize("limit", [0, -3, 2.5])
-def test_a_bad_limit_is_named(sam, photo, limit):
+def test_a_bad_limit_is_refused_by_name(sam, photo, limit):
     with pytest.raises(ValueError, match="max_prompts"):
         run_method(sam, photo, "amg_s", max_prompts=limit)
 
@@ -94,15 +92,15 @@ def proposal(encoded, predictor, method="aop_no_af", **values):
         return method_named(method).start(encoded, Models(predictor, Boxes()), params)
 
 
-@pytest.mark.parametrize("method", ["aop_no_af", "oas_box", "oas_point"])
 @torch.inference_mode()
-def test_the_cache_gives_what_decoding_gives(sam, predictor, photo, method):
-    prompts = proposal(photo, predictor, method).prompts
+def test_the_cache_gives_what_decoding_gives(sam, predictor, photo):
     cache = DecodeCache(sam, photo)
-    for rows in ([3, 0, 7], [0, 1, 2, 3, 4, 5, 6, 7, 8], [7], [8, 3]):
-        arguments = sam, photo, prompts, torch.tensor(rows), sam.spec
-        assert_same(cache(*arguments), decode_and_filter(*arguments))
-    assert cache.n_decoded == 9
+    for method in ("aop_no_af", "oas_box", "oas_point"):  # a box is not its centre
+        prompts = proposal(photo, predictor, method).prompts
+        for rows in ([3, 0, 7], [0, 1, 2, 3, 4, 5, 6, 7, 8], [7], [8, 3]):
+            arguments = sam, photo, prompts, torch.tensor(rows), sam.spec
+            assert_same(cache(*arguments), decode_and_filter(*arguments))
+    assert cache.n_decoded == 3 * 9
 
 
 def test_settings_share_what_they_decode(sam, predictor, photo, monkeypatch):
@@ -135,16 +133,9 @@ def test_the_pcm_is_drawn_once(predictor, photo, monkeypatch):
 
 
 @torch.inference_mode()
-def test_nothing_of_another_picture_model_or_threshold(sam, small_sam, predictor, photo):
+def test_another_image_model_or_pair_of_thresholds_is_refused(sam, small_sam, predictor, photo):
     other = replace(photo, model_image=photo.model_image + 0, embedding=photo.embedding + 0)
-    cache = DecodeCache(sam, photo)
-    # a box is not its centre
-    for method in ("aop_no_af", "oas_box", "oas_point"):
-        prompts = proposal(photo, predictor, method).prompts
-        asked = prompts, torch.arange(4)
-        assert_same(
-            cache(sam, photo, *asked, sam.spec), decode_and_filter(sam, photo, *asked, sam.spec)
-        )
+    cache, asked = DecodeCache(sam, photo), (proposal(photo, predictor).prompts, torch.arange(4))
     strict = replace(sam.spec, pred_iou_thresh=0.999)
     for wrong in ((sam, other, sam.spec), (small_sam, photo, sam.spec), (sam, photo, strict)):
         with pytest.raises(ValueError, match="another image, model or pair of thresholds"):

@@ -83,7 +83,7 @@ def test_load_sam_says_what_to_fetch_and_loads_it(server, tmp_path, monkeypatch)
     original = build_small_sam(768, 12).state_dict()
     torch.save(original, tmp_path / "sam.pth")
     server.offer((tmp_path / "sam.pth").read_bytes())
-    with pytest.raises(ValueError, match="sam_vit_b.pth .* MB.: run .python .* download vit_b"):
+    with pytest.raises(ValueError, match="sam_vit_b.pth .* MB.: run .* download vit_b.*checkpoint"):
         load_sam("vit_b", device="cpu")
     with pytest.raises(ValueError, match="download yolov8n"):
         load_detector("yolov8n", "cpu")

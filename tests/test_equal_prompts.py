@@ -2,6 +2,7 @@
 
 import pandas as pd
 import pytest
+from conftest import row
 
 from aopsam_lab.study import equal_prompts
 from aopsam_lab.study.report import part
@@ -11,20 +12,19 @@ def made(ours: float, theirs: float) -> pd.DataFrame:
     """Two images: the grids score `theirs` and a tenth more, AoP-SAM `ours` and a tenth more."""
     rows = []
     for setting in equal_prompts.settings():
+        score, decoded = ours if setting.method == "aop" else theirs, setting.max_prompts or 64
         for image, extra in (("a", 0.0), ("b", 0.1)):
-            score = (ours if setting.method == "aop" else theirs) + extra
-            counts = {"n_decoded": setting.max_prompts or 64, "n_masks": 5}
-            rows.append({"image": image, "method": setting.label, "miou": score, **counts})
+            rows.append(row(image, setting.label, score + extra, n_decoded=decoded))
     return pd.DataFrame(rows)
 
 
-def test_equal_prompts_by_hand():
+def test_methods_at_equal_prompts_worked_by_hand():
     table = equal_prompts.comparison(made(0.5, 0.3)).set_index(["sampling", "limit"])
     assert table["grid"].loc["aop"].tolist()[:2] == ["grid_8", "grid_10"]
     assert table["grid"].loc["aop"].tolist()[-2:] == ["amg_d"] * 2
-    row = table.loc[("aop, chosen", 100)]
-    assert (row["miou"], row["miou_grid"], row["miou_diff"]) == pytest.approx((0.55, 0.35, 0.2))
-    assert (row["miou_lo"], row["miou_hi"]) == pytest.approx((0.2, 0.2))
+    columns = ["miou", *(f"miou_{end}" for end in ("grid", "diff", "lo", "hi"))]
+    found = table.loc[("aop, chosen", 100), columns].tolist()
+    assert found == pytest.approx([0.55, 0.35, 0.2, 0.2, 0.2])
     shown = part("limits", table.reset_index())
     assert "<td>AoP-SAM, chosen</td><td>100 prompts, grid of side 10</td>" in shown
     assert "<td>55.0</td><td>35.0</td>\n<td>+20.0 [+20.0, +20.0]</td>" in shown
@@ -34,7 +34,7 @@ def test_equal_prompts_by_hand():
     assert lines == {"regular grids", "AoP-SAM", "AoP-SAM, chosen"}
 
 
-def test_a_run_is_kept_and_drawn(folder, weights, tmp_path):
+def test_a_comparison_is_drawn_and_its_scores_kept(folder, weights, tmp_path):
     asked = {"dataset": folder, "out": tmp_path, "n_images": 1, "progress": False, **weights}
     result, table = equal_prompts.compare(**asked)
     assert (table["prompts"] <= table["limit"]).all()

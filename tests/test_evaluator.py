@@ -1,7 +1,5 @@
 """Metrics, on cases small enough to work out by hand, and what must hold for any masks."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 
@@ -112,14 +110,6 @@ def test_iou_agrees_with_counting_pixels(ground_truth, predictions):
             assert iou[i, j] == pytest.approx((truth & prediction).sum() / union if union else 0)
 
 
-@given(ground_truth=masks.filter(len), predictions=masks)
-def test_one_to_one_is_at_most_the_best_match(ground_truth, predictions):
-    score = evaluator.evaluate(encode(ground_truth), encode(predictions))
-    assert 0 <= score.miou <= score.miou_best + 1e-12 <= 1 + 2e-12
-    used = score.matches[score.matches >= 0]
-    assert len(set(used)) == len(used)
-
-
 # --- recall ---
 
 
@@ -167,7 +157,7 @@ images = st.lists(
 
 @settings(deadline=None)
 @given(images)
-def test_average_recall_is_cocos(images):
+def test_average_recall_is_that_of_cocoeval(images):
     limits = (1, 3, 100)
     ground_truth, predictions = [], []
     matches, n_truth = np.zeros((len(limits), 10), int), 0
@@ -187,27 +177,19 @@ def test_average_recall_is_cocos(images):
 
 def cocos_recall(n_images, ground_truth, predictions, limits) -> list[float]:
     """Average recall of class-agnostic masks by COCOeval itself."""
-    annotations = [
+    drawn, found = (
         [
-            {"id": k, "image_id": i, "category_id": 1, "segmentation": rle, "iscrowd": 0}
-            | {"area": float(coco_mask.area(rle)), "bbox": coco_mask.toBbox(rle).tolist()}
-            | ({} if score is None else {"score": score})
+            {"id": k, "image_id": i, "category_id": 1, "segmentation": rle, "score": score}
+            | {"iscrowd": 0, "area": float(coco_mask.area(rle))}
             for k, (i, rle, score) in enumerate(rows, 1)
         ]
         for rows in (ground_truth, predictions)
-    ]
-    sides = []
+    )
+    coco, sizes = COCO(), [{"id": i, "height": 4, "width": 5} for i in range(1, n_images + 1)]
+    coco.dataset = {"images": sizes, "annotations": drawn, "categories": [{"id": 1}]}
     with contextlib.redirect_stdout(io.StringIO()):
-        for own in annotations:
-            side = COCO()
-            side.dataset = {
-                "images": [{"id": i, "height": 4, "width": 5} for i in range(1, n_images + 1)],
-                "annotations": own,
-                "categories": [{"id": 1}],
-            }
-            side.createIndex()
-            sides.append(side)
-        evaluation = COCOeval(*sides, "segm")
+        coco.createIndex()
+        evaluation = COCOeval(coco, coco.loadRes(found), "segm")
         evaluation.params.useCats, evaluation.params.maxDets = 0, list(limits)
         evaluation.evaluate()
         evaluation.accumulate()

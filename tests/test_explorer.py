@@ -1,7 +1,5 @@
 """The explorer without a browser: sources, what the page gets, state, messages, live answers."""
 
-from __future__ import annotations
-
 import asyncio
 import base64
 import io
@@ -219,7 +217,7 @@ def test_clicks_by_hand_add_a_mask_are_refined_and_taken_back(explorer, sample, 
     assert explorer.message == "" and explorer.segmentation.masks == before.masks
 
 
-def test_beside_another_method_or_this_setting_pinned(explorer, sample):
+def test_another_method_or_this_setting_pinned_is_shown_beside(explorer, sample):
     explorer.compare = "amg_s"
     assert explorer.compared.method == explorer.right["title"] == "amg_s"
     again = eval(explorer.call, {"aop": aop, "image": sample})

@@ -2,6 +2,7 @@
 
 import sys
 import threading
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -16,11 +17,7 @@ from aopsam_lab.study.settings import SCORING_MODULES, LoadedModels, Setting
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
     path = files.write_atomically(tmp_path / "a.txt", "old")
-
-    def full_disk(*_):
-        raise OSError("no space left")
-
-    monkeypatch.setattr(files.os, "replace", full_disk)
+    monkeypatch.setattr(files.os, "replace", mock.Mock(side_effect=OSError("no space left")))
     with pytest.raises(OSError, match="no space"):
         files.write_atomically(path, "new")
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]

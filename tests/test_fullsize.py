@@ -75,7 +75,7 @@ def same(logits, model, input_size, image_size, threshold=0.0, offset=1.0) -> No
         (64, 256, (1, 1), (1, 1)),
     ],
 )
-def test_equals_resizing_everything(low, model, input_size, image_size):
+def test_measures_and_masks_equal_those_of_all_logits_resized(low, model, input_size, image_size):
     same(blobs(low, seed=low + image_size[0]), model, input_size, image_size)
     same(blobs(low, seed=1), model, input_size, image_size, threshold=0.5, offset=0.25)
 
@@ -89,7 +89,7 @@ def test_equals_resizing_everything(low, model, input_size, image_size):
     st.sampled_from([16, 32]),
     st.integers(0, 99),
 )
-def test_equals_resizing_everything_at_any_size(used, size, low, seed):
+def test_measures_and_masks_are_equal_at_any_size(used, size, low, seed):
     same(blobs(low, seed), 64, used, size)
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from segment_anything.modeling import MaskDecoder, PromptEncoder, TwoWayTransformer
+from torch import Tensor
 
 from aopsam_lab.sam.mask_decoder import ImageDecoder, is_stock
 
@@ -22,12 +23,15 @@ def modules(width: int, side: int) -> tuple[PromptEncoder, MaskDecoder]:
     return encoder.eval(), decoder.eval()
 
 
-def prompts(kind: str, count: int, extent: float) -> dict:
-    if kind == "boxes":
-        return dict(points=None, boxes=torch.rand(count, 4) * extent, masks=None)
-    k = 3 if kind == "three points" else 1
+def inputs(encoder: PromptEncoder, count: int, kind: str = "one point") -> tuple[Tensor, ...]:
+    """What a decoder takes: a random embedding, positions, and so many prompts of a kind."""
+    side, k = encoder.image_embedding_size[0], 3 if kind == "three points" else 1
+    embedding = torch.randn(1, encoder.embed_dim, side, side)
     labels = torch.randint(0, 2, (count, k)) if k > 1 else torch.ones(count, k)
-    return dict(points=(torch.rand(count, k, 2) * extent, labels), boxes=None, masks=None)
+    points, boxes = (torch.rand(count, k, 2) * 8 * side, labels), None
+    if kind == "boxes":
+        points, boxes = None, torch.rand(count, 4) * 8 * side
+    return embedding, encoder.get_dense_pe(), *encoder(points, boxes, None)
 
 
 def image_decoder(encoder, decoder, embedding, **options) -> ImageDecoder:
@@ -42,11 +46,11 @@ def image_decoder(encoder, decoder, embedding, **options) -> ImageDecoder:
 def test_same_logits_as_the_stock_decoder(width, side, kind):
     encoder, decoder = modules(width, side)
     before = {name: value.clone() for name, value in decoder.state_dict().items()}
-    embedding = 3 * torch.randn(1, width, side, side)
-    sparse, dense = encoder(**prompts(kind, 2, 8 * side))
+    embedding, image_pe, sparse, dense = inputs(encoder, 2, kind)
+    embedding *= 3
     decoded = image_decoder(encoder, decoder, embedding).decode(sparse)
     for multimask, masks in ((True, slice(1, None)), (False, slice(0, 1))):
-        logits, iou = decoder(embedding, encoder.get_dense_pe(), sparse, dense, multimask)
+        logits, iou = decoder(embedding, image_pe, sparse, dense, multimask)
         wanted = torch.zeros_like(decoded.iou, dtype=torch.bool)
         wanted[:, masks] = True
         assert (decoded.draw(wanted).view_as(logits) - logits).abs().max() <= 1e-4
@@ -56,7 +60,7 @@ def test_same_logits_as_the_stock_decoder(width, side, kind):
 
 
 @torch.no_grad()
-def test_the_trained_decoder_on_a_photograph(sam, photo):
+def test_the_trained_decoder_is_about_as_exact_as_stock(sam, photo):
     """Against float64: with trained weights two float32 decoders differ by 1e-4.
 
     Of points drawn at random one set in ten meets a saturated attention, whose rounding decides the
@@ -68,11 +72,11 @@ def test_the_trained_decoder_on_a_photograph(sam, photo):
     for _ in range(3):
         points = torch.rand(4, 1, 2) * torch.tensor(photo.input_size[::-1])
         sparse, dense = sam.prompt_encoder((points, torch.ones(4, 1)), boxes=None, masks=None)
-        inputs = (photo.embedding, photo.image_pe, sparse, dense)
-        logits, iou = exact.predict_masks(*(x.double() for x in inputs))
+        stock = (photo.embedding, photo.image_pe, sparse, dense)
+        logits, iou = exact.predict_masks(*(x.double() for x in stock))
         ours = image_decoder(sam.prompt_encoder, sam.mask_decoder, photo.embedding).decode(sparse)
         error = ours.draw(torch.ones_like(iou, dtype=torch.bool)).view_as(logits) - logits
-        stocks = sam.mask_decoder.predict_masks(*inputs)[0] - logits
+        stocks = sam.mask_decoder.predict_masks(*stock)[0] - logits
         assert error.abs().max() <= 2 * stocks.abs().max(), "as near as stock"
         assert error.square().mean() <= 2 * stocks.square().mean()
         assert (ours.iou - iou).abs().max() <= 1e-4
@@ -83,10 +87,9 @@ def test_the_trained_decoder_on_a_photograph(sam, photo):
 @torch.no_grad()
 def test_only_the_marked_masks_are_drawn_prompt_by_prompt():
     encoder, decoder = modules(128, 16)
-    embedding = torch.randn(1, 128, 16, 16)
-    sparse, dense = encoder(**prompts("one point", 4, 128))
-    logits, _ = decoder.predict_masks(embedding, encoder.get_dense_pe(), sparse, dense)
-    decoded = image_decoder(encoder, decoder, embedding).decode(sparse)
+    given = inputs(encoder, 4)
+    logits, _ = decoder.predict_masks(*given)
+    decoded = image_decoder(encoder, decoder, given[0]).decode(given[2])
     wanted = torch.tensor([[0, 1, 0, 1], [0, 0, 0, 0], [1, 1, 1, 1], [0, 0, 1, 0]]).bool()
     assert (decoded.draw(wanted) - logits[wanted]).abs().max() <= 1e-4
     assert decoded.draw(torch.zeros_like(wanted)).shape == (0, 64, 64)
@@ -96,12 +99,10 @@ def test_only_the_marked_masks_are_drawn_prompt_by_prompt():
 @pytest.mark.parametrize("used", [(11, 16), (16, 5), (3, 1)])
 def test_logits_beyond_what_is_used_are_zero(used):
     encoder, decoder = modules(128, 16)
-    embedding = torch.randn(1, 128, 16, 16)
-    sparse, dense = encoder(**prompts("one point", 2, 128))
-    logits, iou = decoder.predict_masks(embedding, encoder.get_dense_pe(), sparse, dense)
-    every = torch.ones_like(iou, dtype=torch.bool)
-    decoded = image_decoder(encoder, decoder, embedding, used=used).decode(sparse)
-    drawn = decoded.draw(every).view_as(logits)
+    given = inputs(encoder, 2)
+    logits, iou = decoder.predict_masks(*given)
+    decoded = image_decoder(encoder, decoder, given[0], used=used).decode(given[2])
+    drawn = decoded.draw(torch.ones_like(iou, dtype=torch.bool)).view_as(logits)
     logits[..., 4 * used[0] :, :] = 0
     logits[..., 4 * used[1] :] = 0
     assert (drawn - logits).abs().max() <= 1e-4
@@ -116,11 +117,10 @@ def test_an_unknown_decoder_is_run_as_it_is_with_a_warning(kind, depth):
     assert is_stock(stock)
     transformer = TwoWayTransformer(depth=depth, embedding_dim=64, mlp_dim=128, num_heads=8)
     decoder = kind(transformer=transformer, transformer_dim=64).eval()
-    embedding = torch.randn(1, 64, 8, 8)
-    sparse, dense = encoder(**prompts("one point", 3, 64))
-    logits, iou = decoder.predict_masks(embedding, encoder.get_dense_pe(), sparse, dense)
+    given = inputs(encoder, 3)
+    logits, iou = decoder.predict_masks(*given)
     with pytest.warns(UserWarning, match="run as it is"):
-        decoded = image_decoder(encoder, decoder, embedding).decode(sparse)
+        decoded = image_decoder(encoder, decoder, given[0]).decode(given[2])
     assert torch.allclose(decoded.iou, iou, atol=1e-5)
     drawn = decoded.draw(torch.ones_like(iou, dtype=torch.bool))
     assert torch.allclose(drawn.view_as(logits), logits, atol=1e-5)

@@ -16,7 +16,7 @@ NAN = float("nan")
 # --- what the poster prints ---
 
 
-def test_the_tables_are_whole():
+def test_the_papers_tables_are_whole():
     main, parts, curves = map(paper.published, ("main_comparison", "ablation", "parameter_sweeps"))
     assert (len(main), len(parts), len(curves)) == (45, 9, 16)
     assert set(main["sam"]) == {"mobile_sam", "vit_l", "vit_h"} and set(parts["sam"]) == {"vit_h"}
@@ -27,7 +27,7 @@ def test_the_tables_are_whole():
     assert values == sweeps.SWEPT
 
 
-def test_cells_of_the_tables():
+def test_cells_of_the_papers_tables_are_as_printed():
     main = paper.published("main_comparison").set_index(["sam", "dataset", "method"])
     for key, cells in {
         ("mobile_sam", "COCO", "aop"): [61.5, 0.096, 2.1, 58.1],
@@ -47,7 +47,7 @@ def test_cells_of_the_tables():
 # --- beside ours ---
 
 
-def test_which_data_set_ours_stands_beside():
+def test_our_figures_stand_beside_those_of_the_same_data_set():
     ours = ("photos", "coco-val2017", "lvis-v1-val", "sa1b", "holiday")
     assert list(map(paper.paper_dataset, ours)) == ["COCO", "COCO", "LVIS", "SA-1B", None]
 
@@ -63,7 +63,7 @@ def facts(sam: str, dataset: str) -> dict:
     return {"parameters": {"sam": sam}, "dataset": {"name": dataset}}
 
 
-def test_ours_beside_the_main_table_in_the_papers_units():
+def test_our_figures_beside_the_main_table_are_in_its_units():
     theirs = paper.main_table("mobile_sam", "photos")
     table = paper.beside(theirs, summary(amg_d=0.6, aop=0.63), "photos")
     assert table["method"].tolist() == ["amg_s", "amg_d", "oas_box", "oas_point", "aop"]
@@ -85,7 +85,7 @@ def test_nothing_stands_beside_what_the_paper_does_not_have(sam, dataset):
     assert (sam if dataset != "holiday" else dataset) in text
 
 
-def test_the_main_table_as_html():
+def test_the_main_table_is_shown_as_html():
     text = part("beside_main", summary(aop=0.63), facts("vit_h", "lvis-v1-val"))
     assert text.count('colspan="3"') == 4 and "LVIS's with ViT-H" in text
     cells = " ".join(f"<td>{cell}</td>" for cell in ("71.9", "63.0", "-8.9", "0.122"))
@@ -104,7 +104,7 @@ def three_images() -> pd.DataFrame:
 
 
 @pytest.mark.parametrize(("dataset", "place"), [("photos", 2), ("lvis-v1-val", 3), ("holiday", 3)])
-def test_steps_of_the_ablation(dataset, place):
+def test_each_step_of_the_ablation_stands_beside_the_papers(dataset, place):
     per_image = three_images()
     peaks = {"aop_no_as_af": 300.0, "aop_no_af": 1300.0, "aop": 800.0}
     steps = paper.step_table(per_image, tables.summary_table(per_image, peaks), dataset)
@@ -122,7 +122,7 @@ def test_steps_of_the_ablation(dataset, place):
     assert theirs.loc[("adaptive filtering", "SA-1B"), "peak_mem_gb"] == pytest.approx(-3.5)
 
 
-def test_ours_in_the_rows_of_the_ablation_that_match():
+def test_our_figures_fill_the_rows_of_the_ablation_that_match():
     per_image = three_images()
     whole = tables.summary_table(per_image, {})
     table = paper.beside(paper.published("ablation"), whole, "photos")
@@ -163,7 +163,7 @@ def test_ours_in_the_rows_of_the_ablation_that_match():
         (-0.5, (NAN, NAN, NAN), True, "not measured"),
     ],
 )
-def test_verdicts(theirs, ours, once, said):
+def test_a_sign_agrees_only_where_the_interval_leaves_out_zero(theirs, ours, once, said):
     assert paper.verdict(theirs, *ours, measured_once=once) == said
 
 
@@ -209,7 +209,7 @@ def test_twelve_signs_that_agree_and_their_changes_in_the_papers_units():
     assert memory["change"] == pytest.approx(-0.3 * 1.048576) and np.isnan(memory["change_lo"])
 
 
-def test_other_signs_no_change_no_measure_and_other_values():
+def test_verdicts_on_other_signs_no_change_no_measure_and_other_values():
     assert set(paper.sign_table(*swept(sign=-1.0))["verdict"]) == {"disagrees"}
     assert set(paper.sign_table(*swept(sign=0.0))["verdict"]) == {"not clear"}
     trends, table = swept()
@@ -220,7 +220,7 @@ def test_other_signs_no_change_no_measure_and_other_values():
     assert paper.sign_table(*swept({})).empty
 
 
-def test_signs_for_people_say_the_same_after_a_file(tmp_path):
+def test_signs_read_from_a_file_are_told_in_words(tmp_path):
     signs = paper.sign_table(*swept())
     write_all(tmp_path, {"signs.csv": signs})
     text = part("beside_signs", pd.read_csv(tmp_path / "signs.csv"))

@@ -5,9 +5,9 @@ import json
 import re
 from pathlib import Path
 
-import nbformat
 import numpy as np
 import pytest
+from conftest import parameters
 from pycocotools import mask as coco_mask
 from small import rle_text, write_coco
 
@@ -31,10 +31,7 @@ def photos():
     return open_dataset("photos")
 
 
-def test_the_photographs_their_masks_and_their_crowds(photos):
-    file = json.loads((PHOTOS / "annotations.json").read_text())
-    assert len(file["images"]) == 28 and len(file["annotations"]) == 294
-    assert sum(annotation["iscrowd"] for annotation in file["annotations"]) == 4
+def test_photographs_masks_and_crowds_are_those_recorded(photos):
     about = photos.describe()
     assert (about["name"], about["images"]) == ("photos", 28)
     assert (about["masks"], about["crowd_regions"]) == (290, 4)
@@ -72,16 +69,10 @@ def test_photos_and_mobile_sam_are_the_defaults():
         assert (config.sam, config.dataset, config.n_images) == ("mobile_sam", "photos", n_images)
     defaults = inspect.signature(explore).parameters
     assert (defaults["sam"].default, defaults["source"].default) == ("mobile_sam", "photos")
-    for path in (PACKAGE_ROOT / "notebooks").rglob("*.ipynb"):
-        if ".ipynb_checkpoints" in path.parts or path.parent.name == "lessons":
-            continue
-        cells = nbformat.read(path, as_version=4).cells
-        (cell,) = [cell for cell in cells if "parameters" in cell.metadata.get("tags", [])]
-        values: dict = {}
-        exec(cell.source, values)
+    for path in (PACKAGE_ROOT / "notebooks").glob("*.ipynb"):
+        values = parameters(path.stem)
         assert (values["sam"], values["dataset"]) == ("mobile_sam", "photos"), path
-        images = {"main_comparison": 12, "benchmark": 3}.get(path.stem, 28)
-        assert values.get("n_images", images) == images, path
+    assert parameters("benchmark")["n_images"] == 3
 
 
 # --- masks that a SAM found ---
@@ -128,7 +119,7 @@ def test_found_masks_belong_to_images_by_their_file_name(folder):
         (lambda text: "no JSON", "found.json is not in COCO's instances format"),
     ],
 )
-def test_a_found_file_that_does_not_fit(folder, change, words):
+def test_a_file_of_found_masks_that_does_not_fit_is_refused(folder, change, words):
     assert found_masks(open_dataset(folder)) is None
     write(folder, {"a.png": [1], "b.png": [], "c.png": []}, "found.json")
     file = folder / "found.json"

@@ -141,7 +141,7 @@ def test_prompts_never_lie_on_the_padding(small_sam, small_predictor, pictures):
 
 
 @torch.inference_mode()
-def test_each_parameter_of_sampling_counts(predictor, photo):
+def test_each_parameter_of_sampling_changes_the_number_of_prompts(predictor, photo):
     def sampled(**values):
         method = method_named("aop_no_af")
         return len(method.start(photo, Models(predictor), AsfParams(**values)).prompts)
@@ -151,7 +151,7 @@ def test_each_parameter_of_sampling_counts(predictor, photo):
     assert sampled(smoothing=4) < sampled(smoothing=2)
 
 
-def test_one_pixel_and_a_missing_model(small_sam, small_predictor):
+def test_one_pixel_is_segmented_and_a_missing_model_is_named(small_sam, small_predictor):
     encoded = encode(small_sam, np.zeros((1, 1, 3), np.uint8))
     assert run_method(small_sam, encoded, "aop", small_predictor).image.shape == (1, 1, 3)
     with pytest.raises(ValueError, match="needs a predictor"):

@@ -51,7 +51,7 @@ def coco(tmp_path):
     return tmp_path
 
 
-def test_coco_as_it_is_published(coco):
+def test_coco_is_read_as_it_is_published(coco):
     dataset = open_dataset(f"coco:{coco}")
     assert isinstance(dataset, Coco) and dataset.name == "coco-val2017" and len(dataset) == 2
     counts = dataset.describe()
@@ -61,7 +61,7 @@ def test_coco_as_it_is_published(coco):
     assert samples[f"{1:012}.jpg"].masks.shape == (0, HEIGHT, WIDTH)
 
 
-def test_another_split_by_its_file(coco):
+def test_another_split_is_opened_by_its_file(coco):
     file = coco / "annotations" / "instances_train2017.json"
     shutil.copy(file.with_name("instances_val2017.json"), file)
     with pytest.raises(FileNotFoundError, match="train2017"):

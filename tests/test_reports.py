@@ -51,7 +51,7 @@ def reports(tmp_path):
 # --- figures ---
 
 
-def test_the_figure_of_all_methods_and_of_one_without_an_interval():
+def test_all_methods_are_drawn_and_one_without_an_interval():
     figure = figures.tradeoff_figure(made(list(tables.TITLES))[0])
     names = [text.get_text() for text in figure.legends[0].get_texts()]
     assert sorted(names) == sorted(tables.TITLES.values())
@@ -81,7 +81,7 @@ def test_index_shows_all_and_loads_nothing_from_outside(reports):
     assert not re.search(r'(src|href)="(https?:)?//|@import|<script', text)
 
 
-def test_index_of_no_reports_and_of_one_of_another_kind(reports, tmp_path):
+def test_the_index_of_no_report_says_how_to_make_one_and_others_follow(reports, tmp_path):
     assert "make study" in report.write_index(tmp_path / "none").read_text(encoding="utf-8")
     report.write_all(reports / "ablation", {"provenance.json": FACTS})
     text = report.write_index(reports).read_text(encoding="utf-8")
@@ -108,7 +108,7 @@ def test_readme_table_is_replaced_and_nothing_else(reports, tmp_path):
     assert file.read_text(encoding="utf-8") == first
 
 
-def test_readme_without_its_marks_or_results(reports, tmp_path):
+def test_a_readme_without_marks_or_results_is_refused(reports, tmp_path):
     file = tmp_path / "README.md"
     file.write_text("# Title\n")
     with pytest.raises(ValueError, match="must have the line"):
@@ -121,7 +121,7 @@ def test_readme_without_its_marks_or_results(reports, tmp_path):
 # --- provenance ---
 
 
-def test_git_state(tmp_path):
+def test_provenance_tells_the_commit_and_uncommitted_code(tmp_path):
     root, result = tmp_path.resolve(), tmp_path / "reports" / "index.html"
     assert machine.git_state(root) == ("unknown", "unknown")
 
@@ -146,7 +146,7 @@ def test_git_state(tmp_path):
 # --- the notebooks ---
 
 
-def test_a_report_that_is_not_there(tmp_path, capsys):
+def test_a_report_that_is_not_there_is_said(tmp_path, capsys):
     assert study_command(["report", "nonsense", "--reports", str(tmp_path)]) == 1
     assert "no notebook" in capsys.readouterr().err
 
@@ -158,17 +158,16 @@ def test_a_failing_cell_is_named_and_kept(tmp_path):
     assert not list((tmp_path / "reports" / "main_comparison").glob(".*"))
 
 
-def test_reports_made_from_another_folder(folder, tmp_path, monkeypatch):
+def test_reports_are_made_from_any_folder(folder, tmp_path, monkeypatch):
     """The notebooks through papermill with all that they write, and the page that lists them."""
     monkeypatch.chdir(tmp_path)
-    few = {"dataset": str(folder), "n_images": 2, "timed_images": 1, "methods": METHODS}
+    few = {"dataset": str(folder), "n_images": 2, "timed_images": 1}
     few |= {"confidence": 0.0, "spacing": 60.0}
     grids = {"smoothings": [2], "confidences": [0.0], "spacings": [40, 60], "eliminations": [1.3]}
-    swept = {**few, **grids, "budgets": [3], "memory": False}
-    del swept["methods"]
-    report.run_report("main_comparison", few, "reports")
-    report.run_report("ablation", {**few, "memory": False}, "reports")
-    report.run_report("parameter_sweeps", swept, "reports")
+    report.run_report("main_comparison", {**few, "methods": METHODS}, "reports")
+    few["memory"] = False
+    report.run_report("ablation", {**few, "methods": METHODS}, "reports")
+    report.run_report("parameter_sweeps", {**few, **grids, "budgets": [3]}, "reports")
     quick = {"dataset": str(folder), "n_images": 1, "side": 3}
     index = report.run_report("benchmark", quick, "reports").read_text(encoding="utf-8")
     study = "NAME.ipynb NAME.html NAME.csv NAME_differences.csv NAME.png per_image.csv examples.png"

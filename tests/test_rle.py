@@ -17,13 +17,13 @@ def oracle(masks: np.ndarray) -> list[dict]:
 
 @settings(deadline=None)
 @given(some_masks)
-def test_equals_pycocotools_and_comes_back(masks):
+def test_encoding_equals_pycocotools_and_decoding_gives_the_masks_back(masks):
     rles = encode_rle(torch.from_numpy(masks))
     assert rles == oracle(masks)
     assert np.array_equal(decode_rle(rles, masks.shape[1:]), masks)
 
 
-def test_views_and_a_large_odd_mask():
+def test_large_masks_and_views_of_them_are_encoded_as_by_pycocotools():
     generator = torch.Generator().manual_seed(3)
     masks = torch.rand(2, 517, 1031, generator=generator) > 0.5
     assert encode_rle(masks) == oracle(masks.numpy())

@@ -1,12 +1,12 @@
-from __future__ import annotations
-
 import json
 import subprocess
 import sys
 
+import matplotlib
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 from pycocotools.coco import COCO
 
@@ -14,6 +14,7 @@ from aopsam_lab.masks.drawing import label_image, mask_colours, overlay
 from aopsam_lab.masks.rle import encode_rle
 from aopsam_lab.pipeline.segmentation import Segmentation
 
+matplotlib.use("agg")  # no window opens
 HEIGHT, WIDTH = 24, 40
 BOX = ["x0", "y0", "x1", "y1"]
 
@@ -77,14 +78,15 @@ def test_records_have_the_generators_keys_and_values(seg):
 
 
 def test_supervision_reads_the_records(seg):
-    supervision = pytest.importorskip("supervision")
+    import supervision
+
     detections = supervision.Detections.from_sam(seg.to_records())
     by_area = np.argsort([-mask.sum() for mask in seg.to_array()])  # from_sam sorts by area
     assert np.array_equal(np.asarray(detections.mask), seg.to_array()[by_area])
     assert np.array_equal(detections.xyxy, seg.boxes[by_area])
 
 
-def test_coco_round_trip(seg, tmp_path):
+def test_a_coco_file_holds_the_same_masks(seg, tmp_path):
     path = tmp_path / "one.json"
     path.write_text(json.dumps(seg.to_coco(image_id=7, file_name="photo.jpg")))
     coco = COCO(path)
@@ -131,29 +133,17 @@ def test_overlay_changes_masked_pixels_only_and_colours_are_distinct(seg):
     assert len(np.unique(mask_colours(21), axis=0)) == 21
 
 
-@pytest.fixture
-def headless():
-    matplotlib = pytest.importorskip("matplotlib")
-    before = matplotlib.get_backend()
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-
-    yield plt
-    plt.close("all")
-    matplotlib.use(before)
-
-
-def test_plot_draws_each_status(seg, headless):
+def test_plot_draws_each_status(seg):
     ax = seg.plot()
     texts = [text.get_text() for text in ax.get_legend().get_texts()]
     assert len(texts) == seg.prompts["status"].nunique() and "kept (3)" in texts
     assert ax.get_xlim() == (0, WIDTH) and ax.get_ylim() == (HEIGHT, 0)
     assert len(ax.patches) == 1  # the one box prompt
     ax.figure.canvas.draw()
-    _, mine = headless.subplots()
+    mine = Figure().subplots()
     assert seg.plot(mine, masks=False, prompts=["eliminated"]) is mine
     assert len(mine.collections) == 1
-    assert seg.plot(headless.subplots()[1], prompts=False).get_legend() is None
+    assert seg.plot(Figure().subplots(), prompts=False).get_legend() is None
     with pytest.raises(ValueError, match="lost"):
         seg.plot(mine, prompts=["lost"])
 
@@ -163,7 +153,7 @@ def test_importing_forces_no_backend():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_pem(seg, nothing):
+def test_pem_is_one_references_or_the_highest_of_all(seg, nothing):
     assert np.array_equal(seg.pem(1), seg.pems[1])
     assert np.array_equal(seg.pem(), seg.pems.max(0))
     with pytest.raises(ValueError, match="no reference 2"):
@@ -172,7 +162,7 @@ def test_pem(seg, nothing):
         nothing.pem()
 
 
-def test_an_empty_result_works_everywhere(nothing, tmp_path, headless):
+def test_an_empty_result_works_everywhere(nothing, tmp_path):
     assert nothing.to_array().shape == (0, HEIGHT, WIDTH)
     assert nothing.to_records() == nothing.to_coco()["annotations"] == []
     paths = nothing.save(tmp_path, "empty")

@@ -3,7 +3,8 @@
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import METHODS, QUICK, part, row
+from conftest import METHODS, QUICK, kill_after, part, row, stored
+from small import write_weights
 
 from aopsam_lab.data.sample import Sample
 from aopsam_lab.study import figures, settings, tables
@@ -38,7 +39,7 @@ def test_rows_are_there_as_soon_as_they_are_added_and_never_change(tmp_path):
         assert store.values(make_key({"image": "y"})) == {}
 
 
-def test_a_file_that_is_no_store(tmp_path):
+def test_a_file_that_is_no_store_is_refused(tmp_path):
     text = "not a database, but long enough to be looked at as one" * 20
     (tmp_path / "s.sqlite").write_text(text)
     with pytest.raises(ValueError, match="not a store"):
@@ -88,15 +89,16 @@ def test_a_change_scores_again_only_what_depends_on_it(study, changes, scored):
         pd.testing.assert_frame_equal(first.per_image, second.per_image)
 
 
-def test_other_weights_or_code_are_another_study(study, other_weights, monkeypatch):
+def test_other_weights_or_code_are_another_study(study, tmp_path, monkeypatch):
     study()
-    assert study(predictor=other_weights["predictor"]).n_scored == 6
-    assert study(checkpoint=other_weights["checkpoint"]).n_scored == 6
+    other = write_weights(tmp_path, seed=1)
+    assert study(predictor=other["predictor"]).n_scored == 6
+    assert study(checkpoint=other["checkpoint"]).n_scored == 6
     monkeypatch.setattr(settings, "scoring_code", lambda: "changed")
     assert study().n_scored == 6
 
 
-def test_images_without_truth_are_run_but_not_scored(study):
+def test_images_without_ground_truth_are_run_but_not_scored(study):
     result = study(n_images=None, methods=["aop_no_as_af"], confidence=0.9)
     assert len(result.per_image) == 14 and result.summary["n_images"].tolist() == [13]
     assert result.per_image["miou"].isna().sum() == 1
@@ -116,14 +118,12 @@ def test_images_without_truth_are_run_but_not_scored(study):
         ({"sam": "huge"}, "huge"),
     ],
 )
-def test_bad_arguments(study, changes, message):
+def test_bad_arguments_are_refused_by_name(study, changes, message):
     with pytest.raises(ValueError, match=message):
         study(**changes)
 
 
-def test_kill_9_loses_at_most_the_image_in_hand(
-    study, weights, folder, tmp_path, kill_after, stored_rows
-):
+def test_a_killed_study_loses_at_most_the_image_in_hand(study, weights, folder, tmp_path):
     """The next process scores the rest, and nothing twice."""
     out = tmp_path / "killed"
     arguments = {"methods": METHODS, "dataset": str(folder), "n_images": 14, "out": str(out)}
@@ -134,7 +134,7 @@ def test_kill_9_loses_at_most_the_image_in_hand(
 
     result = study(n_images=14, out=out, thresholds=THRESHOLDS)
     assert (result.n_reused, result.n_scored) == (len(before), 28 - len(before))
-    after = stored_rows(out / STORE_NAME)
+    after = stored(out / STORE_NAME)
     # the old rows as they were, times of scoring included
     assert len(after) == 28 and before.items() <= after.items()
 
@@ -153,7 +153,7 @@ def test_peak_memory_is_measured_once_in_a_process_of_its_own(study):
 # --- tables ---
 
 
-def test_tables_by_hand():
+def test_means_shares_and_differences_worked_by_hand():
     rows = [
         row("a", "amg_s", 0.5, n_decoded=30),
         row("a", "aop", 0.6, n_eliminated=5, n_decoded=5, mask_lat_s=0.3),
@@ -192,14 +192,12 @@ def test_tables_by_hand():
     assert shown["Δ to AoP-SAM"].tolist() == ["-10.0 [-10.0, -10.0]", "–"]
 
 
-@pytest.mark.parametrize(
-    ("seconds", "text"), [(0, "0"), (3e-7, "0"), (2.5e-4, "0.25"), (0.0123, "12.3"), (1.5, "1,500")]
-)
-def test_milliseconds(seconds, text):
-    assert tables.milliseconds(seconds) == text
+def test_milliseconds_are_shown_with_three_digits():
+    shown = [tables.milliseconds(seconds) for seconds in (0, 3e-7, 2.5e-4, 0.0123, 1.5)]
+    assert shown == ["0", "0", "0.25", "12.3", "1,500"]
 
 
-def test_example_images_with_masks_and_prompts():
+def test_example_images_are_drawn_beside_their_ground_truth():
     image = np.zeros((20, 30, 3), np.uint8)
     found = {"masks": [], "prompts": [[3.0, 4.0, "kept"], [5.0, 6.0, "eliminated"]]}
     sample = Sample("a", image, rles=[])

@@ -1,18 +1,17 @@
 """The ablation and the sweeps: which settings share what, and what their tables say."""
 
 import conftest
-import nbformat
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import part, row
+from conftest import parameters, part, row
 from hypothesis import given
 from hypothesis import strategies as st
 
 from aopsam_lab.asf import AsfParams
 from aopsam_lab.data import open_dataset
 from aopsam_lab.pipeline import decode_cache
-from aopsam_lab.study import PACKAGE_ROOT, figures, report, score, sweeps, tables
+from aopsam_lab.study import figures, report, score, sweeps, tables
 from aopsam_lab.study.figures import joint_figure, sweep_figure
 from aopsam_lab.study.runner import MAIN_COMPARISON
 from aopsam_lab.study.score import TIMES
@@ -105,7 +104,7 @@ def test_what_is_scored_is_not_scored_again(sweep):
     ("changes", "message"),
     [({"values": {"size": (1,)}}, "no parameter 'size'"), ({"budgets": (0,)}, "budget")],
 )
-def test_bad_arguments(sweep, changes, message):
+def test_bad_arguments_are_refused_by_name(sweep, changes, message):
     with pytest.raises(ValueError, match=message):
         sweep(**changes)
 
@@ -122,7 +121,7 @@ def rows_along(parameter: str, values: dict[float, list[float]]) -> pd.DataFrame
     )
 
 
-def test_trends_by_hand():
+def test_trends_worked_by_hand_and_said_in_a_sentence():
     # 0.1 less a unit on every image
     falling = {1.0: [0.9, 0.5, 0.6], 2.0: [0.8, 0.4, 0.5], 4.0: [0.6, 0.2, 0.3]}
     trends = sweeps.trend_table(rows_along("smoothing", falling), {"smoothing": (1.0, 2.0, 4.0)})
@@ -146,7 +145,7 @@ def test_trends_by_hand():
 
 
 @given(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), min_size=1, max_size=12))
-def test_the_front_is_what_nothing_beats(points):
+def test_the_pareto_front_is_what_nothing_beats(points):
     cost, gain = np.array(points, dtype=float).T
     front = sweeps.pareto_front(cost, gain)
     assert front.any()
@@ -192,7 +191,7 @@ def dashed(figure):
     return [line for axes in figure.axes for line in axes.lines if line.get_linestyle() == "--"]
 
 
-def test_figures_of_the_sweeps():
+def test_sweep_figures_show_each_parameter_and_the_papers_curves():
     table = made_up_table()
     figure = sweep_figure(table)
     titles = [axes.get_title(loc="left") for axes in figure.axes[:4]]
@@ -216,10 +215,7 @@ def test_figures_of_the_sweeps():
     [("main_comparison", MAIN_COMPARISON), ("ablation", ABLATION), ("parameter_sweeps", SWEEPS)],
 )
 def test_the_parameters_of_the_notebooks_are_the_defaults(name, config):
-    notebook = nbformat.read(PACKAGE_ROOT / "notebooks" / f"{name}.ipynb", as_version=4)
-    (tagged,) = [c for c in notebook.cells if "parameters" in c.metadata.get("tags", [])]
-    values: dict = {}
-    exec(tagged.source, values)
+    values = parameters(name)
     asked = "sam checkpoint predictor dataset n_images timed_images seed device out"
     assert {*asked.split(), "smoothing", "confidence", "spacing", "elimination"} <= values.keys()
     for key in vars(config).keys() & values.keys():

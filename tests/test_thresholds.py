@@ -10,7 +10,6 @@ from conftest import part
 from small import all_masks
 
 from aopsam_lab.asf import AsfParams
-from aopsam_lab.pipeline import decode_cache
 from aopsam_lab.pipeline.decode import decode_and_filter
 from aopsam_lab.pipeline.decode_cache import DecodeCache, LooseRun
 from aopsam_lab.pipeline.methods import Grid, method_named
@@ -27,20 +26,16 @@ FEW_POINTS = AsfParams(spacing=12, confidence=0.05, elimination=1.1)
 GRID = Grid("grid", 6)
 
 
-def same_masks(ours: list[dict], theirs: list[dict]) -> bool:
-    return [rle["counts"] for rle in ours] == [rle["counts"] for rle in theirs]
-
-
 # --- the cache ---
 
 
 @pytest.mark.parametrize("method", [GRID, "aop", "aop_no_af"])
-def test_at_sams_own_thresholds_it_is_the_ordinary_run(sam, predictor, photo, method):
+def test_masks_at_sams_own_thresholds_are_those_of_an_ordinary_run(sam, predictor, photo, method):
     loose = LooseRun(DecodeCache(sam, photo, LOOSEST))
     shared = run_method(sam, photo, method, predictor, params=FEW_POINTS, decode=loose)
     alone = run_method(sam, photo, method, predictor, params=FEW_POINTS)
     own = loose.masks_at([OWN])[0]
-    assert len(own) > 3 and same_masks(own, shared.masks)
+    assert len(own) > 3 and own == shared.masks
     assert shared.prompts["status"].tolist() == alone.prompts["status"].tolist()
     assert shared.n_eliminated == alone.n_eliminated and len(shared.masks) == len(alone.masks)
     np.testing.assert_allclose(shared.scores, alone.scores, atol=1e-4)
@@ -48,7 +43,7 @@ def test_at_sams_own_thresholds_it_is_the_ordinary_run(sam, predictor, photo, me
     assert method != "aop" or alone.n_eliminated > 0
 
 
-def test_looser_pairs_are_runs_of_a_sam_with_these_thresholds(sam, photo):
+def test_masks_at_looser_thresholds_are_those_of_a_sam_that_has_them(sam, photo):
     loose = LooseRun(DecodeCache(sam, photo, LOOSEST))
     run_method(sam, photo, GRID, decode=loose)
     kept = loose.masks_at(PAIRS)
@@ -65,30 +60,7 @@ def test_looser_pairs_are_runs_of_a_sam_with_these_thresholds(sam, photo):
         assert different == pytest.approx(1, abs=1e-3)
 
 
-def test_each_prompt_is_decoded_once_and_what_is_forgotten_again(
-    sam, predictor, photo, monkeypatch
-):
-    asked = []
-
-    def counting(sam, encoded, prompts, index, spec):
-        asked.extend(map(tuple, prompts.points[index].tolist()))
-        return decode_and_filter(sam, encoded, prompts, index, spec)
-
-    monkeypatch.setattr(decode_cache, "decode_and_filter", counting)
-    cache = DecodeCache(sam, photo, LOOSEST)
-    runs = {name: LooseRun(cache) for name in ("aop_no_af", "aop")}
-    for name, run in runs.items():
-        run_method(sam, photo, name, predictor, params=FEW_POINTS, decode=run)
-    assert len(asked) == len(set(asked)) > 10
-    small = DecodeCache(sam, photo, LOOSEST, max_bytes=4 * cache.bytes // len(asked))
-    again = LooseRun(small)
-    run_method(sam, photo, "aop", predictor, params=FEW_POINTS, decode=again)
-    assert small.bytes <= small.max_bytes
-    for ours, theirs in zip(again.masks_at(PAIRS), runs["aop"].masks_at(PAIRS), strict=True):
-        assert len(ours) == len(theirs)
-
-
-def test_what_the_cache_refuses(sam, photo):
+def test_thresholds_below_the_caches_and_another_image_are_refused(sam, photo):
     run = LooseRun(DecodeCache(sam, photo, LOOSEST))
     assert run.masks_at(PAIRS) == [[]] * len(PAIRS)  # nothing decoded yet
     with pytest.raises(ValueError, match="not to the thresholds"):

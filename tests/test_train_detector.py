@@ -60,7 +60,7 @@ def test_recall_of_boxes_by_hand():
     assert [measured[x] for x in ("recall_50", "recall_75", "boxes")] == [0.75, 0.625, 3]
 
 
-def test_photographs_are_written_in_yolo_layout(tmp_path, folder):
+def test_photographs_are_written_as_yolo_reads_them(tmp_path, folder):
     data, listing = open_dataset(folder), tmp_path / "data.yaml"
     rows, held = split(data)
     assert [data.ids[i] for i in held] == ["10.png"]

@@ -51,7 +51,7 @@ def test_covering_prompts_prefer_a_click_that_gives_two_masks():
     assert {(x - 0.5, y - 0.5): height for x, y, height in found} == needed | others
 
 
-def test_covering_prompts_of_masks_that_people_drew():
+def test_masks_that_people_drew_are_covered_at_their_deepest_points():
     whole, drawn, covered = square(0, 0, 20), square(40, 40, 9), square(8, 8, 6)
     found = covering_prompts(sample([whole, drawn, covered], clicks=[[[10, 10]], [], []]))
     expected = [(10.5, 10.5, 1), (44.5, 44.5, 1)]
@@ -74,7 +74,7 @@ def test_a_prompt_may_lie_anywhere_about_its_click():
     assert (first != second).any(), "drawn anew"
 
 
-def test_target_map_by_hand():
+def test_the_target_map_holds_each_prompts_height_by_hand():
     rng = np.random.default_rng(0)
     first, second = np.float32([[5.4, 2.4]]), np.float32([[4.2, 3.8]])
     prompts = [(first, 0.5), (second, 1), (np.float32([[15, 17]]), 0.25)]
@@ -83,7 +83,7 @@ def test_target_map_by_hand():
     assert target.dtype == np.float32 and not target_map([], 0.5, (8, 8), rng).any()
 
 
-def test_one_gaussian_a_block():
+def test_the_map_has_one_gaussian_in_each_block():
     confidence, place = torch.full((1, 2, 2), -20.0), torch.zeros(1, BLOCK**2, 2, 2)
     confidence[0, 0, 1], place[0, 3 * BLOCK + 1, 0, 1] = 0.0, 9.0
     pcm = draw_pcm(confidence, place)[0, 0]
