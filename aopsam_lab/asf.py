@@ -1,8 +1,8 @@
 """Adaptive Sampling and Filtering (ASF).
 
-Adaptive sampling: smooth the Prompt Confidence Map (PCM), take its local maxima above a confidence,
-keep them apart. Adaptive filtering: after each round of decoding, drop the waiting prompts that a
-mask already found explains, by the Prompt Elimination Map (PEM) of that mask.
+Adaptive sampling (`sample_prompts`): smooth the Prompt Confidence Map (PCM), take its local maxima
+above a confidence, keep them apart. Adaptive filtering (`FilteredProposal`): after each round of
+decoding, drop the waiting prompts at which the Prompt Elimination Map (PEM) of a mask is high.
 
 PCM cells are (row, column) of the 4h x 4w grid, PEM cells of the h x w grid, the embedding's. Both
 grids cover the whole model frame, padding included.
