@@ -224,6 +224,9 @@ def test_signs_read_from_a_file_are_told_in_words(tmp_path):
     signs = paper.sign_table(*swept())
     write_all(tmp_path, {"signs.csv": signs})
     text = part("beside_signs", pd.read_csv(tmp_path / "signs.csv"))
+    assert "is not clear:" not in text
+    unclear = part("beside_signs", paper.sign_table(*swept(sign=0.0)))
+    assert "Why mIoU along spacing is not clear: from 4 to 7 the masks of an image" in unclear
     assert "Of 12 signs of the paper's sweeps: 12 agree with ours." in text
     assert "smoothing 1 to 4" in text and "has no interval" in text and "timed images" in text
     rows = {
