@@ -147,24 +147,21 @@ def test_our_figures_fill_the_rows_of_the_ablation_that_match():
 
 
 @pytest.mark.parametrize(
-    ("theirs", "ours", "once", "said"),
+    ("theirs", "ours", "said"),
     [
-        (-9.0, (-3.0, -5.0, -1.0), False, "agrees"),
-        (3.8, (2.0, 0.5, 4.0), False, "agrees"),
-        (-9.0, (3.0, 1.0, 5.0), False, "disagrees"),
-        (3.8, (-2.0, -4.0, -0.5), False, "disagrees"),
-        (3.8, (2.0, -0.5, 4.0), False, "not clear"),
-        (3.8, (2.0, 0.0, 4.0), False, "not clear"),  # the interval's end belongs to it
-        (3.8, (2.0, NAN, NAN), False, "not clear"),  # one image
-        (3.8, (NAN, NAN, NAN), False, "not measured"),
-        (-0.5, (-0.01, NAN, NAN), True, "agrees"),
-        (-0.5, (0.01, NAN, NAN), True, "disagrees"),
-        (-0.5, (0.0, NAN, NAN), True, "not clear"),
-        (-0.5, (NAN, NAN, NAN), True, "not measured"),
+        (-9.0, (-3.0, -5.0, -1.0), "agrees"),
+        (3.8, (2.0, 0.5, 4.0), "agrees"),
+        (-9.0, (3.0, 1.0, 5.0), "disagrees"),
+        (3.8, (-2.0, -4.0, -0.5), "disagrees"),
+        (3.8, (2.0, -0.5, 4.0), "not clear"),
+        (3.8, (2.0, 0.0, 4.0), "not clear"),  # the interval's end belongs to it
+        (3.8, (2.0, NAN, NAN), "not clear"),  # one image
+        (3.8, (NAN, NAN, NAN), "not measured"),
+        (-0.5, (-0.01, -0.01, -0.01), "agrees"),  # measured once, every step in one direction
     ],
 )
-def test_a_sign_agrees_only_where_the_interval_leaves_out_zero(theirs, ours, once, said):
-    assert paper.verdict(theirs, *ours, measured_once=once) == said
+def test_a_sign_agrees_only_where_the_interval_leaves_out_zero(theirs, ours, said):
+    assert paper.verdict(theirs, *ours) == said
 
 
 def swept(grids=sweeps.SWEPT, sign=1.0) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -206,7 +203,18 @@ def test_twelve_signs_that_agree_and_their_changes_in_the_papers_units():
     ratio = table.loc[("elimination", "elim_ratio_percent")]
     assert ratio[["change", "paper_change"]].tolist() == pytest.approx([-7.5, -26.9])
     memory = table.loc[("spacing", "peak_mem_gb")]
-    assert memory["change"] == pytest.approx(-0.3 * 1.048576) and np.isnan(memory["change_lo"])
+    once = memory[["change", "change_lo", "change_hi"]].tolist()
+    assert once == pytest.approx([-0.3 * 1.048576] * 3) and np.isnan(memory["n_images"])
+
+
+def test_a_peak_that_goes_up_and_down_has_no_clear_sign():
+    trends, table = swept()
+    own = table["parameter"] == "spacing"
+    table.loc[own, "peak_mem_mb"] = [1000.0, 950.0, 990.0, 980.0]
+    spacing = paper.sign_table(trends, table).query("column == 'peak_mem_gb'").iloc[1]
+    changes = spacing[["change", "change_lo", "change_hi"]].tolist()
+    assert changes == pytest.approx([x * 0.001048576 for x in (-20, -60, 20)])
+    assert spacing["verdict"] == "not clear"
 
 
 def test_verdicts_on_other_signs_no_change_no_measure_and_other_values():
@@ -228,9 +236,11 @@ def test_signs_read_from_a_file_are_told_in_words(tmp_path):
     unclear = part("beside_signs", paper.sign_table(*swept(sign=0.0)))
     assert "Why mIoU along spacing is not clear: from 4 to 7 the masks of an image" in unclear
     assert "Of 12 signs of the paper's sweeps: 12 agree with ours." in text
-    assert "smoothing 1 to 4" in text and "has no interval" in text and "timed images" in text
+    assert (
+        "smoothing 1 to 4" in text and "measured once a setting" in text and "timed images" in text
+    )
     rows = {
-        "spacing 4 to 7": "Peak_Mem agrees -0.180 -0.315 GB –",
+        "spacing 4 to 7": "Peak_Mem agrees -0.180 -0.315 [-0.315, -0.315] GB –",
         "elimination 1.25 to 1.4": "Mask_Lat agrees +0.370",
     }
     for parameter, cells in rows.items():

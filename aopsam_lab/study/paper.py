@@ -108,27 +108,23 @@ def sign_table(trends: pd.DataFrame, table: pd.DataFrame) -> pd.DataFrame:
             once = name == "peak_mem_mb"
             own = ours.loc[(parameter, "miou" if once else name)].copy()
             if once:
-                peaks = table.loc[table["parameter"] == parameter, name]
-                own[["n_images", *CHANGE]] = NAN, peaks.iloc[-1] - peaks.iloc[0], NAN, NAN
+                peaks = table.loc[table["parameter"] == parameter, name].to_numpy()
+                change, steps = peaks[-1] - peaks[0], np.diff(peaks)
+                spread = max(0, *(-np.sign(change) * steps))  # the largest step against the change
+                own[["n_images", *CHANGE]] = NAN, change, change - spread, change + spread
             own[list(CHANGE)] *= factor
             theirs = end[column] - start[column]
-            said = verdict(theirs, *own[list(CHANGE)], measured_once=once)
+            said = verdict(theirs, *own[list(CHANGE)])
             same = (own["first"], own["last"]) == (start["value"], end["value"])
             row = {**own, "parameter": parameter, "column": column, "paper_change": theirs}
             rows.append(row | {"verdict": said if same else "other values"})
     return as_table(rows, SIGNS)
 
 
-def verdict(
-    paper_change: float, change: float, low: float, high: float, *, measured_once: bool = False
-) -> str:
-    """Does our change, with its interval from low to high, have the sign of the paper's?
-
-    "not clear" where the interval holds 0 or is unknown, unless it was measured once.
-    """
+def verdict(paper_change: float, change: float, low: float, high: float) -> str:
+    """Does our change have the sign of the paper's? Not clear if low to high holds 0 or is NaN."""
     if not np.isfinite(change):
         return "not measured"
-    decided = measured_once or low > 0 or high < 0  # neither for NaN, the interval of one image
-    if not decided or change == 0 or paper_change == 0:
+    if not (low > 0 or high < 0) or paper_change == 0:
         return "not clear"
     return "agrees" if (change > 0) == (paper_change > 0) else "disagrees"
