@@ -30,12 +30,52 @@ def test_a_mistake_is_named(name, mistake, message):
 def test_any_other_wrong_answer_is_told_what_is_wrong_with_it(name):
     exercise = checks.EXERCISES[name]
     assert "returns nothing" in checks.verdict(exercise, lambda *_: None)
+    assert "without parentheses" in checks.verdict(exercise, 0.5)
+    assert "same length" in checks.verdict(exercise, lambda *_: [[1, 2], [3]])
     assert "ZeroDivisionError" in checks.verdict(exercise, lambda *_: 1 / 0)
     wrong = checks.verdict(exercise, lambda *a: np.asarray(exercise.right(*a), float) + 0.25)
     assert "yours is" in wrong
     assert "shape" in checks.verdict(exercise, lambda *_: np.zeros((2, 3, 4, 5)))
     nan = checks.verdict(exercise, lambda *a: np.asarray(exercise.right(*a), float) * np.nan)
     assert "NaN" in nan
+
+
+def test_a_branch_without_a_return_is_found():
+    """A student's function may answer some inputs and forget others."""
+
+    def iou(first, second):
+        if (first | second).any():
+            return checks.EXERCISES["iou"].right(first, second)
+
+    message = checks.verdict(checks.EXERCISES["iou"], iou)
+    assert message.startswith("your function returns nothing for first = ")
+    assert "each branch" in message
+
+
+def test_an_answer_that_stops_on_some_inputs_only_is_told_which():
+    def iou(first, second):
+        if not (first | second).any():
+            raise ValueError("no union")
+        return checks.EXERCISES["iou"].right(first, second)
+
+    message = checks.verdict(checks.EXERCISES["iou"], iou)
+    assert "ValueError: no union, for first = " in message
+
+
+def test_the_first_number_that_differs_is_shown_of_a_large_answer():
+    exercise = checks.EXERCISES["elimination_map"]
+
+    def one_off(features, mask):
+        answer = np.array(exercise.right(features, mask))
+        answer[2, 3] += 0.5
+        return answer
+
+    assert "1 of 24 numbers differ; at [2, 3]" in checks.verdict(exercise, one_off)
+
+
+def test_an_unknown_exercise_is_refused_by_name():
+    with pytest.raises(ValueError, match="No exercise 'iuo': choose one of to_model_frame, iou"):
+        checks.check("iuo", len)
 
 
 def test_an_answer_may_change_its_arguments():

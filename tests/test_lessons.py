@@ -56,7 +56,7 @@ def test_every_exercise_is_in_a_lesson_and_unsolved():
 def test_a_lesson_runs_and_shows_what_it_speaks_of(path, tmp_path):
     made = tmp_path / path.name
     nbformat.write(solved(path), made)
-    for file in ("checks.py", "course.py", "sam.svg"):
+    for file in ("checks.py", "course.py", "exercises.py", "sam.svg"):
         (tmp_path / file).write_bytes((FOLDER / file).read_bytes())
     done = papermill.execute_notebook(
         made, made, FEW.get(path.stem, {}), progress_bar=False, cwd=tmp_path
