@@ -93,6 +93,13 @@ def test_a_table_is_escaped_and_a_row_of_it_set_off():
     assert "<tr><td>x</td><td>1</td></tr> <tr class=own><td>&lt;b&gt;</td>" in text
 
 
+def test_provenance_is_folded_and_leaves_out_empty_lists():
+    facts = {"parameters": {"sam": "x", "thresholds": [], "seed": 0}}
+    text = part("provenance", facts)
+    assert text.startswith("<details><summary>") and text.endswith("</details>")
+    assert "<dd>sam x, seed 0</dd>" in text
+
+
 # --- the README ---
 
 
