@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from conftest import METHODS, part, row
+from papermill import inspect_notebook
 
 from aopsam_lab.files import write_atomically
 from aopsam_lab.study import PACKAGE_ROOT, figures, machine, report, sweeps, tables
@@ -203,3 +204,13 @@ def test_reports_are_made_from_any_folder(folder, tmp_path, monkeypatch):
     assert "4 rows scored now, 0 found" in page and "AoP-SAM without AF" in page
     assert not re.search(r'<(script|link)[^>]+(src|href)="https?:', page)
     assert str(PACKAGE_ROOT) not in made.with_suffix(".ipynb").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    "file", sorted((PACKAGE_ROOT / "notebooks").glob("*.ipynb")), ids=lambda file: file.stem
+)
+def test_papermill_knows_type_and_text_of_each_parameter(file):
+    known = inspect_notebook(str(file)).values()
+    assert len(known) > 7
+    bare = [one["name"] for one in known if one["inferred_type_name"] == "None" or not one["help"]]
+    assert not bare
