@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from conftest import METHODS, part, row
+from papermill import inspect_notebook
 
 from aopsam_lab.files import write_atomically
 from aopsam_lab.study import PACKAGE_ROOT, figures, machine, report, sweeps, tables
@@ -91,6 +92,13 @@ def test_the_index_of_no_report_says_how_to_make_one_and_others_follow(reports, 
 def test_a_table_is_escaped_and_a_row_of_it_set_off():
     text = part("table", pd.DataFrame({"a": ["x", "<b>"], "%": ["1", "2"]}), "<b>")
     assert "<tr><td>x</td><td>1</td></tr> <tr class=own><td>&lt;b&gt;</td>" in text
+
+
+def test_provenance_is_folded_and_leaves_out_empty_lists():
+    facts = {"parameters": {"sam": "x", "thresholds": [], "seed": 0}}
+    text = part("provenance", facts)
+    assert text.startswith("<details><summary>") and text.endswith("</details>")
+    assert "<dd>sam x, seed 0</dd>" in text
 
 
 # --- the README ---
@@ -196,3 +204,13 @@ def test_reports_are_made_from_any_folder(folder, tmp_path, monkeypatch):
     assert "4 rows scored now, 0 found" in page and "AoP-SAM without AF" in page
     assert not re.search(r'<(script|link)[^>]+(src|href)="https?:', page)
     assert str(PACKAGE_ROOT) not in made.with_suffix(".ipynb").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    "file", sorted((PACKAGE_ROOT / "notebooks").glob("*.ipynb")), ids=lambda file: file.stem
+)
+def test_papermill_knows_type_and_text_of_each_parameter(file):
+    known = inspect_notebook(str(file)).values()
+    assert len(known) > 7
+    bare = [one["name"] for one in known if one["inferred_type_name"] == "None" or not one["help"]]
+    assert not bare
