@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import io
+import json
 import re
 import tempfile
 import warnings
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import anywidget
+import numpy as np
 import traitlets
 from matplotlib.figure import Figure
 from PIL import Image
@@ -74,9 +76,16 @@ class Explorer(anywidget.AnyWidget):
         round: rounds of adaptive filtering shown; all of them by default.
         selected: row of `segmentation.prompts` that is clicked, -1 for none.
         layers: opacity from 0 to 1 of image, pcm, smoothed, pem, masks, ground_truth, prompts.
-        manual: objects clicked by hand, each a list of (x, y, 1 for the object or 0 for the
-            background).
-        segmentation, compared: what is shown, masks of clicks among its own, and beside it.
+        manual: objects clicked by hand, each a list of (x, y, label): 1 for the object, 0 for the
+            background, 2 and 3 for two corners of a box. A number that follows chooses one of
+            SAM's three masks, from 0 for the smallest.
+        current: the object of `manual` that clicks add to, -1 for a new one.
+        quality: masks of a lower predicted IoU are hidden.
+        edits: from a mask's COCO RLE counts to {"name": ...} or {"deleted": True}.
+        segmentation, compared: what was found, masks of clicks among its own, and beside it.
+        shown: the part of `segmentation` that is neither hidden nor deleted; exports hold it.
+        annotations: `shown` of all images that were opened, as COCO. Set it to go on where a
+            session stopped.
         message: what the message line says.
     """
 
@@ -95,6 +104,9 @@ class Explorer(anywidget.AnyWidget):
     selected = traitlets.Int(-1).tag(sync=True)
     layers = traitlets.Dict(LAYERS).tag(sync=True)
     manual: traitlets.List[Clicks] = traitlets.List().tag(sync=True)
+    current = traitlets.Int(-1).tag(sync=True)
+    quality = traitlets.Float(0.0).tag(sync=True)
+    edits = traitlets.Dict().tag(sync=True)
     segmentation = traitlets.Instance(Segmentation, allow_none=True)
     compared = traitlets.Instance(Segmentation, allow_none=True)
     message = traitlets.Unicode().tag(sync=True)
@@ -117,6 +129,8 @@ class Explorer(anywidget.AnyWidget):
         self._sources, self._sam = list(sources), sam
         self._session: Session | None = None
         self._answers: dict[str, Answer | None] = {}  # by side
+        self._kept: dict[str, dict] = {}  # COCO of images that were opened before, by name
+        self._is_asked_by_page = False
         self._task: asyncio.Task | None = None
         self._worker = ThreadPoolExecutor(1)
         look = {
@@ -156,18 +170,34 @@ class Explorer(anywidget.AnyWidget):
             if all(map(self._session.ask, self.manual)):
                 self._publish(self._session, {})
                 self.message = self._session.opened.note
+                self._selected_changed()
             else:
                 self.manual = change["old"]
+                self.current = min(self.current, len(self.manual) - 1)
                 self.message = "SAM found nothing there."
 
-    @traitlets.observe("selected")
+    @traitlets.observe("selected", "current")
     def _selected_changed(self, _: dict | None = None) -> None:
         seg, session, self.detail = self.segmentation, self._session, {}
-        if seg is None or session is None or not 0 <= self.selected < len(seg.prompts):
+        is_object = 0 <= self.current < len(self.manual)
+        if seg is None or session is None:
+            return
+        if not is_object and not 0 <= self.selected < len(seg.prompts):
             return
         with self._errors_in_message():
-            masks = session.candidates(seg, self.selected)
-            lines = [f"IoU {mask.score:.2f}, stability {mask.stability:.2f}" for mask in masks]
+            if is_object:
+                masks = session.options(self.manual[self.current])
+            else:
+                masks = session.candidates(seg, self.selected)
+            lines = [
+                f"predicted IoU {mask.score:.2f}, stability {mask.stability:.2f}" for mask in masks
+            ]
+            if is_object:
+                score = session.ask(self.manual[self.current]).score  # type: ignore[union-attr]
+                about = {"object": self.current, "score": float(score)}
+                packed = packing.pack_masks([mask.rle for mask in masks])
+                self.detail = {**about, "prompt": -2, "masks": packed, "lines": lines}
+                return
             if masks:
                 lines[max(range(len(masks)), key=lambda i: masks[i].score)] += ", best"
             packed = packing.pack_masks([mask.rle for mask in masks])
@@ -177,12 +207,16 @@ class Explorer(anywidget.AnyWidget):
     def _open(self, change: dict | None = None, shown: Segmentation | None = None) -> None:
         """Show the image `source`; its Segmentation may be known already."""
         self._cancel()
+        if change is not None and self.segmentation is not None:
+            self._kept[self.names[change["old"]]] = self._coco(self.names[change["old"]])
         self._session, self._answers = None, {}
         with self.hold_sync():
             self.left, self.right, self.image, self.preview = {}, {}, {}, []
             self.segmentation, self.compared, self.selected = None, None, -1
             if change is not None:
-                self.manual = []
+                state = self._kept.get(self.names[self.source], {}).get("explorer", {})
+                self.current, self.edits = -1, state.get("edits", {})
+                self.manual = state.get("manual", [])
         if not self._sources:
             return
         with self._errors_in_message(), warnings.catch_warnings():
@@ -214,13 +248,15 @@ class Explorer(anywidget.AnyWidget):
             if name in METHODS and known.get(side) != (name, self.params)
         }
         with self._errors_in_message():
-            if not self._property_lock:  # ipywidgets has it while it takes a change of the page
+            # ipywidgets has this lock while it takes a change of the page
+            if not (self._property_lock or self._is_asked_by_page):
                 for side, setting in due.items():
                     self._publish(session, {side: session.run(*setting)})
             elif due:
                 if self.segmentation is not None and "left" in due:
                     self.preview = session.sample(*due["left"])
-                self.busy = "decoding …"
+                is_new = "_cache" not in vars(session)
+                self.busy = "Encoding the photograph …" if is_new else "Choosing prompts …"
                 self._task = asyncio.get_running_loop().create_task(self._later(session, due))
 
     async def _later(self, session: Session, due: dict[str, tuple[str, AsfParams]]) -> None:
@@ -229,7 +265,7 @@ class Explorer(anywidget.AnyWidget):
 
         def say(done: int, total: int) -> None:
             if self._task is task:
-                self.busy = f"decoding {done} of {total} …"
+                self.busy = f"{done} of {total} prompts …"
 
         def progress(done: int, total: int) -> None:
             if self._task is not task:
@@ -268,6 +304,8 @@ class Explorer(anywidget.AnyWidget):
                 for name, masks in others.items()
             }
             self.left, self.preview, self.segmentation = packed, [], seg
+            if not seg.masks:
+                self.message = _why_empty(seg)
             if selected == self.selected:
                 self._selected_changed()
             self.selected = selected
@@ -288,17 +326,104 @@ class Explorer(anywidget.AnyWidget):
     def _on_message(self, _: object, content: dict, buffers: Sequence[memoryview]) -> None:
         """Take what the page sends: an upload and its `name`, or `what` to export."""
         with self._errors_in_message():
-            if buffers:
-                name = content["name"]
-                opened = prepared(image_from_bytes(bytes(buffers[0]), name))
-                self._sources.append(Source(name, repr(name), lambda: opened))
-                self.names = [*self.names, name]
-                self.source = len(self._sources) - 1
-            elif self.segmentation is not None:
+            if "ping" in content:
+                self.send({"pong": content["ping"]})
+            elif buffers:
+                self._upload(content["names"], buffers)
+            elif "hover" in content and self._session is not None:
+                masks = self._session.preview(content["hover"])
+                packed = packing.pack_masks([mask.rle for mask in masks])
+                score = float(masks[0].score) if masks else None
+                self.send({"hover": content["hover"], "masks": packed, "score": score})
+            elif (seg := self.shown) is not None:
                 name = self._sources[self.source].name
+                if content["what"] == "annotations":
+                    text = json.dumps(self.annotations).encode()
+                    self.send({"name": "annotations.json"}, [text])
+                    return
+                if "mask" in content:
+                    seg = _part(seg, np.array([m["counts"] for m in seg.masks]) == content["mask"].encode())
                 with tempfile.TemporaryDirectory() as folder:
-                    file = save(self.segmentation, folder, Path(name).stem, name)[content["what"]]
+                    file = save(seg, folder, Path(name).stem, name)[content["what"]]
                     self.send({"name": file.name}, [file.read_bytes()])
+
+    def _upload(self, names: Sequence[str], buffers: Sequence[memoryview]) -> None:
+        """Add images of the page, and show the last one; they lie in a folder of their own."""
+        folder, bad = Path(tempfile.mkdtemp(prefix="aopsam-upload-")), []
+        for name, data in zip(names, buffers, strict=True):
+            try:
+                opened = prepared(image_from_bytes(bytes(data), name))
+            except ValueError as error:
+                bad.append(str(error))
+                continue
+            file = folder / Path(name).name
+            file.write_bytes(data)
+            self._sources.append(Source(name, repr(str(file)), lambda opened=opened: opened))
+        self.names = [source.name for source in self._sources]
+        if len(bad) < len(names):
+            self._is_asked_by_page = True
+            try:
+                self.source = len(self._sources) - 1
+            finally:
+                self._is_asked_by_page = False
+        if bad:
+            self.message = " ".join(bad)
+
+    @property
+    def shown(self) -> Segmentation | None:
+        """What is neither below `quality` nor deleted."""
+        seg, edits = self.segmentation, self.edits
+        if seg is None:
+            return None
+        deleted = [edits.get(m["counts"].decode(), {}).get("deleted", False) for m in seg.masks]
+        return _part(seg, (seg.scores >= self.quality) & ~np.array(deleted, bool))
+
+    def _coco(self, name: str) -> dict:
+        """`shown` as COCO, a category for each name, and what makes this state again."""
+        seg = self.shown
+        assert seg is not None
+        coco = seg.to_coco(file_name=name)
+        for one in coco["annotations"]:
+            edit = self.edits.get(one["segmentation"]["counts"], {})
+            one["category"] = edit.get("name") or "object"
+        state = {"manual": self.manual, "edits": self.edits}
+        return {**coco, "explorer": state}
+
+    @property
+    def annotations(self) -> dict:
+        """The masks of all images that were opened as one COCO data set."""
+        kept = dict(self._kept)
+        if self.segmentation is not None:
+            kept[self.names[self.source]] = self._coco(self.names[self.source])
+        found = [one["category"] for coco in kept.values() for one in coco["annotations"]]
+        categories = sorted({"object", *found})
+        images, annotations = [], []
+        for image_id, coco in enumerate(kept.values(), 1):
+            images += [{**coco["images"][0], "id": image_id}]
+            for one in coco["annotations"]:
+                number = {"id": len(annotations) + 1, "image_id": image_id}
+                number["category_id"] = categories.index(one["category"]) + 1
+                annotations.append({k: v for k, v in one.items() if k != "category"} | number)
+        return {
+            "info": {"description": "aopsam_lab, explorer"},
+            "images": images,
+            "annotations": annotations,
+            "categories": [{"id": i, "name": name} for i, name in enumerate(categories, 1)],
+            "explorer": {name: coco["explorer"] for name, coco in kept.items()},
+        }
+
+    @annotations.setter
+    def annotations(self, coco: dict) -> None:
+        names = {one["id"]: one["name"] for one in coco["categories"]}
+        for image in coco["images"]:
+            own = [one for one in coco["annotations"] if one["image_id"] == image["id"]]
+            named = [{**one, "category": names[one["category_id"]]} for one in own]
+            state = coco.get("explorer", {}).get(image["file_name"], {})
+            kept = {"images": [image], "annotations": named, "explorer": state}
+            self._kept[image["file_name"]] = kept
+        state = self._kept.get(self.names[self.source], {}).get("explorer", {})
+        self.current, self.edits = -1, state.get("edits", {})
+        self.manual = state.get("manual", [])
 
     def _call(self) -> str:
         """The Python that makes this state again."""
@@ -306,7 +431,10 @@ class Explorer(anywidget.AnyWidget):
         call = f"aop.explore({self._sources[self.source].code}, sam={sam!r}"
         call += f", method={self.method!r}, params=aop.{self.params}"
         if self.manual:
-            clicks = [[(round(x, 1), round(y, 1), k) for x, y, k in one] for one in self.manual]
+            clicks = [
+                [(round(c[0], 1), round(c[1], 1), c[2]) if isinstance(c, Sequence) else c for c in one]
+                for one in self.manual
+            ]
             call += f", manual={clicks}"
         if self.compare in METHODS:
             call += f", compare={self.compare!r}"
@@ -339,6 +467,22 @@ class Explorer(anywidget.AnyWidget):
 
     def __repr__(self) -> str:
         return f"Explorer({self.segmentation or self.message!r})"
+
+
+def _part(seg: Segmentation, wanted: np.ndarray) -> Segmentation:
+    """A Segmentation of the masks `wanted` (n,) bool alone."""
+    if wanted.all():
+        return seg
+    names = ("scores", "stability", "boxes", "mask_prompt")
+    masks = [mask for mask, is_wanted in zip(seg.masks, wanted, strict=True) if is_wanted]
+    return replace(seg, masks=masks, **{name: getattr(seg, name)[wanted] for name in names})
+
+
+def _why_empty(seg: Segmentation) -> str:
+    """Why nothing was found, for the message line."""
+    if seg.n_sampled or seg.pcm is None:
+        return f"No mask passed the thresholds, of {seg.n_decoded} prompts that were decoded."
+    return f"No prompt: the highest confidence here is {seg.pcm.max():.2f}. Lower the threshold."
 
 
 def explore(

@@ -13,13 +13,11 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 import torch
-from segment_anything import SamPredictor
+from pycocotools import mask as coco_mask
 from segment_anything.modeling import Sam
-from segment_anything.utils.amg import batched_mask_to_box, calculate_stability_score
 
 from aopsam_lab.asf import AsfParams
-from aopsam_lab.masks.rle import encode_rle
-from aopsam_lab.pipeline.decode import STABILITY_OFFSET, encode
+from aopsam_lab.pipeline.decode import STABILITY_OFFSET, encode, full_size, image_decoder
 from aopsam_lab.pipeline.decode_cache import DecodeCache, PcmCache
 from aopsam_lab.pipeline.methods import METHODS
 from aopsam_lab.pipeline.run import loaded_detector, loaded_predictor, run_method
@@ -30,7 +28,9 @@ from aopsam_lab.widgets.sources import Opened
 
 CHUNK = 16  # prompts decoded before each check whether the answer is still wanted
 
-Clicks = Sequence[tuple[float, float, int]]  # x, y, and 1 for the object or 0 for the background
+# x, y and SAM's label: 1 object, 0 background, 2 and 3 corners of a box; a number that follows
+# chooses one of `options`
+Clicks = Sequence[tuple[float, float, int] | int]
 
 
 class Answer(NamedTuple):
@@ -58,7 +58,7 @@ class Session:
         self.opened, self.sam = opened, sam
         self._lock = threading.Lock()  # a worker decodes while the main thread answers a click
         self.colours: dict[bytes, int] = {}  # of every mask shown so far, see mask_colours
-        self._asked: dict[str, Mask | None] = {}  # by the clicks, as JSON
+        self._asked: dict[str, list[Mask]] = {}  # by the clicks, as JSON
 
     @cached_property
     def _cache(self) -> DecodeCache:
@@ -120,30 +120,75 @@ class Session:
         return self._predict(True, point_coords=point, point_labels=np.ones(1))
 
     def ask(self, clicks: Clicks) -> Mask | None:
-        """SAM's mask for clicks: the best of three for one, its single one for more; or None."""
-        key = json.dumps(clicks)
+        """SAM's mask for clicks: the chosen one; else the best of three for one point, SAM's single
+        one for more; or None."""
+        points = [one for one in clicks if not isinstance(one, (int, float))]
+        options, chosen = self.options(points), clicks[len(points) :]
+        if chosen:
+            return options[int(chosen[0])] if int(chosen[0]) < len(options) else None  # type: ignore
+        if len(points) > 1:
+            options = self._asked_for(points, False)
+        return max(options, key=lambda mask: mask.score, default=None)
+
+    def options(self, clicks: Clicks) -> list[Mask]:
+        """Up to three masks for clicks, the smallest first: often a part, the whole, a group."""
+        points = [one for one in clicks if not isinstance(one, (int, float))]
+        return sorted(self._asked_for(points, True), key=lambda mask: coco_mask.area(mask.rle))
+
+    def _asked_for(self, points: Sequence, multimask: bool) -> list[Mask]:
+        key = json.dumps([points, multimask])
         if key not in self._asked:
-            points, labels = np.hsplit(np.array(clicks, float), [2])
-            masks = self._predict(len(clicks) == 1, point_coords=points, point_labels=labels[:, 0])
-            self._asked[key] = max(masks, key=lambda mask: mask.score, default=None)
+            xy, labels = np.hsplit(np.array(points, float), [2])
+            is_point = labels[:, 0] < 2
+            prompt = {}
+            if is_point.any():
+                prompt = {"point_coords": xy[is_point], "point_labels": labels[is_point, 0]}
+            if not is_point.all():
+                prompt["box"] = xy[~is_point].ravel()[:4]
+            self._asked[key] = self._predict(multimask, **prompt)
         return self._asked[key]
 
     @torch.inference_mode()
-    def _predict(self, multimask: bool, **prompt: np.ndarray) -> list[Mask]:
-        """The masks of one prompt as `SamPredictor.predict` takes it, without empty ones."""
-        stock, encoded = SamPredictor(self.sam), self._cache.encoded
-        stock.features, stock.is_image_set = encoded.embedding, True
-        stock.original_size, stock.input_size = encoded.image.shape[:2], encoded.input_size
+    def _predict(
+        self,
+        multimask: bool,
+        point_coords: np.ndarray | None = None,
+        point_labels: np.ndarray | None = None,
+        box: np.ndarray | None = None,
+        best_only: bool = False,
+    ) -> list[Mask]:
+        """The masks of one prompt as `SamPredictor.predict` gives them, without empty ones."""
+        encoded, sam, threshold = self._cache.encoded, self.sam, self.sam.mask_threshold
+        points = boxes = None
         with self._lock:
-            found = stock.predict(multimask_output=multimask, return_logits=True, **prompt)
-        logits, scores = map(torch.from_numpy, found[:2])
-        threshold = self.sam.mask_threshold
-        some = (logits > threshold).flatten(1).any(1)
-        logits, scores = logits[some], scores[some]
-        stability = calculate_stability_score(logits, threshold, STABILITY_OFFSET)
-        boxes = batched_mask_to_box(logits > threshold).float()
-        rles = encode_rle(logits > threshold)
-        return list(map(Mask, rles, scores.numpy(), stability.numpy(), boxes.numpy()))
+            device = encoded.embedding.device
+            if point_coords is not None:
+                xy = encoded.to_model(torch.tensor(point_coords, device=device).float())
+                points = xy[None], torch.tensor(point_labels, device=device).int()[None]
+            if box is not None:
+                corners = torch.tensor(box, device=device).float().view(1, 2, 2)
+                boxes = encoded.to_model(corners).flatten(1)
+            tokens = sam.prompt_encoder(points=points, boxes=boxes, masks=None)[0]
+            decoded = image_decoder(sam, encoded).decode(tokens)
+            wanted = torch.zeros_like(decoded.iou, dtype=torch.bool)
+            wanted[:, slice(1, None) if multimask else slice(0, 1)] = True
+            if best_only:
+                wanted &= decoded.iou == decoded.iou[wanted].max()
+            low_res, sizes = decoded.draw(wanted), full_size(encoded)
+            rles = sizes.encode(low_res, threshold)
+            stability, found = sizes.measure(low_res, threshold, STABILITY_OFFSET)
+        scores, rest = decoded.iou[wanted].cpu().numpy(), (stability.cpu(), found.cpu().float())
+        masks = list(map(Mask, rles, scores, *(values.numpy() for values in rest)))
+        return [mask for mask in masks if coco_mask.area(mask.rle)]
+
+    def preview(self, clicks: Clicks) -> list[Mask]:
+        """The mask that clicks would give, or none; quick enough for each move of the pointer."""
+        points = [one for one in clicks if not isinstance(one, (int, float))]
+        xy, labels = np.hsplit(np.array(points, float), [2])
+        if (labels > 1).any():
+            return [mask for mask in [self.ask(points)] if mask]
+        single = len(points) == 1
+        return self._predict(single, xy, labels[:, 0], best_only=True)
 
 
 def with_clicked(seg: Segmentation, clicked: Sequence[tuple[Clicks, Mask]]) -> Segmentation:
@@ -151,7 +196,7 @@ def with_clicked(seg: Segmentation, clicked: Sequence[tuple[Clicks, Mask]]) -> S
     if not clicked:
         return seg
     n, m = len(seg.prompts), len(clicked)
-    rows = pd.DataFrame([clicks[0][:2] for clicks, _ in clicked], columns=["x", "y"])
+    rows = pd.DataFrame([clicks[0][:2] for clicks, _ in clicked], columns=["x", "y"])  # type: ignore
     rows = rows.assign(round=-1, status="kept", by=-1)
     rles, scores, stability, boxes = zip(*(mask for _, mask in clicked), strict=True)
     masks, scores = [*seg.masks, *rles], np.append(seg.scores, scores)
