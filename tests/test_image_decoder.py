@@ -64,12 +64,12 @@ def test_the_trained_decoder_is_about_as_exact_as_stock(sam, photo):
     """Against float64: with trained weights two float32 decoders differ by 1e-4.
 
     Of points drawn at random one set in ten meets a saturated attention, whose rounding decides the
-    largest error, in stock's decoder as in ours. So each set is held to twice stock's error, the
-    largest and the root of the mean square, and the median set to a bound of its own.
+    largest error of one decoder or the other. So the median of five sets is held to twice stock's
+    largest and mean square error, and to a bound of its own.
     """
     torch.manual_seed(0)
-    exact, largest = copy.deepcopy(sam.mask_decoder).double(), []
-    for _ in range(3):
+    exact, errors = copy.deepcopy(sam.mask_decoder).double(), []
+    for _ in range(5):
         points = torch.rand(4, 1, 2) * torch.tensor(photo.input_size[::-1])
         sparse, dense = sam.prompt_encoder((points, torch.ones(4, 1)), boxes=None, masks=None)
         stock = (photo.embedding, photo.image_pe, sparse, dense)
@@ -77,11 +77,10 @@ def test_the_trained_decoder_is_about_as_exact_as_stock(sam, photo):
         ours = image_decoder(sam.prompt_encoder, sam.mask_decoder, photo.embedding).decode(sparse)
         error = ours.draw(torch.ones_like(iou, dtype=torch.bool)).view_as(logits) - logits
         stocks = sam.mask_decoder.predict_masks(*stock)[0] - logits
-        assert error.abs().max() <= 2 * stocks.abs().max(), "as near as stock"
-        assert error.norm() <= 2 * stocks.norm()  # 1.7 with AVX-512, below 1.4 without
         assert (ours.iou - iou).abs().max() <= 1e-4
-        largest.append(float(error.abs().max() / logits.abs().max()))
-    assert np.median(largest) <= 4e-6, "and that is near"
+        ratios = error.abs().max() / stocks.abs().max(), (error.norm() / stocks.norm()) ** 2
+        errors.append((*ratios, error.abs().max() / logits.abs().max()))
+    assert (np.median(errors, axis=0) <= (2, 2, 4e-6)).all(), errors
 
 
 @torch.no_grad()
