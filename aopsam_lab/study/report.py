@@ -158,10 +158,12 @@ def what_was_run(facts: Mapping[str, Any]) -> str:
     text = f"SAM “{parameters['sam']}” on {images}, {facts['processor']}; {', '.join(shown)}."
     timed = parameters.get("timed_images", parameters.get("n_images"))
     if timed != parameters.get("n_images"):
+        text += " Scores come from runs that share embeddings, confidence maps and decoded prompts"
         text += (
-            " Scores come from runs that share embeddings, confidence maps and decoded prompts; "
-            "times from separate runs of each setting alone, with nothing shared, on the first "
+            "; times from separate runs of each setting alone, with nothing shared, on the first "
             f"{timed} of these images."
+            if timed
+            else "; no times were taken."
         )
     return text
 
