@@ -27,7 +27,7 @@ def test_methods_at_equal_prompts_worked_by_hand():
     assert found == pytest.approx([0.55, 0.35, 0.2, 0.2, 0.2])
     shown = part("limits", table.reset_index())
     assert "<td>AoP-SAM, chosen</td><td>100 prompts, grid of side 10</td>" in shown
-    assert "<td>55.0</td><td>35.0</td>\n<td>+20.0 [+20.0, +20.0]</td>" in shown
+    assert "<td>55.0</td><td>35.0</td>\n<td>+20.0 [+20.0,\u00a0+20.0]</td>" in shown
     figure = equal_prompts.figure(made(0.5, 0.3).assign(coverage=0.5))
     assert [axes.get_title(loc="left") for axes in figure.axes] == ["mIoU %", "coverage %"]
     lines = {line.get_label() for line in figure.axes[0].lines}
