@@ -13,6 +13,7 @@ from small import rle_text, write_coco
 
 from aopsam_lab.data import PHOTOS, open_dataset
 from aopsam_lab.data.coco import found_masks
+from aopsam_lab.masks.drawing import mask_colours
 from aopsam_lab.study import PACKAGE_ROOT
 from aopsam_lab.study.runner import MAIN_COMPARISON
 from aopsam_lab.study.sweeps import ABLATION, SWEEPS
@@ -126,3 +127,21 @@ def test_a_file_of_found_masks_that_does_not_fit_is_refused(folder, change, word
     file.write_text(change(file.read_text()))
     with pytest.raises(ValueError, match=words):
         found_masks(open_dataset(folder))
+
+
+def test_masks_that_stay_keep_their_colours_on_all_photographs():
+    """Masks come and go, as by two clicks and a step of a slider."""
+    rng, same, near = np.random.default_rng(0), 0, 0
+    for masks in found_masks(open_dataset("photos")).values():
+        masks, known = [masks[i] for i in rng.permutation(len(masks))], {}
+        n = len(masks)
+        first, clicked = masks[: n // 2], masks[: n // 2 + 2]
+        after = [*clicked[::2], *masks[n // 2 + 2 :]]
+        seen = [mask_colours(part, known) for part in (first, clicked, after)]
+        assert np.array_equal(seen[1][: n // 2], seen[0])
+        assert np.array_equal(seen[2][: len(clicked[::2])], seen[1][::2])
+        boxes = coco_mask.toBbox(after) + np.array([-1, -1, 2, 2])
+        meets = np.triu(coco_mask.iou(boxes, boxes, [False] * len(after)) > 0, 1)
+        equal = (seen[2][:, None] == seen[2][None]).all(2)
+        same, near = same + (meets & equal).sum(), near + meets.sum()
+    assert same < 0.02 * near  # a neighbour of an equal colour may have come later

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from pycocotools.coco import COCO
 
-from aopsam_lab.masks.drawing import label_image, mask_colours, overlay
+from aopsam_lab.masks.drawing import GREY, label_image, mask_colours, matched_colours, overlay
 from aopsam_lab.masks.rle import encode_rle
 from aopsam_lab.pipeline.segmentation import Segmentation
 
@@ -130,7 +130,24 @@ def test_overlay_changes_masked_pixels_only_and_colours_are_distinct(seg):
     assert drawn.shape == seg.image.shape and drawn.dtype == np.uint8
     assert np.array_equal(drawn[~covered], seg.image[~covered])
     assert not np.array_equal(drawn[covered], seg.image[covered])
-    assert len(np.unique(mask_colours(21), axis=0)) == 21
+
+
+def test_a_colour_stays_neighbours_differ_and_a_match_has_the_same(seg):
+    known = {}
+    first = mask_colours(seg.masks[1:], known)
+    both = mask_colours(seg.masks, known)  # another one comes, before them in the list
+    assert np.array_equal(both[1:], first) and len(np.unique(both, axis=0)) == 3
+    assert np.array_equal(mask_colours(seg.masks[::-1], known), both[::-1])
+    pixels = seg.to_array()
+    less = pixels.copy()
+    less[1, :, 4:8] = False  # IoU above 0.5
+    less[2, :, 31:] = False  # below
+    colours = matched_colours(encode_rle(less), seg.masks, both)
+    assert np.array_equal(colours[:2], both[:2]) and tuple(colours[2]) == GREY
+    # a second copy is no match: one object has one
+    twice = matched_colours([seg.masks[0]] * 2, seg.masks, both)
+    assert np.array_equal(twice[0], both[0]) and tuple(twice[1]) == GREY
+    assert matched_colours([], seg.masks, both).shape == mask_colours([]).shape == (0, 3)
 
 
 def test_plot_draws_each_status(seg):

@@ -2,6 +2,7 @@
 
 import colorsys
 import io
+import zlib
 from collections.abc import Sequence
 
 import cv2
@@ -13,8 +14,12 @@ from pycocotools import mask as coco_mask
 OKABE_ITO = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7")
 
 
-def mask_colours(n: int) -> np.ndarray:
-    """Colours (n, 3) uint8 RGB: Okabe and Ito's, the same lighter, then darker, then again."""
+GREY = (150, 150, 150)  # of a mask that matches none
+MATCH_IOU = 0.5  # from which two masks show the same object
+
+
+def palette() -> np.ndarray:
+    """Colours (21, 3) uint8 RGB: Okabe and Ito's, the same lighter, then darker."""
     colours = []
     for change in (0.0, 0.18, -0.16):
         for code in OKABE_ITO:
@@ -22,8 +27,48 @@ def mask_colours(n: int) -> np.ndarray:
             hue, light, saturation = colorsys.rgb_to_hls(*rgb)
             light = min(max(light + change, 0.15), 0.9)
             colours.append(colorsys.hls_to_rgb(hue, light, saturation))
-    table = np.round(np.array(colours) * 255).astype(np.uint8)
-    return table[np.arange(n) % len(table)]
+    return np.round(np.array(colours) * 255).astype(np.uint8)
+
+
+PALETTE = palette()
+
+
+def mask_colours(masks: Sequence[dict], known: dict[bytes, int] | None = None) -> np.ndarray:
+    """Colours of COCO RLE, (n, 3) uint8 RGB. Each mask's own runs choose; neighbours differ.
+
+    Neighbours are masks whose boxes meet. `known` keeps each mask's row of PALETTE by its counts:
+    with the same dictionary a mask keeps its colour, whatever masks come and go.
+    """
+    if not len(masks):
+        return np.zeros((0, 3), np.uint8)
+    known = {} if known is None else known
+    boxes = coco_mask.toBbox(list(masks)) + np.array([-1, -1, 2, 2])
+    meets = coco_mask.iou(boxes, boxes, [False] * len(masks)) > 0
+    keys = [mask["counts"] for mask in masks]
+    for i in painting_order(masks):
+        if keys[i] not in known:
+            near = [known[keys[j]] for j in meets[i].nonzero()[0] if keys[j] in known]
+            used = np.bincount(np.array(near, int), minlength=len(PALETTE))
+            first = zlib.crc32(keys[i]) % len(PALETTE)
+            known[keys[i]] = (first + int(np.roll(used, -first).argmin())) % len(PALETTE)
+    return PALETTE[[known[key] for key in keys]]
+
+
+def matched_colours(
+    masks: Sequence[dict], others: Sequence[dict], theirs: np.ndarray
+) -> np.ndarray:
+    """Colours of masks beside others of the colours `theirs`: of the match, or GREY without one.
+
+    Two masks match where each is the other's best by IoU, and it is MATCH_IOU or more.
+    """
+    colours = np.tile(np.array(GREY, np.uint8), (len(masks), 1))
+    if len(masks) and len(others):
+        iou = np.array(coco_mask.iou(list(masks), list(others), [False] * len(others)))
+        best, back = iou.argmax(1), iou.argmax(0)
+        rows = np.arange(len(masks))
+        is_match = (back[best] == rows) & (iou[rows, best] >= MATCH_IOU)
+        colours[is_match] = theirs[best[is_match]]
+    return colours
 
 
 def label_image(masks: Sequence[dict], size: tuple[int, int]) -> np.ndarray:
@@ -43,9 +88,18 @@ def painting_order(masks: Sequence[dict]) -> np.ndarray:
     return np.lexsort((-np.arange(len(areas)), -areas))
 
 
-def overlay(image: np.ndarray, masks: Sequence[dict], alpha: float = 0.45) -> np.ndarray:
-    """Draw COCO RLE over their image (H, W, 3) uint8, coloured with opacity `alpha`, outlined."""
-    table = np.concatenate([np.zeros((1, 3), np.uint8), mask_colours(len(masks))])
+def overlay(
+    image: np.ndarray,
+    masks: Sequence[dict],
+    alpha: float = 0.45,
+    colours: np.ndarray | None = None,
+) -> np.ndarray:
+    """Draw COCO RLE over their image (H, W, 3) uint8, coloured with opacity `alpha`, outlined.
+
+    `colours` (n, 3) uint8 RGB: those of `mask_colours` by default.
+    """
+    colours = mask_colours(masks) if colours is None else colours
+    table = np.concatenate([np.zeros((1, 3), np.uint8), colours])
     labels = label_image(masks, image.shape[:2])
     drawn, covered = image.copy(), labels > 0
     drawn[covered] = cv2.addWeighted(image, 1 - alpha, table[labels], alpha, 0)[covered]

@@ -56,6 +56,7 @@ def plot(
     prompts: bool | Sequence[str] = True,
     alpha: float = 0.45,
     legend: bool = True,
+    colours: np.ndarray | None = None,
 ) -> Any:
     """Draw the image, its masks and its prompts with matplotlib; return the axes.
 
@@ -66,13 +67,14 @@ def plot(
         prompts: whether prompts are drawn, or the STATUSES of those that are.
         alpha: from 0 to 1.
         legend: whether the statuses are explained.
+        colours: (n, 3) uint8 RGB of the masks, each mask's own by default.
     """
     if ax is None:
         import matplotlib.pyplot as plt
 
         _, ax = plt.subplots(layout="constrained")
     height, width = seg.image.shape[:2]
-    image = drawing.overlay(seg.image, seg.masks, alpha) if masks else seg.image
+    image = drawing.overlay(seg.image, seg.masks, alpha, colours) if masks else seg.image
     ax.imshow(image, extent=(0, width, height, 0), interpolation="nearest")
     for status in STATUSES if prompts is True else tuple(prompts or ()):
         if status not in STATUSES:
@@ -126,8 +128,11 @@ def plot_panels(
     count, scale = len(results) + len(maps), (width / height) ** 0.5
     figure.set_size_inches(PANEL * scale * count + 0.6 * len(maps), PANEL / scale + 0.5)
     axes = iter(figure.subplots(1, count, squeeze=False)[0])
+    own = drawing.mask_colours(seg.masks)
     for result in results:
-        plot(result, next(axes), legend=False)
+        beside = drawing.matched_colours(result.masks, seg.masks, own)
+        colours = own if result is seg else beside
+        plot(result, next(axes), legend=False, colours=colours)
     side = max(height, width)  # it fills the model frame, which the maps cover
     look = {"vmin": 0, "vmax": 1, "alpha": 0.85, "extent": (0, side, side, 0)}
     for ax, (title, values, colours) in zip(axes, maps, strict=True):

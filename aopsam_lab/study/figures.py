@@ -60,12 +60,15 @@ def examples_figure(examples: Sequence[Example], methods: Sequence[str]) -> Figu
     size = width * columns, width * sum(heights) + 0.5 * len(examples)
     figure, rows = panels(*size, len(examples), columns, dpi=110, height_ratios=heights)
     for row, (sample, found) in zip(rows, examples, strict=True):
-        _draw(row[0], sample.image, sample.rles, f"ground truth\n{len(sample.rles)} masks")
+        colours = drawing.mask_colours(sample.rles)
+        text = f"ground truth\n{len(sample.rles)} masks; grey on the right: no match"
+        _draw(row[0], sample.image, sample.rles, colours, text)
         for axes, method in zip(row[1:], methods, strict=True):
             masks, prompts = found[method]["masks"], found[method]["prompts"]
             decoded = sum(status not in ("eliminated", "not_reached") for *_, status in prompts)
             text = f"{len(masks)} masks, {decoded} prompts decoded"
-            _draw(axes, sample.image, masks, f"{tables.title(method)}\n{text}")
+            matched = drawing.matched_colours(masks, sample.rles, colours)
+            _draw(axes, sample.image, masks, matched, f"{tables.title(method)}\n{text}")
             for status, style in PROMPT_STYLES.items():
                 own = [(x, y) for x, y, state in prompts if state == status]
                 axes.scatter(*np.reshape(own, (-1, 2)).T, s=11, **style)
@@ -206,9 +209,9 @@ def legend(figure: Figure, axes: Axes, columns: int) -> None:
     figure.legend(handles, labels, loc="outside lower left", handlelength=2.5, **style)
 
 
-def _draw(axes: Axes, image: np.ndarray, masks: list[dict], text: str) -> None:
+def _draw(axes: Axes, image: np.ndarray, masks: list[dict], colours: np.ndarray, text: str) -> None:
     height, width = image.shape[:2]
-    drawn = drawing.overlay(image, masks)
+    drawn = drawing.overlay(image, masks, colours=colours)
     axes.imshow(drawn, extent=(0, width, height, 0), interpolation="nearest")
     axes.set(xticks=[], yticks=[], xlim=(0, width), ylim=(height, 0))
     axes.spines[:].set_visible(False)

@@ -24,6 +24,7 @@ from segment_anything.modeling import Sam
 from aopsam_lab.asf import AsfParams
 from aopsam_lab.data.images import image_from_bytes
 from aopsam_lab.evaluator import evaluate
+from aopsam_lab.masks.drawing import mask_colours, matched_colours
 from aopsam_lab.pipeline.methods import METHODS, method_named
 from aopsam_lab.pipeline.run import DEFAULT_PARAMS, loaded_sam
 from aopsam_lab.pipeline.segmentation import Segmentation
@@ -104,6 +105,7 @@ class Explorer(anywidget.AnyWidget):
     image = traitlets.Dict().tag(sync=True)
     left = traitlets.Dict().tag(sync=True)
     right = traitlets.Dict().tag(sync=True)
+    matched = traitlets.Dict().tag(sync=True)  # colours of `ground_truth` and of `right`
     preview: traitlets.List[dict] = traitlets.List().tag(sync=True)
     detail = traitlets.Dict().tag(sync=True)
     busy = traitlets.Unicode().tag(sync=True)
@@ -258,6 +260,13 @@ class Explorer(anywidget.AnyWidget):
             packed = self._packed(session, answer, seg)
             is_at_end = self.round >= self.left.get("rounds", 0)
             self.round = packed["rounds"] if is_at_end else min(self.round, packed["rounds"])
+            others = {"ground_truth": session.opened.ground_truth}
+            others["right"] = self.compared.masks if self.compared else ()
+            own = mask_colours(seg.masks, session.colours)
+            self.matched = {
+                name: matched_colours(masks, seg.masks, own).tolist()
+                for name, masks in others.items()
+            }
             self.left, self.preview, self.segmentation = packed, [], seg
             if selected == self.selected:
                 self._selected_changed()
@@ -271,7 +280,8 @@ class Explorer(anywidget.AnyWidget):
         if ground_truth:
             badge += f" · mIoU {100 * evaluate(ground_truth, seg.masks).miou:.1f} %"
         smoothing = seg.params.get("smoothing", self.params.smoothing)
-        return packing.pack_result(seg, smoothing, badge)
+        colours = mask_colours(seg.masks, session.colours)
+        return packing.pack_result(seg, smoothing, badge, colours)
 
     # --- files -------------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from aopsam_lab import asf
-from aopsam_lab.masks.drawing import mask_colours
+from aopsam_lab.masks.drawing import PALETTE
 from aopsam_lab.pipeline.segmentation import Segmentation
 from aopsam_lab.pipeline.show import MAP_COLOURS, STATUS_STYLES
 from aopsam_lab.pipeline.types import STATUSES
@@ -41,11 +41,13 @@ def pack_image(image: np.ndarray, ground_truth: Sequence[dict] = ()) -> dict:
     }
 
 
-def pack_masks(masks: Sequence[dict], owners: Sequence[int] | np.ndarray = ()) -> dict:
+def pack_masks(
+    masks: Sequence[dict], owners: Sequence[int] | np.ndarray = (), colours: np.ndarray = PALETTE
+) -> dict:
     """COCO RLE of n masks -> counts, colours (RGB) and, where known, owners: each one's prompt."""
     return {
         "counts": [mask["counts"].decode("ascii") for mask in masks],
-        "colours": mask_colours(len(masks)).tolist(),
+        "colours": np.resize(colours, (len(masks), 3)).tolist(),
         "owners": [int(owner) for owner in owners],
     }
 
@@ -62,7 +64,9 @@ def pack_table(table: pd.DataFrame) -> list[dict]:
     return json.loads(table.to_json(orient="records"))
 
 
-def pack_result(seg: Segmentation, smoothing: float, badge: str) -> dict:
+def pack_result(
+    seg: Segmentation, smoothing: float, badge: str, colours: np.ndarray = PALETTE
+) -> dict:
     """One side of the stage; `smoothing` as in AsfParams, `badge` is written above.
 
     In the prompts, `status` is an index into STYLES. It is known once more rounds than `decided`
@@ -84,7 +88,7 @@ def pack_result(seg: Segmentation, smoothing: float, badge: str) -> dict:
         "title": seg.method,
         "setting": ", ".join(f"{name} {value:g}" for name, value in seg.params.items()),
         "badge": badge,
-        "masks": pack_masks(seg.masks, seg.mask_prompt),
+        "masks": pack_masks(seg.masks, seg.mask_prompt, colours),
         "scores": seg.scores.tolist(),
         "prompts": pack_table(seg.prompts.assign(status=status, decided=decided)),
         "references": pack_table(seg.references.assign(round=of_reference)),

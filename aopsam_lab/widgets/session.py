@@ -57,6 +57,7 @@ class Session:
     def __init__(self, opened: Opened, sam: Sam):
         self.opened, self.sam = opened, sam
         self._lock = threading.Lock()  # a worker decodes while the main thread answers a click
+        self.colours: dict[bytes, int] = {}  # of every mask shown so far, see mask_colours
         self._asked: dict[str, Mask | None] = {}  # by the clicks, as JSON
 
     @cached_property

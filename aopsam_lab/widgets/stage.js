@@ -43,19 +43,20 @@ export class Stage {
     const image = await createImageBitmap(new Blob([data]));
     if (this.packed !== packed) return; // another one came in the meantime
     this.image = image;
-    const masks = unpackMasks(packed.ground_truth).map((mask) => ({ ...mask, colour: WHITE }));
-    this.groundTruth = masks.length && drawLabels(topMask(masks, size), size, masks, 0.12);
+    this.groundTruth = unpackMasks(packed.ground_truth);
+    this.truthLabels = topMask(this.groundTruth, size);
   }
   update() {
     const { get, image, panes } = this, prompt = get("selected"), busy = get("busy");
     const results = [get("left"), get("right")].filter((result) => image && result.prompts);
     Object.assign(this.busy, { textContent: busy, hidden: !busy });
     this.panes = results.map((result) => panes.find((pane) => pane.result === result) ??
-      new Pane(result, this.size, this.look, { image, ground_truth: this.groundTruth }));
+      new Pane(result, this.size, this.look, { image }));
     if (this.panes.length !== panes.length) this.layout();
     this.badges.replaceChildren(...results.map(({ title, badge, setting }) =>
       tag("div", { className: "aop-badge", title: setting },
         tag("b", { textContent: title }), ` ${badge}`)));
+    this.setColours(get("matched"));
     const isLast = get("round") >= (results[0]?.rounds ?? 0);
     this.panes.forEach((pane, i) => {
       pane.setRound(isLast ? pane.result.rounds : get("round"));
@@ -68,6 +69,22 @@ export class Stage {
         ({ ...mask, line: detail.lines[i], drawn: this.alone(mask, 0.25) }));
     }
     this.invalidate();
+  }
+  /** The colours of the ground truth and of the second pane, which are those of matching masks. */
+  setColours(matched) {
+    const { groundTruth, image, panes: [first, second] } = this;
+    if (!image || !first || (first.matched === matched && second?.matched === matched)) return;
+    const paint = (masks, colours) => masks.forEach((mask, i) => {
+      mask.colour = colours?.[i] ?? mask.colour;
+    });
+    paint(groundTruth, matched.ground_truth);
+    const drawn = groundTruth.length &&
+      drawLabels(this.truthLabels, this.size, groundTruth, 0.12);
+    for (const pane of this.panes) Object.assign(pane, { matched }).sources.ground_truth = drawn;
+    if (second) {
+      paint(second.masks, matched.right);
+      delete second.sources.masks;
+    }
   }
   /** One mask alone, as fine as the screen shows it. */
   alone(mask, opacity) {
