@@ -15,6 +15,7 @@ import torch
 from IPython.core.formatters import DisplayFormatter
 from nbconvert import HTMLExporter
 from PIL import Image
+from segment_anything import SamPredictor
 
 import aopsam_lab as aop
 from aopsam_lab.asf import AsfParams
@@ -215,6 +216,24 @@ def test_clicks_by_hand_add_a_mask_are_refined_and_taken_back(explorer, sample, 
     assert explorer.message == "SAM found nothing there." and len(explorer.manual) == 1
     explorer.manual = []
     assert explorer.message == "" and explorer.segmentation.masks == before.masks
+
+
+def test_masks_of_clicks_are_those_of_sam_predictor(sam, sample, photo):
+    session, stock = Session(prepared(sample), sam), SamPredictor(sam)
+    stock.features, stock.is_image_set = photo.embedding, True
+    stock.original_size, stock.input_size = sample.image.shape[:2], photo.input_size
+    points, box = np.array([[200.0, 100], [5, 5]]), np.array([50.0, 50, 300, 300])
+    for multimask, prompt in (
+        (True, {"point_coords": points[:1], "point_labels": np.ones(1)}),
+        (False, {"point_coords": points, "point_labels": np.array([1, 0])}),
+        (False, {"box": box}),
+        (True, {"point_coords": points, "point_labels": np.array([1, 0]), "box": box}),
+    ):
+        masks, scores, _ = stock.predict(multimask_output=multimask, **prompt)
+        found = session._predict(multimask, **prompt)
+        drawn = decode_rle([mask.rle for mask in found], masks.shape[1:])
+        assert (drawn != masks).mean() < 1e-4  # sums in another order move a pixel at most
+        assert np.allclose([mask.score for mask in found], scores, atol=1e-4)
 
 
 def test_another_method_or_this_setting_pinned_is_shown_beside(explorer, sample):

@@ -130,9 +130,8 @@ def plot_panels(
     axes = iter(figure.subplots(1, count, squeeze=False)[0])
     own = drawing.mask_colours(seg.masks)
     for result in results:
-        beside = drawing.matched_colours(result.masks, seg.masks, own)
-        colours = own if result is seg else beside
-        plot(result, next(axes), legend=False, colours=colours)
+        matched = drawing.matched_colours(result.masks, seg.masks, own)
+        plot(result, next(axes), legend=False, colours=own if result is seg else matched)
     side = max(height, width)  # it fills the model frame, which the maps cover
     look = {"vmin": 0, "vmax": 1, "alpha": 0.85, "extent": (0, side, side, 0)}
     for ax, (title, values, colours) in zip(axes, maps, strict=True):

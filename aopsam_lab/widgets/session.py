@@ -13,13 +13,11 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 import torch
-from segment_anything import SamPredictor
+from pycocotools import mask as coco_mask
 from segment_anything.modeling import Sam
-from segment_anything.utils.amg import batched_mask_to_box, calculate_stability_score
 
 from aopsam_lab.asf import AsfParams
-from aopsam_lab.masks.rle import encode_rle
-from aopsam_lab.pipeline.decode import STABILITY_OFFSET, encode
+from aopsam_lab.pipeline.decode import STABILITY_OFFSET, encode, full_size, image_decoder
 from aopsam_lab.pipeline.decode_cache import DecodeCache, PcmCache
 from aopsam_lab.pipeline.methods import METHODS
 from aopsam_lab.pipeline.run import loaded_detector, loaded_predictor, run_method
@@ -129,21 +127,34 @@ class Session:
         return self._asked[key]
 
     @torch.inference_mode()
-    def _predict(self, multimask: bool, **prompt: np.ndarray) -> list[Mask]:
-        """The masks of one prompt as `SamPredictor.predict` takes it, without empty ones."""
-        stock, encoded = SamPredictor(self.sam), self._cache.encoded
-        stock.features, stock.is_image_set = encoded.embedding, True
-        stock.original_size, stock.input_size = encoded.image.shape[:2], encoded.input_size
+    def _predict(
+        self,
+        multimask: bool,
+        point_coords: np.ndarray | None = None,
+        point_labels: np.ndarray | None = None,
+        box: np.ndarray | None = None,
+    ) -> list[Mask]:
+        """The masks of one prompt as `SamPredictor.predict` gives them, without empty ones."""
+        encoded, sam, threshold = self._cache.encoded, self.sam, self.sam.mask_threshold
+        points = boxes = None
         with self._lock:
-            found = stock.predict(multimask_output=multimask, return_logits=True, **prompt)
-        logits, scores = map(torch.from_numpy, found[:2])
-        threshold = self.sam.mask_threshold
-        some = (logits > threshold).flatten(1).any(1)
-        logits, scores = logits[some], scores[some]
-        stability = calculate_stability_score(logits, threshold, STABILITY_OFFSET)
-        boxes = batched_mask_to_box(logits > threshold).float()
-        rles = encode_rle(logits > threshold)
-        return list(map(Mask, rles, scores.numpy(), stability.numpy(), boxes.numpy()))
+            device = encoded.embedding.device
+            if point_coords is not None:
+                xy = encoded.to_model(torch.tensor(point_coords, device=device).float())
+                points = xy[None], torch.tensor(point_labels, device=device).int()[None]
+            if box is not None:
+                corners = torch.tensor(box, device=device).float().view(1, 2, 2)
+                boxes = encoded.to_model(corners).flatten(1)
+            tokens = sam.prompt_encoder(points=points, boxes=boxes, masks=None)[0]
+            decoded = image_decoder(sam, encoded).decode(tokens)
+            wanted = torch.zeros_like(decoded.iou, dtype=torch.bool)
+            wanted[:, slice(1, None) if multimask else slice(0, 1)] = True
+            low_res, sizes = decoded.draw(wanted), full_size(encoded)
+            rles = sizes.encode(low_res, threshold)
+            stability, found = sizes.measure(low_res, threshold, STABILITY_OFFSET)
+        scores, rest = decoded.iou[wanted].cpu().numpy(), (stability.cpu(), found.cpu().float())
+        masks = list(map(Mask, rles, scores, *(values.numpy() for values in rest)))
+        return [mask for mask in masks if coco_mask.area(mask.rle)]
 
 
 def with_clicked(seg: Segmentation, clicked: Sequence[tuple[Clicks, Mask]]) -> Segmentation:
