@@ -22,7 +22,13 @@ from PIL import Image
 from safetensors import safe_open
 from torch import nn
 
-from aopsam_lab.sam.zoo import file_sha256, first_line, official_weights, resolve_device
+from aopsam_lab.sam.zoo import (
+    file_sha256,
+    first_line,
+    load_weights,
+    official_weights,
+    resolve_device,
+)
 from aopsam_lab.weights import WEIGHTS
 
 ARCHITECTURE = "yolov8n.yaml"
@@ -124,7 +130,7 @@ def _from_safetensors(path: Path) -> tuple[nn.Module, dict[str, float]]:
         state = {name: file.get_tensor(name) for name in file.keys()}
         options = json.loads((file.metadata() or {}).get("detector", "{}"))
     model = DetectionModel(ARCHITECTURE, nc=1, verbose=False)
-    model.load_state_dict(state)
+    load_weights(model, state)
     return model, options
 
 
@@ -139,6 +145,7 @@ def _from_checkpoint(path: Path) -> tuple[nn.Module, dict[str, float]]:
     for module in model.modules():
         if isinstance(module, nn.Upsample):
             module.recompute_scale_factor = None  # files of a PyTorch before 1.11 lack it
+    load_weights(model, model.state_dict())
     side = (checkpoint.get("train_args") or {}).get("imgsz", DEFAULTS["imgsz"])
     return model, {"imgsz": side}
 

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from aopsam_lab.sam.zoo import file_sha256, resolve_device
+from aopsam_lab.sam.zoo import file_sha256, load_weights, resolve_device
 from aopsam_lab.weights import WEIGHTS
 
 CELL = 4  # PCM cells along each side of a cell of the embedding
@@ -182,8 +182,8 @@ def load_predictor(
             weights = {key: file.get_tensor(key) for key in file.keys()}
         sizes = {key: int(about[key]) for key in ("embed_dim", "stride", "width")}
         predictor = PromptPredictor(**sizes, sees_image="image.0.0.weight" in weights)
-        predictor.load_state_dict(weights)  # into float32, whatever the file has
-    except (SafetensorError, KeyError, RuntimeError) as error:
+        load_weights(predictor, weights)  # into float32, whatever the file has
+    except (SafetensorError, KeyError, RuntimeError, ValueError, OverflowError) as error:
         found = f"{path} does not hold weights of this Prompt Predictor"
         raise ValueError(f"{found} ({str(error).splitlines()[0]})") from error
     predictor.sha256 = file_sha256(path)

@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
-from PIL import Image, ImageCms
+from PIL import EpsImagePlugin, Image, ImageCms
 
-from aopsam_lab.data.images import read_image
+from aopsam_lab.data.images import find_images, read_image
 
 RGB = np.random.default_rng(1).integers(0, 256, (5, 7, 3), dtype=np.uint8)
 GREY = np.arange(35, dtype=np.uint8).reshape(5, 7) * 7
@@ -191,3 +191,15 @@ def test_files_that_are_no_images_are_refused_by_name(tmp_path):
         read_image(tmp_path / "absent.png")
     with pytest.raises(ValueError, match="is a folder"):
         read_image(tmp_path)
+
+
+def test_a_postscript_file_starts_no_program_whatever_its_name(tmp_path, monkeypatch):
+    def run(*_, **__):
+        raise AssertionError("a program was started")
+
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", run)
+    path = on_disk(tmp_path, Image.fromarray(RGB), "photo.eps").rename(tmp_path / "photo.png")
+    with pytest.raises(ValueError, match="photo.png cannot be read as an image: its format is"):
+        read_image(path)
+    on_disk(tmp_path, Image.fromarray(RGB), "other.eps")
+    assert find_images([str(tmp_path)])[0] == [path]

@@ -14,6 +14,7 @@ from aopsam_lab.files import write_atomically
 from aopsam_lab.study import PACKAGE_ROOT, figures, machine, report, sweeps, tables
 from aopsam_lab.study.__main__ import main as study_command
 
+NOTEBOOKS = sorted((PACKAGE_ROOT / "notebooks").glob("*.ipynb"))
 FACTS = {
     "parameters": {"sam": "mobile_sam", "methods": ["amg_s", "aop"], "seed": 0, "smoothing": 2.0,
                    "confidence": 0.2, "spacing": 6.0, "elimination": 1.3},
@@ -122,6 +123,20 @@ def test_a_readme_without_marks_or_results_is_refused(reports, tmp_path):
     with pytest.raises(FileNotFoundError, match="make study"):
         report.update_readme(file, tmp_path)
     assert study_command(["readme", "--readme", str(file), "--reports", str(reports)]) == 1
+
+
+def test_a_name_is_never_markup(reports, tmp_path):
+    name = "<img src=x onerror=alert(1)>"
+    facts = FACTS | {"dataset": {"name": f"{name}{report.END}", "images": 24}}
+    write_atomically(reports / "main_comparison" / "provenance.json", json.dumps(facts))
+    (reports / "main_comparison").rename(reports / name)
+    assert "<img src=x" not in report.write_index(reports).read_text(encoding="utf-8")
+    (reports / name).rename(reports / "main_comparison")
+    file = write_atomically(tmp_path / "README.md", f"{report.START}\n{report.END}\n")
+    text = report.update_readme(file, reports).read_text(encoding="utf-8")
+    assert "<img" not in text and text.count(report.END) == 1
+    # Markdown would take what a name holds as HTML
+    assert not [path for path in NOTEBOOKS if "Markdown(" in path.read_text(encoding="utf-8")]
 
 
 # --- provenance ---

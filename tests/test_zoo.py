@@ -1,6 +1,7 @@
 """Weights files: which are loaded, which are refused, and with which words."""
 
 import hashlib
+import zipfile
 from functools import partial
 
 import pytest
@@ -96,3 +97,42 @@ def test_a_file_name_or_device_that_is_not_there_is_said(tmp_path):
         load_sam("tiny")
     with pytest.raises(ValueError, match="cannot be used here"):
         resolve_device("no such device")
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), torch.int8, torch.bool])
+def test_weights_that_are_no_finite_floats_are_refused(small_file, tmp_path, bad):
+    state = load_file(small_file)
+    key = "mask_decoder.iou_token.weight"
+    state[key] = state[key].to(bad) if isinstance(bad, torch.dtype) else state[key] * bad
+    torch.save(state, tmp_path / "bad.pt")
+    with pytest.raises(ValueError, match=f"bad.pt does not fit small: {key} holds"):
+        load_sam("small", tmp_path / "bad.pt", "cpu")
+
+
+def test_a_checkpoint_that_was_zipped_again_has_the_same_numbers(small_file, tmp_path):
+    state = load_file(small_file)
+    torch.save(state, tmp_path / "stored.pt")
+    with (
+        zipfile.ZipFile(tmp_path / "stored.pt") as stored,
+        zipfile.ZipFile(tmp_path / "deflated.pt", "w", zipfile.ZIP_DEFLATED) as deflated,
+    ):
+        for name in stored.namelist():
+            deflated.writestr(name, stored.read(name))
+    loaded = load_sam("small", tmp_path / "deflated.pt", "cpu").state_dict()
+    assert all(torch.equal(loaded[key], value) for key, value in state.items())
+
+
+def test_a_file_of_another_sha256_than_asked_for_is_refused(small_file):
+    right = hashlib.sha256(small_file.read_bytes()).hexdigest()
+    assert load_sam("small", small_file, "cpu", sha256=right).spec.sha256 == right
+    with pytest.raises(ValueError, match=f"has the sha256 {right}, not 00"):
+        load_sam("small", small_file, "cpu", sha256="00")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("pred_iou_thresh", "nan"), ("stability_score_thresh", "many")]
+)
+def test_thresholds_that_are_no_numbers_are_refused(small_file, tmp_path, name, value):
+    save_file(load_file(small_file), tmp_path / "odd.safetensors", metadata={name: value})
+    with pytest.raises(ValueError, match="odd.safetensors does not fit small"):
+        load_sam("small", tmp_path / "odd.safetensors", "cpu")

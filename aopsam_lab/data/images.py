@@ -12,6 +12,11 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 ImageLike = np.ndarray | Image.Image | str | os.PathLike
 _DEPTHS = (8, 10, 12, 14, 16, 32)
+# What photographs come in. Others run a program (EPS), or draw what is not theirs (WMF).
+_PHOTOS = {
+    *("JPEG", "MPO", "PNG", "TIFF", "WEBP", "GIF", "BMP", "PPM", "JPEG2000", "AVIF", "HEIF"),
+    *("DIB", "TGA", "SGI", "PCX", "ICO", "QOI"),
+}
 _SLACK = 1e-3  # how far resampled float pixels may leave [0, 1]
 
 
@@ -45,13 +50,19 @@ def image_from_bytes(data: bytes, name: str | os.PathLike) -> np.ndarray:
     """The content of an image file as `read_image` gives it; errors bear the name."""
     problem = f"{name} cannot be read as an image"
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=_formats()) as image:
             image.load()
             return _from_pillow(image)
     except UnidentifiedImageError:  # its own text names a buffer in memory
-        raise ValueError(f"{problem}: its format is none that Pillow knows.") from None
+        raise ValueError(f"{problem}: its format is none of {', '.join(_formats())}.") from None
     except Exception as error:  # on damaged files Pillow raises struct.error, SyntaxError, ...
         raise ValueError(f"{problem}: {error}") from error
+
+
+def _formats() -> list[str]:
+    """The formats of _PHOTOS that this Pillow reads."""
+    Image.init()
+    return sorted(_PHOTOS & Image.OPEN.keys())
 
 
 def _from_pillow(image: Image.Image) -> np.ndarray:
@@ -116,7 +127,8 @@ def find_images(names: Sequence[str]) -> tuple[list[Path], list[tuple[str, str]]
         The files in that order, each once, results of an earlier run only where they are named; and
         (name, reason) of names that give none.
     """
-    endings = set(Image.registered_extensions())
+    formats = _formats()
+    endings = {end for end, kind in Image.registered_extensions().items() if kind in formats}
     found: dict[Path, Path] = {}
     bad = []
     for name in names:

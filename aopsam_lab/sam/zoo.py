@@ -1,8 +1,9 @@
 """The SAM models by name, each a plain `segment_anything.modeling.Sam` with its weights."""
 
 import hashlib
+import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from textwrap import shorten
@@ -11,7 +12,7 @@ import torch
 from safetensors import safe_open
 from segment_anything import sam_model_registry
 from segment_anything.modeling import Sam
-from torch import Tensor
+from torch import Tensor, nn
 
 from aopsam_lab.sam.download import OFFICIAL, kept_file
 from aopsam_lab.sam.mobile import build_mobile_sam
@@ -40,6 +41,7 @@ def load_sam(
     name: str = DEFAULT,
     checkpoint: str | os.PathLike | None = None,
     device: str | torch.device = "auto",
+    sha256: str | None = None,
 ) -> Sam:
     """Load a SAM for inference: in eval mode, without gradients, its `SamSpec` in `.spec`.
 
@@ -49,6 +51,7 @@ def load_sam(
             metadata may hold `pred_iou_thresh` and `stability_score_thresh`. No code in a file is
             ever run. None: the bundled weights, or the official file in the cache folder.
         device: "auto" (the GPU if there is one), "cpu", "cuda", ...
+        sha256: what the file must have; None: any. A flipped bit is noticed by nothing else.
     """
     if name not in MODELS:
         raise ValueError(f"There is no SAM called {name!r}. Choose one of {', '.join(MODELS)}.")
@@ -56,6 +59,9 @@ def load_sam(
     if checkpoint is None:
         checkpoint = BUNDLED[name] if name in BUNDLED else official_weights(name)
     path = Path(checkpoint)
+    digest = file_sha256(path)
+    if sha256 not in (None, digest):
+        raise ValueError(f"{path} has the sha256 {digest}, not {sha256}. Download it again.")
     state, metadata = _read_weights(path)
     found = identify(state)
     if found not in (name, None):
@@ -63,13 +69,16 @@ def load_sam(
         raise ValueError(f"{path} holds the weights of {found}, not of {name}: {advice}.")
     sam = MODELS[name]()
     try:
-        sam.load_state_dict(state)
-    except RuntimeError as error:  # a line for each kind of difference, with all its keys
+        load_weights(sam, state)
+        pred_iou = float(metadata.get("pred_iou_thresh", PRED_IOU_THRESH))
+        stability = float(metadata.get("stability_score_thresh", STABILITY_SCORE_THRESH))
+        if not math.isfinite(pred_iou) or not math.isfinite(stability):
+            raise ValueError(f"its thresholds are {pred_iou} and {stability}")
+    # of load_state_dict a line for each kind of difference, with all its keys
+    except (RuntimeError, ValueError) as error:
         reason = shorten(str(error), 300, placeholder=" ...")
         raise ValueError(f"{path} does not fit {name}: {reason}") from error
-    pred_iou = float(metadata.get("pred_iou_thresh", PRED_IOU_THRESH))
-    stability = float(metadata.get("stability_score_thresh", STABILITY_SCORE_THRESH))
-    sam.spec = SamSpec(name, pred_iou, stability, file_sha256(path))
+    sam.spec = SamSpec(name, pred_iou, stability, digest)
     return sam.requires_grad_(False).to(device).eval()
 
 
@@ -128,11 +137,25 @@ def _read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             state = torch.load(path, map_location="cpu", weights_only=True)
             for wrapper in ("model", "state_dict"):  # how training scripts often wrap them
                 state = state.get(wrapper, state)
+        if not all(isinstance(value, Tensor) for value in state.values()):
+            raise ValueError("it holds more than tensors")
     except Exception as error:  # a damaged file shows itself as one of many types
         problem = f"{path} is damaged, or no checkpoint of weights alone ({first_line(error)})."
         advice = "Code in a file is never run: save the state dict alone, or download it again."
         raise ValueError(f"{problem} {advice}") from error
     return state, metadata
+
+
+def load_weights(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Load tensors into a model; ValueError where one that must be is not of finite floats."""
+    for key, own in model.state_dict().items():
+        given = state.get(key)
+        if given is None or not own.is_floating_point():
+            continue
+        if not given.is_floating_point() or not given.float().isfinite().all():
+            kind = "NaN or infinite numbers" if given.is_floating_point() else f"{given.dtype}"
+            raise ValueError(f"{key} holds {kind}, not finite floats")
+    model.load_state_dict(state)
 
 
 def first_line(error: Exception) -> str:

@@ -1,5 +1,6 @@
 """What is written of a study: tables, figures, executed notebooks, their page, README's table."""
 
+import html
 import json
 import os
 import re
@@ -186,7 +187,8 @@ def update_readme(
     rows = [table.columns, [":--", *["--:"] * (len(README_COLUMNS) - 1)], *table.to_numpy()]
     lines = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     facts = _facts(folder)
-    written = f"{lines}\n\n{what_was_run(facts)} Commit {facts['commit'][:10]}."
+    about = html.escape(what_was_run(facts), quote=False)  # a data set may be called anything
+    written = f"{lines}\n\n{about} Commit {facts['commit'][:10]}."
     text = re.sub(f"{START}.*{END}", lambda _: f"{START}\n{written}\n{END}", text, flags=re.S)
     return write_atomically(readme, text)
 
