@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
 from aopsam_lab.asf import AsfParams
@@ -17,7 +16,7 @@ from aopsam_lab.pipeline.run import segment
 from aopsam_lab.pipeline.show import save
 from aopsam_lab.predictor import load_predictor
 from aopsam_lab.sam.download import CACHE_VARIABLE, OFFICIAL, download
-from aopsam_lab.sam.zoo import MODELS, load_sam
+from aopsam_lab.sam.zoo import MODELS, first_line, load_sam
 from aopsam_lab.training import ground_truth
 from aopsam_lab.training import predictor as predictor_training
 
@@ -94,8 +93,10 @@ def segment_command(args: argparse.Namespace) -> int:
         try:
             found = segment(path, args.method, sam, predictor, detector, params)
             save(found, args.out, stem, file_name=path.as_posix())
-        except (ValueError, OSError, MemoryError, torch.OutOfMemoryError) as error:
-            failures.append((str(path), str(error) or type(error).__name__))
+        except Exception as error:  # whatever one image does, the others are segmented
+            known = isinstance(error, (ValueError, OSError))
+            reason = str(error) if known else f"{type(error).__name__}: {first_line(error)}"
+            failures.append((str(path), reason))
     print(f"{total - len(failures)} of {total} images segmented, results in {args.out}")
     for name, reason in failures:
         print(f"failed: {name}: {reason}", file=sys.stderr)

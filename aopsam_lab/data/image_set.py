@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -9,11 +10,19 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 from pycocotools import mask as coco_mask
 
 from aopsam_lab.data.images import image_from_bytes
 from aopsam_lab.data.sample import Sample
 
+MAX_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 0)  # of an image: more, and Pillow reads none of it
+# pycocotools walks along an outline in steps of a fifth of a pixel, and counts them in 32 bits
+MAX_COORDINATE, MAX_OUTLINE = 1e7, 2e6
+_UNEXPECTED = (
+    *(json.JSONDecodeError, UnicodeError, AttributeError, LookupError, TypeError),
+    *(OverflowError, RecursionError),
+)
 Known = Callable[[], tuple[dict, list[dict]]]  # gives COCO's record of an image and its annotations
 # see `ground_truth`
 GroundTruth = tuple[list[dict], np.ndarray | None, list[list[list[float]]] | None]
@@ -57,6 +66,12 @@ class ImageSet:
 
     def _take(self, id: str, record: dict, annotations: list[dict]) -> None:
         size = record["height"], record["width"]
+        if (
+            not all(type(side) is int and side > 0 for side in size)
+            or size[0] * size[1] > MAX_PIXELS
+        ):
+            limit = f"whole numbers from 1, at most {MAX_PIXELS} pixels"
+            raise ValueError(f"The size of {id} of {self.path} is {size}; sizes are {limit}.")
         found = ground_truth(annotations, size, f"{id} of {self.path}", self._counts)
         rles, points, _ = found
         digest = hashlib.sha256(self._image_bytes(id))
@@ -103,8 +118,8 @@ def expected_format(where: str | Path) -> Iterator[None]:
     """Turn an error from unexpected content of a JSON file into a ValueError that says where."""
     try:
         yield
-    except (json.JSONDecodeError, UnicodeDecodeError, LookupError, TypeError) as error:
-        reason = f"{type(error).__name__} {error}"
+    except _UNEXPECTED as error:
+        reason = f"{type(error).__name__} {error}"[:300]
         raise ValueError(f"{where} is not in COCO's instances format: {reason}.") from error
 
 
@@ -123,35 +138,84 @@ def ground_truth(
         The rles, points and clicks of a `Sample`.
     """
     rles, points, clicks = [], [], []
-    for annotation in annotations:
-        if annotation.get("iscrowd", 0):
-            left_out["crowd_regions"] += 1
-            continue
-        rle = _encoded(annotation.get("segmentation"), size, where)
-        if rle is None or coco_mask.area(rle) == 0:
-            left_out["annotations_without_mask"] += 1
-            continue
-        rles.append(rle)
-        points.append(annotation.get("point_coords", []))
-        clicks.append(annotation.get("clicks", []))
+    for i, annotation in enumerate(annotations):
+        name = f"annotation {_get(annotation, 'id', i)} of {where}"
+        with expected_format(name):
+            if annotation.get("iscrowd", 0):
+                left_out["crowd_regions"] += 1
+                continue
+            rle = _encoded(annotation.get("segmentation"), size, name)
+            if rle is None or coco_mask.area(rle) == 0:
+                left_out["annotations_without_mask"] += 1
+                continue
+            rles.append(rle)
+            points.append(_numbers(annotation.get("point_coords", []), (-1, 2), name).tolist())
+            clicks.append(_numbers(annotation.get("clicks", []), (-1, 3), name).tolist())
     first = np.array([p[0] for p in points], np.float32) if points and all(points) else None
     return rles, first, clicks if any(clicks) else None
 
 
+def _get(annotation: object, key: str, default: object) -> object:
+    return annotation.get(key, default) if isinstance(annotation, dict) else default
+
+
+def _numbers(values: object, shape: tuple[int, ...], where: str) -> np.ndarray:
+    """Finite numbers of JSON as float64 of a shape; ValueError for anything else."""
+    try:
+        found = np.array(values)
+        found = found.astype(float).reshape(shape) if found.size else np.zeros((0, *shape[1:]))
+        if found.size and np.array(values).dtype.kind in "iuf" and (abs(found) < math.inf).all():
+            return found
+    except (TypeError, ValueError):
+        found = np.zeros(1)
+    if found.size:
+        raise ValueError(f"{where} has coordinates that are no finite numbers, or too few.")
+    return found
+
+
 def _encoded(segmentation: dict | list | None, size: tuple[int, int], where: str) -> dict | None:
-    """Compressed RLE, None where there is no mask."""
+    """Compressed RLE, None where there is no mask. Nothing reaches pycocotools unchecked."""
     if isinstance(segmentation, dict):
         if tuple(segmentation["size"]) != size:
             raise ValueError(f"A mask of {where} has size {segmentation['size']}, not {size}.")
-        counts = segmentation["counts"]
-        if isinstance(counts, str):
-            return {"size": list(size), "counts": counts.encode("ascii")}
-        if sum(counts) != size[0] * size[1]:
+        runs = _runs(segmentation["counts"])
+        if runs is None or (runs < 0).any() or runs.sum() != size[0] * size[1]:
             raise ValueError(f"The counts of a mask of {where} do not add up to its pixels.")
-        return coco_mask.frPyObjects(segmentation, *size)
+        rle = coco_mask.frPyObjects({"size": list(size), "counts": runs.tolist()}, *size)
+        # pycocotools ends its comparison of two masks at a run of no pixels
+        return coco_mask.encode(coco_mask.decode(rle)) if (runs[1:] == 0).any() else rle
     # pycocotools takes four numbers for a box, and they are no polygon
     polygons = [part for part in segmentation or [] if len(part) >= 6 and len(part) % 2 == 0]
+    for part in polygons:
+        corners = _numbers(part, (-1, 2), where)
+        length = abs(np.diff(corners, axis=0, append=corners[:1])).max(1).sum()
+        if abs(corners).max() > MAX_COORDINATE or length > MAX_OUTLINE:
+            raise ValueError(f"The outline of {where} lies too far outside the image.")
     return coco_mask.merge(coco_mask.frPyObjects(polygons, *size)) if polygons else None
+
+
+def _runs(counts: object) -> np.ndarray | None:
+    """The lengths of an RLE's runs, of COCO's text or list, int64; None for anything else."""
+    if isinstance(counts, list):
+        fits = all(type(run) is int and abs(run) <= MAX_PIXELS for run in counts)
+        return np.array(counts, np.int64) if fits else None
+    if not isinstance(counts, str) or not counts.isascii():
+        return None
+    # six bits a character: five of a number, lowest first, and whether more of it follow
+    codes = np.frombuffer(counts.encode(), np.uint8).astype(np.int64) - 48
+    ends = np.flatnonzero((codes & 32) == 0)
+    lengths = np.diff(ends, prepend=-1)
+    if not len(ends) or ends[-1] != len(codes) - 1 or lengths.max() > 7:
+        return None
+    if codes.min() < 0 or codes.max() > 63:
+        return None
+    starts = ends - lengths + 1
+    place = np.arange(len(codes)) - np.repeat(starts, lengths)
+    runs = np.add.reduceat((codes & 31) << (5 * place), starts)
+    runs -= np.where(codes[ends] & 16, 1 << (5 * lengths), 0)
+    # from the fourth on, each is told by its difference to the one before the last
+    runs[1::2], runs[2::2] = runs[1::2].cumsum(), runs[2::2].cumsum()
+    return runs
 
 
 def _order(seed: int, id: str) -> tuple[str, str]:

@@ -39,8 +39,9 @@ def read_image(image: ImageLike) -> np.ndarray:
     path = Path(image)
     if not path.exists():
         raise FileNotFoundError(f"There is no image file {path}.")
-    if path.is_dir():
-        raise ValueError(f"{path} is a folder, not an image file.")
+    if not path.is_file():  # a pipe would be waited for, a device read for ever
+        kind = "a folder" if path.is_dir() else "a pipe or device"
+        raise ValueError(f"{path} is {kind}, not an image file.")
     # Pillow 13 maps an uncompressed TIFF opened by name into memory, and scrambles grey and CMYK
     # ones that are turned by 90 degrees. From bytes it does not.
     return image_from_bytes(path.read_bytes(), path)
@@ -55,6 +56,8 @@ def image_from_bytes(data: bytes, name: str | os.PathLike) -> np.ndarray:
             return _from_pillow(image)
     except UnidentifiedImageError:  # its own text names a buffer in memory
         raise ValueError(f"{problem}: its format is none of {', '.join(_formats())}.") from None
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"{problem}: {error} Reduce it or cut it first.") from None
     except Exception as error:  # on damaged files Pillow raises struct.error, SyntaxError, ...
         raise ValueError(f"{problem}: {error}") from error
 
@@ -133,16 +136,20 @@ def find_images(names: Sequence[str]) -> tuple[list[Path], list[tuple[str, str]]
     bad = []
     for name in names:
         path, reason = Path(name), ""
-        if path.is_dir():
-            reason = "no images in this folder"
-            matches = [file for file in sorted(path.iterdir()) if file.suffix.lower() in endings]
-        elif path.exists() or not glob.has_magic(name):
-            found.setdefault(path.resolve(), path)  # where it is missing, reading it says so
+        try:
+            if path.is_dir():
+                reason = "no images in this folder"
+                matches = [one for one in sorted(path.iterdir()) if one.suffix.lower() in endings]
+            elif path.exists() or not glob.has_magic(name):
+                found.setdefault(path.resolve(), path)  # where it is missing, reading it says so
+                continue
+            else:
+                reason = "no file matches this pattern"
+                matches = [Path(match) for match in sorted(glob.glob(name, recursive=True))]
+            matches = [file for file in matches if file.is_file() and not _is_result(file)]
+        except (OSError, ValueError, RuntimeError) as error:  # too long, a loop of links, ...
+            bad.append((name, str(error)))
             continue
-        else:
-            reason = "no file matches this pattern"
-            matches = [Path(match) for match in sorted(glob.glob(name, recursive=True))]
-        matches = [file for file in matches if file.is_file() and not _is_result(file)]
         if not matches:
             bad.append((name, reason))
         for match in matches:

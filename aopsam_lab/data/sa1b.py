@@ -32,7 +32,9 @@ class Sa1b(ImageSet):
     name = "sa1b"
 
     def _find(self) -> dict[str, Known]:
-        self._places = {file.name: _Bytes(file) for file in self.path.rglob("sa_*.*")}
+        self._places = {
+            file.name: _Bytes(file) for file in self.path.rglob("sa_*.*") if file.is_file()
+        }
         for shard in [self.path] if self.path.is_file() else self.path.rglob("*.tar"):
             self._places |= _members(shard)
         names = {Path(name).stem for name in self._places if name.endswith((".jpg", ".json"))}
@@ -60,5 +62,8 @@ def _members(shard: Path) -> dict[str, _Bytes]:
                 for member in archive
             }
     except tarfile.TarError as error:
+        with shard.open("rb") as file:
+            if file.read(2) == b"\x1f\x8b":
+                raise ValueError(f"{shard} is compressed: run gunzip on it first.") from error
         broken = f"{shard} is not a whole, uncompressed tar file ({error})"
         raise ValueError(f"{broken}. Download it again.") from error
