@@ -126,12 +126,15 @@ def valid_cells(
 ) -> Tensor:
     """Which cells (h, w) of a grid over the model frame have their centre on the image.
 
-    `input_size` is the (height, width) of the scaled image, `img_size` the side of the frame.
+    The first always counts. `input_size` is the (height, width) of the scaled image, `img_size` the
+    side of the frame.
     """
 
     def on_image(part: int, cells: int) -> Tensor:
         # the centre of cell i, (i + 1/2) * img_size / cells, lies before `part`: in whole numbers
-        return (2 * torch.arange(cells, device=device) + 1) * img_size < 2 * part * cells
+        inside = (2 * torch.arange(cells, device=device) + 1) * img_size < 2 * part * cells
+        inside[0] = True  # of a strip that is thinner than half a cell, too
+        return inside
 
     rows, columns = map(on_image, input_size, grid)
     return rows[:, None] & columns

@@ -113,6 +113,11 @@ class PromptPredictor(nn.Module):
             embedding: (1, C, h, w).
             valid: (4h, 4w) bool, cells on the image: a rectangle at the top left.
         """
+        stride = image.shape[-1] // embedding.shape[-1]
+        if (embedding.shape[1], stride) != (self.embed_dim, self.stride):
+            own = f"{self.embed_dim} channels and cells of {self.stride} pixels"
+            given = f"this one has {embedding.shape[1]} and {stride}"
+            raise ValueError(f"The Prompt Predictor is for a SAM of {own}; {given}.")
         rows, columns = (COARSE * -(-int(valid.any(1 - axis).sum()) // COARSE) for axis in (0, 1))
         pixels = self.stride // CELL
         part = self(

@@ -1,17 +1,24 @@
 """Hostile or unlucky input: one clear error, or the right answer; never a crash, never a hang."""
 
 import json
+import os
 from collections import Counter
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from pycocotools import mask as coco_mask
 from small import corners, rle_text, write_coco
 
+from aopsam_lab import __main__ as cli
 from aopsam_lab.data import open_dataset
 from aopsam_lab.data.image_set import ground_truth
+from aopsam_lab.pipeline.decode import distinct
+from aopsam_lab.pipeline.run import segment
+from aopsam_lab.predictor import PromptPredictor
 
 SIZE = (12, 20)
 numbers = st.one_of(
@@ -106,3 +113,50 @@ def test_a_deeply_nested_file_is_refused(tmp_path):
     (folder / "annotations.json").write_text("[" * 200_000)
     with pytest.raises(ValueError, match="not in COCO's instances format: RecursionError"):
         open_dataset(folder)
+
+
+# --- images ---
+
+
+def test_a_batch_goes_on_whatever_one_image_does(tmp_path, capsys, weights, monkeypatch):
+    good, loop, pipe = (tmp_path / name for name in ("good.png", "loop.png", "pipe.png"))
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 48, 3), np.uint8)).save(good)
+    loop.symlink_to(loop)
+    os.mkfifo(pipe)
+    Image.new("RGB", (2000, 1)).save(tmp_path / "thin.png")
+    Image.new("RGB", (64, 64)).save(tmp_path / "odd.png")
+
+    def fails(path, *arguments):
+        if str(path).endswith("odd.png"):
+            raise RuntimeError("a fault of ours")
+        return segment(path, *arguments)
+
+    monkeypatch.setattr(cli, "segment", fails)
+    bad = [loop, pipe, "/dev/zero", "x" * 300, tmp_path / "thin.png", tmp_path / "odd.png"]
+    options = ["--sam", "small", "--checkpoint", weights["checkpoint"], "--method", "amg_s"]
+    command = ["segment", *map(str, bad), str(good), "--out", str(tmp_path / "out"), *options]
+    assert cli.main([*command, "--device", "cpu"]) == 1
+    captured = capsys.readouterr()
+    assert "1 of 7 images segmented" in captured.out and (tmp_path / "out/good.json").exists()
+    assert captured.err.count("failed: ") == 6 and "odd.png: RuntimeError: a fault" in captured.err
+    assert "pipe or device" in captured.err and "too thin" in captured.err
+
+
+@pytest.mark.parametrize("shape", [(2, 128), (128, 1), (3, 64), (1, 1)])
+@pytest.mark.parametrize("method", ["aop", "aop_raw", "aop_no_af", "amg_s"])
+def test_a_strip_is_segmented(small_sam, small_predictor, shape, method):
+    image = np.random.default_rng(0).integers(0, 256, (*shape, 3), np.uint8)
+    found = segment(image, method, small_sam, small_predictor)
+    assert all(rle["size"] == list(shape) for rle in found.masks)
+
+
+def test_a_predictor_for_another_sam_is_refused_with_both_shapes(small_sam):
+    image = np.zeros((40, 48, 3), np.uint8)
+    with pytest.raises(ValueError, match="of 7 channels and cells of 16 pixels; this one has"):
+        segment(image, "aop", small_sam, PromptPredictor(embed_dim=7).eval())
+
+
+def test_masks_of_one_pixel_or_a_line_are_duplicates_of_themselves():
+    pixel, line, square = [5, 5, 5, 5], [2, 8, 9, 8], [0, 0, 9, 9]
+    boxes = torch.tensor([pixel, line, pixel, square, line])
+    assert distinct(boxes, torch.tensor([0.5, 0.6, 0.9, 0.7, 0.8])).tolist() == [2, 4, 3]

@@ -96,7 +96,7 @@ def test_a_coco_file_holds_the_same_masks(seg, tmp_path):
     assert masks.dtype == bool and masks[0].sum() == 4 * 5
     assert np.array_equal(np.stack([coco.annToMask(a) for a in annotations]).astype(bool), masks)
     assert [a["area"] for a in annotations] == masks.sum((1, 2)).tolist()
-    assert annotations[0]["bbox"] == [10, 5, 4, 3]
+    assert annotations[0]["bbox"] == [10, 5, 5, 4]  # as pycocotools counts
     assert annotations[2]["point_coords"] == [[34.0, 21.0]]
 
 

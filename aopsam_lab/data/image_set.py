@@ -188,8 +188,9 @@ def _encoded(segmentation: dict | list | None, size: tuple[int, int], where: str
     polygons = [part for part in segmentation or [] if len(part) >= 6 and len(part) % 2 == 0]
     for part in polygons:
         corners = _numbers(part, (-1, 2), where)
-        length = abs(np.diff(corners, axis=0, append=corners[:1])).max(1).sum()
-        if abs(corners).max() > MAX_COORDINATE or length > MAX_OUTLINE:
+        near = corners.clip(-MAX_COORDINATE, MAX_COORDINATE)
+        length = abs(np.diff(near, axis=0, append=near[:1])).max(1).sum()
+        if (near != corners).any() or length > MAX_OUTLINE:
             raise ValueError(f"The outline of {where} lies too far outside the image.")
     return coco_mask.merge(coco_mask.frPyObjects(polygons, *size)) if polygons else None
 

@@ -57,7 +57,12 @@ def encode(sam: Sam, image: np.ndarray) -> Encoded:
     """Encode an image (H, W, 3) uint8, scaled and padded as `SamPredictor.set_image` does it."""
     watch = Stopwatch(sam.device)
     with watch("encode"):
-        scaled = ResizeLongestSide(sam.image_encoder.img_size).apply_image(image)
+        resize = ResizeLongestSide(sam.image_encoder.img_size)
+        sizes = *image.shape[:2], resize.target_length
+        if 0 in resize.get_preprocess_shape(*sizes):
+            thin = f"An image of {image.shape[1]} x {image.shape[0]} pixels is too thin"
+            raise ValueError(f"{thin}: SAM sees {sizes[2]} along its long side. Cut it in parts.")
+        scaled = resize.apply_image(image)
         pixels = torch.as_tensor(scaled, device=sam.device).permute(2, 0, 1)[None].contiguous()
         model_image = sam.preprocess(pixels)
         embedding = sam.image_encoder(model_image).contiguous()
@@ -176,13 +181,20 @@ def encoded_masks(
     return [rle for part in in_batches(index, max(1, len(index)), encode_part) for rle in part]
 
 
+def distinct(boxes: Tensor, iou: Tensor) -> Tensor:
+    """The rows of inclusive boxes (n, 4) long that box NMS keeps, best first."""
+    # the box of one pixel or of a line has no area so, and would be nobody's duplicate
+    low, high = boxes[:, :2], boxes[:, 2:]
+    return nms(torch.hstack([low, high + (low == high)]).float(), iou, BOX_NMS_THRESH)
+
+
 def remove_duplicates(sam: Sam, encoded: Encoded, found: list[Found]) -> dict[str, Any]:
     """Box NMS over all rounds, then RLE of what is left: the mask fields of a Segmentation."""
     iou, stability, boxes, prompt = (
         torch.cat([getattr(part, name) for part in (nothing(encoded), *found)])
         for name in ("iou", "stability", "boxes", "prompt")
     )
-    keep = nms(boxes.float(), iou, BOX_NMS_THRESH)  # best first
+    keep = distinct(boxes, iou)
     masks: dict[int, dict] = {}
     first = 0
     for part in found:  # one by one: all logits in one tensor would be there twice

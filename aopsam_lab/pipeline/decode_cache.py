@@ -12,10 +12,15 @@ from dataclasses import dataclass, field, replace
 import torch
 from segment_anything.modeling import Sam
 from torch import Tensor
-from torchvision.ops import nms
 
-from aopsam_lab.pipeline.decode import decode_and_filter, encoded_masks, joined, nothing
-from aopsam_lab.pipeline.types import BOX_NMS_THRESH, Encoded, Found, Prompts
+from aopsam_lab.pipeline.decode import (
+    decode_and_filter,
+    distinct,
+    encoded_masks,
+    joined,
+    nothing,
+)
+from aopsam_lab.pipeline.types import Encoded, Found, Prompts
 from aopsam_lab.predictor import PromptPredictor
 from aopsam_lab.sam.zoo import SamSpec, spec_of
 
@@ -146,7 +151,7 @@ class LooseRun:
                 raise ValueError(problem)
             passing = (found.iou > pair[0]) & (found.stability >= pair[1])
             rows = passing.nonzero()[:, 0]
-            best_first = rows[nms(found.boxes[rows].float(), found.iou[rows], BOX_NMS_THRESH)]
+            best_first = rows[distinct(found.boxes[rows], found.iou[rows])]
             kept.append(encoded_masks(self.cache.sam, self.cache.encoded, found, best_first))
         return kept
 

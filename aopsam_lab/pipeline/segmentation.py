@@ -85,6 +85,7 @@ class Segmentation:
                 "iscrowd": 0,
                 "score": float(self.scores[i]),
                 **self._about(i),
+                "bbox": coco_mask.toBbox(rle).tolist(),  # the generator's is a pixel smaller
             }
             for i, rle in enumerate(self.masks)
         ]
