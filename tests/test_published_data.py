@@ -1,5 +1,6 @@
 """COCO, LVIS and SA-1B in small files of the formats in which they are published."""
 
+import gzip
 import io
 import json
 import shutil
@@ -166,6 +167,10 @@ def test_what_is_missing_in_sa1b_is_counted(tmp_path):
 def test_bad_files_of_sa1b_say_what_is_wrong(tmp_path):
     files = sa1b_files(NAMES[:1])
     shard = write_shard(tmp_path / "a" / "sa_000000.tar", files)
+    (tmp_path / "gz").mkdir()
+    (tmp_path / "gz" / "sa_000000.tar.gz").write_bytes(gzip.compress(shard.read_bytes()))
+    with pytest.raises(ValueError, match="sa_000000.tar.gz is compressed: run gunzip"):
+        Sa1b(tmp_path / "gz")
     shard.write_bytes(shard.read_bytes()[:1500])
     with pytest.raises(ValueError, match="sa_000000.tar is not a whole, uncompressed tar"):
         Sa1b(shard)

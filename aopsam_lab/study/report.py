@@ -123,7 +123,7 @@ def run_report(
                     progress_bar=False,  # the notebook's own bar says more
                     stdout_file=sys.stderr,
                     stderr_file=sys.stderr,
-                    extra_arguments=["--log-level=ERROR"],
+                    extra_arguments=["--log-level=CRITICAL"],  # Ctrl-C is an error there
                 )
         except papermill.PapermillExecutionError as error:
             write_atomically(failed, made.read_bytes())

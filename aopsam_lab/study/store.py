@@ -60,7 +60,7 @@ class Store:
             self._connection.text_factory = partial(str, encoding="utf-8", errors="replace")
             (found,) = self._connection.execute("PRAGMA integrity_check(1)").fetchone()
             if found != "ok":
-                raise ValueError(f"{path} {_DAMAGED} ({' '.join(found.split())}).")
+                raise sqlite3.DatabaseError(found)
             self._connection.execute(_SCHEMA)
             self._connection.execute("PRAGMA user_version = 1")  # fails where it is read-only
             self.values("")
@@ -122,12 +122,13 @@ class Store:
             yield
         except (sqlite3.Error, UnicodeError) as error:
             code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # 0 where Python itself raised it
+            reason = " ".join(str(error).split())
             if code in _CAUSES:
                 kind = BlockingIOError if code == sqlite3.SQLITE_BUSY else OSError
-                raise kind(f"{self._path} {_CAUSES[code]} ({error}).") from error
+                raise kind(f"{self._path} {_CAUSES[code]} ({reason}).") from error
             other = code in (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR)
             cause = _NO_STORE if other else _DAMAGED
-            raise ValueError(f"{self._path} {cause} ({error}).") from error
+            raise ValueError(f"{self._path} {cause} ({reason}).") from error
 
 
 def _json(value: object) -> str:

@@ -306,8 +306,9 @@ class Explorer(anywidget.AnyWidget):
     def _on_message(self, _: object, content: dict, buffers: Sequence[memoryview]) -> None:
         """Take what the page sends: an upload and its `name`, or `what` to export."""
         with self._errors_in_message():
+            given = content if isinstance(content, dict) else {}
             if buffers:
-                name = content["name"]
+                name = str(given.get("name", "image"))
                 opened = prepared(image_from_bytes(bytes(buffers[0]), name))
                 self._sources.append(Source(name, repr(name), lambda: opened))
                 self.names = [*self.names, name]
@@ -315,7 +316,10 @@ class Explorer(anywidget.AnyWidget):
             elif self.segmentation is not None:
                 name = self._sources[self.source].name
                 with tempfile.TemporaryDirectory() as folder:
-                    file = save(self.segmentation, folder, Path(name).stem, name)[content["what"]]
+                    files = save(self.segmentation, folder, Path(name).stem, name)
+                    file = files.get(str(given.get("what")))
+                    if file is None:
+                        raise ValueError(f"What can be saved is {', '.join(files)}.")
                     self.send({"name": file.name}, [file.read_bytes()])
 
     def _call(self) -> str:
