@@ -108,8 +108,8 @@ def run_report(
     failed = folder / f"{name}.failed.ipynb"
     failed.unlink(missing_ok=True)
     # its own SIGINT handler would kill the kernel and go on
-    events, refused = asyncio.SelectorEventLoop, {"side_effect": RuntimeError}
-    own_handler = patch.object(events, "add_signal_handler", **refused)
+    events = asyncio.SelectorEventLoop
+    own_handler = patch.object(events, "add_signal_handler", side_effect=RuntimeError)
     environment = package_environment() | {"AOPSAM_PROGRESS": "text"}
     # elsewhere, as another run in this folder may be waiting; and papermill fills {} in a path
     with tempfile.TemporaryDirectory() as scratch:
