@@ -2,8 +2,11 @@
 
 import asyncio
 import base64
+import gc
 import io
 import json
+import threading
+import weakref
 from dataclasses import replace
 from unittest import mock
 
@@ -354,3 +357,41 @@ def test_what_fails_in_the_worker_is_said(explorer, monkeypatch):
     monkeypatch.setattr(Session, "run", mock.Mock(side_effect=RuntimeError("out of luck")))
     live(monkeypatch, move)
     assert explorer.message == "RuntimeError: out of luck" and explorer.busy == ""
+
+
+# --- memory ---
+
+
+def test_closing_frees_what_is_open_and_another_image_what_was(sample):
+    explorer = aop.explore([sample, sample.image], params=EAGER)
+    first = weakref.ref(explorer._session._cache)
+    explorer.source = 1
+    second, shown = weakref.ref(explorer._session._cache), weakref.ref(explorer.segmentation)
+    gc.collect()
+    assert first() is None and second() and shown()
+    for _ in range(2):  # twice is as good as once
+        explorer.close()
+        gc.collect()
+        assert second() is None and shown() is None and explorer.comm is None
+        assert explorer.left == explorer.image == {} and repr(explorer)
+
+
+def test_explorers_left_open_share_a_thread_and_the_last_three_keep_decodes(sample, monkeypatch):
+    opened, threads = [], []
+
+    async def open_and_move(until):
+        opened.append(aop.explore(sample, params=EAGER))
+        opened[-1].set_state({"params": {**vars(EAGER), "confidence": 0.2}})
+        await until(lambda: not opened[-1].busy)
+
+    for _ in range(4):
+        live(monkeypatch, open_and_move)
+        threads.append({one.ident for one in threading.enumerate()})
+        opened[0].manual = [[(300.0, 200.0 + len(opened), 1)]]  # it is used between the others
+        assert opened[-1].params.confidence == 0.2 and opened[-1].message == ""
+    assert threads == threads[:1] * 4
+    assert ["_cache" in vars(one._session) for one in opened] == [True, False, True, True]
+    opened[1].method = "amg_s"
+    assert opened[1].segmentation.masks == aop.segment(sample.image, "amg_s").masks
+    for one in opened:
+        one.close()

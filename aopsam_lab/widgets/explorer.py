@@ -44,6 +44,7 @@ SLIDERS = {  # least, most, step, tooltip
     "elimination": (0.5, 2, 0.01, "a prompt is dropped above this many times a PEM's mean"),
 }
 HERE = Path(__file__).parent
+WORKER = ThreadPoolExecutor(1)  # of all explorers, as a notebook keeps each that it ever showed
 
 
 def bundled(names: Sequence[str] = ("pane", "stage", "side", "explorer")) -> str:
@@ -118,7 +119,6 @@ class Explorer(anywidget.AnyWidget):
         self._session: Session | None = None
         self._answers: dict[str, Answer | None] = {}  # by side
         self._task: asyncio.Task | None = None
-        self._worker = ThreadPoolExecutor(1)
         look = {
             "methods": {name: method.uses for name, method in METHODS.items()},
             "beside": [NOTHING, PINNED, *METHODS],
@@ -177,6 +177,8 @@ class Explorer(anywidget.AnyWidget):
     def _open(self, change: dict | None = None, shown: Segmentation | None = None) -> None:
         """Show the image `source`; its Segmentation may be known already."""
         self._cancel()
+        if self._session is not None:
+            self._session.forget()
         self._session, self._answers = None, {}
         with self.hold_sync():
             self.left, self.right, self.image, self.preview = {}, {}, {}, []
@@ -195,6 +197,12 @@ class Explorer(anywidget.AnyWidget):
                 known = (self.method, self.params), shown, shown.seconds["total"], shown.n_decoded
                 self._publish(session, {"left": Answer(*known)})
             self._ask(session)
+
+    def close(self) -> None:
+        """Take the explorer off the page, and free the memory of what it shows."""
+        super().close()
+        self._sources = []
+        self._open()
 
     # --- answers -----------------------------------------------------------------------------
 
@@ -239,7 +247,7 @@ class Explorer(anywidget.AnyWidget):
         await asyncio.sleep(DEBOUNCE)
         with self._errors_in_message():
             for side, setting in due.items():
-                found = loop.run_in_executor(self._worker, session.run, *setting, progress)
+                found = loop.run_in_executor(WORKER, session.run, *setting, progress)
                 self._publish(session, {side: await found})
             self.busy = ""
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property
 from typing import NamedTuple
@@ -27,6 +29,7 @@ from aopsam_lab.sam.zoo import SamSpec
 from aopsam_lab.widgets.sources import Opened
 
 CHUNK = 16  # prompts decoded before each check whether the answer is still wanted
+KEPT = 3  # opened images whose decodes are kept, with up to decode_cache.MAX_BYTES of logits each
 
 Clicks = Sequence[tuple[float, float, int]]  # x, y, and 1 for the object or 0 for the background
 
@@ -50,34 +53,51 @@ class Mask(NamedTuple):
 
 
 class Session:
-    """An opened image on a SAM. The models that a method needs are loaded at its first use."""
+    """An opened image on a SAM. The models that a method needs are loaded at its first use.
+
+    A notebook keeps each widget that it ever showed, so only KEPT sessions keep their decodes.
+    """
+
+    _with_decodes: deque[Session] = deque()  # the one that made them first at the left
 
     def __init__(self, opened: Opened, sam: Sam):
         self.opened, self.sam = opened, sam
         self._lock = threading.Lock()  # a worker decodes while the main thread answers a click
         self.colours: dict[bytes, int] = {}  # of every mask shown so far, see mask_colours
+        self._pcm: PcmCache | None = None
         self._asked: dict[str, Mask | None] = {}  # by the clicks, as JSON
 
     @cached_property
     def _cache(self) -> DecodeCache:
         """The decodes, and with them the image with its embedding."""
+        self._with_decodes.append(self)
+        if len(self._with_decodes) > KEPT:
+            self._with_decodes[0].forget()
         return DecodeCache(self.sam, encode(self.sam, self.opened.image))
 
-    @cached_property
-    def _pcm(self) -> PcmCache:
-        return PcmCache(loaded_predictor(self.sam), self._cache.encoded)
+    def forget(self) -> None:
+        """Let the decodes go. They are made again where they are needed."""
+        with suppress(ValueError):
+            self._with_decodes.remove(self)
+        self._pcm = None
+        self.__dict__.pop("_cache", None)
 
-    def _models(self, method: str) -> Models:
+    def _models(self, method: str, encoded: Encoded) -> Models:
         needs = METHODS[method].needs
         if needs == "predictor":
-            return Models(predictor=self._pcm)
+            pcm = self._pcm
+            if pcm is None or pcm.encoded is not encoded:
+                pcm = self._pcm = PcmCache(loaded_predictor(self.sam), encoded)
+            return Models(predictor=pcm)
         return Models(detector=loaded_detector(self.sam) if needs else None)
 
     @torch.inference_mode()
     def sample(self, method: str, params: AsfParams) -> list[dict]:
         """Where the method would prompt, before anything is decoded: x and y of each point."""
         with self._lock:
-            proposal = METHODS[method].start(self._cache.encoded, self._models(method), params)
+            encoded = self._cache.encoded
+            models = self._models(method, encoded)
+            proposal = METHODS[method].start(encoded, models, params)
         return [{"x": x, "y": y} for x, y in proposal.prompts.points.tolist()]
 
     def run(
@@ -89,7 +109,8 @@ class Session:
         raises ends the run.
         """
         start = time.perf_counter()
-        before, done = self._cache.n_decoded, 0
+        cache = self._cache  # another session may make this one forget it meanwhile
+        before, done = cache.n_decoded, 0
 
         def decode(
             sam: Sam, encoded: Encoded, prompts: Prompts, index: torch.Tensor, spec: SamSpec
@@ -98,15 +119,15 @@ class Session:
             for part in index.split(CHUNK):
                 progress(done, len(prompts))
                 with self._lock:
-                    self._cache(sam, encoded, prompts, part, spec)
+                    cache(sam, encoded, prompts, part, spec)
                 done += len(part)
             with self._lock:
-                return self._cache(sam, encoded, prompts, index, spec)  # joins the parts
+                return cache(sam, encoded, prompts, index, spec)  # joins the parts
 
-        models = self._models(method)
-        seg = run_method(self.sam, self._cache.encoded, method, *models, params, decode=decode)
+        models = self._models(method, cache.encoded)
+        seg = run_method(self.sam, cache.encoded, method, *models, params, decode=decode)
         seconds = time.perf_counter() - start
-        return Answer((method, params), seg, seconds, self._cache.n_decoded - before)
+        return Answer((method, params), seg, seconds, cache.n_decoded - before)
 
     def candidates(self, seg: Segmentation, row: int) -> list[Mask]:
         """All masks of the prompt `row`, before any threshold: three of a point, one of a box."""
