@@ -31,15 +31,20 @@ help:  ## this list
 	@echo "Example: make study DATASET=path/to/folder N=50 OUT=path/to/reports"
 	@echo "The first one used builds $(VENV) with PYTHON=$(PYTHON), which may be 3.11 to 3.14 (about 8 GB of disk)."
 
-REPORT = $(RUN) -m aopsam_lab.study report --reports '$(OUT)' \
-  $(if $(SAM),--sam '$(SAM)') $(if $(CHECKPOINT),--checkpoint '$(CHECKPOINT)') \
-  $(if $(PREDICTOR),--predictor '$(PREDICTOR)') $(if $(DETECTOR),--detector '$(DETECTOR)') \
-  $(if $(DATASET),--dataset '$(DATASET)$(if $(DATA),:$(DATA))') $(if $(N),--n-images '$(N)') \
-  $(if $(SEED),--seed '$(SEED)') $(if $(DEVICE),--device '$(DEVICE)') \
-  $(if $(TIMED),--timed-images '$(TIMED)')
+# An option with its text as it was given: a $ in it names no variable of make, a ' ends no string of the shell.
+QUOTED = '$(subst ','\'',$(1))'
+OPTION = $(if $(2),--$(1) $(call QUOTED,$(2)))
+REPORT = $(RUN) -m aopsam_lab.study report $(call OPTION,reports,$(value OUT)) \
+  $(call OPTION,sam,$(value SAM)) $(call OPTION,checkpoint,$(value CHECKPOINT)) \
+  $(call OPTION,predictor,$(value PREDICTOR)) $(call OPTION,detector,$(value DETECTOR)) \
+  $(call OPTION,dataset,$(value DATASET)$(if $(value DATA),:$(value DATA))) \
+  $(call OPTION,n-images,$(value N)) $(call OPTION,seed,$(value SEED)) \
+  $(call OPTION,device,$(value DEVICE)) $(call OPTION,timed-images,$(value TIMED))
+# make would hand them to what it starts, and look for variables in them
+unexport SAM CHECKPOINT PREDICTOR DETECTOR METHODS DATASET DATA N TIMED SEED DEVICE OUT
 
 study: $(READY)  ## the main comparison: SAM= CHECKPOINT= PREDICTOR= DETECTOR= METHODS= DATASET= DATA= N= TIMED= SEED= DEVICE= OUT=
-	$(REPORT) $(if $(METHODS),--methods '$(METHODS)') main_comparison
+	$(REPORT) $(call OPTION,methods,$(value METHODS)) main_comparison
 
 ablation: $(READY)  ## what each part of AoP-SAM gives: the parameters of study
 	$(REPORT) ablation
@@ -76,7 +81,7 @@ app: $(READY)  ## the explorer as a page, by Voila; ARGS="--no-browser --port 88
 	$(RUN) -m voila notebooks/explore_pcm_pem.ipynb $(ARGS)
 
 readme: $(READY)  ## write the results of the last study into the README
-	$(RUN) -m aopsam_lab.study readme --reports '$(OUT)'
+	$(RUN) -m aopsam_lab.study readme $(call OPTION,reports,$(value OUT))
 
 clean:  ## remove the environment and caches; reports stay
 	rm -rf $(VENV) build *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache

@@ -9,6 +9,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from aopsam_lab.asf import AsfParams
+from aopsam_lab.command import in_one_line
 from aopsam_lab.data.images import find_images
 from aopsam_lab.detector import load_detector
 from aopsam_lab.pipeline.methods import METHODS
@@ -31,14 +32,8 @@ ASF_HELP = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; 0: done, 1: some images failed, 2: nothing could be done, 130: interrupted."""
     args = _parser().parse_args(argv)
-    try:
-        return args.run(args)
-    except (ValueError, OSError) as error:
-        print(f"aopsam_lab: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("aopsam_lab: interrupted; the files written so far are whole.", file=sys.stderr)
-        return 130
+    kept = "the files written so far are whole."
+    return in_one_line("aopsam_lab", lambda: args.run(args), kept)
 
 
 def _parser() -> argparse.ArgumentParser:

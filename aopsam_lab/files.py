@@ -19,6 +19,8 @@ def write_atomically(path: str | os.PathLike, data: bytes | str) -> Path:
     try:
         beside.write_bytes(data.encode("utf-8") if isinstance(data, str) else data)
         os.replace(beside, path)
+    except OSError as error:  # of a full disk it names no file
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         beside.unlink(missing_ok=True)
     return path

@@ -115,11 +115,17 @@ def part(*asked) -> str:
     return " ".join(report.part(*asked).split("</style>")[1].split())
 
 
-def kill_after(code: str, store: Path, rows: int) -> dict[str, tuple]:
-    """What a store holds after a process ran code and was killed once there were so many rows."""
+def in_process(code: str) -> subprocess.Popen:
+    """A new process that runs code and knows the small Sam."""
     path = os.pathsep.join([str(PACKAGE_ROOT), str(Path(__file__).parent)])
     command = [sys.executable, "-c", f"import small; {code}"]
-    process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": path})
+    environment = {**os.environ, "PYTHONPATH": path}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+
+
+def kill_after(code: str, store: Path, rows: int) -> dict[str, tuple]:
+    """What a store holds after a process ran code and was killed once there were so many rows."""
+    process = in_process(code)
     while len(stored(store)) < rows:
         assert process.poll() is None, "the study ended before it could be killed"
         time.sleep(0.01)

@@ -4,6 +4,7 @@ import json
 import os
 from collections import Counter
 
+import attack
 import numpy as np
 import pytest
 import torch
@@ -160,3 +161,20 @@ def test_masks_of_one_pixel_or_a_line_are_duplicates_of_themselves():
     pixel, line, square = [5, 5, 5, 5], [2, 8, 9, 8], [0, 0, 9, 9]
     boxes = torch.tensor([pixel, line, pixel, square, line])
     assert distinct(boxes, torch.tensor([0.5, 0.6, 0.9, 0.7, 0.8])).tolist() == [2, 4, 3]
+
+
+# --- a few of the attacks of attack.py ---
+
+
+@pytest.fixture(scope="module")
+def worker():
+    worker = attack.Worker()
+    yield worker
+    worker.close()
+
+
+@pytest.mark.parametrize("kind", attack.COUNTS)
+def test_attacks_are_refused_or_answered_right(worker, kind):
+    found = attack.attack(worker, kind, range(2 if kind == "kills" else 20))
+    assert not found.keys() - attack.FINE, found
+    assert found.get("right") and (kind in ("kills", "messages") or found.get("refused"))

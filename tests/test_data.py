@@ -73,6 +73,14 @@ def test_what_is_left_out_is_counted(tmp_path):
     assert (counts["crowd_regions"], counts["annotations_without_mask"]) == (1, 3)
 
 
+def test_annotations_of_no_image_are_counted_and_said(tmp_path):
+    folder = write(tmp_path / "set", [[TRIANGLE, TRIANGLE], [TRIANGLE]])
+    edit(folder, lambda c: c["annotations"][1].update(image_id="1"))
+    with pytest.warns(UserWarning, match="1 annotations of .*annotations.json belong to no image"):
+        counts = CocoFolder(folder).describe()
+    assert (counts["masks"], counts["annotations_of_no_image"]) == (2, 1)
+
+
 def test_a_missing_image_is_left_out_and_counted(tmp_path):
     folder = write(tmp_path / "set", [[TRIANGLE]] * 3)
     (folder / "images" / "picture1.png").unlink()

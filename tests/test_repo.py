@@ -2,6 +2,7 @@
 
 import ast
 import re
+import shlex
 import subprocess
 import sys
 from graphlib import CycleError, TopologicalSorter
@@ -117,6 +118,18 @@ def test_make_hands_its_parameters_to_the_study():
     printed = " ".join(run.stdout.replace("\\\n", " ").split())
     models = "--sam 'vit_h' --predictor 'p.safetensors' --detector 'yolov8n'"
     assert f"{models} --dataset 'lvis:some/where' --n-images '7' main_comparison" in printed
+
+
+@pytest.mark.parametrize("name", ["a$x", "it's", "$(shell echo b)", "a$(", "$$", 'q"`id`', "a, b"])
+def test_make_hands_on_a_text_as_it_is(name):
+    run = subprocess.run(
+        ["make", "-n", "study", f"DATASET={name}", f"OUT={name}", f"DATA={name}"],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    (command,) = re.findall("(?m)^[^ ]*python -m aopsam_lab[^\n]*(?:\\\\\n[^\n]*)*", run.stdout)
+    words = shlex.split(command)
+    assert words[words.index("--dataset") + 1] == f"{name}:{name}"
+    assert words[words.index("--reports") + 1] == name
 
 
 def import_graph(known: dict[str, Path]) -> dict[str, set[str]]:

@@ -2,19 +2,25 @@
 
 import json
 import re
+import signal
 import subprocess
+import sys
+import time
 
+import nbformat
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import METHODS, part, row
+from conftest import METHODS, parameters, part, row, stored
 from papermill import inspect_notebook
 
 from aopsam_lab.files import write_atomically
-from aopsam_lab.study import PACKAGE_ROOT, figures, machine, report, sweeps, tables
+from aopsam_lab.study import PACKAGE_ROOT, figures, machine, report, settings, sweeps, tables
 from aopsam_lab.study.__main__ import main as study_command
+from aopsam_lab.study.runner import STORE_NAME
 
 NOTEBOOKS = sorted((PACKAGE_ROOT / "notebooks").glob("*.ipynb"))
+STUDIES = [file for file in NOTEBOOKS if file.stem != "explore_pcm_pem"]
 FACTS = {
     "parameters": {"sam": "mobile_sam", "methods": ["amg_s", "aop"], "seed": 0, "smoothing": 2.0,
                    "confidence": 0.2, "spacing": 6.0, "elimination": 1.3},
@@ -170,6 +176,52 @@ def test_provenance_tells_the_commit_and_uncommitted_code(tmp_path):
 def test_a_report_that_is_not_there_is_said(tmp_path, capsys):
     assert study_command(["report", "nonsense", "--reports", str(tmp_path)]) == 1
     assert "no notebook" in capsys.readouterr().err
+
+
+def test_whatever_stops_a_report_is_one_line(reports, tmp_path, capsys):
+    file = tmp_path / "file"
+    file.write_text("")
+    for command in (["report"], ["index"], ["readme", "--readme", str(tmp_path)]):
+        where = str(reports if command[0] == "readme" else file)
+        assert study_command([*command, "--reports", where]) == 1
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and error.count("\n") == 1
+
+
+def test_ctrl_c_ends_a_report_in_one_line(folder, tmp_path):
+    command = [sys.executable, "-m", "aopsam_lab.study", "report", "--dataset", str(folder)]
+    command += ["--n-images", "14", "--methods", "amg_s,aop", "--timed-images", "0"]
+    run = subprocess.Popen(
+        [*command, "--reports", str(tmp_path)],
+        env=settings.package_environment(),
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while not stored(tmp_path / "main_comparison" / STORE_NAME):
+        assert run.poll() is None
+        time.sleep(0.05)
+    run.send_signal(signal.SIGINT)
+    said = run.communicate(timeout=60)[1]
+    assert run.returncode == 130 and said.endswith("goes on from there.\n")
+    assert "Traceback" not in said and said.count("interrupted") == 1
+
+
+@pytest.mark.parametrize("file", STUDIES, ids=lambda file: file.stem)
+def test_a_wrong_parameter_of_a_notebook_is_refused(file):
+    cells = [cell.source for cell in nbformat.read(file, as_version=4).cells]
+    assert any("report.check_parameters(globals())" in cell for cell in cells)
+    cells, values = [cell for cell in cells if cell.startswith("sam: ")], parameters(file.stem)
+    report.check_parameters({**values, "In": ["", *cells, "# Parameters\nseed = 1\n"]})
+    with pytest.raises(ValueError, match="no parameter 'sed'. Choose from sam, "):
+        report.check_parameters({**values, "In": ["", *cells, "# Parameters\nsed = 1\n"]})
+    for name, value in (("out", 202406), ("n_images", "ten"), ("seed", 1.5), ("n_images", True)):
+        with pytest.raises(ValueError, match=f"{name} is {value!r}, but its type is"):
+            report.check_parameters({**values, "In": cells, name: value})
+
+
+def test_an_unknown_parameter_stops_a_notebook_at_once(tmp_path):
+    with pytest.raises(RuntimeError, match="ValueError: There is no parameter 'n_imges'"):
+        report.run_report("benchmark", {"n_imges": 1}, tmp_path / "a {folder}")
 
 
 def test_a_failing_cell_is_named_and_kept(tmp_path):

@@ -1,13 +1,19 @@
 """The study: what is kept, what is scored again, what survives a kill, what is written."""
 
+import random
+import sqlite3
+import warnings
+from contextlib import closing
+from functools import partial
+
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import METHODS, QUICK, kill_after, part, row, stored
-from small import write_weights
+from conftest import METHODS, QUICK, in_process, kill_after, part, row, stored
+from small import corners, write_coco, write_weights
 
 from aopsam_lab.data.sample import Sample
-from aopsam_lab.study import figures, settings, tables
+from aopsam_lab.study import figures, settings, store, tables
 from aopsam_lab.study.runner import STORE_NAME
 from aopsam_lab.study.settings import THRESHOLDS
 from aopsam_lab.study.store import Store, make_key
@@ -44,6 +50,79 @@ def test_a_file_that_is_no_store_is_refused(tmp_path):
     (tmp_path / "s.sqlite").write_text(text)
     with pytest.raises(ValueError, match="not a store"):
         Store(tmp_path / "s.sqlite")
+
+
+def test_why_a_store_cannot_be_used_is_said(tmp_path, monkeypatch):
+    path = tmp_path / "s.sqlite"
+    Store(path).__exit__()
+    monkeypatch.setattr(store, "WAIT", 0.1)
+    with closing(sqlite3.connect(path)) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        with pytest.raises(OSError, match="s.sqlite is in use by another program"):
+            Store(path)
+    monkeypatch.setattr(sqlite3, "connect", partial(read_only, sqlite3.connect))
+    with pytest.raises(OSError, match="s.sqlite is read-only. Allow writing"):
+        Store(path)
+
+
+def read_only(connect, path, **options):
+    return connect(f"file:{path}?mode=ro", uri=True, **options)
+
+
+def test_a_full_disk_keeps_the_rows_that_are_there(tmp_path):
+    path = tmp_path / "s.sqlite"
+    with Store(path) as own:
+        own.add([({"n": 1}, "x", "aop", {"miou": 0.5})])
+        own._connection.execute("PRAGMA max_page_count = 4")
+        with pytest.raises(OSError, match="the disk is full. What is in it is kept"):
+            own.add([({"n": 2}, "x", "aop", {"text": "x" * 50_000})])
+        assert own.values(make_key({"n": 1})) == {"miou": 0.5}
+
+
+def test_a_changed_row_is_noticed_and_removed_alone(tmp_path):
+    path, keys = tmp_path / "s.sqlite", [make_key({"n": n}) for n in range(3)]
+    with Store(path) as own:
+        own.add(({"n": n}, "x", "aop", {"miou": 0.5 + n}) for n in range(3))
+    with closing(sqlite3.connect(path)) as other, other:
+        other.execute("UPDATE scores SET vals = replace(vals, '1.5', '1.6')")
+        other.execute("UPDATE scores SET key = 'k' WHERE key = ?", keys[2:])
+    with Store(path) as own:
+        assert [own.values(keys[n]) for n in (0, 2)] == [{"miou": 0.5}, {}]
+        for changed in (keys[1], "k"):
+            with pytest.warns(UserWarning, match="x, aop. was changed after it was written"):
+                assert own.values(changed) == {}
+        own.add([({"n": 1}, "x", "aop", {"miou": 0.6})])
+        assert own.values(keys[1]) == {"miou": 0.6}
+
+
+def test_a_row_without_checksum_is_read(tmp_path):
+    path, key = tmp_path / "s.sqlite", make_key({"n": 1})
+    with Store(path) as own:
+        own.add([({"n": 1}, "x", "aop", {"miou": 0.5})])
+    with closing(sqlite3.connect(path)) as other, other:
+        other.execute("UPDATE scores SET vals = '{\"miou\":0.25}'")
+    with Store(path) as own:
+        assert own.values(key) == {"miou": 0.25}
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_damaged_store_says_so_and_never_gives_another_value(tmp_path, seed):
+    path, rng = tmp_path / "s.sqlite", random.Random(seed)
+    inputs = [{"n": n, "text": "x" * 300} for n in range(50)]
+    with Store(path) as own:
+        own.add((one, f"image {one['n']}", "aop", {"miou": one["n"] / 50}) for one in inputs)
+    data = bytearray(path.read_bytes())
+    for _ in range(rng.randint(1, 4)):
+        data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+    path.write_bytes(data[: rng.randrange(len(data))] if seed % 4 == 0 else data)
+    try:
+        with warnings.catch_warnings(), Store(path) as own:
+            warnings.simplefilter("ignore")
+            found = [own.values(make_key(one)) for one in inputs]
+    except ValueError as error:
+        assert str(path) in str(error) and "\n" not in str(error)
+    else:
+        assert all(found[n] in ({}, {"miou": n / 50}) for n in range(50))
 
 
 # --- running ---
@@ -109,6 +188,24 @@ def test_images_without_ground_truth_are_run_but_not_scored(study):
 
 
 @pytest.mark.parametrize(
+    ("annotation", "lost"),
+    [
+        ({"iscrowd": 1}, "1 crowd regions"),
+        ({"image_id": "1"}, "1 annotations of no image"),
+        ({"segmentation": []}, "1 annotations without mask"),
+        (None, "there are no annotations of them"),
+    ],
+)
+def test_images_of_which_none_has_a_mask_are_not_scored(study, tmp_path, annotation, lost):
+    image, own = np.zeros((48, 48, 3), np.uint8), {"segmentation": corners(2, 2, 9)}
+    annotations = [] if annotation is None else [own | annotation]
+    folder = write_coco(tmp_path / "set", {"a.png": image}, {"a.png": annotations})
+    with pytest.raises(ValueError, match=f"None of the 1 images of .*set has a mask .*{lost}"):
+        study(dataset=folder)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"methods": ["aop", "best"]}, "no method 'best'"),
@@ -126,10 +223,7 @@ def test_bad_arguments_are_refused_by_name(study, changes, message):
 def test_a_killed_study_loses_at_most_the_image_in_hand(study, weights, folder, tmp_path):
     """The next process scores the rest, and nothing twice."""
     out = tmp_path / "killed"
-    arguments = {"methods": METHODS, "dataset": str(folder), "n_images": 14, "out": str(out)}
-    arguments |= {**QUICK, **weights}
-    code = f"from aopsam_lab.study.runner import run_study; run_study(**{arguments!r})"
-    before = kill_after(code, out / STORE_NAME, rows=5)
+    before = kill_after(study_code(weights, folder, out), out / STORE_NAME, rows=5)
     assert 5 <= len(before) < 28 and len(before) % 2 == 0  # whole images
 
     result = study(n_images=14, out=out, thresholds=THRESHOLDS)
@@ -141,6 +235,22 @@ def test_a_killed_study_loses_at_most_the_image_in_hand(study, weights, folder, 
     whole = study(n_images=14, out=tmp_path / "whole", thresholds=THRESHOLDS)
     for name in ("per_image", "summary", "curves"):
         pd.testing.assert_frame_equal(getattr(result, name), getattr(whole, name))
+
+
+def study_code(weights, folder, out):
+    arguments = {"methods": METHODS, "dataset": str(folder), "n_images": 14, "out": str(out)}
+    arguments |= {**QUICK, **weights}
+    code = f"found = run_study(**{arguments!r}); print('scored', found.n_scored)"
+    return f"from aopsam_lab.study.runner import run_study; {code}"
+
+
+def test_of_two_runs_in_one_folder_the_second_waits_and_scores_nothing_twice(
+    weights, folder, tmp_path
+):
+    both = [in_process(study_code(weights, folder, tmp_path)) for _ in range(2)]
+    first, second = sorted((run.communicate()[0] for run in both), key=len)
+    assert "scored 28\n" in first and "waiting" not in first
+    assert "Another run is at work" in second and "scored 0\n" in second
 
 
 def test_peak_memory_is_measured_once_in_a_process_of_its_own(study):

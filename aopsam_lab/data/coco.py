@@ -1,6 +1,7 @@
 """Images with a COCO-style annotation file: any folder, COCO itself, LVIS; classes ignored."""
 
 import json
+import warnings
 from collections import Counter, defaultdict
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,7 @@ class CocoFolder(ImageSet):
 
     def _find(self) -> dict[str, Known]:
         file, self._root, self.name = self._locate()
-        images, annotations = _read(file)
+        images, annotations, self._counts["annotations_of_no_image"] = _read(file)
         known: dict[str, Known] = {}
         for what in (lambda image: image["id"], self._image_path):
             for value, n in Counter(map(what, images)).most_common(1):
@@ -99,14 +100,19 @@ def _first_folder(folders: list[Path], file: Path) -> Path:
     raise FileNotFoundError(f"The images of {file} are in none of {tried}.")
 
 
-def _read(file: Path) -> tuple[list[dict], dict[int, list[dict]]]:
-    """The images of a file, and their annotations by image id."""
+def _read(file: Path) -> tuple[list[dict], dict[int, list[dict]], int]:
+    """The images of a file, their annotations by image id, and how many are of no image."""
     annotations: dict[int, list[dict]] = defaultdict(list)
     with expected_format(file):
         content = json.loads(file.read_text(encoding="utf-8"))
         for annotation in content["annotations"]:
             annotations[annotation["image_id"]].append(annotation)
-        return content["images"], annotations
+        listed = {image["id"] for image in content["images"]}
+        lost = sum(len(own) for id, own in annotations.items() if id not in listed)
+    if lost:
+        which = "belong to no image that it lists (image_id, id) and are left out"
+        warnings.warn(f"{lost} annotations of {file} {which}.", stacklevel=2)
+    return content["images"], annotations, lost
 
 
 def found_masks(dataset: ImageSet) -> dict[str, list[dict]] | None:
@@ -119,7 +125,7 @@ def found_masks(dataset: ImageSet) -> dict[str, list[dict]] | None:
     file = dataset.path / "found.json" if isinstance(dataset, CocoFolder) else None
     if file is None or not file.is_file():
         return None
-    images, annotations = _read(file)
+    images, annotations, _ = _read(file)
     by_name = {image["file_name"]: annotations[image["id"]] for image in images}
     found = {}
     for name, size in zip(dataset.ids, dataset.sizes, strict=True):

@@ -19,6 +19,10 @@ from aopsam_lab.data.sample import Sample
 MAX_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 0)  # of an image: more, and Pillow reads none of it
 # pycocotools walks along an outline in steps of a fifth of a pixel, and counts them in 32 bits
 MAX_COORDINATE, MAX_OUTLINE = 1e7, 2e6
+LEFT_OUT = (
+    *("missing_images", "crowd_regions"),
+    *("annotations_without_mask", "annotations_of_no_image"),
+)
 _UNEXPECTED = (
     *(json.JSONDecodeError, UnicodeError, AttributeError, LookupError, TypeError),
     *(OverflowError, RecursionError),
@@ -58,7 +62,7 @@ class ImageSet:
         self.fingerprint = hashlib.sha256("\n".join(self._fingerprints).encode()).hexdigest()
 
     def _find(self) -> dict[str, Known]:
-        """The images that are there, by id; sets the name and counts missing_images."""
+        """The images that are there, by id; sets the name and counts what the set lacks."""
         raise NotImplementedError
 
     def _image_bytes(self, id: str) -> bytes:
@@ -99,9 +103,11 @@ class ImageSet:
         return self._fingerprints[i]
 
     def describe(self) -> dict[str, str | int]:
-        """Name, fingerprint, counts; images_available and missing_images are of the whole set."""
+        """Name, fingerprint, counts.
+
+        images_available, missing_images and annotations_of_no_image are of the whole set.
+        """
         n_masks = [len(rles) for rles, *_ in self._ground_truth]
-        counted = ("missing_images", "crowd_regions", "annotations_without_mask")
         return {
             "name": self.name,
             "fingerprint": self.fingerprint,
@@ -109,8 +115,16 @@ class ImageSet:
             "images_available": self._available,
             "masks": sum(n_masks),
             "images_without_masks": n_masks.count(0),
-            **{name: self._counts[name] for name in counted},
+            **{name: self._counts[name] for name in LEFT_OUT},
         }
+
+    def require_masks(self) -> None:
+        """ValueError, which counts what was left out, where no image has a mask."""
+        counts = self.describe()
+        if not counts["masks"]:
+            lost = [f"{counts[name]} {name.replace('_', ' ')}" for name in LEFT_OUT if counts[name]]
+            why = f"left out: {', '.join(lost)}" if lost else "there are no annotations of them"
+            raise ValueError(f"None of the {len(self)} images of {self.path} has a mask ({why}).")
 
 
 @contextmanager

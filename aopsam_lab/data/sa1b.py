@@ -35,7 +35,8 @@ class Sa1b(ImageSet):
         self._places = {
             file.name: _Bytes(file) for file in self.path.rglob("sa_*.*") if file.is_file()
         }
-        for shard in [self.path] if self.path.is_file() else self.path.rglob("*.tar"):
+        shards = [*self.path.rglob("*.tar"), *self.path.rglob("*.tar.gz")]
+        for shard in [self.path] if self.path.is_file() else shards:
             self._places |= _members(shard)
         names = {Path(name).stem for name in self._places if name.endswith((".jpg", ".json"))}
         pairs = {name for name in names if {f"{name}.jpg", f"{name}.json"} <= self._places.keys()}

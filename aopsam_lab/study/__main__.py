@@ -1,9 +1,10 @@
 """`python -m aopsam_lab.study report | index | readme`: reports, their page, the README's table."""
 
 import argparse
-import sys
 from collections.abc import Callable
+from typing import Any
 
+from aopsam_lab.command import in_one_line
 from aopsam_lab.study import sweeps
 from aopsam_lab.study.report import run_report, update_readme, write_index
 
@@ -19,7 +20,7 @@ COCO-style folder, or coco:PATH, lvis:PATH, sa1b:PATH."""
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command; 0, or 1 where it failed."""
+    """Run a command; 0, 1 where it failed, 130 where it was interrupted."""
     parser = argparse.ArgumentParser("python -m aopsam_lab.study", description="Make the reports.")
     commands = parser.add_subparsers(dest="command", required=True)
     report = commands.add_parser("report", help="run a notebook and publish it", epilog=ABOUT)
@@ -32,20 +33,18 @@ def main(arguments: list[str] | None = None) -> int:
     for each in (report, index, readme):
         each.add_argument("--reports", default="reports", help="the folder of all reports")
     options = vars(parser.parse_args(arguments))
-    command, reports = options.pop("command"), options.pop("reports")
-    try:
-        if command == "index":
-            print(f"Reports: {write_index(reports)}")
-        elif command == "readme":
-            print(f"Updated {update_readme(options['readme'], reports)}")
-        else:
-            name = options.pop("name")
-            parameters = {key: value for key, value in options.items() if value is not None}
-            print(f"Report: {run_report(name, parameters, reports)}")
-    except (ValueError, FileNotFoundError, RuntimeError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    kept = "the scores so far are kept, the same command goes on from there."
+    return in_one_line("error", lambda: _run(**options), kept, failed=1)
+
+
+def _run(command: str, reports: str, name: str = "", readme: str = "", **options: Any) -> None:
+    if command == "index":
+        print(f"Reports: {write_index(reports)}")
+    elif command == "readme":
+        print(f"Updated {update_readme(readme, reports)}")
+    else:
+        parameters = {key: value for key, value in options.items() if value is not None}
+        print(f"Report: {run_report(name, parameters, reports)}")
 
 
 if __name__ == "__main__":

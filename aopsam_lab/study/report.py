@@ -1,10 +1,12 @@
 """What is written of a study: tables, figures, executed notebooks, their page, README's table."""
 
+import asyncio
 import html
 import json
 import os
 import re
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,10 @@ README_COLUMNS = (
     "Method", "mIoU %", "Δ to AoP-SAM", "Prompts decoded", "Masks", "Inf_Lat ms", "Mask_Lat ms",
     "Peak MiB",
 )  # fmt: skip
+
+# what a notebook's parameter may be, by its annotation
+_KINDS: dict[str, Any] = {"str": (str, os.PathLike), "int": int, "float": (int, float)}
+_KINDS |= {"bool": bool, "list": (list, tuple)}
 
 
 def save_study(
@@ -99,24 +105,31 @@ def run_report(
         raise FileNotFoundError(f"There is no notebook {source}: reports need a checkout.")
     folder = Path(reports) / name
     folder.mkdir(parents=True, exist_ok=True)
-    made = folder / f"{name}.failed.ipynb"  # until it is whole
-    try:
-        with patch.dict(os.environ, package_environment() | {"AOPSAM_PROGRESS": "text"}):
-            papermill.execute_notebook(
-                source,
-                made,
-                {"out": str(folder), **parameters},
-                progress_bar=False,  # the notebook's own bar says more
-                stdout_file=sys.stderr,
-                stderr_file=sys.stderr,
-                extra_arguments=["--log-level=ERROR"],
-            )
-    except papermill.PapermillExecutionError as error:
-        raise RuntimeError(
-            f"Cell {error.exec_count} of {name} failed, see {made}: {error.ename}: {error.evalue}"
-        ) from error
-    notebook = nbformat.read(made, as_version=4)
-    made.unlink()
+    failed = folder / f"{name}.failed.ipynb"
+    failed.unlink(missing_ok=True)
+    # its own SIGINT handler would kill the kernel and go on
+    events, refused = asyncio.SelectorEventLoop, {"side_effect": RuntimeError}
+    own_handler = patch.object(events, "add_signal_handler", **refused)
+    environment = package_environment() | {"AOPSAM_PROGRESS": "text"}
+    # elsewhere, as another run in this folder may be waiting; and papermill fills {} in a path
+    with tempfile.TemporaryDirectory() as scratch:
+        made = Path(scratch, source.name)
+        try:
+            with patch.dict(os.environ, environment), own_handler:
+                papermill.execute_notebook(
+                    source,
+                    made,
+                    {"out": str(folder), **parameters},
+                    progress_bar=False,  # the notebook's own bar says more
+                    stdout_file=sys.stderr,
+                    stderr_file=sys.stderr,
+                    extra_arguments=["--log-level=ERROR"],
+                )
+        except papermill.PapermillExecutionError as error:
+            write_atomically(failed, made.read_bytes())
+            where = f"Cell {error.exec_count} of {name} failed, see {failed}"
+            raise RuntimeError(f"{where}: {error.ename}: {error.evalue}") from error
+        notebook = nbformat.read(made, as_version=4)
     # of progress bars the last state, and no path of this machine
     notebook, _ = CoalesceStreamsPreprocessor().preprocess(notebook, {})
     for key in ("input_path", "output_path"):
@@ -128,6 +141,28 @@ def run_report(
     loader = r'<script type="module">(?:(?!</script>).)*mermaid.*?</script>'
     write_atomically(folder / f"{name}.html", re.sub(loader, "", body, flags=re.S))
     return write_index(reports)
+
+
+def check_parameters(values: Mapping[str, Any]) -> None:
+    """Check a notebook's parameters, and what papermill made of them; ValueError names a wrong one.
+
+    Args:
+        values: `globals()` of the notebook. Its cells say which parameters and types there are.
+    """
+    cells = values["In"]
+    known = re.findall(r'^(\w+): (\w+) = (\[\s*")?', "\n".join(cells), re.M)
+    names = [name for name, *_ in known]
+    by_papermill = "\n".join(cell for cell in cells if cell.startswith("# Parameters\n"))
+    for name in re.findall(r"^(\w+) = ", by_papermill, re.M):
+        if name not in names:
+            raise ValueError(f"There is no parameter {name!r}. Choose from {', '.join(names)}.")
+    advice = {"str": "papermill's -r keeps a text", "list": "papermill's -y reads [a, b]"}
+    for name, kind, texts in known:
+        value, fits = values[name], (_KINDS[kind], str if texts else ())
+        truth = isinstance(value, bool) and kind != "bool"
+        if value is not None and (truth or not isinstance(value, fits)):
+            wrong = f"{name} is {value!r}, but its type is {kind}"
+            raise ValueError(f"{wrong} ({advice[kind]})." if kind in advice else f"{wrong}.")
 
 
 def write_index(reports: str | os.PathLike) -> Path:

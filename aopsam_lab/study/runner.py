@@ -64,12 +64,13 @@ def run_settings(
     the first `timed_images` images; the time columns of the other images are empty.
     """
     images = open_dataset(config.dataset, config.n_images, config.seed)
+    images.require_masks()
     methods = list(dict.fromkeys(setting.method for setting in asked))
     models = settings.load_models(config, methods)
     wanted = {(float(iou), float(stable)) for iou, stable in config.thresholds}
     # strictest first, SAM's own among them
     pairs = sorted(wanted | {score.own_pair(models.sam)}, reverse=True) if wanted else []
-    with Store(Path(config.out) / STORE_NAME) as store:
+    with Store(Path(config.out) / STORE_NAME) as store, store.turn():
         study = _Run(config, images, models, store, pairs)
         rows = study.rows(asked)
         peaks = study.peaks(asked) if config.memory else {}

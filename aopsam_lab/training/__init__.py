@@ -15,6 +15,7 @@ def split(data: Dataset) -> tuple[list[int], list[int]]:
 
     A hash of the image's name decides, so more photographs change nothing for those before.
     """
+    data.require_masks()
     parts: tuple[list[int], list[int]] = [], []
     for i, name in enumerate(data.ids):
         digest = int(hashlib.sha256(name.encode()).hexdigest(), 16)

@@ -25,6 +25,7 @@ from torchvision.ops import box_convert, box_iou, nms
 from tqdm import tqdm
 
 from aopsam_lab import detector as loading
+from aopsam_lab.command import in_one_line
 from aopsam_lab.data import Dataset, open_dataset
 from aopsam_lab.evaluator import recall_matches
 from aopsam_lab.files import write_atomically
@@ -202,4 +203,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(
+        in_one_line("detector", main, "the same command goes on after the last whole epoch.")
+    )

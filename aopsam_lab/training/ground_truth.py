@@ -10,7 +10,6 @@ and a run on more photographs adds to the folder.
 
 import argparse
 import json
-import shutil
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache, partial
@@ -107,8 +106,9 @@ def _work(args: argparse.Namespace, threads: int, photo: Photo) -> str | None:
             "annotations": annotations + find_masks(sam, encoded, args.side),
         }
         write_atomically(_record(path, args.out), json.dumps(record))
-    except (ValueError, OSError) as error:
-        return str(error)
+    except Exception as error:  # whatever one photograph does, the others go on
+        known = isinstance(error, (ValueError, OSError))
+        return str(error) if known else f"{type(error).__name__}: {error}"
     return None
 
 
@@ -124,7 +124,7 @@ def write_folder(photos: list[Path], args: argparse.Namespace) -> None:
         images.append({"id": i, **image})
         copy = args.out / "images" / photo.name
         if not copy.exists():
-            shutil.copyfile(photo, copy)
+            write_atomically(copy, photo.read_bytes())
     about = f"masks that {args.sam} finds from a {args.side} x {args.side} grid"
     content = {
         "info": {"description": about},

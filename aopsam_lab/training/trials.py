@@ -21,6 +21,7 @@ from segment_anything.modeling import Sam
 from tqdm import tqdm
 
 from aopsam_lab.asf import AsfParams
+from aopsam_lab.command import in_one_line
 from aopsam_lab.data import open_dataset
 from aopsam_lab.data.sample import Sample
 from aopsam_lab.evaluator import covered, evaluate, iou_matrix
@@ -119,4 +120,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(in_one_line("trials", main, "nothing was written."))

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import anywidget
+import numpy as np
 import traitlets
 from matplotlib.figure import Figure
 from PIL import Image
@@ -132,11 +133,28 @@ class Explorer(anywidget.AnyWidget):
 
     # --- changes -----------------------------------------------------------------------------
 
+    def set_state(self, sync_data: dict) -> None:
+        """Take a change of the page; the message line says where it does not fit."""
+        try:
+            super().set_state(sync_data)
+        except Exception as error:  # of any type, as a page may send anything
+            self.message = f"The page sent what does not fit: {' '.join(str(error).split())}"
+
     @traitlets.validate("method", "compare")
     def _is_known(self, proposal: dict) -> str:
         name, value = proposal["trait"].name, proposal["value"]
         if name == "method" or value not in (NOTHING, PINNED):
             method_named(value)
+        return value
+
+    @traitlets.validate("manual", "source")
+    def _fits(self, proposal: dict) -> Any:
+        value = proposal["value"]
+        if proposal["trait"].name == "source" and not 0 <= value < max(1, len(self._sources)):
+            raise ValueError(f"There is no image {value} of {len(self._sources)}.")
+        for one in value if proposal["trait"].name == "manual" else ():
+            if not len(one) or not np.isfinite(np.array(one, float).reshape(len(one), 3)).all():
+                raise ValueError(f"Clicks are x, y and 1 or 0, not {one!r}.")
         return value
 
     @traitlets.observe("params", "method", "compare")
