@@ -16,6 +16,9 @@ N =
 TIMED =
 SEED =
 DEVICE =
+# where the work is done: a dask scheduler's address, or how many processes here
+SCHEDULER =
+WORKERS =
 OUT = reports
 
 VENV := .venv
@@ -36,9 +39,10 @@ REPORT = $(RUN) -m aopsam_lab.study report --reports '$(OUT)' \
   $(if $(PREDICTOR),--predictor '$(PREDICTOR)') $(if $(DETECTOR),--detector '$(DETECTOR)') \
   $(if $(DATASET),--dataset '$(DATASET)$(if $(DATA),:$(DATA))') $(if $(N),--n-images '$(N)') \
   $(if $(SEED),--seed '$(SEED)') $(if $(DEVICE),--device '$(DEVICE)') \
-  $(if $(TIMED),--timed-images '$(TIMED)')
+  $(if $(TIMED),--timed-images '$(TIMED)') \
+  $(if $(SCHEDULER)$(WORKERS),--scheduler '$(or $(SCHEDULER),$(WORKERS))')
 
-study: $(READY)  ## the main comparison: SAM= CHECKPOINT= PREDICTOR= DETECTOR= METHODS= DATASET= DATA= N= TIMED= SEED= DEVICE= OUT=
+study: $(READY)  ## the main comparison: SAM= CHECKPOINT= PREDICTOR= DETECTOR= METHODS= DATASET= DATA= N= TIMED= SEED= DEVICE= SCHEDULER= WORKERS= OUT=
 	$(REPORT) $(if $(METHODS),--methods '$(METHODS)') main_comparison
 
 ablation: $(READY)  ## what each part of AoP-SAM gives: the parameters of study

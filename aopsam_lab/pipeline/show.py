@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,13 +39,22 @@ def save(
     Returns:
         The paths under "labels", "overlay" and "coco".
     """
-    labels = drawing.png_bytes(drawing.label_image(seg.masks, seg.image.shape[:2]))
+    contents = files(seg, stem, file_name).items()
+    return {name: write_atomically(Path(folder, file), data) for name, (file, data) in contents}
+
+
+def files(
+    seg: Segmentation, stem: str, file_name: str | None = None, info: Mapping[str, Any] = {}
+) -> dict[str, tuple[str, bytes | str]]:
+    """What `save` writes: names of files and their contents; `info` is put into the JSON's."""
+    coco = seg.to_coco(file_name=stem if file_name is None else file_name)
+    coco["info"] |= info
     overlay = drawing.png_bytes(drawing.overlay(seg.image, seg.masks))
-    coco = json.dumps(seg.to_coco(file_name=stem if file_name is None else file_name))
+    labels = drawing.png_bytes(drawing.label_image(seg.masks, seg.image.shape[:2]))
     return {
-        "labels": write_atomically(Path(folder, f"{stem}_labels.png"), labels),
-        "overlay": write_atomically(Path(folder, f"{stem}_overlay.png"), overlay),
-        "coco": write_atomically(Path(folder, f"{stem}.json"), coco),
+        "labels": (f"{stem}_labels.png", labels),
+        "overlay": (f"{stem}_overlay.png", overlay),
+        "coco": (f"{stem}.json", json.dumps(coco)),
     }
 
 

@@ -4,6 +4,7 @@ Peak memory is measured in a process of its own, as what one method frees may se
 CPU it is what comes on top of loaded models and images, on CUDA all that is allocated.
 """
 
+import functools
 import gc
 import os
 import pickle
@@ -20,9 +21,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from aopsam_lab.pipeline.run import ModelFiles
 from aopsam_lab.study import PACKAGE_ROOT
 from aopsam_lab.study.score import encode, run
-from aopsam_lab.study.settings import Setting, StudyConfig, load_models, package_environment
+from aopsam_lab.study.settings import Setting, package_environment
 
 MIB = 2**20
 MEMORY_VERSION = {"memory_version": 1}  # raise it when the way of measuring changes
@@ -34,10 +36,10 @@ PACKAGES = (
 UNKNOWN = "unknown"
 
 
-def in_own_process(setting: Setting, config: StudyConfig, images: Sequence[np.ndarray]) -> float:
+def in_own_process(setting: Setting, files: ModelFiles, images: Sequence[np.ndarray]) -> float:
     """The peak memory of a setting on images (H x W x 3 uint8) in a new process, in MiB."""
     command = [sys.executable, "-m", "aopsam_lab.study.machine"]
-    request = pickle.dumps((setting, config, images))
+    request = pickle.dumps((setting, files, images))
     done = subprocess.run(command, input=request, capture_output=True, env=package_environment())
     if done.returncode:
         words = done.stderr.decode(errors="replace").strip()[-800:]
@@ -86,6 +88,13 @@ def provenance(device: torch.device) -> dict[str, Any]:
     }
 
 
+def with_threads(device: torch.device) -> str:
+    """The processor of this process and its number of threads: what times depend on."""
+    threads = torch.get_num_threads()
+    return f"{processor(device)}, {threads} thread{'s' if threads > 1 else ''}"
+
+
+@functools.cache
 def processor(device: torch.device) -> str:
     """The model of the CPU or GPU, and of a CPU how many cores this process may use."""
     if device.type == "cuda":
@@ -119,8 +128,8 @@ def _output(*command: str) -> str | None:
 
 
 if __name__ == "__main__":
-    setting, config, images = pickle.load(sys.stdin.buffer)
-    models = load_models(config, [setting.method])
+    setting, files, images = pickle.load(sys.stdin.buffer)
+    models = files.load()
 
     def work() -> None:
         """Run the setting on all images."""
