@@ -91,7 +91,9 @@ def segment_command(args: argparse.Namespace) -> int:
     paths, failures = find_images(args.images)
     total = len(paths) + len(failures)
     named = list(zip(paths, unique_stems(paths), strict=True))
-    todo = [(path, stem) for path, stem in named if not is_done(path, args.out / stem, info)]
+    todo = [
+        (path, stem) for path, stem in named if not is_done(path, args.out / f"{stem}.json", info)
+    ]
     style = {"desc": "segmenting", "unit": "image", "dynamic_ncols": True}
     bar = tqdm(total=len(named), initial=len(named) - len(todo), **style)
     with connected(args.scheduler, files, models) as crew, bar:
@@ -122,10 +124,9 @@ def segmented(models: LoadedModels, job: tuple) -> dict[str, tuple[str, bytes | 
     return contents(found, stem, name.as_posix(), info)
 
 
-def is_done(path: Path, out: Path, info: dict) -> bool:
-    """Whether an image's JSON was written after the image, with the same method and weights."""
+def is_done(path: Path, file: Path, info: dict) -> bool:
+    """Whether a JSON was written after the image, from it, with this method and these weights."""
     try:
-        file = out.with_name(f"{out.name}.json")
         written = json.loads(file.read_text(encoding="utf-8"))
         same = written["info"] == written["info"] | info
         same &= written["images"][0]["file_name"] == path.as_posix()

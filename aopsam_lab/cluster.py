@@ -4,8 +4,6 @@ A run is `work(models, job)` for each job. A worker loads the models once. Only 
 asks, the client, writes files: a killed worker loses nothing, as dask gives its job to another.
 """
 
-from __future__ import annotations
-
 import argparse
 import logging
 import os
@@ -13,17 +11,14 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import lru_cache
-from itertools import islice
+from itertools import cycle, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from aopsam_lab.files import code_fingerprint, modules
 from aopsam_lab.pipeline.run import LoadedModels, ModelFiles
-
-if TYPE_CHECKING:
-    from distributed import Client, SpecCluster
 
 AHEAD = 2  # jobs sent to each worker: one is done, one waits. More would fill the client's memory
 Work = Callable[[LoadedModels, Any], Any]
@@ -57,7 +52,7 @@ class Here:
 class Workers(Here):
     """The workers of a dask client. Package, torch and weights must be those of the client."""
 
-    def __init__(self, client: Client, files: ModelFiles, models: LoadedModels) -> None:
+    def __init__(self, client: Any, files: ModelFiles, models: LoadedModels) -> None:
         super().__init__(models)
         self.client, self._shared = client, (files, _facts(models))
 
@@ -93,11 +88,14 @@ class Workers(Here):
                     return
                 future, result = next(done)
                 if future.cancelled():
-                    lost = f"The connection to the scheduler at {address} is lost."
-                    raise ConnectionError(f"{lost} What was done is kept: run it again.")
+                    raise OSError(future.status)
                 yield waiting.pop(future), result[1] if future.status == "error" else result
+        except OSError as error:
+            lost = f"The connection to the scheduler at {address} is lost."
+            raise ConnectionError(f"{lost} What was done is kept: run it again.") from error
         finally:
-            self.client.cancel(list(waiting))
+            if self.client.status == "running":
+                self.client.cancel(list(waiting))
 
 
 @contextmanager
@@ -126,21 +124,19 @@ def connected(scheduler: Any, files: ModelFiles, models: LoadedModels) -> Iterat
         yield Workers(client, files, models)
 
 
-def local_cluster(n: int) -> SpecCluster:
+def local_cluster(n: int) -> Any:
     """A scheduler and n workers on this machine, which share its cores; with GPUs each has one."""
     from distributed import Nanny, Scheduler, SpecCluster
 
     threads, count = str(max(1, torch.get_num_threads() // n)), torch.cuda.device_count()
     gpus = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))
-    here = {"host": "127.0.0.1"}
     # no limit of memory: what fills it are models, which dask cannot move to the disk
-    common = {**here, "nthreads": 1, "memory_limit": 0, "silence_logs": logging.ERROR}
-    workers: dict[int, dict] = {}
-    for i in range(n):
-        env = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
-        env["CUDA_VISIBLE_DEVICES"] = gpus.split(",")[i % max(1, count)]
-        workers[i] = {"cls": Nanny, "options": {**common, "env": env}}
-    own = {**here, "dashboard_address": "127.0.0.1:8787"}
+    options = {"host": "127.0.0.1", "nthreads": 1, "memory_limit": 0, "silence_logs": logging.ERROR}
+    workers = {}
+    for i, gpu in zip(range(n), cycle(gpus.split(",")), strict=False):
+        env = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "CUDA_VISIBLE_DEVICES": gpu}
+        workers[i] = {"cls": Nanny, "options": {**options, "env": env}}
+    own = {"host": "127.0.0.1", "dashboard_address": "127.0.0.1:8787"}
     return SpecCluster(workers, {"cls": Scheduler, "options": own}, silence_logs=logging.ERROR)
 
 

@@ -4,7 +4,6 @@ Peak memory is measured in a process of its own, as what one method frees may se
 CPU it is what comes on top of loaded models and images, on CUDA all that is allocated.
 """
 
-import functools
 import gc
 import os
 import pickle
@@ -88,15 +87,8 @@ def provenance(device: torch.device) -> dict[str, Any]:
     }
 
 
-def with_threads(device: torch.device) -> str:
-    """The processor of this process and its number of threads: what times depend on."""
-    threads = torch.get_num_threads()
-    return f"{processor(device)}, {threads} thread{'s' if threads > 1 else ''}"
-
-
-@functools.cache
 def processor(device: torch.device) -> str:
-    """The model of the CPU or GPU, and of a CPU how many cores this process may use."""
+    """The model of the GPU, or of the CPU, and how much of it this process may use and uses."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -104,7 +96,9 @@ def processor(device: torch.device) -> str:
     if platform.system() == "Linux":
         names = _output("grep", "-m1", "^model name", "/proc/cpuinfo") or ""
         model = names.partition(":")[2].strip()
-    return f"{model or platform.processor() or platform.machine()}, {cores} cores"
+    n = torch.get_num_threads()
+    model = model or platform.processor() or platform.machine()
+    return f"{model}, {cores} cores, {n} thread{'s' if n > 1 else ''}"
 
 
 def git_state(root: Path) -> tuple[str, bool | str]:

@@ -20,7 +20,7 @@ from aopsam_lab.data.sample import Sample
 from aopsam_lab.pipeline.decode import encode
 from aopsam_lab.pipeline.run import LoadedModels
 from aopsam_lab.study import score, settings, tables
-from aopsam_lab.study.machine import MEMORY_VERSION, in_own_process, provenance, with_threads
+from aopsam_lab.study.machine import MEMORY_VERSION, in_own_process, processor, provenance
 from aopsam_lab.study.settings import REFERENCE, Pair, Setting, StudyConfig
 from aopsam_lab.study.store import Store, make_key
 
@@ -205,7 +205,7 @@ class _Run:
 def _place(models: LoadedModels, image: Dataset) -> tuple[str, str]:
     """The kind of device and the processor of this process, which must be able to read an image."""
     _ = image[0]
-    return models.sam.device.type, with_threads(models.sam.device)
+    return models.sam.device.type, processor(models.sam.device)
 
 
 def _score_image(
@@ -227,7 +227,7 @@ def _score_image(
         setting = timed[(i + n) % len(timed)]
         row = score.score(models, sample, setting, encoded)
         times = {name: row[name] for name in score.TIMES}
-        rows[setting] |= {**times, "processor": with_threads(models.sam.device)}
+        rows[setting] |= {**times, "processor": processor(models.sam.device)}
     return rows
 
 
