@@ -17,7 +17,7 @@ from aopsam_lab.masks.rle import encode_rle
 from aopsam_lab.pipeline.methods import METHODS
 from aopsam_lab.pipeline.run import LoadedModels, ModelFiles
 from aopsam_lab.predictor import BLOCK, SIGMA, PromptPredictor, draw_pcm, load_predictor
-from aopsam_lab.training import append_rows, examples, ground_truth, predictor, split, trials
+from aopsam_lab.training import append_rows, examples, predictor, split, trials
 from aopsam_lab.training.examples import Examples, covering_prompts, own_prompts, target_map
 
 
