@@ -10,12 +10,11 @@ from pathlib import Path
 from tqdm import tqdm
 
 from aopsam_lab.asf import AsfParams
-from aopsam_lab.cluster import add_arguments, connected
+from aopsam_lab.cluster import add_arguments, connected, see
 from aopsam_lab.data.images import find_images
-from aopsam_lab.files import write_atomically
 from aopsam_lab.pipeline.methods import METHODS
 from aopsam_lab.pipeline.run import LoadedModels, ModelFiles, segment
-from aopsam_lab.pipeline.show import files as contents
+from aopsam_lab.pipeline.show import save
 from aopsam_lab.sam.download import CACHE_VARIABLE, OFFICIAL, download
 from aopsam_lab.sam.zoo import MODELS, first_line
 from aopsam_lab.training import ground_truth
@@ -97,16 +96,12 @@ def segment_command(args: argparse.Namespace) -> int:
     style = {"desc": "segmenting", "unit": "image", "dynamic_ncols": True}
     bar = tqdm(total=len(named), initial=len(named) - len(todo), **style)
     with connected(args.scheduler, files, models) as crew, bar:
-        crew.open_first(path.absolute() for path, _ in todo)
-        jobs = ((path, path.absolute(), stem, method, params, info) for path, stem in todo)
-        for (path, *_), result in crew.each(segmented, jobs):
+        out = args.out.absolute()
+        see(crew, out, (path.absolute() for path, _ in todo))
+        jobs = ((path, path.absolute(), out, stem, params, info) for path, stem in todo)
+        for (path, *_), error in crew.each(segment_one, jobs):
             bar.update()
-            try:
-                if isinstance(result, Exception):
-                    raise result
-                for file, data in result.values():
-                    write_atomically(args.out / file, data)
-            except Exception as error:  # whatever one image does, the others are segmented
+            if error is not None:  # whatever one image does, the others are segmented
                 known = isinstance(error, (ValueError, OSError))
                 reason = str(error) if known else f"{type(error).__name__}: {first_line(error)}"
                 failures.append((str(path), reason))
@@ -117,11 +112,11 @@ def segment_command(args: argparse.Namespace) -> int:
     return 1 if failures else 0
 
 
-def segmented(models: LoadedModels, job: tuple) -> dict[str, tuple[str, bytes | str]]:
-    """The files of an image that is segmented, perhaps by a worker."""
-    name, path, stem, method, params, info = job
-    found = segment(path, method, models.sam, models.predictor, models.detector, params)
-    return contents(found, stem, name.as_posix(), info)
+def segment_one(models: LoadedModels, job: tuple) -> None:
+    """Segment an image and write its files, perhaps as a worker."""
+    name, path, out, stem, params, info = job
+    own = models.sam, models.predictor, models.detector
+    save(segment(path, info["method"], *own, params), out, stem, name.as_posix(), **info)
 
 
 def is_done(path: Path, file: Path, info: dict) -> bool:

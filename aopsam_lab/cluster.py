@@ -1,13 +1,12 @@
 """A run in many processes, here or on other machines: the workers of dask.distributed.
 
-A run is `work(models, job)` for each job. A worker loads the models once. Only the process that
-asks, the client, writes files: a killed worker loses nothing, as dask gives its job to another.
+A run is `work(models, job)` for each job. A worker loads the models once. Where one is killed, dask
+gives its job to another. The files of a run lie under the same paths for all processes.
 """
 
 import argparse
 import logging
 import os
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import lru_cache
@@ -17,7 +16,7 @@ from typing import Any
 
 import torch
 
-from aopsam_lab.files import code_fingerprint, modules
+from aopsam_lab.files import code_fingerprint, modules, write_atomically
 from aopsam_lab.pipeline.run import LoadedModels, ModelFiles
 
 AHEAD = 2  # jobs sent to each worker: one is done, one waits. More would fill the client's memory
@@ -33,11 +32,6 @@ class Here:
     def ask(self, look: Work, job: Any) -> list[Any]:
         """What `look` returns, as a list."""
         return [look(self.models, job)]
-
-    def open_first(self, paths: Iterable[Path]) -> None:
-        """Let each worker open the first file that is there; ValueError where it cannot."""
-        for path in islice(filter(Path.is_file, paths), 1):
-            self.ask(_open, path)
 
     def each(self, work: Work, jobs: Iterable) -> Iterator[tuple[Any, Any]]:
         """Yield each job, as soon as it is done, and what `work` returned, or its exception."""
@@ -58,9 +52,7 @@ class Workers(Here):
 
     def ask(self, look: Work, job: Any) -> list[Any]:
         """What `look` returns on each worker; ValueError says which one is refused, and why."""
-        if not self.client.nthreads():
-            print("Waiting for a worker ...", file=sys.stderr)
-            self.client.wait_for_workers(1)
+        self.client.wait_for_workers(1)
         answers = self.client.run(_on_worker, *self._shared, look, job, on_error="return")
         for address, threads in self.client.nthreads().items():
             if threads > 1:
@@ -117,10 +109,10 @@ def connected(scheduler: Any, files: ModelFiles, models: LoadedModels) -> Iterat
             try:
                 client = stack.enter_context(Client(client))
             except (OSError, ValueError) as error:
-                advice = "Start one with `dask scheduler`, and workers with `dask worker`"
-                problem = f"There is no dask scheduler at {scheduler} ({error})."
-                raise ConnectionError(f"{problem} {advice}.") from error
-        print(f"Dashboard: {client.dashboard_link}")
+                advice = "Start one with `dask scheduler`, and workers with `dask worker`."
+                problem = f"There is no dask scheduler at {scheduler} ({error})"
+                raise ConnectionError(f"{problem}. {advice}") from error
+        print(f"Work is done by the workers of {client.scheduler.address}: {client.dashboard_link}")
         yield Workers(client, files, models)
 
 
@@ -148,8 +140,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--scheduler", metavar="ADDRESS", help="a dask scheduler, whose workers do the work")
 
 
-def _open(_: LoadedModels, path: Path) -> None:
-    path.open("rb").close()
+def see(crew: Here, out: Path, paths: Iterable[Path]) -> None:
+    """ValueError where a worker does not see the folder `out`, or the first file that is there."""
+    token = write_atomically(out / f".{os.getpid()}.run", "")
+    files = [token, *islice(filter(Path.is_file, paths), 1)]
+    crew.ask(lambda _, files: [file.open("rb").close() for file in files], files)
+    token.unlink()
 
 
 def _facts(models: LoadedModels) -> tuple[tuple[str, str], ...]:

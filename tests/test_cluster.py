@@ -94,7 +94,7 @@ def test_a_killed_workers_job_is_done_by_another(workers, tmp_path):
 
 def test_a_worker_that_differs_is_refused_by_name(workers, client, files, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"Worker tcp://.* is refused: .*absent.png"):
-        workers.ask(cluster._open, tmp_path / "absent.png")
+        workers.ask(lambda _, path: path.stat(), tmp_path / "absent.png")
     other = write_weights(tmp_path, seed=1)
     models = ModelFiles(other["sam"], other["checkpoint"], device="cpu").load()
     with pytest.raises(ValueError, match=r"refused: its SAM \(small\) is \w{12}, the client's"):

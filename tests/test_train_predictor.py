@@ -10,7 +10,6 @@ from small import corners, write_coco
 
 from aopsam_lab import __main__ as cli
 from aopsam_lab.asf import AsfParams
-from aopsam_lab.cluster import Here
 from aopsam_lab.data import open_dataset
 from aopsam_lab.data.sample import Sample
 from aopsam_lab.masks.rle import encode_rle
@@ -151,7 +150,7 @@ def photos(tmp_path_factory):
 
 def test_an_example_lies_in_the_model_frame(small_sam, photos, tmp_path):
     data = open_dataset(photos, 2)
-    examples.cache_embeddings(Here(LoadedModels(small_sam)), data, tmp_path)
+    examples.cache_embeddings(small_sam, data, tmp_path)
     both = Examples(data, [0, 1], tmp_path, small_sam, own_prompts)
     image, embedding, target, valid = both.batch([0])
     assert image.shape == (1, 3, 32, 32) and embedding.shape == (1, 32, 8, 8)
@@ -177,7 +176,7 @@ def command(photos, folder, *more):
 
 
 def test_the_training_learns_stops_and_goes_on(small_sam, photos, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(ModelFiles, "load", lambda _: LoadedModels(small_sam))
+    monkeypatch.setattr(predictor, "load_sam", lambda *_: small_sam)
     assert cli.main(command(photos, tmp_path, "--limit", "1")) == 2
     assert "too few to train on some and hold some out" in capsys.readouterr().err
     assert cli.main(command(photos, tmp_path, "--epochs", "7")) == 0

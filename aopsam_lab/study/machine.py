@@ -10,17 +10,17 @@ import pickle
 import platform
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from aopsam_lab.pipeline.run import ModelFiles
+from aopsam_lab.data import Dataset
+from aopsam_lab.pipeline.run import LoadedModels, ModelFiles
 from aopsam_lab.study import PACKAGE_ROOT
 from aopsam_lab.study.score import encode, run
 from aopsam_lab.study.settings import Setting, package_environment
@@ -35,10 +35,10 @@ PACKAGES = (
 UNKNOWN = "unknown"
 
 
-def in_own_process(setting: Setting, files: ModelFiles, images: Sequence[np.ndarray]) -> float:
-    """The peak memory of a setting on images (H x W x 3 uint8) in a new process, in MiB."""
+def in_own_process(_: LoadedModels, job: tuple[Setting, ModelFiles, list[Dataset], Any]) -> float:
+    """The peak memory of a setting on images, each a data set, in a new process, in MiB."""
     command = [sys.executable, "-m", "aopsam_lab.study.machine"]
-    request = pickle.dumps((setting, files, images))
+    request = pickle.dumps((*job[:2], [image[0].image for image in job[2]]))
     done = subprocess.run(command, input=request, capture_output=True, env=package_environment())
     if done.returncode:
         words = done.stderr.decode(errors="replace").strip()[-800:]

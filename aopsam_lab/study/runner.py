@@ -126,31 +126,29 @@ class _Run:
         found = found_masks(self.images) or {}
         self.found = [found.get(name) for name in self.images.ids]
         self.places = self.crew.ask(_place, self.images.alone(0))
-        devices, machines = (sorted(set(kinds)) for kinds in zip(*self.places, strict=True))
-        self.device, self.machine = devices[0], " + ".join(machines)
-        if len(devices) > 1:
-            raise ValueError(f"Workers use {' and '.join(devices)}: name one of them as device.")
+        kinds = zip(*self.places, strict=True)
+        self.device, self.machine = (" + ".join(sorted(set(kind))) for kind in kinds)
 
     def rows(self, asked: Sequence[Setting]) -> list[score.Row]:
         """Rows of settings on all images; an image's missing ones are stored in one transaction."""
         jobs = [(i, s, self._inputs(s, i)) for i in range(len(self.images)) for s in asked]
         missing, bar = self._missing(jobs, "scoring")
-        inputs: dict[int, dict[Setting, dict]] = defaultdict(dict)
-        for i, setting, own in missing:
-            inputs[i][setting] = own
+        by_image: dict[int, dict[Setting, dict]] = defaultdict(dict)
+        for i, setting, inputs in missing:
+            by_image[i][setting] = inputs
         sent = (
             (i, self.images.alone(i), {s: own[s]["timed"] for s in own}, self.pairs, self.found[i])
-            for i, own in inputs.items()
+            for i, own in by_image.items()
         )
-        alone = type(self.crew) is cluster.Here  # which shows each row
-        work = partial(_score_image, bar=bar) if alone else _score_image
+        here = type(self.crew) is cluster.Here  # so each row is shown
+        work = partial(_score_image, bar=bar) if here else _score_image
         with bar:
             for (i, image, *_), rows in self.crew.each(work, sent):
                 if isinstance(rows, Exception):
                     raise rows
-                own, name = inputs[i], image.ids[0]
+                name, own = image.ids[0], by_image[i]
                 self.store.add((own[s], name, s.method, row) for s, row in rows.items())
-                bar.update(0 if alone else len(rows))
+                bar.update(0 if here else len(rows))
         self.n_scored, self.n_reused = len(missing), bar.total - len(missing)
         return [
             {"image": self.images.ids[i], "method": s.label, **self.store.values(make_key(inputs))}
@@ -170,7 +168,7 @@ class _Run:
         missing, bar = self._missing(jobs, "peak memory")
         sent = [(s, self.config.files([s.method]), first, inputs) for _, s, inputs in missing]
         with bar:
-            for (setting, *_, own), peak in self.crew.each(_peak, sent):
+            for (setting, *_, own), peak in self.crew.each(in_own_process, sent):
                 if isinstance(peak, Exception):
                     raise peak
                 self.store.add([(own, "", setting.method, {"peak_mem_mb": peak})])
@@ -229,8 +227,3 @@ def _score_image(
         times = {name: row[name] for name in score.TIMES}
         rows[setting] |= {**times, "processor": processor(models.sam.device)}
     return rows
-
-
-def _peak(_: LoadedModels, job: tuple) -> float:
-    setting, files, images, _ = job
-    return in_own_process(setting, files, [image[0].image for image in images])

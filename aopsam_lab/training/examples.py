@@ -17,13 +17,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from aopsam_lab.asf import valid_cells
-from aopsam_lab.cluster import Here
 from aopsam_lab.data import Dataset
 from aopsam_lab.data.sample import Sample
 from aopsam_lab.files import write_atomically
 from aopsam_lab.masks.points import deepest_point
 from aopsam_lab.pipeline.decode import encode
-from aopsam_lab.pipeline.run import LoadedModels
 
 SECOND = 0.5  # greatest height of a click that is not needed to give every mask
 POINTS = 64  # of a prompt, at most
@@ -185,15 +183,9 @@ def write_embedding(path: Path, embedding: Tensor) -> None:
     write_atomically(path, file.getvalue())
 
 
-def cache_embeddings(crew: Here, data: Dataset, folder: Path) -> None:
+def cache_embeddings(sam: Sam, data: Dataset, folder: Path) -> None:
     """Write the embedding of every image that has none in the folder yet."""
-    missing = [i for i, id in enumerate(data.ids) if not embedding_file(folder, id).exists()]
-    found = crew.each(_embedding, map(data.alone, missing))
-    for image, embedding in tqdm(found, desc="embeddings", unit="image", total=len(missing)):
-        if isinstance(embedding, Exception):
-            raise embedding
-        write_embedding(embedding_file(folder, image.ids[0]), embedding)
-
-
-def _embedding(models: LoadedModels, image: Dataset) -> Tensor:
-    return encode(models.sam, image[0].image).embedding.half().cpu()
+    for i, name in enumerate(tqdm(data.ids, desc="embeddings", unit="image")):
+        path = embedding_file(folder, name)
+        if not path.exists():
+            write_embedding(path, encode(sam, data[i].image).embedding)

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from aopsam_lab.asf import AsfParams
 from aopsam_lab.cluster import add_arguments as cluster_arguments
-from aopsam_lab.cluster import connected
+from aopsam_lab.cluster import connected, see
 from aopsam_lab.data import open_dataset
 from aopsam_lab.data.images import find_images, read_image
 from aopsam_lab.files import write_atomically
@@ -87,10 +87,12 @@ def _record(photo: Path, out: Path) -> Path:
     return out / "records" / f"{photo.stem}.json"
 
 
-def _work(models: LoadedModels, job: tuple) -> tuple[str, torch.Tensor | None]:
-    """The record of one photograph, as JSON, and where it is wanted the embedding."""
-    (path, people), side, wanted = job
+def _work(models: LoadedModels, job: tuple) -> None:
+    """Find the masks of one photograph and write its record."""
+    (path, people), out, side, embeddings = job
     encoded = encode(models.sam, read_image(path))
+    if embeddings:
+        write_embedding(embedding_file(embeddings, path.name), encoded.embedding)
     annotations = [_annotation(rle, "people") for rle in people]
     record = {
         "file_name": path.name,
@@ -98,7 +100,7 @@ def _work(models: LoadedModels, job: tuple) -> tuple[str, torch.Tensor | None]:
         "width": encoded.image.shape[1],
         "annotations": annotations + find_masks(models.sam, encoded, side),
     }
-    return json.dumps(record), encoded.embedding.half().cpu() if wanted else None
+    write_atomically(_record(path, out), json.dumps(record))
 
 
 def write_folder(photos: list[Path], args: argparse.Namespace) -> None:
@@ -153,19 +155,15 @@ def run(args: argparse.Namespace) -> int:
     photos = [photo for folder in args.folders for photo in photos_of(folder.absolute())]
     todo = [photo for photo in photos if not _record(photo[0], args.out).exists()]
     files, failures = ModelFiles(args.sam, args.checkpoint, device=args.device), []
-    jobs = ((photo, args.side, bool(args.embeddings)) for photo in todo)
+    out, kept = args.out.absolute(), args.embeddings and args.embeddings.absolute()
     bar = tqdm(desc="finding masks", unit="photo", total=len(todo))
     with connected(args.scheduler, files, files.load()) as crew, bar:
-        crew.open_first(path for path, _ in todo)
-        for ((path, _), *_), result in crew.each(_work, jobs):
+        see(crew, out, (path for path, _ in todo))
+        jobs = ((photo, out, args.side, kept) for photo in todo)
+        for ((path, _), *_), error in crew.each(_work, jobs):
             bar.update()
-            if isinstance(result, Exception):
-                failures.append((path, result))
-                continue
-            record, embedding = result
-            if embedding is not None:
-                write_embedding(embedding_file(args.embeddings, path.name), embedding)
-            write_atomically(_record(path, args.out), record)
+            if error is not None:
+                failures.append((path, error))
     done = [path for path, _ in photos if _record(path, args.out).exists()]
     write_folder(done, args)
     print(f"{len(done)} of {len(photos)} photographs in {args.out}")

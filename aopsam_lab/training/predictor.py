@@ -25,13 +25,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from aopsam_lab.asf import sample_prompts
-from aopsam_lab.cluster import add_arguments as cluster_arguments
-from aopsam_lab.cluster import connected
 from aopsam_lab.data import open_dataset
 from aopsam_lab.files import write_atomically
-from aopsam_lab.pipeline.run import ModelFiles
 from aopsam_lab.predictor import BLOCK, SIGMA, PromptPredictor, blurred, draw_pcm
-from aopsam_lab.sam.zoo import MODELS, spec_of
+from aopsam_lab.sam.zoo import MODELS, load_sam, spec_of
 from aopsam_lab.training import append_rows, split, write_card
 from aopsam_lab.training.examples import PLACES, Examples, cache_embeddings
 
@@ -122,14 +119,11 @@ class Training:
         self.args = args
         place, loss = PRESETS[args.preset]
         self.place, self.loss = args.place or place, args.loss or loss
-        files = ModelFiles(args.sam, args.checkpoint, device=args.device)
-        models = files.load()
-        self.sam = models.sam
+        self.sam = load_sam(args.sam, args.checkpoint, args.device)
         torch.manual_seed(args.seed)  # after the SAM, which draws numbers when it is made
         self.data = open_dataset(args.data, args.limit, args.seed)
         parts, embeddings = split(self.data), args.embeddings or args.workdir / "embeddings"
-        with connected(args.scheduler, files, models) as crew:
-            cache_embeddings(crew, self.data, embeddings)
+        cache_embeddings(self.sam, self.data, embeddings)
         self.examples, self.held = (
             Examples(self.data, part, embeddings, self.sam, PLACES[self.place]) for part in parts
         )
@@ -255,7 +249,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--log-every", type=int, default=100, help="steps between evaluations")
     add("--licence", default="the terms of the training data hold", help="a line of the card")
     add("--device", default="auto")
-    cluster_arguments(parser)
     add("--seed", type=int, default=0)
 
 
