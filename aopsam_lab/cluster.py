@@ -112,7 +112,8 @@ def connected(scheduler: Any, files: ModelFiles, models: LoadedModels) -> Iterat
                 advice = "Start one with `dask scheduler`, and workers with `dask worker`."
                 problem = f"There is no dask scheduler at {scheduler} ({error})"
                 raise ConnectionError(f"{problem}. {advice}") from error
-        print(f"Work is done by the workers of {client.scheduler.address}: {client.dashboard_link}")
+        if "dashboard" in client.scheduler_info(n_workers=0)["services"]:
+            print(f"Dashboard: {client.dashboard_link}")
         yield Workers(client, files, models)
 
 

@@ -3,8 +3,6 @@
 import json
 import os
 import re
-import signal
-import time
 from contextlib import closing
 
 import dask
@@ -14,7 +12,7 @@ import pytest
 import torch
 from conftest import METHODS, QUICK, kill_after, row, stored
 from distributed import Client
-from small import corners, write_coco, write_weights
+from small import corners, die_once, double, write_coco, write_weights
 
 from aopsam_lab import __main__ as cli
 from aopsam_lab import cluster
@@ -28,37 +26,21 @@ TIMES = ["encode_s", "inf_lat_s", "mask_lat_s", "total_s", "processor"]
 
 
 @pytest.fixture(scope="module")
-def client():
-    """Two worker processes of one thread, which know the small Sam."""
-    with dask.config.set({"distributed.worker.preload": ["small"]}):
-        with cluster.local_cluster(2) as two, Client(two) as client:
-            yield client
-
-
-@pytest.fixture(scope="module")
 def files(weights):
     return ModelFiles(weights["sam"], weights["checkpoint"], device="cpu")
 
 
-@pytest.fixture
-def workers(client, files):
-    return cluster.Workers(client, files, files.load())
+@pytest.fixture(scope="module")
+def workers(files):
+    """Two worker processes of one thread, which know the small Sam."""
+    with dask.config.set({"distributed.worker.preload": ["small"]}):
+        with cluster.connected(2, files, files.load()) as two:
+            yield two
 
 
-def double(models, job):
-    if job == "bad":
-        raise LookupError("no such job")
-    return models.sam.image_encoder.img_size, 2 * job
-
-
-def die_once(_, job):
-    """A worker dies at its first job of a marker."""
-    number, marker = job
-    if marker and not marker.exists():
-        marker.touch()
-        os.kill(os.getpid(), signal.SIGKILL)
-    time.sleep(0.05)
-    return number, os.getpid()
+@pytest.fixture(scope="module")
+def client(workers):
+    return workers.client
 
 
 # --- jobs ---
