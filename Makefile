@@ -16,6 +16,9 @@ N =
 TIMED =
 SEED =
 DEVICE =
+# where the work is done: a dask scheduler's address, or how many processes here
+SCHEDULER =
+WORKERS =
 OUT = reports
 
 VENV := .venv
@@ -39,11 +42,12 @@ REPORT = $(RUN) -m aopsam_lab.study report $(call OPTION,reports,$(value OUT)) \
   $(call OPTION,predictor,$(value PREDICTOR)) $(call OPTION,detector,$(value DETECTOR)) \
   $(call OPTION,dataset,$(value DATASET)$(if $(value DATA),:$(value DATA))) \
   $(call OPTION,n-images,$(value N)) $(call OPTION,seed,$(value SEED)) \
-  $(call OPTION,device,$(value DEVICE)) $(call OPTION,timed-images,$(value TIMED))
+  $(call OPTION,device,$(value DEVICE)) $(call OPTION,timed-images,$(value TIMED)) \
+  $(call OPTION,scheduler,$(or $(value SCHEDULER),$(value WORKERS)))
 # make would hand them to what it starts, and look for variables in them
-unexport SAM CHECKPOINT PREDICTOR DETECTOR METHODS DATASET DATA N TIMED SEED DEVICE OUT
+unexport SAM CHECKPOINT PREDICTOR DETECTOR METHODS DATASET DATA N TIMED SEED DEVICE SCHEDULER WORKERS OUT
 
-study: $(READY)  ## the main comparison: SAM= CHECKPOINT= PREDICTOR= DETECTOR= METHODS= DATASET= DATA= N= TIMED= SEED= DEVICE= OUT=
+study: $(READY)  ## the main comparison: SAM= CHECKPOINT= PREDICTOR= DETECTOR= METHODS= DATASET= DATA= N= TIMED= SEED= DEVICE= SCHEDULER= WORKERS= OUT=
 	$(REPORT) $(call OPTION,methods,$(value METHODS)) main_comparison
 
 ablation: $(READY)  ## what each part of AoP-SAM gives: the parameters of study

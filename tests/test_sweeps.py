@@ -15,7 +15,7 @@ from aopsam_lab.study import figures, report, score, sweeps, tables
 from aopsam_lab.study.figures import joint_figure, sweep_figure
 from aopsam_lab.study.runner import MAIN_COMPARISON
 from aopsam_lab.study.score import TIMES
-from aopsam_lab.study.settings import Setting, StudyConfig, load_models
+from aopsam_lab.study.settings import Setting, StudyConfig
 from aopsam_lab.study.sweeps import ABLATION, SWEEPS, SWEPT, run_sweeps
 
 FEW = {"confidence": 0.0, "spacing": 60.0}
@@ -37,7 +37,7 @@ def sweep(weights, folder, tmp_path):
 
 def test_shared_scores_are_those_of_each_setting_alone(sweep, weights, folder):
     shared = sweep().study.per_image.set_index(["method", "image"])
-    images, models = open_dataset(folder, 2), load_models(StudyConfig(**weights), ["aop"])
+    images, models = open_dataset(folder, 2), StudyConfig(**weights).files(["aop"]).load()
     counts = ["n_truth", "n_masks", "n_sampled", "n_decoded", "n_eliminated"]
     changes = {"default": {}, "spacing 40": {"spacing": 40.0}, "elimination 1": {"elimination": 1}}
     for name, change in changes.items():

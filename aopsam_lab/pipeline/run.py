@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -179,6 +182,50 @@ def segment(
         detector = detector or loaded_detector(sam)
     models = predictor, detector
     return run_method(sam, encode(sam, pixels), method, *models, params, max_prompts=max_prompts)
+
+
+@dataclass
+class LoadedModels:
+    """The models that the methods at hand need; None where none of them does."""
+
+    sam: Sam
+    predictor: PromptPredictor | None = None
+    detector: Detector | None = None
+
+    def weights(self) -> dict[str, str]:
+        """The sha256 of each model's file."""
+        spec = spec_of(self.sam)
+        others = ("Prompt Predictor", self.predictor), ("detector", self.detector)
+        own = {name: model.sha256 for name, model in others if model is not None}
+        return {f"SAM ({spec.name})": spec.sha256, **own}
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """Which models to load: a SAM, and what methods need; a path of None: the usual weights."""
+
+    sam: str
+    checkpoint: str | os.PathLike | None = None
+    predictor: str | os.PathLike | None = None
+    detector: str | os.PathLike | None = None
+    device: str = "auto"
+    needs: frozenset[str | None] = frozenset()
+
+    def __post_init__(self) -> None:
+        for name in ("checkpoint", "predictor", "detector"):
+            file = getattr(self, name)
+            if file and Path(file).exists():  # other processes run in other folders
+                object.__setattr__(self, name, str(Path(file).resolve()))
+
+    def load(self) -> LoadedModels:
+        """Load them in this process."""
+        models = LoadedModels(load_sam(self.sam, self.checkpoint, self.device))
+        device = models.sam.device
+        if "predictor" in self.needs:
+            models.predictor = load_predictor(self.sam, self.predictor, device)
+        if "detector" in self.needs:
+            models.detector = load_detector(self.detector, device)
+        return models
 
 
 def loaded_sam(sam: str | Sam, device: str | torch.device = "auto") -> Sam:

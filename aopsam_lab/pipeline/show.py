@@ -29,23 +29,24 @@ PANEL = 3.6  # inches, of a square image
 
 
 def save(
-    seg: Segmentation, folder: str | os.PathLike, stem: str, file_name: str | None = None
+    seg: Segmentation, folder: str | os.PathLike, stem: str, file_name: str = "", **info: Any
 ) -> dict[str, Path]:
     """Write `<stem>_labels.png`, `<stem>_overlay.png` and `<stem>.json` (COCO).
 
     Labels are 16-bit grey, i + 1 where mask i is on top. The JSON names the image `file_name`, or
-    `stem`. It is written last: where it is, the other two are.
+    `stem`, and has `info` beside it. It is written last: where it is, the other two are.
 
     Returns:
         The paths under "labels", "overlay" and "coco".
     """
     labels = drawing.png_bytes(drawing.label_image(seg.masks, seg.image.shape[:2]))
     overlay = drawing.png_bytes(drawing.overlay(seg.image, seg.masks))
-    coco = json.dumps(seg.to_coco(file_name=stem if file_name is None else file_name))
+    content = seg.to_coco(file_name=file_name or stem)
+    content["info"] |= info
     return {
         "labels": write_atomically(Path(folder, f"{stem}_labels.png"), labels),
         "overlay": write_atomically(Path(folder, f"{stem}_overlay.png"), overlay),
-        "coco": write_atomically(Path(folder, f"{stem}.json"), coco),
+        "coco": write_atomically(Path(folder, f"{stem}.json"), json.dumps(content)),
     }
 
 

@@ -201,6 +201,9 @@ def what_was_run(facts: Mapping[str, Any]) -> str:
             if timed
             else "; no times were taken."
         )
+    if len(kinds := facts.get("timed_on", ())) > 1:
+        text += f" Times are of {len(kinds)} kinds of processor, so their means are left out: "
+        text += f"{'; '.join(kinds)}."
     return text
 
 
