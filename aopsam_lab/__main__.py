@@ -3,7 +3,7 @@
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import fields
 from pathlib import Path
 
 from tqdm import tqdm
@@ -14,17 +14,24 @@ from aopsam_lab.detector import load_detector
 from aopsam_lab.pipeline.methods import METHODS
 from aopsam_lab.pipeline.run import segment
 from aopsam_lab.pipeline.show import save
+from aopsam_lab.pipeline.types import MaskParams
 from aopsam_lab.predictor import load_predictor
 from aopsam_lab.sam.download import CACHE_VARIABLE, OFFICIAL, download
 from aopsam_lab.sam.zoo import MODELS, first_line, load_sam
 from aopsam_lab.training import ground_truth
 from aopsam_lab.training import predictor as predictor_training
 
-ASF_HELP = {
+HELP = {
     "smoothing": "sigma of the Gaussian over the confidence map",
     "confidence": "a prompt's least confidence",
     "spacing": "least distance between prompts",
     "elimination": "a waiting prompt is dropped above this many times a map's mean",
+    "points_per_side": "of a grid; None: the method's own",
+    "pred_iou_thresh": "a mask's least predicted IoU; None: the SAM's own",
+    "stability_score_thresh": "a mask's least stability score; None: the SAM's own",
+    "box_nms_thresh": "of two masks whose boxes have a higher IoU the surer one stays",
+    "crop_n_layers": "layers of crops on which a grid is laid as well",
+    "min_mask_region_area": "pixels; smaller holes and islands of a mask go",
 }
 
 
@@ -62,8 +69,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--predictor", metavar="FILE", help=f"Prompt Predictor {other} ones")
     add("--detector", metavar="FILE", help=f"YOLOv8 {other} ones: a file, or yolov8n")
     add("--device", default="auto", help="auto, cpu, cuda, ...")
-    for name, default in asdict(AsfParams()).items():
-        add(f"--{name}", type=float, default=default, metavar="X", help=ASF_HELP[name])
+    for field in fields(AsfParams) + fields(MaskParams):
+        name, kind = field.name.replace("_", "-"), int if "int" in str(field.type) else float
+        add(f"--{name}", type=kind, default=field.default, metavar="X", help=HELP[field.name])
     about = f"fetch official weights into {CACHE_VARIABLE}, or the system's cache folder"
     command = commands.add_parser("download", help=about, description=about)
     command.set_defaults(run=download_command)
@@ -79,7 +87,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def segment_command(args: argparse.Namespace) -> int:
     """Segment images, write the results, and say which images failed; 1 where some did."""
-    params = AsfParams(**{name: getattr(args, name) for name in ASF_HELP})
+    params = AsfParams(*(getattr(args, field.name) for field in fields(AsfParams)))
+    quality = {field.name: getattr(args, field.name) for field in fields(MaskParams)}
     args.out.mkdir(parents=True, exist_ok=True)
     sam = load_sam(args.sam, args.checkpoint, args.device)
     needs = METHODS[args.method].needs
@@ -91,7 +100,7 @@ def segment_command(args: argparse.Namespace) -> int:
     jobs = list(zip(paths, unique_stems(paths), strict=True))
     for path, stem in tqdm(jobs, desc="segmenting", unit="image", dynamic_ncols=True):
         try:
-            found = segment(path, args.method, sam, predictor, detector, params)
+            found = segment(path, args.method, sam, predictor, detector, params, **quality)
             save(found, args.out, stem, file_name=path.as_posix())
         except Exception as error:  # whatever one image does, the others are segmented
             known = isinstance(error, (ValueError, OSError))

@@ -64,11 +64,12 @@ def run_settings(
     the first `timed_images` images; the time columns of the other images are empty.
     """
     images = open_dataset(config.dataset, config.n_images, config.seed)
+    asked = [replace(setting, quality=config.quality) for setting in asked]
     methods = list(dict.fromkeys(setting.method for setting in asked))
     models = settings.load_models(config, methods)
     wanted = {(float(iou), float(stable)) for iou, stable in config.thresholds}
-    # strictest first, SAM's own among them
-    pairs = sorted(wanted | {score.own_pair(models.sam)}, reverse=True) if wanted else []
+    own = score.own_pair(models.sam, config.quality)
+    pairs = sorted(wanted | {own}, reverse=True) if wanted else []  # strictest first
     with Store(Path(config.out) / STORE_NAME) as store:
         study = _Run(config, images, models, store, pairs)
         rows = study.rows(asked)
@@ -84,6 +85,7 @@ def run_settings(
         "timed_images": min(config.timed_images, len(images)),
         "thresholds": [f"{iou:g} / {stable:g}" for iou, stable in pairs],
         **asdict(config.params),
+        **asdict(config.quality),
     }
     return StudyResult(
         per_image=per_image,

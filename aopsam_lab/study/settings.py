@@ -15,6 +15,7 @@ from aopsam_lab.detector import Detector, load_detector
 from aopsam_lab.files import code_fingerprint
 from aopsam_lab.pipeline.methods import METHODS as OUR_METHODS
 from aopsam_lab.pipeline.methods import Grid, Method
+from aopsam_lab.pipeline.types import MaskParams
 from aopsam_lab.predictor import PromptPredictor, load_predictor
 from aopsam_lab.sam.zoo import load_sam, spec_of
 from aopsam_lab.study import PACKAGE_ROOT
@@ -57,6 +58,7 @@ class StudyConfig:
     confidence: float = 0.2
     spacing: float = 6.0
     elimination: float = 1.3
+    quality: MaskParams = MaskParams()
     out: str | os.PathLike = "reports/main_comparison"  # scores in it are not computed again
     checkpoint: str | os.PathLike | None = None  # None: bundled or official weights
     predictor: str | os.PathLike | None = None
@@ -99,6 +101,7 @@ class Setting:
     method: str
     params: AsfParams
     max_prompts: int | None = None
+    quality: MaskParams = MaskParams()
 
 
 def load_models(config: StudyConfig, methods: Iterable[str]) -> LoadedModels:
@@ -120,6 +123,7 @@ def row_inputs(setting: Setting, models: LoadedModels, machine: str, image: str)
         "code": scoring_code(),
         "method": setting.method,
         "params": {name: float(getattr(setting.params, name)) for name in method.uses},
+        "quality": dataclasses.asdict(setting.quality),
         "sam": dataclasses.asdict(spec_of(models.sam)),
         "max_prompts": setting.max_prompts,
         "image": image,

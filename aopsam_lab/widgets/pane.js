@@ -228,7 +228,7 @@ export function drawPrompts(ctx, pane, view, clicks) {
     drawGlyphs(ctx, view, marker, own, colour, status === WAITING ? 0.7 * r : r);
     if (status !== KEPT) continue;
     Object.assign(ctx, { lineWidth: 1, strokeStyle: "#fff9" });
-    for (const { x0, y0, x1, y1 } of own.filter((prompt) => prompt.x0 !== null)) {
+    for (const { x0, y0, x1, y1 } of own.filter((prompt) => prompt.x0 != null)) {
       ctx.strokeRect(...onScreen(view, { x: x0, y: y0 }), view.k * (x1 - x0), view.k * (y1 - y0));
     }
   }

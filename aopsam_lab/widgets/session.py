@@ -19,10 +19,10 @@ from segment_anything.modeling import Sam
 from aopsam_lab.asf import AsfParams
 from aopsam_lab.pipeline.decode import STABILITY_OFFSET, encode, full_size, image_decoder
 from aopsam_lab.pipeline.decode_cache import DecodeCache, PcmCache
-from aopsam_lab.pipeline.methods import METHODS
+from aopsam_lab.pipeline.methods import METHODS, method_named
 from aopsam_lab.pipeline.run import loaded_detector, loaded_predictor, run_method
 from aopsam_lab.pipeline.segmentation import Segmentation
-from aopsam_lab.pipeline.types import Encoded, Found, Models, Prompts
+from aopsam_lab.pipeline.types import Encoded, Found, MaskParams, Models, Prompts
 from aopsam_lab.sam.zoo import SamSpec
 from aopsam_lab.widgets.sources import Opened
 
@@ -52,8 +52,8 @@ class Mask(NamedTuple):
 class Session:
     """An opened image on a SAM. The models that a method needs are loaded at its first use."""
 
-    def __init__(self, opened: Opened, sam: Sam):
-        self.opened, self.sam = opened, sam
+    def __init__(self, opened: Opened, sam: Sam, quality: MaskParams = MaskParams()):
+        self.opened, self.sam, self.quality = opened, sam, quality
         self._lock = threading.Lock()  # a worker decodes while the main thread answers a click
         self.colours: dict[bytes, int] = {}  # of every mask shown so far, see mask_colours
         self._asked: dict[str, Mask | None] = {}  # by the clicks, as JSON
@@ -61,7 +61,8 @@ class Session:
     @cached_property
     def _cache(self) -> DecodeCache:
         """The decodes, and with them the image with its embedding."""
-        return DecodeCache(self.sam, encode(self.sam, self.opened.image))
+        encoded = encode(self.sam, self.opened.image)
+        return DecodeCache(self.sam, encoded, quality=self.quality)
 
     @cached_property
     def _pcm(self) -> PcmCache:
@@ -77,7 +78,8 @@ class Session:
     def sample(self, method: str, params: AsfParams) -> list[dict]:
         """Where the method would prompt, before anything is decoded: x and y of each point."""
         with self._lock:
-            proposal = METHODS[method].start(self._cache.encoded, self._models(method), params)
+            chosen = method_named(method, self.quality)
+            proposal = chosen.start(self._cache.encoded, self._models(method), params)
         return [{"x": x, "y": y} for x, y in proposal.prompts.points.tolist()]
 
     def run(
@@ -104,14 +106,15 @@ class Session:
                 return self._cache(sam, encoded, prompts, index, spec)  # joins the parts
 
         models = self._models(method)
-        seg = run_method(self.sam, self._cache.encoded, method, *models, params, decode=decode)
+        more = params, decode, None, self.quality
+        seg = run_method(self.sam, self._cache.encoded, method, *models, *more)
         seconds = time.perf_counter() - start
         return Answer((method, params), seg, seconds, self._cache.n_decoded - before)
 
     def candidates(self, seg: Segmentation, row: int) -> list[Mask]:
         """All masks of the prompt `row`, before any threshold: three of a point, one of a box."""
         prompt = seg.prompts.iloc[row]
-        box = prompt[["x0", "y0", "x1", "y1"]].to_numpy(float)
+        box = prompt.reindex(["x0", "y0", "x1", "y1"]).to_numpy(float)
         if not np.isnan(box).any():
             return self._predict(False, box=box)
         point = prompt[["x", "y"]].to_numpy(float)[None]
