@@ -261,6 +261,13 @@ def test_exports_are_the_segmentations_own(explorer):
     assert coco["name"].endswith(".json") and labels["name"].endswith("_labels.png")
     expected = drawing.label_image(seg.masks, seg.image.shape[:2])
     assert np.array_equal(np.asarray(Image.open(io.BytesIO(png))), expected)
+    least = float(np.median(seg.scores))
+    explorer.set_state({"least_iou": least})
+    send(explorer, what="coco")
+    scores = [one["score"] for one in json.loads(sent[-1][1][0])["annotations"]]
+    assert scores == [s for s in seg.scores.tolist() if s >= least] and explorer.segmentation is seg
+    assert 0 < len(scores) < len(seg.scores)
+    assert f": {len(scores)} masks" in explorer.to_figure().axes[0].get_title()
 
 
 def test_an_uploaded_image_is_opened_and_a_damaged_one_only_said(explorer, sample):

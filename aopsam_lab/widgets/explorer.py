@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import anywidget
+import numpy as np
 import traitlets
 from IPython.display import HTML, display
 from matplotlib.figure import Figure
@@ -78,6 +79,7 @@ class Explorer(anywidget.AnyWidget):
         source: which of the images, from 0.
         round: rounds of adaptive filtering shown; all of them by default.
         selected: row of `segmentation.prompts` that is clicked, -1 for none.
+        least_iou: masks of a lower predicted IoU are hidden, in the page and in what it saves.
         layers: opacity from 0 to 1 of image, pcm, smoothed, pem, masks, ground_truth, prompts.
         manual: objects clicked by hand, each a list of (x, y, 1 for the object or 0 for the
             background).
@@ -99,6 +101,7 @@ class Explorer(anywidget.AnyWidget):
     source = traitlets.Int(0).tag(sync=True)
     round = traitlets.Int(0).tag(sync=True)
     selected = traitlets.Int(-1).tag(sync=True)
+    least_iou = traitlets.Float(0.0).tag(sync=True)
     layers = traitlets.Dict(LAYERS).tag(sync=True)
     manual: traitlets.List[Clicks] = traitlets.List().tag(sync=True)
     segmentation = traitlets.Instance(Segmentation, allow_none=True)
@@ -303,8 +306,17 @@ class Explorer(anywidget.AnyWidget):
             elif self.segmentation is not None:
                 name = self._sources[self.source].name
                 with tempfile.TemporaryDirectory() as folder:
-                    file = save(self.segmentation, folder, Path(name).stem, name)[content["what"]]
+                    file = save(self._shown(self.segmentation), folder, Path(name).stem, name)[
+                        content["what"]
+                    ]
                     self.send({"name": file.name}, [file.read_bytes()])
+
+    def _shown(self, seg: Segmentation) -> Segmentation:
+        """A Segmentation without the masks that are hidden."""
+        rows = np.flatnonzero(seg.scores >= self.least_iou)
+        names = ("scores", "stability", "boxes", "mask_prompt")
+        fields = {name: getattr(seg, name)[rows] for name in names}
+        return replace(seg, masks=[seg.masks[i] for i in rows], **fields)
 
     def _call(self) -> str:
         """The Python that makes this state again."""
@@ -335,7 +347,7 @@ class Explorer(anywidget.AnyWidget):
         if self.segmentation is None:
             raise ValueError("There is no image to draw: " + (self.message or "nothing is open."))
         figure = ShownFigure(layout="constrained")
-        plot_panels(figure, self.segmentation, self.compared, self.selected)
+        plot_panels(figure, self._shown(self.segmentation), self.compared, self.selected)
         return figure
 
     def _ipython_display_(self) -> None:
