@@ -134,17 +134,15 @@ def _run_on_crops(
         crop = encode(sam, encoded.image[y0:y1, x0:x1])
         crop.crop = [x0, y0, x1, y1], size
         parts.append(run_method(sam, crop, grid, quality=alone))
-    tables = [
-        part.prompts.assign(x=part.prompts["x"] + x0, y=part.prompts["y"] + y0, round=n)
-        for n, (part, (x0, y0, _, _)) in enumerate(zip(parts, boxes, strict=True))
-    ]
-    prompts = pd.concat(tables, ignore_index=True)
+    prompts = pd.concat([part.prompts.assign(round=n) for n, part in enumerate(parts)])
+    prompts[["x", "y"]] += np.array(boxes)[prompts["round"], :2]
+    prompts = prompts.reset_index(drop=True)
     fields = ("masks", "scores", "stability", "boxes", "mask_prompt")
     kept = {name: np.concatenate([getattr(part, name) for part in parts]) for name in fields}
-    of = np.repeat(np.arange(len(parts)), [len(part.masks) for part in parts])
+    of = np.repeat(range(len(parts)), [len(part.masks) for part in parts])
     x0, y0, x1, y1 = np.array(boxes, np.float32)[of].T
     kept["boxes"] += np.stack([x0, y0, x0, y0], 1)
-    kept["mask_prompt"] += of * len(tables[0])
+    kept["mask_prompt"] += of * len(parts[0].prompts)
     # of duplicates the one of the smallest crop stays
     scores = torch.from_numpy(1 / ((x1 - x0) * (y1 - y0)))
     rows = distinct(torch.from_numpy(kept["boxes"]), scores, CROP_NMS_THRESH).numpy()

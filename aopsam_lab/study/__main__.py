@@ -3,9 +3,7 @@
 import argparse
 import sys
 from collections.abc import Callable
-from dataclasses import fields
 
-from aopsam_lab.pipeline.types import MaskParams
 from aopsam_lab.study import sweeps
 from aopsam_lab.study.report import run_report, update_readme, write_index
 
@@ -13,9 +11,6 @@ PARAMETERS: dict[str, Callable[[str], object]] = {
     **dict.fromkeys(("sam", "checkpoint", "predictor", "detector", "dataset", "device"), str),
     **dict.fromkeys(("n-images", "timed-images", "seed"), int),
     **dict.fromkeys(sweeps.SWEPT, float),
-    **{
-        f.name.replace("_", "-"): int if "int" in str(f.type) else float for f in fields(MaskParams)
-    },
     "methods": lambda text: text.split(","),
 }
 ABOUT = """The parameters are those of the notebook; its first cell says what each is, and has the

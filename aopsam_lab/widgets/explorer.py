@@ -304,11 +304,9 @@ class Explorer(anywidget.AnyWidget):
                 self.names = [*self.names, name]
                 self.source = len(self._sources) - 1
             elif self.segmentation is not None:
-                name = self._sources[self.source].name
+                name, seg = self._sources[self.source].name, self._shown(self.segmentation)
                 with tempfile.TemporaryDirectory() as folder:
-                    file = save(self._shown(self.segmentation), folder, Path(name).stem, name)[
-                        content["what"]
-                    ]
+                    file = save(seg, folder, Path(name).stem, name)[content["what"]]
                     self.send({"name": file.name}, [file.read_bytes()])
 
     def _shown(self, seg: Segmentation) -> Segmentation:
