@@ -4,7 +4,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import fields
 from pathlib import Path
 
 from tqdm import tqdm
@@ -16,16 +16,23 @@ from aopsam_lab.data.images import find_images
 from aopsam_lab.pipeline.methods import METHODS
 from aopsam_lab.pipeline.run import LoadedModels, ModelFiles, segment
 from aopsam_lab.pipeline.show import save
+from aopsam_lab.pipeline.types import MaskParams
 from aopsam_lab.sam.download import CACHE_VARIABLE, OFFICIAL, download
 from aopsam_lab.sam.zoo import MODELS, first_line
 from aopsam_lab.training import ground_truth
 from aopsam_lab.training import predictor as predictor_training
 
-ASF_HELP = {
+HELP = {
     "smoothing": "sigma of the Gaussian over the confidence map",
     "confidence": "a prompt's least confidence",
     "spacing": "least distance between prompts",
     "elimination": "a waiting prompt is dropped above this many times a map's mean",
+    "points_per_side": "of a grid; None: the method's own",
+    "pred_iou_thresh": "a mask's least predicted IoU; None: the SAM's own",
+    "stability_score_thresh": "a mask's least stability score; None: the SAM's own",
+    "box_nms_thresh": "of two masks whose boxes have a higher IoU the surer one stays",
+    "crop_n_layers": "layers of crops on which a grid is laid as well",
+    "min_mask_region_area": "pixels; smaller holes and islands of a mask go",
 }
 
 
@@ -58,8 +65,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--detector", metavar="FILE", help=f"YOLOv8 {other} ones: a file, or yolov8n")
     add("--device", default="auto", help="auto, cpu, cuda, ...")
     add_arguments(command)
-    for name, default in asdict(AsfParams()).items():
-        add(f"--{name}", type=float, default=default, metavar="X", help=ASF_HELP[name])
+    for field in fields(AsfParams) + fields(MaskParams):
+        name, kind = field.name.replace("_", "-"), int if "int" in str(field.type) else float
+        add(f"--{name}", type=kind, default=field.default, metavar="X", help=HELP[field.name])
     about = f"fetch official weights into {CACHE_VARIABLE}, or the system's cache folder"
     command = commands.add_parser("download", help=about, description=about)
     command.set_defaults(run=download_command)
@@ -75,12 +83,14 @@ def _parser() -> argparse.ArgumentParser:
 
 def segment_command(args: argparse.Namespace) -> int:
     """Segment images, write the results, and say which images failed; 1 where some did."""
-    params, method = AsfParams(**{name: getattr(args, name) for name in ASF_HELP}), args.method
+    params = AsfParams(*(getattr(args, field.name) for field in fields(AsfParams)))
+    method = args.method
+    quality = {field.name: getattr(args, field.name) for field in fields(MaskParams)}
     args.out.mkdir(parents=True, exist_ok=True)
     own = args.sam, args.checkpoint, args.predictor, args.detector, args.device
     files = ModelFiles(*own, frozenset({METHODS[method].needs}))
     models = files.load()
-    used = {name: getattr(params, name) for name in METHODS[method].uses}
+    used = {name: getattr(params, name) for name in METHODS[method].uses} | quality
     info = {"method": method, "parameters": used, "weights": models.weights()}
     paths, failures = find_images(args.images)
     total = len(paths) + len(failures)
@@ -93,7 +103,8 @@ def segment_command(args: argparse.Namespace) -> int:
     with connected(args.scheduler, files, models) as crew, bar:
         out = args.out.absolute()
         see(crew, out, (path.absolute() for path, _ in todo))
-        jobs = ((path, path.absolute(), out, stem, params, info) for path, stem in todo)
+        same = out, params, quality, info
+        jobs = ((path, path.absolute(), stem, *same) for path, stem in todo)
         for (path, *_), error in crew.each(segment_one, jobs):
             bar.update()
             if error is not None:  # whatever one image does, the others are segmented
@@ -109,9 +120,10 @@ def segment_command(args: argparse.Namespace) -> int:
 
 def segment_one(models: LoadedModels, job: tuple) -> None:
     """Segment an image and write its files, perhaps as a worker."""
-    name, path, out, stem, params, info = job
+    name, path, stem, out, params, quality, info = job
     own = models.sam, models.predictor, models.detector
-    save(segment(path, info["method"], *own, params), out, stem, name.as_posix(), **info)
+    found = segment(path, info["method"], *own, params, **quality)
+    save(found, out, stem, name.as_posix(), **info)
 
 
 def is_done(path: Path, file: Path, info: dict) -> bool:

@@ -127,10 +127,10 @@ def test_a_batch_goes_on_whatever_one_image_does(tmp_path, capsys, weights, monk
     Image.new("RGB", (2000, 1)).save(tmp_path / "thin.png")
     Image.new("RGB", (64, 64)).save(tmp_path / "odd.png")
 
-    def fails(path, *arguments):
+    def fails(path, *arguments, **quality):
         if str(path).endswith("odd.png"):
             raise RuntimeError("a fault of ours")
-        return segment(path, *arguments)
+        return segment(path, *arguments, **quality)
 
     monkeypatch.setattr(cli, "segment", fails)
     bad = [loop, pipe, "/dev/zero", "x" * 300, tmp_path / "thin.png", tmp_path / "odd.png"]

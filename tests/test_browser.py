@@ -308,6 +308,27 @@ def test_exports_hold_the_masks_that_are_shown(lab):
     assert lab.page.evaluate("navigator.clipboard.readText()").startswith(call)
 
 
+def test_quality_hides_masks_at_once_and_files_follow(lab, tmp_path):
+    def counts() -> tuple[int, ...]:
+        found = re.search(r"(\d+) of (\d+) masks shown", lab.text("quality"))
+        return tuple(map(int, found.groups()))
+
+    least = lab.page.get_by_label("least predicted IoU", exact=True)
+    lab.opacity("Masks", 80)
+    before, (shown, n), asked = lab.pixels(), counts(), len(lab.sent)
+    least.fill("0.96")
+    assert shown == n and 0 < counts()[0] < n and lab.pixels() != before
+    assert len(lab.sent) == asked, "the kernel is asked nothing"
+    lab.shot("7_quality")
+    with lab.page.expect_download() as waiting:
+        lab.page.get_by_role("button", name="COCO").click()
+    waiting.value.save_as(tmp_path / "coco.json")
+    coco = json.loads((tmp_path / "coco.json").read_text())
+    assert len(coco["annotations"]) == counts()[0]
+    least.fill(least.get_attribute("min"))
+    assert counts() == (n, n) and lab.pixels() == before
+
+
 def test_another_method_is_shown_side_by_side(lab):
     lab.page.get_by_role("combobox", name="Beside").select_option("amg_s")
     lab.until("document.querySelectorAll('.aop-badge')[1]?.innerText.startsWith('amg_s 256')")

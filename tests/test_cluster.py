@@ -18,7 +18,7 @@ from aopsam_lab import __main__ as cli
 from aopsam_lab import cluster
 from aopsam_lab.pipeline.run import ModelFiles
 from aopsam_lab.study import PACKAGE_ROOT, tables
-from aopsam_lab.study.report import what_was_run
+from aopsam_lab.study.report import part
 from aopsam_lab.study.runner import STORE_NAME
 from aopsam_lab.study.settings import THRESHOLDS
 
@@ -194,7 +194,7 @@ def test_times_of_two_kinds_of_processor_have_no_mean():
     assert np.isnan(ratios["mask_lat_ratio"]) and ratios["n_decoded_ratio"] == 1
     facts = {"parameters": {"sam": "s", "seed": 0}, "dataset": {"images": 2, "name": "d"}}
     facts |= {"processor": "P + Q", "timed_on": ["P", "Q"]}
-    assert "2 kinds of processor, so their means are left out: P; Q." in what_was_run(facts)
+    assert "2 kinds of processor, so their means are left out: P; Q." in part("what_was_run", facts)
 
 
 # --- folders ---

@@ -1,7 +1,6 @@
 """The explorer without a browser: sources, what the page gets, state, messages, live answers."""
 
 import asyncio
-import base64
 import gc
 import io
 import json
@@ -10,13 +9,11 @@ import weakref
 from dataclasses import replace
 from unittest import mock
 
-import nbformat
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from IPython.core.formatters import DisplayFormatter
-from nbconvert import HTMLExporter
 from PIL import Image
 from segment_anything import SamPredictor
 
@@ -93,7 +90,8 @@ def test_a_huge_image_is_reduced_with_its_ground_truth_without_a_warning_in_the_
     assert "640 x 427 pixels, explored at 474 x 316" in opened.message
     assert opened.segmentation.image.shape == (316, 474, 3)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100_000)
-    assert "cannot be read as an image" in aop.explore(tmp_path / "huge.png").message
+    with pytest.raises(ValueError, match="cannot be read as an image"):
+        aop.explore(tmp_path / "huge.png")
     assert not [w for w in recwarn if w.category is Image.DecompressionBombWarning]
 
 
@@ -108,26 +106,27 @@ def test_a_huge_image_is_reduced_with_its_ground_truth_without_a_warning_in_the_
         (lambda folder: 7, "Nothing to explore in a int"),
     ],
 )
-def test_bad_input_is_said_in_the_message_line_and_the_panel_lives(tmp_path, make, words):
+def test_bad_input_is_refused_as_segment_does(tmp_path, make, words):
     if "read as" in words:
         (tmp_path / "text.png").write_text("no image")
-    opened = aop.explore(make(tmp_path))
-    assert words in opened.message and words in repr(opened) and opened.segmentation is None
-    opened.manual = [[(1, 1, 1)]]  # nothing happens
-    with pytest.raises(ValueError, match=words):
-        opened.to_figure()
+    with pytest.raises((ValueError, OSError), match=words):
+        aop.explore(make(tmp_path))
 
 
 def test_a_bad_image_among_good_ones_and_a_bad_model(sample):
     opened = aop.explore([np.zeros((1, 1, 3), np.uint8), sample], params=EAGER)
-    assert "too small" in opened.message
+    assert "too small" in opened.message and "too small" in repr(opened)
+    opened.manual = [[(1, 1, 1)]]  # nothing happens
+    with pytest.raises(ValueError, match="too small"):
+        opened.to_figure()
     opened.source = 1
     assert opened.message == "" and len(opened.segmentation.masks)
     opened.source = 0
     assert "too small" in opened.message and opened.segmentation is None and opened.left == {}
     assert "no SAM called 'nosuch'" in aop.explore(sample, sam="nosuch").message
     for argument in ("method", "compare"):
-        assert "no method 'nosuch'" in aop.explore(sample, **{argument: "nosuch"}).message
+        with pytest.raises(ValueError, match="no method 'nosuch'"):
+            aop.explore(sample, **{argument: "nosuch"})
 
 
 # --- what the page gets ---
@@ -265,11 +264,20 @@ def test_exports_are_the_segmentations_own(explorer):
     assert coco["name"].endswith(".json") and labels["name"].endswith("_labels.png")
     expected = drawing.label_image(seg.masks, seg.image.shape[:2])
     assert np.array_equal(np.asarray(Image.open(io.BytesIO(png))), expected)
+    least = float(np.median(seg.scores))
+    explorer.set_state({"least_iou": least})
+    send(explorer, what="coco")
+    scores = [one["score"] for one in json.loads(sent[-1][1][0])["annotations"]]
+    assert scores == [s for s in seg.scores.tolist() if s >= least] and explorer.segmentation is seg
+    assert 0 < len(scores) < len(seg.scores)
+    assert f": {len(scores)} masks" in explorer.to_figure().axes[0].get_title()
 
 
 def test_an_uploaded_image_is_opened_and_a_damaged_one_only_said(explorer, sample):
     send(explorer, drawing.png_bytes(sample.image[:100]), name="mine.png")
     assert explorer.names[-1] == "mine.png"
+    again = eval(explorer.call, {"aop": aop, "explorer": explorer})
+    assert again.segmentation.masks == explorer.segmentation.masks
     send(explorer, b"no image", name="bad.png")
     said = "bad.png cannot be read as an image: its format is none of "
     assert explorer.message.startswith(said) and "JPEG" in explorer.message
@@ -284,18 +292,30 @@ def test_a_segmentation_is_explored_as_it_is(explorer, monkeypatch):
     assert opened.params == EAGER and opened.message == ""
 
 
-def test_the_figure_and_a_still_image_are_shown_without_pyplot_and_kernel(explorer):
+def test_the_figure_and_a_still_image_are_shown_without_pyplot_and_kernel(explorer, monkeypatch):
     figure = explorer.to_figure()
     assert [ax.get_title() for ax in figure.axes if ax.get_title()][-2:] == ["PCM", "PEM, maximum"]
     data, _ = DisplayFormatter().format(figure)
     assert Image.open(io.BytesIO(data["image/png"])).width > 500
-    bundle, _ = explorer._repr_mimebundle_()
-    assert base64.b64decode(bundle["image/png"]) == data["image/png"]
-    output = nbformat.v4.new_output("execute_result", data=bundle, execution_count=1)
-    cell = nbformat.v4.new_code_cell(outputs=[output])
-    page, _ = HTMLExporter().from_notebook_node(nbformat.v4.new_notebook(cells=[cell]))
-    assert "widget-view+json" in str(bundle) and "widget-view+json" not in page
-    assert "data:image/png;base64," in page
+    shown = []
+    show = "aopsam_lab.widgets.explorer.display"
+    monkeypatch.setattr(show, lambda one, **about: shown.append((one, about)))
+    explorer._ipython_display_()
+    (live, about), (line, _), (still, _) = shown
+    assert "application/vnd.jupyter.widget-view+json" in live and about["raw"]
+    assert "aop-still" in line.data and "run the\ncell again" in line.data
+    assert still._repr_png_() == data["image/png"] and ".aop-still" in explorer._css
+
+
+def test_the_quality_is_that_of_the_explorer_and_of_its_call(sample, explorer):
+    given = {"pred_iou_thresh": 0.95, "points_per_side": 3, "box_nms_thresh": 0.5}
+    opened = aop.explore(sample, params=EAGER, **given)
+    scores = opened.segmentation.scores
+    assert 0 < len(scores) < len(explorer.segmentation.scores) and scores.min() > 0.95
+    assert eval(opened.call, {"aop": aop, "image": sample}).quality == opened.quality
+    opened.method = "amg_d"
+    assert opened.segmentation.n_decoded == 9
+    assert aop.explore(opened.segmentation).quality == opened.quality
 
 
 # --- live ---

@@ -80,9 +80,9 @@ def test_masks_encoded_early_are_the_same_and_their_logits_are_gone(
 ):
     waiting, remove = [], pipeline.remove_duplicates
 
-    def watched(sam, encoded, found):
+    def watched(sam, encoded, found, quality):
         waiting.append(sum(len(part.low_res) for part in found))
-        return remove(sam, encoded, found)
+        return remove(sam, encoded, found, quality)
 
     monkeypatch.setattr(pipeline, "remove_duplicates", watched)
     monkeypatch.setattr(decoding, "KEPT_LOGITS", 0)
@@ -106,6 +106,15 @@ def test_the_strongest_are_decoded_first_and_only_others_eliminated(result):
     assert decoded.sort_values("round", kind="stable")["confidence"].is_monotonic_decreasing
     assert gone["confidence"].max() <= decoded[decoded["round"] == 0]["confidence"].min()
     assert gone["by"].nunique() > 1, "masks of several rounds eliminate"
+
+
+def test_the_table_of_prompts_is_rounded_and_has_no_empty_columns(sam, predictor, photo, result):
+    grid = run_method(sam, photo, Grid("grid", 3)).prompts
+    assert list(grid) == ["x", "y", "confidence", "by", "round", "status"]
+    assert list(result.prompts) == ["x", "y", "confidence", "by", "pem", "round", "status"]
+    points = result.prompts[["x", "y"]].to_numpy()
+    assert np.array_equal(points, points.round(2))
+    assert result.prompts["pem"].notna().any()
 
 
 def test_elimination_maps_cover_the_padding_and_hold_the_values(photo, result):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from aopsam_lab.asf import AsfParams
 from aopsam_lab.data import open_dataset
 from aopsam_lab.pipeline import decode_cache
-from aopsam_lab.study import figures, report, score, sweeps, tables
+from aopsam_lab.study import figures, score, sweeps, tables
 from aopsam_lab.study.figures import joint_figure, sweep_figure
 from aopsam_lab.study.runner import MAIN_COMPARISON
 from aopsam_lab.study.score import TIMES
@@ -66,7 +66,7 @@ def test_times_come_only_from_runs_without_sharing(sweep, monkeypatch):
     alone = [run for run in runs if run == ("NoneType", "PromptPredictor")]
     assert len(alone) == 3  # three different settings
     assert all(run == ("LooseRun", "PcmCache") for run in runs if run not in alone)
-    assert "on the first 1 of these images" in report.what_was_run(result.study.provenance)
+    assert "on the first 1 of these images" in part("what_was_run", result.study.provenance)
 
 
 def test_equal_settings_are_run_once_points_decoded_once_and_budgets_held(sweep, monkeypatch):

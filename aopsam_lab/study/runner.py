@@ -65,12 +65,13 @@ def run_settings(
     """
     images = open_dataset(config.dataset, config.n_images, config.seed)
     images.require_masks()
+    asked = [replace(setting, quality=config.quality) for setting in asked]
     methods = list(dict.fromkeys(setting.method for setting in asked))
     files = config.files(methods)
     models = files.load()
     wanted = {(float(iou), float(stable)) for iou, stable in config.thresholds}
-    # strictest first, SAM's own among them
-    pairs = sorted(wanted | {score.own_pair(models.sam)}, reverse=True) if wanted else []
+    own = score.own_pair(models.sam, config.quality)
+    pairs = sorted(wanted | {own}, reverse=True) if wanted else []  # strictest first
     connected = cluster.connected(config.scheduler, files, models)
     with Store(Path(config.out) / STORE_NAME) as store, store.turn(), connected as crew:
         study = _Run(config, images, models, store, pairs, crew)
@@ -85,6 +86,7 @@ def run_settings(
         "timed_images": min(config.timed_images, len(images)),
         "thresholds": [f"{iou:g} / {stable:g}" for iou, stable in pairs],
         **asdict(config.params),
+        **asdict(config.quality),
     }
     return StudyResult(
         per_image=per_image,

@@ -14,6 +14,7 @@ from aopsam_lab.files import code_fingerprint
 from aopsam_lab.pipeline.methods import METHODS as OUR_METHODS
 from aopsam_lab.pipeline.methods import Grid, Method
 from aopsam_lab.pipeline.run import LoadedModels, ModelFiles
+from aopsam_lab.pipeline.types import MaskParams
 from aopsam_lab.sam.zoo import spec_of
 from aopsam_lab.study import PACKAGE_ROOT
 
@@ -55,6 +56,7 @@ class StudyConfig:
     confidence: float = 0.2
     spacing: float = 6.0
     elimination: float = 1.3
+    quality: MaskParams = MaskParams()
     out: str | os.PathLike = "reports/main_comparison"  # scores in it are not computed again
     checkpoint: str | os.PathLike | None = None  # None: bundled or official weights
     predictor: str | os.PathLike | None = None
@@ -95,6 +97,7 @@ class Setting:
     method: str
     params: AsfParams
     max_prompts: int | None = None
+    quality: MaskParams = MaskParams()
 
 
 def row_inputs(
@@ -110,6 +113,7 @@ def row_inputs(
         "code": scoring_code(),
         "method": setting.method,
         "params": {name: float(getattr(setting.params, name)) for name in method.uses},
+        "quality": dataclasses.asdict(setting.quality),
         "sam": dataclasses.asdict(spec_of(models.sam)),
         "max_prompts": setting.max_prompts,
         "image": image,

@@ -108,7 +108,12 @@ function actions(model, stage, message, readout) {
       if (value) last[name] = value;
       act.setOpacity(name, value ? 0 : last[name] ?? 0.8);
     },
-    exported(what) { ask(() => model.send({ what })); },
+    /** The kernel learns it with the next export. */
+    setLeast(value) { model.set("least_iou", value); },
+    exported(what) {
+      act.set("least_iou", get("least_iou"));
+      ask(() => model.send({ what }));
+    },
     async upload(file) {
       const data = await file.arrayBuffer();
       ask(() => model.send({ name: file.name }, undefined, [data]));

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 import io
 import re
 import tempfile
@@ -18,6 +17,7 @@ from typing import Any
 import anywidget
 import numpy as np
 import traitlets
+from IPython.display import HTML, display
 from matplotlib.figure import Figure
 from PIL import Image
 from segment_anything.modeling import Sam
@@ -30,6 +30,7 @@ from aopsam_lab.pipeline.methods import METHODS, method_named
 from aopsam_lab.pipeline.run import DEFAULT_PARAMS, loaded_sam
 from aopsam_lab.pipeline.segmentation import Segmentation
 from aopsam_lab.pipeline.show import plot_panels, save
+from aopsam_lab.pipeline.types import MaskParams
 from aopsam_lab.sam.zoo import spec_of
 from aopsam_lab.widgets import packing
 from aopsam_lab.widgets.session import Answer, Clicks, Session, same_prompt, with_clicked
@@ -37,6 +38,7 @@ from aopsam_lab.widgets.sources import Source, prepared, sources_of
 
 DEBOUNCE = 0.12  # seconds a slider must rest before decoding begins
 NOTHING, PINNED = "nothing", "this setting, pinned"  # what may stand beside, apart from a method
+UPLOADED = "explorer.segmentation.image"  # Python for an image that only the explorer has
 LAYERS = {"image": 1.0, "masks": 0.8, "prompts": 1.0}  # the opacity of those that are seen at first
 SLIDERS = {  # least, most, step, tooltip
     "smoothing": (0, 8, 0.1, "sigma of the Gaussian over the PCM, in cells of a 256-wide map"),
@@ -44,6 +46,8 @@ SLIDERS = {  # least, most, step, tooltip
     "spacing": (1, 32, 1, "reach of a peak's window, in cells of a 256-wide map"),
     "elimination": (0.5, 2, 0.01, "a prompt is dropped above this many times a PEM's mean"),
 }
+STILL = """<p class="aop-still">The explorer as it was when this cell ran. To make it live, run the
+cell again.</p>"""
 HERE = Path(__file__).parent
 WORKER = ThreadPoolExecutor(1)  # of all explorers, as a notebook keeps each that it ever showed
 
@@ -71,10 +75,12 @@ class Explorer(anywidget.AnyWidget):
 
     Attributes:
         params, method: the setting; a method is a name in METHODS.
+        quality: which masks are kept, of images opened from now on.
         compare: what stands beside it: a name in METHODS, NOTHING or PINNED.
         source: which of the images, from 0.
         round: rounds of adaptive filtering shown; all of them by default.
         selected: row of `segmentation.prompts` that is clicked, -1 for none.
+        least_iou: masks of a lower predicted IoU are hidden, in the page and in what it saves.
         layers: opacity from 0 to 1 of image, pcm, smoothed, pem, masks, ground_truth, prompts.
         manual: objects clicked by hand, each a list of (x, y, 1 for the object or 0 for the
             background).
@@ -91,10 +97,12 @@ class Explorer(anywidget.AnyWidget):
         from_json=lambda values, _: AsfParams(**values),
     )
     method = traitlets.Unicode("aop").tag(sync=True)
+    quality = traitlets.Instance(MaskParams, ())
     compare = traitlets.Unicode(NOTHING).tag(sync=True)
     source = traitlets.Int(0).tag(sync=True)
     round = traitlets.Int(0).tag(sync=True)
     selected = traitlets.Int(-1).tag(sync=True)
+    least_iou = traitlets.Float(0.0).tag(sync=True)
     layers = traitlets.Dict(LAYERS).tag(sync=True)
     manual: traitlets.List[Clicks] = traitlets.List().tag(sync=True)
     segmentation = traitlets.Instance(Segmentation, allow_none=True)
@@ -209,7 +217,7 @@ class Explorer(anywidget.AnyWidget):
             # `prepared` has a note on large images
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             opened = self._sources[self.source].read()
-            self._session = session = Session(opened, loaded_sam(self._sam))
+            self._session = session = Session(opened, loaded_sam(self._sam), self.quality)
             self.image = packing.pack_image(opened.image, opened.ground_truth)
             if shown is not None:
                 known = (self.method, self.params), shown, shown.seconds["total"], shown.n_decoded
@@ -317,14 +325,21 @@ class Explorer(anywidget.AnyWidget):
             if buffers:
                 name = content["name"]
                 opened = prepared(image_from_bytes(bytes(buffers[0]), name))
-                self._sources.append(Source(name, repr(name), lambda: opened))
+                self._sources.append(Source(name, UPLOADED, lambda: opened))
                 self.names = [*self.names, name]
                 self.source = len(self._sources) - 1
             elif self.segmentation is not None:
-                name = self._sources[self.source].name
+                name, seg = self._sources[self.source].name, self._shown(self.segmentation)
                 with tempfile.TemporaryDirectory() as folder:
-                    file = save(self.segmentation, folder, Path(name).stem, name)[content["what"]]
+                    file = save(seg, folder, Path(name).stem, name)[content["what"]]
                     self.send({"name": file.name}, [file.read_bytes()])
+
+    def _shown(self, seg: Segmentation) -> Segmentation:
+        """A Segmentation without the masks that are hidden."""
+        rows = np.flatnonzero(seg.scores >= self.least_iou)
+        names = ("scores", "stability", "boxes", "mask_prompt")
+        fields = {name: getattr(seg, name)[rows] for name in names}
+        return replace(seg, masks=[seg.masks[i] for i in rows], **fields)
 
     def _call(self) -> str:
         """The Python that makes this state again."""
@@ -336,6 +351,8 @@ class Explorer(anywidget.AnyWidget):
             call += f", manual={clicks}"
         if self.compare in METHODS:
             call += f", compare={self.compare!r}"
+        for name, value in asdict(self.quality).items():
+            call += f", {name}={value}" if value != getattr(MaskParams, name) else ""
         return call + ")"
 
     @contextmanager
@@ -353,15 +370,20 @@ class Explorer(anywidget.AnyWidget):
         if self.segmentation is None:
             raise ValueError("There is no image to draw: " + (self.message or "nothing is open."))
         figure = ShownFigure(layout="constrained")
-        plot_panels(figure, self.segmentation, self.compared, self.selected)
+        plot_panels(figure, self._shown(self.segmentation), self.compared, self.selected)
         return figure
 
-    def _repr_mimebundle_(self, **kwargs: Any) -> tuple[dict, dict]:
-        """The widget, and a still image for where no kernel runs: GitHub, nbviewer, HTML."""
-        data, metadata = super()._repr_mimebundle_(**kwargs) or ({}, {})
+    def _ipython_display_(self) -> None:
+        """Show the widget; below it, where no kernel runs, a still image and how to make it live.
+
+        The still image is an output of its own, as JupyterLab would prefer the widget to it.
+        explorer.css hides both while the widget lives.
+        """
+        data, metadata = self._repr_mimebundle_() or ({}, {})
+        display(data, metadata=metadata, raw=True)
         if self.segmentation is not None:
-            data["image/png"] = base64.b64encode(self.to_figure()._repr_png_()).decode("ascii")
-        return data, metadata
+            display(HTML(STILL))
+            display(self.to_figure())
 
     def __repr__(self) -> str:
         return f"Explorer({self.segmentation or self.message!r})"
@@ -374,10 +396,9 @@ def explore(
     params: AsfParams = DEFAULT_PARAMS,
     manual: Sequence[Clicks] = (),
     compare: str = NOTHING,
+    **quality: float | None,
 ) -> Explorer:
     """Open images in the explorer; the last line of a notebook's cell.
-
-    What is wrong with an argument is said in the explorer's message line.
 
     Args:
         source: an array, a Pillow image, a path, a folder, a COCO-style folder, "photos" (those
@@ -389,13 +410,19 @@ def explore(
         params: the four parameters.
         manual: clicks by hand on the first image.
         compare: a method to show beside it.
+        **quality: fields of MaskParams; points to a side and crops are those of grids.
+
+    Raises:
+        ValueError, OSError: there is no image in the source, or a name is not known. An image that
+            cannot be read among others is said in the explorer's message line.
     """
-    shown = source if isinstance(source, Segmentation) else None
-    try:
-        if shown is not None:
-            params = replace(params, **shown.params)
-            method = shown.method if shown.method in METHODS else method
-        state = {"method": method, "params": params, "compare": compare, "manual": list(manual)}
-        return Explorer(sources_of(source), sam, shown, **state)
-    except (ValueError, OSError) as error:
-        return Explorer((), sam, None, message=str(error))
+    shown, sources = source if isinstance(source, Segmentation) else None, sources_of(source)
+    if shown is not None:
+        params = replace(params, **shown.params)
+        quality = asdict(shown.quality) | quality
+        method = shown.method if shown.method in METHODS else method
+    elif len(sources) == 1:
+        sources[0].read()  # or it raises
+    state = {"method": method, "params": params, "compare": compare, "manual": list(manual)}
+    state["quality"] = MaskParams(**quality)  # type: ignore[arg-type]
+    return Explorer(sources, sam, shown, **state)

@@ -48,7 +48,7 @@ export function unpackMasks({ counts = [], colours, owners }) {
 export function topMask(masks, size, isShown = () => true) {
   const labels = new Int32Array(size.width * size.height);
   const order = [...masks.keys()].sort((a, b) => masks[b].area - masks[a].area || b - a);
-  for (const i of order.filter((one) => isShown(masks[one]))) {
+  for (const i of order.filter((one) => isShown(masks[one], one))) {
     let at = -(masks[i].start ?? 0);
     masks[i].runs.forEach((length, j) => {
       if (j % 2) labels.fill(i + 1, at, at + length);
@@ -117,11 +117,14 @@ export class Pane {
     for (const name in result.maps) this.maps[name] = unpackMaps(result.maps[name]);
     this.pems = this.maps.pem;
   }
-  setRound(round) {
-    if (round === this.round) return;
-    this.round = round;
-    const isShown = ({ owner }) => this.prompts[owner].decided < round;
+  /** Show the masks of so many rounds whose predicted IoU is `least` or more. */
+  setRound(round, least) {
+    if (round === this.round && least === this.least) return;
+    Object.assign(this, { round, least });
+    const { scores } = this.result;
+    const isShown = ({ owner }, i) => this.prompts[owner].decided < round && scores[i] >= least;
     this.labels = topMask(this.masks, this.size, isShown);
+    this.shown = this.masks.filter(isShown).length;
     delete this.sources.masks;
   }
   /** The prompts of a status, in this round. */
@@ -228,7 +231,7 @@ export function drawPrompts(ctx, pane, view, clicks) {
     drawGlyphs(ctx, view, marker, own, colour, status === WAITING ? 0.7 * r : r);
     if (status !== KEPT) continue;
     Object.assign(ctx, { lineWidth: 1, strokeStyle: "#fff9" });
-    for (const { x0, y0, x1, y1 } of own.filter((prompt) => prompt.x0 !== null)) {
+    for (const { x0, y0, x1, y1 } of own.filter((prompt) => prompt.x0 != null)) {
       ctx.strokeRect(...onScreen(view, { x: x0, y: y0 }), view.k * (x1 - x0), view.k * (y1 - y0));
     }
   }

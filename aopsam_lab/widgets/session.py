@@ -21,10 +21,10 @@ from segment_anything.modeling import Sam
 from aopsam_lab.asf import AsfParams
 from aopsam_lab.pipeline.decode import STABILITY_OFFSET, encode, full_size, image_decoder
 from aopsam_lab.pipeline.decode_cache import DecodeCache, PcmCache
-from aopsam_lab.pipeline.methods import METHODS
+from aopsam_lab.pipeline.methods import METHODS, method_named
 from aopsam_lab.pipeline.run import loaded_detector, loaded_predictor, run_method
 from aopsam_lab.pipeline.segmentation import Segmentation
-from aopsam_lab.pipeline.types import Encoded, Found, Models, Prompts
+from aopsam_lab.pipeline.types import Encoded, Found, MaskParams, Models, Prompts
 from aopsam_lab.sam.zoo import SamSpec
 from aopsam_lab.widgets.sources import Opened
 
@@ -60,8 +60,8 @@ class Session:
 
     _with_decodes: deque[Session] = deque()  # the one that made them first at the left
 
-    def __init__(self, opened: Opened, sam: Sam):
-        self.opened, self.sam = opened, sam
+    def __init__(self, opened: Opened, sam: Sam, quality: MaskParams = MaskParams()):
+        self.opened, self.sam, self.quality = opened, sam, quality
         self._lock = threading.Lock()  # a worker decodes while the main thread answers a click
         self.colours: dict[bytes, int] = {}  # of every mask shown so far, see mask_colours
         self._pcm: PcmCache | None = None
@@ -73,7 +73,8 @@ class Session:
         self._with_decodes.append(self)
         if len(self._with_decodes) > KEPT:
             self._with_decodes[0].forget()
-        return DecodeCache(self.sam, encode(self.sam, self.opened.image))
+        encoded = encode(self.sam, self.opened.image)
+        return DecodeCache(self.sam, encoded, quality=self.quality)
 
     def forget(self) -> None:
         """Let the decodes go. They are made again where they are needed."""
@@ -97,7 +98,7 @@ class Session:
         with self._lock:
             encoded = self._cache.encoded
             models = self._models(method, encoded)
-            proposal = METHODS[method].start(encoded, models, params)
+            proposal = method_named(method, self.quality).start(encoded, models, params)
         return [{"x": x, "y": y} for x, y in proposal.prompts.points.tolist()]
 
     def run(
@@ -124,15 +125,15 @@ class Session:
             with self._lock:
                 return cache(sam, encoded, prompts, index, spec)  # joins the parts
 
-        models = self._models(method, cache.encoded)
-        seg = run_method(self.sam, cache.encoded, method, *models, params, decode=decode)
+        own = cache.encoded, method, *self._models(method, cache.encoded), params
+        seg = run_method(self.sam, *own, decode=decode, quality=self.quality)
         seconds = time.perf_counter() - start
         return Answer((method, params), seg, seconds, cache.n_decoded - before)
 
     def candidates(self, seg: Segmentation, row: int) -> list[Mask]:
         """All masks of the prompt `row`, before any threshold: three of a point, one of a box."""
         prompt = seg.prompts.iloc[row]
-        box = prompt[["x0", "y0", "x1", "y1"]].to_numpy(float)
+        box = prompt.reindex(["x0", "y0", "x1", "y1"]).to_numpy(float)
         if not np.isnan(box).any():
             return self._predict(False, box=box)
         point = prompt[["x", "y"]].to_numpy(float)[None]

@@ -107,6 +107,16 @@ export function makeSide(get, act, stage, updates) {
     });
     return row;
   };
+  const least = slider("least predicted IoU", { max: 1, step: 0.005 }, act.setLeast);
+  const count = tag("output"), title = "hides masks whose predicted IoU is lower, here and in files";
+  const quality = tag("div", { title, className: "aop-quality" },
+    tag("label", { className: "aop-layer" }, text("span", "Quality"), least), count);
+  updates.push(() => {
+    const [pane] = stage.panes, scores = pane?.result.scores ?? [];
+    least.min = Math.floor(200 * Math.min(1, ...scores)) / 200;
+    least.value = get("least_iou");
+    count.value = pane ? `${pane.shown} of ${scores.length} masks shown` : "";
+  });
   /** What a status looks like, and how many prompts have it. */
   const entry = (status) => {
     const [marker, colour, words] = look.styles[status];
@@ -137,7 +147,7 @@ export function makeSide(get, act, stage, updates) {
   const keys = Object.entries(KEYS).map(([key, does]) => text("div", `${key}: ${does}`));
   updates.push(describe);
   return tag("div", { className: "aop-side" },
-    tag("div", {}, ...Object.keys(LAYERS).map(layer)), legend, detail,
+    tag("div", {}, ...Object.keys(LAYERS).map(layer)), quality, legend, detail,
     tag("div", { className: "aop-actions" },
       button("Undo", "take back the last click (u)", act.undo),
       button("Fit", "the whole image (0, or double click)", () => stage.fit()),

@@ -59,7 +59,7 @@ export class Stage {
     this.setColours(get("matched"));
     const isLast = get("round") >= (results[0]?.rounds ?? 0);
     this.panes.forEach((pane, i) => {
-      pane.setRound(isLast ? pane.result.rounds : get("round"));
+      pane.setRound(isLast ? pane.result.rounds : get("round"), get("least_iou"));
       pane.choosePem(i === 0 ? prompt : -1);
     });
     const detail = image && get("detail").prompt === prompt ? get("detail") : null;
