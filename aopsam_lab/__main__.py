@@ -62,6 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--predictor", metavar="FILE", help=f"Prompt Predictor {other} ones")
     add("--detector", metavar="FILE", help=f"YOLOv8 {other} ones: a file, or yolov8n")
     add("--device", default="auto", help="auto, cpu, cuda, ...")
+    add("--frame", type=int, default=0, metavar="N", help="which image of a stack, from 0")
     for name, default in asdict(AsfParams()).items():
         add(f"--{name}", type=float, default=default, metavar="X", help=ASF_HELP[name])
     about = f"fetch official weights into {CACHE_VARIABLE}, or the system's cache folder"
@@ -91,7 +92,7 @@ def segment_command(args: argparse.Namespace) -> int:
     jobs = list(zip(paths, unique_stems(paths), strict=True))
     for path, stem in tqdm(jobs, desc="segmenting", unit="image", dynamic_ncols=True):
         try:
-            found = segment(path, args.method, sam, predictor, detector, params)
+            found = segment(path, args.method, sam, predictor, detector, params, frame=args.frame)
             save(found, args.out, stem, file_name=path.as_posix())
         except Exception as error:  # whatever one image does, the others are segmented
             known = isinstance(error, (ValueError, OSError))
