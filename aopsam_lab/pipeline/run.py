@@ -131,7 +131,7 @@ def _prompt_table(
 ) -> pd.DataFrame:
     """One row a prompt: where, how sure, in which round, and what became of it."""
     prompts, by = proposal.prompts, proposal.eliminated_by.cpu().numpy()
-    table = pd.DataFrame(prompts.points.double().cpu().numpy(), columns=["x", "y"])
+    table = pd.DataFrame(prompts.points.cpu().numpy().astype(float), columns=["x", "y"])
     table["confidence"] = prompts.confidence.cpu().numpy()
     table["by"], table["pem"] = by, proposal.pem_value.cpu().numpy()
     round_of = np.full(len(by), -1)
@@ -158,6 +158,7 @@ def segment(
     params: AsfParams = DEFAULT_PARAMS,
     device: str | torch.device = "auto",
     max_prompts: int | None = None,
+    frame: int = 0,
 ) -> Segmentation:
     """Segment everything in an image. Models loaded here are kept for the next call.
 
@@ -170,8 +171,9 @@ def segment(
         params: the ASF parameters.
         device: "auto" (the GPU if there is one), "cpu", "cuda", ...
         max_prompts: how many prompts are decoded at most, strongest first; None: all.
+        frame: which image of a file that holds several, from 0.
     """
-    pixels, needs = read_image(image), method_named(method).needs
+    pixels, needs = read_image(image, frame), method_named(method).needs
     sam = loaded_sam(sam, device)
     if needs == "predictor":
         predictor = predictor or loaded_predictor(sam)

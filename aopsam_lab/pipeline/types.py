@@ -23,7 +23,7 @@ class Encoded:
     image_pe: Tensor  # (1, C, h, w), SAM's dense positional encoding
     input_size: tuple[int, int]  # (height, width) of the scaled image in the model frame
     seconds: float  # what encoding took
-    # the image's mask decoder, by SAM's
+    # the image's mask decoder by SAM's, and its PCM
     made: dict = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def to_model(self, points: Tensor) -> Tensor:
