@@ -133,16 +133,15 @@ def decode_and_filter(
     """
     decoder, sizes = image_decoder(sam, encoded), full_size(encoded)
     masks = slice(1, None) if prompts.multimask else slice(0, 1)
-    least = spec.stability_score_thresh
 
     def found_of(part: Tensor) -> Found:
         decoded = decoder.decode(prompt_tokens(sam, encoded, prompts, part))
         wanted = torch.zeros_like(decoded.iou, dtype=torch.bool)
         wanted[:, masks] = decoded.iou[:, masks] > spec.pred_iou_thresh
         low_res = decoded.draw(wanted)
-        stability, boxes = sizes.measure(low_res, sam.mask_threshold, STABILITY_OFFSET, least)
+        stability, boxes = sizes.measure(low_res, sam.mask_threshold, STABILITY_OFFSET)
         owner = part.repeat_interleave(wanted.sum(1))
-        stable = stability >= least  # an empty mask has NaN and fails
+        stable = stability >= spec.stability_score_thresh  # an empty mask has NaN and fails
         fields = (low_res, decoded.iou[wanted], stability, boxes, owner)
         return Found(*(x[stable] for x in fields), best_iou=decoded.iou[:, masks].amax(1))
 
