@@ -78,11 +78,14 @@ lint: $(READY)  ## style, format and types: ruff and mypy
 # glibc gives freed memory back at once: a kernel needs about a tenth less
 lab app lessons: export MALLOC_TRIM_THRESHOLD_ = 65536
 
+# the explorer's page sends an image of your own as one message, and the servers' own limit is 10 MB
+LIMIT = {'websocket_max_message_size': 268435456}
+
 lab: $(READY)  ## JupyterLab, the explorer open; ARGS="--no-browser --port 8890" for its options
-	$(RUN) -m jupyter lab notebooks/explore_pcm_pem.ipynb $(ARGS)
+	$(RUN) -m jupyter lab notebooks/explore_pcm_pem.ipynb --ServerApp.tornado_settings="$(LIMIT)" $(ARGS)
 
 app: $(READY)  ## the explorer as a page, by Voila; ARGS="--no-browser --port 8891 --theme dark" for its options
-	$(RUN) -m voila notebooks/explore_pcm_pem.ipynb $(ARGS)
+	$(RUN) -m voila notebooks/explore_pcm_pem.ipynb --Voila.tornado_settings="$(LIMIT)" $(ARGS)
 
 readme: $(READY)  ## write the results of the last study into the README
 	$(RUN) -m aopsam_lab.study readme $(call OPTION,reports,$(value OUT))

@@ -64,6 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--predictor", metavar="FILE", help=f"Prompt Predictor {other} ones")
     add("--detector", metavar="FILE", help=f"YOLOv8 {other} ones: a file, or yolov8n")
     add("--device", default="auto", help="auto, cpu, cuda, ...")
+    add("--frame", type=int, default=0, metavar="N", help="which image of a stack, from 0")
     add_arguments(command)
     for field in fields(AsfParams) + fields(MaskParams):
         name, kind = field.name.replace("_", "-"), int if "int" in str(field.type) else float
@@ -90,7 +91,8 @@ def segment_command(args: argparse.Namespace) -> int:
     own = args.sam, args.checkpoint, args.predictor, args.detector, args.device
     files = ModelFiles(*own, frozenset({METHODS[method].needs}))
     models = files.load()
-    used = {name: getattr(params, name) for name in METHODS[method].uses} | quality
+    more = {**quality, "frame": args.frame}
+    used = {name: getattr(params, name) for name in METHODS[method].uses} | more
     info = {"method": method, "parameters": used, "weights": models.weights()}
     paths, failures = find_images(args.images)
     total = len(paths) + len(failures)
@@ -103,7 +105,7 @@ def segment_command(args: argparse.Namespace) -> int:
     with connected(args.scheduler, files, models) as crew, bar:
         out = args.out.absolute()
         see(crew, out, (path.absolute() for path, _ in todo))
-        same = out, params, quality, info
+        same = out, params, more, info
         jobs = ((path, path.absolute(), stem, *same) for path, stem in todo)
         for (path, *_), error in crew.each(segment_one, jobs):
             bar.update()
@@ -120,9 +122,9 @@ def segment_command(args: argparse.Namespace) -> int:
 
 def segment_one(models: LoadedModels, job: tuple) -> None:
     """Segment an image and write its files, perhaps as a worker."""
-    name, path, stem, out, params, quality, info = job
+    name, path, stem, out, params, more, info = job
     own = models.sam, models.predictor, models.detector
-    found = segment(path, info["method"], *own, params, **quality)
+    found = segment(path, info["method"], *own, params, **more)
     save(found, out, stem, name.as_posix(), **info)
 
 

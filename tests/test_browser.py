@@ -397,6 +397,46 @@ def test_voila_shows_the_same_page(browser, tmp_path):
         page.page.close()
 
 
+@pytest.mark.parametrize("target", ["lab", "app"])
+def test_make_starts_servers_that_take_large_uploads(target):
+    done = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True)
+    (command,) = [line for line in done.stdout.splitlines() if "explore_pcm_pem" in line]
+    assert re.search(r'tornado_settings="{.websocket_max_message_size.: 268435456}"', command)
+
+
+def test_of_two_views_one_saves_and_uploads_above_the_servers_limit_are_told(browser, tmp_path):
+    path = notebook_in(tmp_path)
+    notebook = nbformat.read(path, 4)
+    notebook.cells.append(nbformat.v4.new_code_cell("_"))  # what the last cell showed, again
+    nbformat.write(notebook, path)
+    noise = np.random.default_rng(0).integers(0, 256, (2030, 2000, 3), dtype=np.uint8)
+    for name, rows in (("below.png", 2000), ("above.png", 2030)):
+        Image.fromarray(noise[:rows]).save(tmp_path / name, compress_level=0)
+    limit = "--Voila.tornado_settings={'websocket_max_message_size': 12100000}"
+    with served(tmp_path, "", "voila", path.name, "--Voila.ip=127.0.0.1", limit) as address:
+        page = Page(browser.new_page(viewport={"width": 1280, "height": 2000}))
+        files = []
+        page.page.on("download", lambda download: files.append(download.suggested_filename))
+        page.page.goto(address)
+        page.until("document.querySelectorAll('.aop-badge').length === 2")
+        first, second = (page.page.locator(".aop").nth(i) for i in (0, 1))
+        second.get_by_role("button", name="COCO").click()
+        second.get_by_text("Saved own.json.").wait_for()
+        page.page.wait_for_timeout(500)
+        assert files == ["own.json"] and first.get_by_text("Saved own.json.").count() == 0
+        for name, said in (("above.png", "above.png (12.2 MB) has not arrived"), ("below.png", "")):
+            with page.page.expect_file_chooser() as chooser:
+                first.get_by_role("button", name="Your own").click()
+            chooser.value.set_files(tmp_path / name)
+            page.says("message", f"Sending {name} (12.")
+            if said:
+                page.says("message", said)
+                page.shot("12_not_arrived")
+        page.until("[...document.querySelectorAll('option')].some(o => o.text === 'below.png')")
+        page.until("!document.querySelector('.aop-message').innerText.includes('Sending')")
+        page.page.close()
+
+
 # --- pane.js alone, without a kernel ---
 
 

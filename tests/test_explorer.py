@@ -12,6 +12,7 @@ from unittest import mock
 import numpy as np
 import pandas as pd
 import pytest
+import tifffile
 import torch
 from IPython.core.formatters import DisplayFormatter
 from PIL import Image
@@ -93,6 +94,15 @@ def test_a_huge_image_is_reduced_with_its_ground_truth_without_a_warning_in_the_
     with pytest.raises(ValueError, match="cannot be read as an image"):
         aop.explore(tmp_path / "huge.png")
     assert not [w for w in recwarn if w.category is Image.DecompressionBombWarning]
+
+
+def test_what_is_left_out_of_a_stack_is_said_in_the_message_line(tmp_path, sample, explorer):
+    stack = np.stack([sample.image[..., 0], sample.image[..., 1]])
+    tifffile.imwrite(tmp_path / "z.tif", stack, photometric="minisblack")
+    words = "z.tif holds 2 images: number 0, from 0, is read"
+    assert words in aop.explore(tmp_path / "z.tif", params=EAGER).message
+    send(explorer, (tmp_path / "z.tif").read_bytes(), name="z.tif")
+    assert words in explorer.message and explorer.names[-1] == "z.tif"
 
 
 @pytest.mark.parametrize(
@@ -257,9 +267,10 @@ def test_exports_are_the_segmentations_own(explorer):
     sent = []
     explorer.send = lambda content, buffers=None: sent.append((content, buffers))
     for what in ("coco", "labels"):
-        send(explorer, what=what)
+        send(explorer, what=what, view=0.25)
     (coco, [text]), (labels, [png]) = sent
     seg = explorer.segmentation
+    assert coco["view"] == labels["view"] == 0.25  # of several views only this one saves the file
     assert json.loads(text)["annotations"] == seg.to_coco()["annotations"]
     assert coco["name"].endswith(".json") and labels["name"].endswith("_labels.png")
     expected = drawing.label_image(seg.masks, seg.image.shape[:2])

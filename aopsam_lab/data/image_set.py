@@ -76,7 +76,7 @@ class ImageSet:
             not all(type(side) is int and side > 0 for side in size)
             or size[0] * size[1] > MAX_PIXELS
         ):
-            limit = f"whole numbers from 1, at most {MAX_PIXELS} pixels"
+            limit = f"whole numbers from 1, at most {MAX_PIXELS:,} pixels: else reduce or cut it"
             raise ValueError(f"The size of {id} of {self.path} is {size}; sizes are {limit}.")
         found = ground_truth(annotations, size, f"{id} of {self.path}", self._counts)
         self._ground_truth.append(found)

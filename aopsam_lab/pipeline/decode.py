@@ -137,16 +137,16 @@ def decode_and_filter(
     """
     decoder, sizes = image_decoder(sam, encoded), full_size(encoded)
     masks = slice(1, None) if prompts.multimask else slice(0, 1)
-    least = spec.stability_score_thresh
 
     def found_of(part: Tensor) -> Found:
         decoded = decoder.decode(prompt_tokens(sam, encoded, prompts, part))
         wanted = torch.zeros_like(decoded.iou, dtype=torch.bool)
         wanted[:, masks] = decoded.iou[:, masks] > spec.pred_iou_thresh
         low_res = decoded.draw(wanted)
-        stability, boxes = sizes.measure(low_res, sam.mask_threshold, STABILITY_OFFSET, least)
+        stability, boxes = sizes.measure(low_res, sam.mask_threshold, STABILITY_OFFSET)
         owner = part.repeat_interleave(wanted.sum(1))
-        stable = (stability >= least) & boxes.any(1)  # an empty mask has no box
+        stable = stability >= spec.stability_score_thresh
+        stable &= boxes.any(1)  # an empty mask has no box
         if encoded.crop is not None:
             stable &= ~is_box_near_crop_edge(boxes, encoded.crop[0], [0, 0, *encoded.crop[1][::-1]])
         fields = (low_res, decoded.iou[wanted], stability, boxes, owner)

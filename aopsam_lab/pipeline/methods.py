@@ -49,8 +49,8 @@ class Grid:
     def start(self, encoded: Encoded, models: Models, params: asf.AsfParams) -> Proposal:
         """See Method."""
         height, width = encoded.image.shape[:2]
-        points = torch.from_numpy(build_point_grid(self.side) * [width, height])
-        points = points.float().to(encoded.embedding.device)
+        points = (build_point_grid(self.side) * [width, height]).astype("float32")
+        points = torch.from_numpy(points).to(encoded.embedding.device)
         return Proposal(Prompts(points, torch.ones_like(points[:, 0])))
 
 

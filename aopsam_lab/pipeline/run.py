@@ -181,7 +181,7 @@ def _prompt_table(
 ) -> pd.DataFrame:
     """One row a prompt: where, how sure, in which round, and what became of it."""
     prompts, by = proposal.prompts, proposal.eliminated_by.cpu().numpy()
-    table = pd.DataFrame(prompts.points.double().cpu().numpy(), columns=["x", "y"])
+    table = pd.DataFrame(prompts.points.cpu().numpy().astype(float), columns=["x", "y"])
     table["confidence"] = prompts.confidence.cpu().numpy()
     table["by"] = by
     if (by >= 0).any():
@@ -210,6 +210,7 @@ def segment(
     params: AsfParams = DEFAULT_PARAMS,
     device: str | torch.device = "auto",
     max_prompts: int | None = None,
+    frame: int = 0,
     **quality: float | None,
 ) -> Segmentation:
     """Segment everything in an image. Models loaded here are kept for the next call.
@@ -223,10 +224,11 @@ def segment(
         params: the ASF parameters.
         device: "auto" (the GPU if there is one), "cpu", "cuda", ...
         max_prompts: how many prompts are decoded at most, strongest first; None: all.
+        frame: which image of a file that holds several, from 0.
         **quality: fields of MaskParams, which are SamAutomaticMaskGenerator's.
     """
     kept = MaskParams(**quality)  # type: ignore[arg-type]
-    pixels, needs = read_image(image), method_named(method).needs
+    pixels, needs = read_image(image, frame), method_named(method).needs
     if needs and (kept.points_per_side or kept.crop_n_layers):
         grids = "points_per_side and crop_n_layers are for grids, such as method='amg_d'"
         raise ValueError(f"{grids}; {method!r} chooses its prompts itself.")

@@ -40,15 +40,15 @@ def save(
     Returns:
         The paths under "labels", "overlay" and "coco".
     """
-    labels = drawing.png_bytes(drawing.label_image(seg.masks, seg.image.shape[:2]))
-    overlay = drawing.png_bytes(drawing.overlay(seg.image, seg.masks))
-    content = seg.to_coco(file_name=file_name or stem)
+    labels = drawing.label_image(seg.masks, seg.image.shape[:2])
+    images = {"labels": labels, "overlay": drawing.overlay(seg.image, seg.masks, labels=labels)}
+    content = seg.to_coco(file_name=stem if file_name is None else file_name)
     content["info"] |= info
-    return {
-        "labels": write_atomically(Path(folder, f"{stem}_labels.png"), labels),
-        "overlay": write_atomically(Path(folder, f"{stem}_overlay.png"), overlay),
-        "coco": write_atomically(Path(folder, f"{stem}.json"), json.dumps(content)),
+    written = {
+        name: write_atomically(Path(folder, f"{stem}_{name}.png"), drawing.png_bytes(pixels))
+        for name, pixels in images.items()
     }
+    return {**written, "coco": write_atomically(Path(folder, f"{stem}.json"), json.dumps(content))}
 
 
 def plot(

@@ -57,7 +57,7 @@ class Encoded:
     seconds: float  # what encoding took
     # where the image is a crop: its x0 y0 x1 y1 in the whole, and (height, width) of the whole
     crop: tuple[list[int], tuple[int, int]] | None = None
-    # the image's mask decoder, by SAM's
+    # the image's mask decoder by SAM's, and its PCM
     made: dict = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def to_model(self, points: Tensor) -> Tensor:

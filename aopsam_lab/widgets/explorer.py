@@ -6,7 +6,6 @@ import asyncio
 import io
 import re
 import tempfile
-import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -19,7 +18,6 @@ import numpy as np
 import traitlets
 from IPython.display import HTML, display
 from matplotlib.figure import Figure
-from PIL import Image
 from segment_anything.modeling import Sam
 
 from aopsam_lab.asf import AsfParams
@@ -34,7 +32,7 @@ from aopsam_lab.pipeline.types import MaskParams
 from aopsam_lab.sam.zoo import spec_of
 from aopsam_lab.widgets import packing
 from aopsam_lab.widgets.session import Answer, Clicks, Session, same_prompt, with_clicked
-from aopsam_lab.widgets.sources import Source, prepared, sources_of
+from aopsam_lab.widgets.sources import Source, noted, prepared, sources_of
 
 DEBOUNCE = 0.12  # seconds a slider must rest before decoding begins
 NOTHING, PINNED = "nothing", "this setting, pinned"  # what may stand beside, apart from a method
@@ -213,10 +211,8 @@ class Explorer(anywidget.AnyWidget):
                 self.manual = []
         if not self._sources:
             return
-        with self._errors_in_message(), warnings.catch_warnings():
-            # `prepared` has a note on large images
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            opened = self._sources[self.source].read()
+        with self._errors_in_message():
+            opened = noted(self._sources[self.source].read)
             self._session = session = Session(opened, loaded_sam(self._sam), self.quality)
             self.image = packing.pack_image(opened.image, opened.ground_truth)
             if shown is not None:
@@ -320,11 +316,11 @@ class Explorer(anywidget.AnyWidget):
     # --- files -------------------------------------------------------------------------------
 
     def _on_message(self, _: object, content: dict, buffers: Sequence[memoryview]) -> None:
-        """Take what the page sends: an upload and its `name`, or `what` to export."""
+        """Take what the page sends: an upload and its `name`, or `what` a view exports."""
         with self._errors_in_message():
             if buffers:
-                name = content["name"]
-                opened = prepared(image_from_bytes(bytes(buffers[0]), name))
+                name, self.message = content["name"], ""
+                opened = noted(lambda: prepared(image_from_bytes(bytes(buffers[0]), name)))
                 self._sources.append(Source(name, UPLOADED, lambda: opened))
                 self.names = [*self.names, name]
                 self.source = len(self._sources) - 1
@@ -332,7 +328,8 @@ class Explorer(anywidget.AnyWidget):
                 name, seg = self._sources[self.source].name, self._shown(self.segmentation)
                 with tempfile.TemporaryDirectory() as folder:
                     file = save(seg, folder, Path(name).stem, name)[content["what"]]
-                    self.send({"name": file.name}, [file.read_bytes()])
+                    reply = {"name": file.name, "view": content.get("view")}
+                    self.send(reply, [file.read_bytes()])
 
     def _shown(self, seg: Segmentation) -> Segmentation:
         """A Segmentation without the masks that are hidden."""

@@ -7,7 +7,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property
 from typing import NamedTuple
@@ -29,7 +28,7 @@ from aopsam_lab.sam.zoo import SamSpec
 from aopsam_lab.widgets.sources import Opened
 
 CHUNK = 16  # prompts decoded before each check whether the answer is still wanted
-KEPT = 3  # opened images whose decodes are kept, with up to decode_cache.MAX_BYTES of logits each
+KEPT = 3  # sessions that keep their decodes: a notebook keeps each widget that it ever showed
 
 Clicks = Sequence[tuple[float, float, int]]  # x, y, and 1 for the object or 0 for the background
 
@@ -53,43 +52,35 @@ class Mask(NamedTuple):
 
 
 class Session:
-    """An opened image on a SAM. The models that a method needs are loaded at its first use.
+    """An opened image on a SAM. The models that a method needs are loaded at its first use."""
 
-    A notebook keeps each widget that it ever showed, so only KEPT sessions keep their decodes.
-    """
-
-    _with_decodes: deque[Session] = deque()  # the one that made them first at the left
+    _with_decodes: deque[Session] = deque(maxlen=KEPT)  # the latest at the right
 
     def __init__(self, opened: Opened, sam: Sam, quality: MaskParams = MaskParams()):
         self.opened, self.sam, self.quality = opened, sam, quality
         self._lock = threading.Lock()  # a worker decodes while the main thread answers a click
         self.colours: dict[bytes, int] = {}  # of every mask shown so far, see mask_colours
-        self._pcm: PcmCache | None = None
         self._asked: dict[str, Mask | None] = {}  # by the clicks, as JSON
 
     @cached_property
     def _cache(self) -> DecodeCache:
         """The decodes, and with them the image with its embedding."""
-        self._with_decodes.append(self)
-        if len(self._with_decodes) > KEPT:
+        if len(self._with_decodes) == KEPT:
             self._with_decodes[0].forget()
+        self._with_decodes.append(self)
         encoded = encode(self.sam, self.opened.image)
         return DecodeCache(self.sam, encoded, quality=self.quality)
 
     def forget(self) -> None:
         """Let the decodes go. They are made again where they are needed."""
-        with suppress(ValueError):
-            self._with_decodes.remove(self)
-        self._pcm = None
         self.__dict__.pop("_cache", None)
 
     def _models(self, method: str, encoded: Encoded) -> Models:
         needs = METHODS[method].needs
         if needs == "predictor":
-            pcm = self._pcm
-            if pcm is None or pcm.encoded is not encoded:
-                pcm = self._pcm = PcmCache(loaded_predictor(self.sam), encoded)
-            return Models(predictor=pcm)
+            if PcmCache not in encoded.made:
+                encoded.made[PcmCache] = PcmCache(loaded_predictor(self.sam), encoded)
+            return Models(predictor=encoded.made[PcmCache])
         return Models(detector=loaded_detector(self.sam) if needs else None)
 
     @torch.inference_mode()
@@ -162,10 +153,10 @@ class Session:
         with self._lock:
             device = encoded.embedding.device
             if point_coords is not None:
-                xy = encoded.to_model(torch.tensor(point_coords, device=device).float())
-                points = xy[None], torch.tensor(point_labels, device=device).int()[None]
+                xy = encoded.to_model(torch.tensor(point_coords, dtype=torch.float, device=device))
+                points = xy[None], torch.tensor(point_labels, dtype=torch.int, device=device)[None]
             if box is not None:
-                corners = torch.tensor(box, device=device).float().view(1, 2, 2)
+                corners = torch.tensor(box, dtype=torch.float, device=device).view(1, 2, 2)
                 boxes = encoded.to_model(corners).flatten(1)
             tokens = sam.prompt_encoder(points=points, boxes=boxes, masks=None)[0]
             decoded = image_decoder(sam, encoded).decode(tokens)
