@@ -73,8 +73,11 @@ class FullSize:
     def _rows(self, logits: Tensor, least: float) -> Iterator[Iterable[tuple[np.ndarray, int]]]:
         """Of each mask strips of the rows that may exceed `least`, and the first row's index."""
         (height, width), (used_y, used_x) = self.image_size, self.input_size
+        times = self.model // logits.shape[-1]
+        # no logits on padding: a pixel at the edge is made of the last on it and the next one
+        logits = logits[:, : -(-used_y // times) + 1, : -(-used_x // times) + 1]
         for mask in logits.numpy():
-            model = cv2.resize(mask, (self.model, self.model))
+            model = cv2.resize(mask, (mask.shape[1] * times, mask.shape[0] * times))
             model = model[:used_y, :used_x]
             if height * width <= WHOLE_PIXELS:
                 yield [(cv2.resize(model, (width, height)), 0)]  # linearly

@@ -26,6 +26,7 @@ from aopsam_lab.masks.rle import encode_rle
 from aopsam_lab.pipeline.batching import in_batches
 from aopsam_lab.pipeline.types import BOX_NMS_THRESH, Encoded, Found, MaskParams, Prompts
 from aopsam_lab.sam.mask_decoder import ImageDecoder
+from aopsam_lab.sam.mobile import embed
 from aopsam_lab.sam.zoo import SamSpec
 
 STABILITY_OFFSET = 1.0
@@ -69,7 +70,7 @@ def encode(sam: Sam, image: np.ndarray) -> Encoded:
         scaled = resize.apply_image(image)
         pixels = torch.as_tensor(scaled, device=sam.device).permute(2, 0, 1)[None].contiguous()
         model_image = sam.preprocess(pixels)
-        embedding = sam.image_encoder(model_image).contiguous()
+        embedding = embed(sam.image_encoder, model_image).contiguous()
     image_pe, seconds = sam.prompt_encoder.get_dense_pe(), watch.seconds["encode"]
     return Encoded(image, model_image, embedding, image_pe, scaled.shape[:2], seconds)
 
