@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import threading
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -32,12 +31,10 @@ Clicks = Sequence[tuple[float, float, int]]  # x, y, and 1 for the object or 0 f
 
 
 class Answer(NamedTuple):
-    """What a setting gives: the same as a fresh run, in less time where decodes were kept."""
+    """What a setting gives: the same as a fresh run."""
 
     setting: tuple[str, AsfParams]  # the method's name, and the four parameters
     segmentation: Segmentation
-    seconds: float
-    n_new: int  # prompts decoded for it
 
 
 class Mask(NamedTuple):
@@ -88,8 +85,7 @@ class Session:
         Before every CHUNK prompts `progress` is told how many of how many were decoded. What it
         raises ends the run.
         """
-        start = time.perf_counter()
-        before, done = self._cache.n_decoded, 0
+        done = 0
 
         def decode(
             sam: Sam, encoded: Encoded, prompts: Prompts, index: torch.Tensor, spec: SamSpec
@@ -105,8 +101,7 @@ class Session:
 
         models = self._models(method)
         seg = run_method(self.sam, self._cache.encoded, method, *models, params, decode=decode)
-        seconds = time.perf_counter() - start
-        return Answer((method, params), seg, seconds, self._cache.n_decoded - before)
+        return Answer((method, params), seg)
 
     def candidates(self, seg: Segmentation, row: int) -> list[Mask]:
         """All masks of the prompt `row`, before any threshold: three of a point, one of a box."""
