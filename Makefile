@@ -23,7 +23,7 @@ READY := $(VENV)/.requirements-installed
 RUN := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help study ablation sweeps equal benchmark reports test lessons lint lab app readme clean
+.PHONY: help study ablation sweeps equal benchmark reports test lessons lint lab app picture readme clean
 
 help:  ## this list
 	@echo "Targets:"
@@ -70,10 +70,14 @@ lint: $(READY)  ## style, format and types: ruff and mypy
 lab app lessons: export MALLOC_TRIM_THRESHOLD_ = 65536
 
 lab: $(READY)  ## JupyterLab, the explorer open; ARGS="--no-browser --port 8890" for its options
-	$(RUN) -m jupyter lab notebooks/explore_pcm_pem.ipynb $(ARGS)
+	$(RUN) -m jupyter lab notebooks/explore_pcm_pem.ipynb --ServerApp.root_dir=. $(ARGS)
 
 app: $(READY)  ## the explorer as a page, by Voila; ARGS="--no-browser --port 8891 --theme dark" for its options
-	$(RUN) -m voila notebooks/explore_pcm_pem.ipynb $(ARGS)
+	$(RUN) -m voila notebooks/explore_pcm_pem.ipynb --preheat_kernel=True $(ARGS)
+
+picture: $(READY)  ## reports/explorer.png, the README's picture of the explorer; it needs Chromium
+	$(RUN) -m pytest -q tests/test_page.py -k picture
+	cp build/browser/explorer.png '$(OUT)'/explorer.png
 
 readme: $(READY)  ## write the results of the last study into the README
 	$(RUN) -m aopsam_lab.study readme --reports '$(OUT)'
