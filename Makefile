@@ -26,7 +26,7 @@ READY := $(VENV)/.requirements-installed
 RUN := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help study ablation sweeps equal benchmark reports test lessons lint lab app readme clean
+.PHONY: help study ablation sweeps equal benchmark reports test lessons lint lab app picture readme clean
 
 help:  ## this list
 	@echo "Targets:"
@@ -82,10 +82,16 @@ lab app lessons: export MALLOC_TRIM_THRESHOLD_ = 65536
 LIMIT = {'websocket_max_message_size': 268435456}
 
 lab: $(READY)  ## JupyterLab, the explorer open; ARGS="--no-browser --port 8890" for its options
-	$(RUN) -m jupyter lab notebooks/explore_pcm_pem.ipynb --ServerApp.tornado_settings="$(LIMIT)" $(ARGS)
+	$(RUN) -m jupyter lab notebooks/explore_pcm_pem.ipynb --ServerApp.root_dir=. \
+	  --ServerApp.tornado_settings="$(LIMIT)" $(ARGS)
 
 app: $(READY)  ## the explorer as a page, by Voila; ARGS="--no-browser --port 8891 --theme dark" for its options
-	$(RUN) -m voila notebooks/explore_pcm_pem.ipynb --Voila.tornado_settings="$(LIMIT)" $(ARGS)
+	$(RUN) -m voila notebooks/explore_pcm_pem.ipynb --preheat_kernel=True \
+	  --Voila.tornado_settings="$(LIMIT)" $(ARGS)
+
+picture: $(READY)  ## reports/explorer.png, the README's picture of the explorer; it needs Chromium
+	$(RUN) -m pytest -q tests/test_page.py -k picture
+	cp build/browser/explorer.png $(call QUOTED,$(value OUT))/explorer.png
 
 readme: $(READY)  ## write the results of the last study into the README
 	$(RUN) -m aopsam_lab.study readme $(call OPTION,reports,$(value OUT))

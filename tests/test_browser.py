@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import socket
 import subprocess
@@ -34,6 +35,12 @@ PATIENCE = 180_000  # ms: a busy machine is slow, not broken
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium")
+
+
+def command_of(target: str) -> list[str]:
+    """What `make` runs for a target, after Python's own name."""
+    done = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True)
+    return shlex.split(done.stdout.splitlines()[-1])[2:]
 
 
 @contextmanager
@@ -75,6 +82,7 @@ def browser():
 
 def notebook_in(folder: Path) -> Path:
     """The notebook itself with few prompts, so that two busy cores are enough."""
+    folder.mkdir(exist_ok=True)
     image = Image.fromarray(open_dataset("photos")[6].image)
     image.crop((0, 0, image.height, image.height)).resize((SIDE, SIDE)).save(folder / "own.png")
     notebook = nbformat.read(NOTEBOOK, 4)
@@ -150,13 +158,13 @@ class Page:
 def lab(browser, tmp_path_factory):
     """The notebook, opened in JupyterLab and run by its menu."""
     folder = tmp_path_factory.mktemp("lab")
-    path = notebook_in(folder)
-    command = "jupyter", "lab", "--allow-root", "--IdentityProvider.token="
+    path = notebook_in(folder / "notebooks").relative_to(folder)
+    command = *command_of("lab"), "--allow-root", "--IdentityProvider.token="
     with served(folder, "/api", *command) as address:
         context = browser.new_context(viewport={"width": 1440, "height": 1000})
         context.grant_permissions(["clipboard-read", "clipboard-write"], origin=address)
         lab = Page(context.new_page())
-        lab.page.goto(f"{address}/lab/tree/{path.name}?reset")
+        lab.page.goto(f"{address}/lab/tree/{path}?reset")  # the folder above is in reach
         lab.page.locator(".jp-Notebook-ExecutionIndicator[data-status=idle]").wait_for()
         lab.page.add_style_tag(content=".Toastify { display: none }")  # the offer of news
         # "idle" may be said before the kernel listens
@@ -164,14 +172,13 @@ def lab(browser, tmp_path_factory):
             lab.page.get_by_role("menuitem", name="Run", exact=True).click()
             lab.page.get_by_text("Run All Cells", exact=True).click()
             lab.page.wait_for_timeout(2000)
-        # run to its end, the notebook shows its last cell, and JupyterLab may take those out of
-        # sight off the page
-        lab.until("""() => {
-          const panels = document.querySelectorAll(".jp-WindowedPanel-outer");
-          for (const panel of panels) panel.scrollTo(0, 0);
-          return document.querySelector(".aop-badge")?.textContent.includes("masks");
-        }""")
+        lab.page.get_by_text("Loading the models, about 15 s").wait_for()
+        lab.shot("0_loading")
+        lab.says("badge", "masks")
         lab.page.locator(".jp-Notebook-ExecutionIndicator[data-status=idle]").wait_for()
+        lab.page.wait_for_timeout(1000)
+        lab.shot("1_run_all")
+        lab.box_after_run_all = lab.canvas.bounding_box()
         lab.page.keyboard.press("Control+b")  # the file list gives its room to the image
         output = lab.page.locator(".jp-OutputArea-output:has(.aop)")
         output.evaluate("element => element.scrollIntoView()")
@@ -182,6 +189,9 @@ def lab(browser, tmp_path_factory):
 def test_the_notebook_runs_and_shows_the_image(lab):
     lab.shot("1_opened")
     assert lab.errors == [] and lab.text("message") == ""
+    box = lab.box_after_run_all  # the notebook ends with the image in view
+    assert 0 < box["y"] and box["y"] + box["height"] < 1000
+    assert lab.page.get_by_text("Loading the models").count() == 1, "only in the code"
     assert lab.page.locator(".jp-RenderedText[data-mime-type*=stderr]").count() == 0
     counts = dict(line.split("\n") for line in lab.page.locator(".aop-status").all_inner_texts())
     decoded, total = lab.numbers()
@@ -231,6 +241,7 @@ def test_layers_need_nothing_from_the_kernel(lab):
 
 def test_a_clicked_prompt_shows_its_masks_and_what_it_is_related_to(lab):
     reason = ""
+    lab.page.get_by_role("button", name="Why it was dropped").click()
     while "explains it" not in reason:
         lab.press("n")
         reason = lab.text("detail")
@@ -248,6 +259,7 @@ def test_a_clicked_prompt_shows_its_masks_and_what_it_is_related_to(lab):
     lab.canvas.click(position=lab.place(x, y))
     lab.says("detail", reason.split("\n")[0])
     lab.press("Escape")
+    lab.page.get_by_role("button", name="What was found").click()
 
 
 def test_rounds_can_be_played(lab):
@@ -330,15 +342,15 @@ def test_quality_hides_masks_at_once_and_files_follow(lab, tmp_path):
 
 
 def test_another_method_is_shown_side_by_side(lab):
-    lab.page.get_by_role("combobox", name="Beside").select_option("amg_s")
-    lab.until("document.querySelectorAll('.aop-badge')[1]?.innerText.startsWith('amg_s 256')")
+    lab.page.get_by_role("combobox", name="Compare with").select_option("AMG-S")
+    lab.until("document.querySelectorAll('.aop-badge')[1]?.innerText.startsWith('AMG-S 256')")
     lab.settled()
     one = lab.pixels()
     lab.canvas.hover(position={"x": 150, "y": 150})
     lab.page.mouse.wheel(0, -500)
     lab.shot("8_side_by_side")
     assert lab.pixels() != one
-    lab.page.get_by_role("combobox", name="Beside").select_option("nothing")
+    lab.page.get_by_role("combobox", name="Compare with").select_option("none")
     lab.until("document.querySelectorAll('.aop-badge').length === 1")
 
 
@@ -353,7 +365,7 @@ def test_another_image_and_one_of_the_persons_own_can_be_opened(lab, tmp_path):
     lab.shot("8_ground_truth")
     Image.fromarray(open_dataset("photos")[6].image[:150, :SIDE]).save(tmp_path / "mine.png")
     with lab.page.expect_file_chooser() as chooser:
-        lab.page.get_by_role("button", name="Your own").click()
+        lab.page.get_by_role("button", name="Upload").click()
     chooser.value.set_files(tmp_path / "mine.png")
     lab.until("document.querySelector('.aop-badge')?.innerText.includes('mIoU') === false")
     lab.settled()
@@ -386,12 +398,15 @@ def test_a_restarted_kernel_is_said_in_the_message_line(lab):
 
 
 def test_voila_shows_the_same_page(browser, tmp_path):
-    path = notebook_in(tmp_path)
-    with served(tmp_path, "", "voila", path.name, "--Voila.ip=127.0.0.1") as address:
+    notebook_in(tmp_path / "notebooks")
+    command = *command_of("app"), "--Voila.ip=127.0.0.1"
+    with served(tmp_path, "", *command) as address:
         page = Page(browser.new_page(viewport={"width": 1280, "height": 1000}))
         page.page.goto(address)
         page.says("badge", "masks")
         page.shot("11_voila")
+        assert page.page.title() == "AoP-SAM explorer"
+        assert "explorer." not in page.page.locator("body").inner_text()  # no tail for Python
         assert page.errors == []
         assert "waiting" not in page.text("statuses")
         page.page.close()

@@ -188,8 +188,9 @@ def test_settings_give_what_a_fresh_run_gives_and_decode_only_what_is_new(
         seg, fresh = explorer.segmentation, run_method(sam, photo, "aop", predictor, params=params)
         assert seg.masks == fresh.masks and seg.prompts.equals(fresh.prompts)
         assert explorer.get_state("params")["params"] == vars(params)
+    n_decoded = explorer._session._cache.n_decoded
     explorer.params = EAGER
-    assert "(0 new)" in explorer.left["badge"] and "mIoU" in explorer.left["badge"]
+    assert explorer._session._cache.n_decoded == n_decoded and "mIoU" in explorer.left["badge"]
 
 
 def test_the_selected_prompt_and_the_round_stay_where_they_are(explorer):
@@ -205,6 +206,36 @@ def test_the_selected_prompt_and_the_round_stay_where_they_are(explorer):
     assert (after["x"], after["y"]) == tuple(table.iloc[row][["x", "y"]]) and explorer.round == 1
     explorer.method = "amg_s"  # no such point there
     assert explorer.selected == -1 and explorer.detail == {} and explorer.left["rounds"] == 1
+
+
+def test_before_the_first_round_stays_so_on_the_next_image(sample):
+    opened = aop.explore([sample, sample], params=EAGER)
+    assert opened.round == opened.left["rounds"] > 1
+    opened.round = 0
+    opened.source = 1
+    assert opened.round == 0 and opened.segmentation is not None
+
+
+def test_a_duplicate_names_the_mask_that_won_by_box_nms(explorer, sam):
+    seg = explorer.segmentation
+    explorer.manual = [[(200.0, 100.0, 1)]]  # a mask by hand takes no part in NMS
+    rows = (seg.prompts["status"] == "duplicate").to_numpy().nonzero()[0]
+    assert len(rows)
+    for row in rows:
+        explorer.selected = int(row)
+        winner = explorer.detail["winner"]
+        assert winner in seg.mask_prompt and winner != row and "won" in explorer.detail["fact"]
+    explorer.selected = int(seg.mask_prompt[0])
+    assert explorer.detail["prompt"] == seg.mask_prompt[0] and "fact" not in explorer.detail
+
+
+def test_an_empty_result_says_why(explorer):
+    explorer.params = replace(EAGER, confidence=0.94)
+    highest = np.frombuffer(explorer.left["maps"]["smoothed"]["data"], "<u2").max() / 65535
+    why = f"no prompt: the highest confidence here is {highest:.2f}, the least asked for 0.94"
+    assert explorer.left["empty"] == why and not explorer.segmentation.masks
+    explorer.params = EAGER
+    assert explorer.left["empty"] == ""
 
 
 def test_clicks_by_hand_add_a_mask_are_refined_and_taken_back(explorer, sample, monkeypatch):
@@ -250,7 +281,7 @@ def test_masks_of_clicks_are_those_of_sam_predictor(sam, sample, photo):
 
 def test_another_method_or_this_setting_pinned_is_shown_beside(explorer, sample):
     explorer.compare = "amg_s"
-    assert explorer.compared.method == explorer.right["title"] == "amg_s"
+    assert (explorer.compared.method, explorer.right["title"]) == ("amg_s", "AMG-S")
     again = eval(explorer.call, {"aop": aop, "image": sample})
     assert again.compared.masks == explorer.compared.masks
     explorer.compare = PINNED

@@ -149,6 +149,18 @@ METHODS: dict[str, Method] = {
         Aop("aop_gated", gated=True),
     )
 }
+# as reports and the explorer write them, in this order
+TITLES = {
+    "amg_s": "AMG-S",
+    "amg_d": "AMG-D",
+    "oas_box": "OAS Box",
+    "oas_point": "OAS Central Point",
+    "aop_no_as_af": "AoP-SAM without AS, AF",
+    "aop_no_af": "AoP-SAM without AF",
+    "aop": "AoP-SAM",
+    "aop_gated": "AoP-SAM gated (ours)",
+    "aop_raw": "AoP-SAM, literal",
+}
 
 
 def method_named(name: str | Method, quality: MaskParams = MaskParams()) -> Method:

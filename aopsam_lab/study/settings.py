@@ -12,7 +12,7 @@ import torch
 from aopsam_lab.asf import AsfParams
 from aopsam_lab.files import code_fingerprint
 from aopsam_lab.pipeline.methods import METHODS as OUR_METHODS
-from aopsam_lab.pipeline.methods import Grid, Method
+from aopsam_lab.pipeline.methods import TITLES, Grid, Method
 from aopsam_lab.pipeline.run import LoadedModels, ModelFiles
 from aopsam_lab.pipeline.types import MaskParams
 from aopsam_lab.sam.zoo import spec_of
@@ -23,17 +23,6 @@ GRIDS = {f"grid_{side}": Grid(f"grid_{side}", side) for side in (8, 10, 12, 14, 
 METHODS: dict[str, Method] = {**OUR_METHODS, **GRIDS}
 # What scores. When it or a module that it imports changes, rows are scored anew.
 SCORING_MODULES = ("aopsam_lab.study.score",)
-TITLES = {
-    "amg_s": "AMG-S",
-    "amg_d": "AMG-D",
-    "oas_box": "OAS Box",
-    "oas_point": "OAS Central Point",
-    "aop_no_as_af": "AoP-SAM without AS, AF",
-    "aop_no_af": "AoP-SAM without AF",
-    "aop": "AoP-SAM",
-    "aop_gated": "AoP-SAM gated (ours)",
-    "aop_raw": "AoP-SAM, literal",
-}
 REFERENCE = "aop"  # the method that the others are compared with
 Pair = tuple[float, float]  # predicted IoU, stability score
 THRESHOLDS: tuple[Pair, ...] = (

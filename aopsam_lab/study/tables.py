@@ -7,8 +7,9 @@ import numpy as np
 import pandas as pd
 
 from aopsam_lab.evaluator import CONFIDENCE_LEVEL, RESAMPLES, mean_interval
+from aopsam_lab.pipeline.methods import TITLES
 from aopsam_lab.study.score import PAIR, TIMES
-from aopsam_lab.study.settings import REFERENCE, TITLES
+from aopsam_lab.study.settings import REFERENCE
 
 BOOTSTRAP_SEED = 0
 NAN = float("nan")

@@ -103,6 +103,12 @@ function actions(model, stage, message, readout) {
     turn(by) {
       act.set("round", Math.max(0, Math.min(get("left").rounds ?? 0, get("round") + by)));
     },
+    /** Set all layers, show no round or all, and set the parameters. */
+    show(layers, isBefore, params = get("params")) {
+      model.set("layers", layers);
+      model.set("params", params);
+      act.turn(isBefore ? -Infinity : Infinity);
+    },
     /** The kernel learns an opacity with the next change of something else. */
     setOpacity(name, value) { model.set("layers", { ...get("layers"), [name]: value }); },
     toggle(name) {
@@ -157,6 +163,7 @@ function render({ model, el }) {
   function update() {
     if (get("image") !== stage.packed) stage.open(get("image")).then(update);
     updates.forEach((part) => part());
+    act.point(stage.cross, stage.isByKey); // what lies there now
   }
   root.onkeydown = (e) => isShortcut(e) || e.stopPropagation(); // JupyterLab sees no key
   el.append(root);

@@ -24,7 +24,7 @@ from aopsam_lab.asf import AsfParams
 from aopsam_lab.data.images import image_from_bytes
 from aopsam_lab.evaluator import evaluate
 from aopsam_lab.masks.drawing import mask_colours, matched_colours
-from aopsam_lab.pipeline.methods import METHODS, method_named
+from aopsam_lab.pipeline.methods import METHODS, TITLES, method_named
 from aopsam_lab.pipeline.run import DEFAULT_PARAMS, loaded_sam
 from aopsam_lab.pipeline.segmentation import Segmentation
 from aopsam_lab.pipeline.show import plot_panels, save
@@ -35,14 +35,15 @@ from aopsam_lab.widgets.session import Answer, Clicks, Session, same_prompt, wit
 from aopsam_lab.widgets.sources import Source, noted, prepared, sources_of
 
 DEBOUNCE = 0.12  # seconds a slider must rest before decoding begins
-NOTHING, PINNED = "nothing", "this setting, pinned"  # what may stand beside, apart from a method
+NOTHING, PINNED = "none", "this setting, pinned"  # what may stand beside, apart from a method
 UPLOADED = "explorer.segmentation.image"  # Python for an image that only the explorer has
-LAYERS = {"image": 1.0, "masks": 0.8, "prompts": 1.0}  # the opacity of those that are seen at first
-SLIDERS = {  # least, most, step, tooltip
-    "smoothing": (0, 8, 0.1, "sigma of the Gaussian over the PCM, in cells of a 256-wide map"),
-    "confidence": (0, 0.95, 0.01, "a peak counts above this"),
-    "spacing": (1, 32, 1, "reach of a peak's window, in cells of a 256-wide map"),
-    "elimination": (0.5, 2, 0.01, "a prompt is dropped above this many times a PEM's mean"),
+LAYERS = {"image": 1.0, "masks": 0.8}  # the opacity of those that are seen at first
+CELLS = "in 256ths of the picture's longer side; beside it in pixels of the picture"
+SLIDERS = {  # least, most, step, unit, tooltip; the page turns cells into pixels
+    "smoothing": (0, 8, 0.1, "px", f"how far the confidence map is blurred (sigma), {CELLS}"),
+    "confidence": (0, 0.95, 0.01, "", "only peaks of the map above this become prompts"),
+    "spacing": (1, 32, 1, "px", f"the least distance between prompts, {CELLS}"),
+    "elimination": (0.5, 2, 0.01, "× mean", "a prompt is dropped where a PEM exceeds this"),
 }
 STILL = """<p class="aop-still">The explorer as it was when this cell ran. To make it live, run the
 cell again.</p>"""
@@ -79,7 +80,8 @@ class Explorer(anywidget.AnyWidget):
         round: rounds of adaptive filtering shown; all of them by default.
         selected: row of `segmentation.prompts` that is clicked, -1 for none.
         least_iou: masks of a lower predicted IoU are hidden, in the page and in what it saves.
-        layers: opacity from 0 to 1 of image, pcm, smoothed, pem, masks, ground_truth, prompts.
+        layers: opacity from 0 to 1 of image, pcm, smoothed, pem, masks, ground_truth, prompts,
+            eliminated (the prompts that were); one that is not named is off.
         manual: objects clicked by hand, each a list of (x, y, 1 for the object or 0 for the
             background).
         segmentation, compared: what is shown, masks of clicks among its own, and beside it.
@@ -125,10 +127,13 @@ class Explorer(anywidget.AnyWidget):
         self._sources, self._sam = list(sources), sam
         self._session: Session | None = None
         self._answers: dict[str, Answer | None] = {}  # by side
+        self._n_rounds = 0  # that the last answer had
         self._task: asyncio.Task | None = None
         look = {
             "methods": {name: method.uses for name, method in METHODS.items()},
+            "titles": {name: TITLES.get(name, name) for name in METHODS},
             "beside": [NOTHING, PINNED, *METHODS],
+            "params": asdict(DEFAULT_PARAMS),
             "sliders": SLIDERS,
             "styles": packing.STYLES,
             "colours": packing.COLOURS,
@@ -191,11 +196,13 @@ class Explorer(anywidget.AnyWidget):
             return
         with self._errors_in_message():
             masks = session.candidates(seg, self.selected)
-            lines = [f"IoU {mask.score:.2f}, stability {mask.stability:.2f}" for mask in masks]
+            lines = [f"predicted IoU {m.score:.2f}, stability {m.stability:.2f}" for m in masks]
             if masks:
                 lines[max(range(len(masks)), key=lambda i: masks[i].score)] += ", best"
             packed = packing.pack_masks([mask.rle for mask in masks])
             self.detail = {"prompt": self.selected, "masks": packed, "lines": lines}
+            if seg.prompts["status"].iloc[self.selected] == "duplicate":
+                self.detail |= packing.pack_winner(seg, masks)
 
     @traitlets.observe("source")
     def _open(self, change: dict | None = None, shown: Segmentation | None = None) -> None:
@@ -216,8 +223,7 @@ class Explorer(anywidget.AnyWidget):
             self._session = session = Session(opened, loaded_sam(self._sam), self.quality)
             self.image = packing.pack_image(opened.image, opened.ground_truth)
             if shown is not None:
-                known = (self.method, self.params), shown, shown.seconds["total"], shown.n_decoded
-                self._publish(session, {"left": Answer(*known)})
+                self._publish(session, {"left": Answer((self.method, self.params), shown)})
             self._ask(session)
 
     def close(self) -> None:
@@ -281,15 +287,15 @@ class Explorer(anywidget.AnyWidget):
             self.call = self._call()
             if beside is None or self.compared is not beside.segmentation:
                 self.compared = beside.segmentation if beside else None
-                self.right = self._packed(session, beside, beside.segmentation) if beside else {}
+                self.right = self._packed(session, beside.segmentation) if beside else {}
             if answer is None:
                 return
             clicked = [(one, mask) for one in self.manual if (mask := session.ask(one))]
             seg = with_clicked(answer.segmentation, clicked)
             selected = same_prompt(self.segmentation, self.selected, seg)
-            packed = self._packed(session, answer, seg)
-            is_at_end = self.round >= self.left.get("rounds", 0)
-            self.round = packed["rounds"] if is_at_end else min(self.round, packed["rounds"])
+            packed = self._packed(session, seg)
+            is_at_end, self._n_rounds = self.round >= self._n_rounds, packed["rounds"]
+            self.round = self._n_rounds if is_at_end else min(self.round, self._n_rounds)
             others = {"ground_truth": session.opened.ground_truth}
             others["right"] = self.compared.masks if self.compared else ()
             own = mask_colours(seg.masks, session.colours)
@@ -302,10 +308,8 @@ class Explorer(anywidget.AnyWidget):
                 self._selected_changed()
             self.selected = selected
 
-    def _packed(self, session: Session, answer: Answer, seg: Segmentation) -> dict:
-        new = f" ({answer.n_new} new)" if answer.n_new < seg.n_decoded else ""
-        badge = f"{seg.n_decoded} decoded of {seg.n_sampled}{new} · {len(seg.masks)} masks"
-        badge += f" · {answer.seconds:.2f} s"
+    def _packed(self, session: Session, seg: Segmentation) -> dict:
+        badge = f"{seg.n_decoded} decoded of {seg.n_sampled} prompts · {len(seg.masks)} masks"
         ground_truth = session.opened.ground_truth
         if ground_truth:
             badge += f" · mIoU {100 * evaluate(ground_truth, seg.masks).miou:.1f} %"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -34,12 +33,10 @@ Clicks = Sequence[tuple[float, float, int]]  # x, y, and 1 for the object or 0 f
 
 
 class Answer(NamedTuple):
-    """What a setting gives: the same as a fresh run, in less time where decodes were kept."""
+    """What a setting gives: the same as a fresh run."""
 
     setting: tuple[str, AsfParams]  # the method's name, and the four parameters
     segmentation: Segmentation
-    seconds: float
-    n_new: int  # prompts decoded for it
 
 
 class Mask(NamedTuple):
@@ -100,9 +97,7 @@ class Session:
         Before every CHUNK prompts `progress` is told how many of how many were decoded. What it
         raises ends the run.
         """
-        start = time.perf_counter()
-        cache = self._cache  # another session may make this one forget it meanwhile
-        before, done = cache.n_decoded, 0
+        cache, done = self._cache, 0  # another session may make this one forget it meanwhile
 
         def decode(
             sam: Sam, encoded: Encoded, prompts: Prompts, index: torch.Tensor, spec: SamSpec
@@ -118,8 +113,7 @@ class Session:
 
         own = cache.encoded, method, *self._models(method, cache.encoded), params
         seg = run_method(self.sam, *own, decode=decode, quality=self.quality)
-        seconds = time.perf_counter() - start
-        return Answer((method, params), seg, seconds, cache.n_decoded - before)
+        return Answer((method, params), seg)
 
     def candidates(self, seg: Segmentation, row: int) -> list[Mask]:
         """All masks of the prompt `row`, before any threshold: three of a point, one of a box."""
