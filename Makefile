@@ -16,6 +16,9 @@ N =
 TIMED =
 SEED =
 DEVICE =
+# where the work is done: a dask scheduler's address, or how many processes here
+SCHEDULER =
+WORKERS =
 OUT = reports
 
 VENV := .venv
@@ -23,7 +26,7 @@ READY := $(VENV)/.requirements-installed
 RUN := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help study ablation sweeps equal benchmark reports test lessons lint lab app readme clean
+.PHONY: help study ablation sweeps equal benchmark reports test lessons lint lab app picture readme clean
 
 help:  ## this list
 	@echo "Targets:"
@@ -39,11 +42,12 @@ REPORT = $(RUN) -m aopsam_lab.study report $(call OPTION,reports,$(value OUT)) \
   $(call OPTION,predictor,$(value PREDICTOR)) $(call OPTION,detector,$(value DETECTOR)) \
   $(call OPTION,dataset,$(value DATASET)$(if $(value DATA),:$(value DATA))) \
   $(call OPTION,n-images,$(value N)) $(call OPTION,seed,$(value SEED)) \
-  $(call OPTION,device,$(value DEVICE)) $(call OPTION,timed-images,$(value TIMED))
+  $(call OPTION,device,$(value DEVICE)) $(call OPTION,timed-images,$(value TIMED)) \
+  $(call OPTION,scheduler,$(or $(value SCHEDULER),$(value WORKERS)))
 # make would hand them to what it starts, and look for variables in them
-unexport SAM CHECKPOINT PREDICTOR DETECTOR METHODS DATASET DATA N TIMED SEED DEVICE OUT
+unexport SAM CHECKPOINT PREDICTOR DETECTOR METHODS DATASET DATA N TIMED SEED DEVICE SCHEDULER WORKERS OUT
 
-study: $(READY)  ## the main comparison: SAM= CHECKPOINT= PREDICTOR= DETECTOR= METHODS= DATASET= DATA= N= TIMED= SEED= DEVICE= OUT=
+study: $(READY)  ## the main comparison: SAM= CHECKPOINT= PREDICTOR= DETECTOR= METHODS= DATASET= DATA= N= TIMED= SEED= DEVICE= SCHEDULER= WORKERS= OUT=
 	$(REPORT) $(call OPTION,methods,$(value METHODS)) main_comparison
 
 ablation: $(READY)  ## what each part of AoP-SAM gives: the parameters of study
@@ -74,11 +78,20 @@ lint: $(READY)  ## style, format and types: ruff and mypy
 # glibc gives freed memory back at once: a kernel needs about a tenth less
 lab app lessons: export MALLOC_TRIM_THRESHOLD_ = 65536
 
+# the explorer's page sends an image of your own as one message, and the servers' own limit is 10 MB
+LIMIT = {'websocket_max_message_size': 268435456}
+
 lab: $(READY)  ## JupyterLab, the explorer open; ARGS="--no-browser --port 8890" for its options
-	$(RUN) -m jupyter lab notebooks/explore_pcm_pem.ipynb $(ARGS)
+	$(RUN) -m jupyter lab notebooks/explore_pcm_pem.ipynb --ServerApp.root_dir=. \
+	  --ServerApp.tornado_settings="$(LIMIT)" $(ARGS)
 
 app: $(READY)  ## the explorer as a page, by Voila; ARGS="--no-browser --port 8891 --theme dark" for its options
-	$(RUN) -m voila notebooks/explore_pcm_pem.ipynb $(ARGS)
+	$(RUN) -m voila notebooks/explore_pcm_pem.ipynb --preheat_kernel=True \
+	  --Voila.tornado_settings="$(LIMIT)" $(ARGS)
+
+picture: $(READY)  ## reports/explorer.png, the README's picture of the explorer; it needs Chromium
+	$(RUN) -m pytest -q tests/test_page.py -k picture
+	cp build/browser/explorer.png $(call QUOTED,$(value OUT))/explorer.png
 
 readme: $(READY)  ## write the results of the last study into the README
 	$(RUN) -m aopsam_lab.study readme $(call OPTION,reports,$(value OUT))

@@ -12,6 +12,7 @@ import importlib
 
 _EXPORTS = {
     "AsfParams": "aopsam_lab.asf",
+    "MaskParams": "aopsam_lab.pipeline.types",
     "METHODS": "aopsam_lab.pipeline.methods",
     "Segmentation": "aopsam_lab.pipeline.segmentation",
     "encode": "aopsam_lab.pipeline.decode",

@@ -8,6 +8,7 @@ from aopsam_lab.pipeline.run import segment as segment
 from aopsam_lab.pipeline.segmentation import Segmentation as Segmentation
 from aopsam_lab.pipeline.show import plot as plot
 from aopsam_lab.pipeline.show import save as save
+from aopsam_lab.pipeline.types import MaskParams as MaskParams
 from aopsam_lab.predictor import load_predictor as load_predictor
 from aopsam_lab.sam.zoo import load_sam as load_sam
 from aopsam_lab.study.runner import run_study as run_study

@@ -1,31 +1,38 @@
 """The command line: `python -m aopsam_lab segment | download | find-masks | train-predictor`."""
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import fields
 from pathlib import Path
 
 from tqdm import tqdm
 
 from aopsam_lab.asf import AsfParams
+from aopsam_lab.cluster import add_arguments, connected, see
 from aopsam_lab.command import in_one_line
 from aopsam_lab.data.images import find_images
-from aopsam_lab.detector import load_detector
 from aopsam_lab.pipeline.methods import METHODS
-from aopsam_lab.pipeline.run import segment
+from aopsam_lab.pipeline.run import LoadedModels, ModelFiles, segment
 from aopsam_lab.pipeline.show import save
-from aopsam_lab.predictor import load_predictor
+from aopsam_lab.pipeline.types import MaskParams
 from aopsam_lab.sam.download import CACHE_VARIABLE, OFFICIAL, download
-from aopsam_lab.sam.zoo import MODELS, first_line, load_sam
+from aopsam_lab.sam.zoo import MODELS, first_line
 from aopsam_lab.training import ground_truth
 from aopsam_lab.training import predictor as predictor_training
 
-ASF_HELP = {
+HELP = {
     "smoothing": "sigma of the Gaussian over the confidence map",
     "confidence": "a prompt's least confidence",
     "spacing": "least distance between prompts",
     "elimination": "a waiting prompt is dropped above this many times a map's mean",
+    "points_per_side": "of a grid; None: the method's own",
+    "pred_iou_thresh": "a mask's least predicted IoU; None: the SAM's own",
+    "stability_score_thresh": "a mask's least stability score; None: the SAM's own",
+    "box_nms_thresh": "of two masks whose boxes have a higher IoU the surer one stays",
+    "crop_n_layers": "layers of crops on which a grid is laid as well",
+    "min_mask_region_area": "pixels; smaller holes and islands of a mask go",
 }
 
 
@@ -44,7 +51,7 @@ def _parser() -> argparse.ArgumentParser:
         "segment",
         help="find the masks in images",
         description="Writes STEM.json (COCO), STEM_labels.png (16-bit labels) and STEM_overlay.png "
-        "for each image.",
+        "for each image, unless STEM.json is there from the same file, parameters and weights.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     command.set_defaults(run=segment_command)
@@ -57,8 +64,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--predictor", metavar="FILE", help=f"Prompt Predictor {other} ones")
     add("--detector", metavar="FILE", help=f"YOLOv8 {other} ones: a file, or yolov8n")
     add("--device", default="auto", help="auto, cpu, cuda, ...")
-    for name, default in asdict(AsfParams()).items():
-        add(f"--{name}", type=float, default=default, metavar="X", help=ASF_HELP[name])
+    add("--frame", type=int, default=0, metavar="N", help="which image of a stack, from 0")
+    add_arguments(command)
+    for field in fields(AsfParams) + fields(MaskParams):
+        name, kind = field.name.replace("_", "-"), int if "int" in str(field.type) else float
+        add(f"--{name}", type=kind, default=field.default, metavar="X", help=HELP[field.name])
     about = f"fetch official weights into {CACHE_VARIABLE}, or the system's cache folder"
     command = commands.add_parser("download", help=about, description=about)
     command.set_defaults(run=download_command)
@@ -74,28 +84,59 @@ def _parser() -> argparse.ArgumentParser:
 
 def segment_command(args: argparse.Namespace) -> int:
     """Segment images, write the results, and say which images failed; 1 where some did."""
-    params = AsfParams(**{name: getattr(args, name) for name in ASF_HELP})
+    params = AsfParams(*(getattr(args, field.name) for field in fields(AsfParams)))
+    method = args.method
+    quality = {field.name: getattr(args, field.name) for field in fields(MaskParams)}
     args.out.mkdir(parents=True, exist_ok=True)
-    sam = load_sam(args.sam, args.checkpoint, args.device)
-    needs = METHODS[args.method].needs
-    own = args.sam, args.predictor, sam.device
-    predictor = load_predictor(*own) if needs == "predictor" else None
-    detector = load_detector(args.detector, sam.device) if needs == "detector" else None
+    own = args.sam, args.checkpoint, args.predictor, args.detector, args.device
+    files = ModelFiles(*own, frozenset({METHODS[method].needs}))
+    models = files.load()
+    more = {**quality, "frame": args.frame}
+    used = {name: getattr(params, name) for name in METHODS[method].uses} | more
+    info = {"method": method, "parameters": used, "weights": models.weights()}
     paths, failures = find_images(args.images)
     total = len(paths) + len(failures)
-    jobs = list(zip(paths, unique_stems(paths), strict=True))
-    for path, stem in tqdm(jobs, desc="segmenting", unit="image", dynamic_ncols=True):
-        try:
-            found = segment(path, args.method, sam, predictor, detector, params)
-            save(found, args.out, stem, file_name=path.as_posix())
-        except Exception as error:  # whatever one image does, the others are segmented
-            known = isinstance(error, (ValueError, OSError))
-            reason = str(error) if known else f"{type(error).__name__}: {first_line(error)}"
-            failures.append((str(path), reason))
-    print(f"{total - len(failures)} of {total} images segmented, results in {args.out}")
+    named = list(zip(paths, unique_stems(paths), strict=True))
+    todo = [
+        (path, stem) for path, stem in named if not is_done(path, args.out / f"{stem}.json", info)
+    ]
+    style = {"desc": "segmenting", "unit": "image", "dynamic_ncols": True}
+    bar = tqdm(total=len(named), initial=len(named) - len(todo), **style)
+    with connected(args.scheduler, files, models) as crew, bar:
+        out = args.out.absolute()
+        see(crew, out, (path.absolute() for path, _ in todo))
+        same = out, params, more, info
+        jobs = ((path, path.absolute(), stem, *same) for path, stem in todo)
+        for (path, *_), error in crew.each(segment_one, jobs):
+            bar.update()
+            if error is not None:  # whatever one image does, the others are segmented
+                known = isinstance(error, (ValueError, OSError))
+                reason = str(error) if known else f"{type(error).__name__}: {first_line(error)}"
+                failures.append((str(path), reason))
+    before = f" ({len(named) - len(todo)} of them before)" if len(todo) < len(named) else ""
+    print(f"{total - len(failures)} of {total} images segmented{before}, results in {args.out}")
     for name, reason in failures:
         print(f"failed: {name}: {reason}", file=sys.stderr)
     return 1 if failures else 0
+
+
+def segment_one(models: LoadedModels, job: tuple) -> None:
+    """Segment an image and write its files, perhaps as a worker."""
+    name, path, stem, out, params, more, info = job
+    own = models.sam, models.predictor, models.detector
+    found = segment(path, info["method"], *own, params, **more)
+    save(found, out, stem, name.as_posix(), **info)
+
+
+def is_done(path: Path, file: Path, info: dict) -> bool:
+    """Whether a JSON was written after the image, from it, with this method and these weights."""
+    try:
+        written = json.loads(file.read_text(encoding="utf-8"))
+        same = written["info"] == written["info"] | info
+        same &= written["images"][0]["file_name"] == path.as_posix()
+        return same and file.stat().st_mtime >= path.stat().st_mtime
+    except (OSError, ValueError, LookupError, TypeError):
+        return False
 
 
 def download_command(args: argparse.Namespace) -> int:

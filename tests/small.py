@@ -5,6 +5,8 @@ Where this module is imported, a process that a test starts included, the Sam is
 
 import json
 import os
+import signal
+import time
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +24,7 @@ from segment_anything.modeling import (
 )
 
 from aopsam_lab.pipeline.decode import decode_and_filter
+from aopsam_lab.pipeline.run import LoadedModels
 from aopsam_lab.pipeline.types import Encoded, Found, Prompts
 from aopsam_lab.predictor import PromptPredictor
 from aopsam_lab.sam.zoo import MODELS, SamSpec
@@ -113,6 +116,25 @@ class RunsCode:
 def all_masks(sam: Sam, encoded: Encoded, prompts: Prompts, row: int) -> Found:
     """All masks of the prompt `row`, whatever their scores."""
     return decode_and_filter(sam, encoded, prompts, torch.tensor([row]), EVERYTHING)
+
+
+# --- what workers are asked to do ---
+
+
+def double(models: LoadedModels, job: int | str) -> tuple[int, int]:
+    if job == "bad":
+        raise LookupError("no such job")
+    return models.sam.image_encoder.img_size, 2 * job
+
+
+def die_once(_: LoadedModels, job: tuple[int, Path | None]) -> tuple[int, int]:
+    """A worker dies at a job with a marker that is not there yet."""
+    number, marker = job
+    if marker and not marker.exists():
+        marker.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(0.05)
+    return number, os.getpid()
 
 
 MODELS["small"] = build_small_sam

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import socket
 import subprocess
@@ -34,6 +35,12 @@ PATIENCE = 180_000  # ms: a busy machine is slow, not broken
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium")
+
+
+def command_of(target: str) -> list[str]:
+    """What `make` runs for a target, after Python's own name."""
+    done = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True)
+    return shlex.split(done.stdout.splitlines()[-1])[2:]
 
 
 @contextmanager
@@ -75,6 +82,7 @@ def browser():
 
 def notebook_in(folder: Path) -> Path:
     """The notebook itself with few prompts, so that two busy cores are enough."""
+    folder.mkdir(exist_ok=True)
     image = Image.fromarray(open_dataset("photos")[6].image)
     image.crop((0, 0, image.height, image.height)).resize((SIDE, SIDE)).save(folder / "own.png")
     notebook = nbformat.read(NOTEBOOK, 4)
@@ -150,13 +158,13 @@ class Page:
 def lab(browser, tmp_path_factory):
     """The notebook, opened in JupyterLab and run by its menu."""
     folder = tmp_path_factory.mktemp("lab")
-    path = notebook_in(folder)
-    command = "jupyter", "lab", "--allow-root", "--IdentityProvider.token="
+    path = notebook_in(folder / "notebooks").relative_to(folder)
+    command = *command_of("lab"), "--allow-root", "--IdentityProvider.token="
     with served(folder, "/api", *command) as address:
         context = browser.new_context(viewport={"width": 1440, "height": 1000})
         context.grant_permissions(["clipboard-read", "clipboard-write"], origin=address)
         lab = Page(context.new_page())
-        lab.page.goto(f"{address}/lab/tree/{path.name}?reset")
+        lab.page.goto(f"{address}/lab/tree/{path}?reset")  # the folder above is in reach
         lab.page.locator(".jp-Notebook-ExecutionIndicator[data-status=idle]").wait_for()
         lab.page.add_style_tag(content=".Toastify { display: none }")  # the offer of news
         # "idle" may be said before the kernel listens
@@ -164,14 +172,13 @@ def lab(browser, tmp_path_factory):
             lab.page.get_by_role("menuitem", name="Run", exact=True).click()
             lab.page.get_by_text("Run All Cells", exact=True).click()
             lab.page.wait_for_timeout(2000)
-        # run to its end, the notebook shows its last cell, and JupyterLab may take those out of
-        # sight off the page
-        lab.until("""() => {
-          const panels = document.querySelectorAll(".jp-WindowedPanel-outer");
-          for (const panel of panels) panel.scrollTo(0, 0);
-          return document.querySelector(".aop-badge")?.textContent.includes("masks");
-        }""")
+        lab.page.get_by_text("Loading the models, about 15 s").wait_for()
+        lab.shot("0_loading")
+        lab.says("badge", "masks")
         lab.page.locator(".jp-Notebook-ExecutionIndicator[data-status=idle]").wait_for()
+        lab.page.wait_for_timeout(1000)
+        lab.shot("1_run_all")
+        lab.box_after_run_all = lab.canvas.bounding_box()
         lab.page.keyboard.press("Control+b")  # the file list gives its room to the image
         output = lab.page.locator(".jp-OutputArea-output:has(.aop)")
         output.evaluate("element => element.scrollIntoView()")
@@ -182,6 +189,9 @@ def lab(browser, tmp_path_factory):
 def test_the_notebook_runs_and_shows_the_image(lab):
     lab.shot("1_opened")
     assert lab.errors == [] and lab.text("message") == ""
+    box = lab.box_after_run_all  # the notebook ends with the image in view
+    assert 0 < box["y"] and box["y"] + box["height"] < 1000
+    assert lab.page.get_by_text("Loading the models").count() == 1, "only in the code"
     assert lab.page.locator(".jp-RenderedText[data-mime-type*=stderr]").count() == 0
     counts = dict(line.split("\n") for line in lab.page.locator(".aop-status").all_inner_texts())
     decoded, total = lab.numbers()
@@ -231,6 +241,7 @@ def test_layers_need_nothing_from_the_kernel(lab):
 
 def test_a_clicked_prompt_shows_its_masks_and_what_it_is_related_to(lab):
     reason = ""
+    lab.page.get_by_role("button", name="Why it was dropped").click()
     while "explains it" not in reason:
         lab.press("n")
         reason = lab.text("detail")
@@ -248,6 +259,7 @@ def test_a_clicked_prompt_shows_its_masks_and_what_it_is_related_to(lab):
     lab.canvas.click(position=lab.place(x, y))
     lab.says("detail", reason.split("\n")[0])
     lab.press("Escape")
+    lab.page.get_by_role("button", name="What was found").click()
 
 
 def test_rounds_can_be_played(lab):
@@ -308,16 +320,37 @@ def test_exports_hold_the_masks_that_are_shown(lab):
     assert lab.page.evaluate("navigator.clipboard.readText()").startswith(call)
 
 
+def test_quality_hides_masks_at_once_and_files_follow(lab, tmp_path):
+    def counts() -> tuple[int, ...]:
+        found = re.search(r"(\d+) of (\d+) masks shown", lab.text("quality"))
+        return tuple(map(int, found.groups()))
+
+    least = lab.page.get_by_label("least predicted IoU", exact=True)
+    lab.opacity("Masks", 80)
+    before, (shown, n), asked = lab.pixels(), counts(), len(lab.sent)
+    least.fill("0.96")
+    assert shown == n and 0 < counts()[0] < n and lab.pixels() != before
+    assert len(lab.sent) == asked, "the kernel is asked nothing"
+    lab.shot("7_quality")
+    with lab.page.expect_download() as waiting:
+        lab.page.get_by_role("button", name="COCO").click()
+    waiting.value.save_as(tmp_path / "coco.json")
+    coco = json.loads((tmp_path / "coco.json").read_text())
+    assert len(coco["annotations"]) == counts()[0]
+    least.fill(least.get_attribute("min"))
+    assert counts() == (n, n) and lab.pixels() == before
+
+
 def test_another_method_is_shown_side_by_side(lab):
-    lab.page.get_by_role("combobox", name="Beside").select_option("amg_s")
-    lab.until("document.querySelectorAll('.aop-badge')[1]?.innerText.startsWith('amg_s 256')")
+    lab.page.get_by_role("combobox", name="Compare with").select_option("AMG-S")
+    lab.until("document.querySelectorAll('.aop-badge')[1]?.innerText.startsWith('AMG-S 256')")
     lab.settled()
     one = lab.pixels()
     lab.canvas.hover(position={"x": 150, "y": 150})
     lab.page.mouse.wheel(0, -500)
     lab.shot("8_side_by_side")
     assert lab.pixels() != one
-    lab.page.get_by_role("combobox", name="Beside").select_option("nothing")
+    lab.page.get_by_role("combobox", name="Compare with").select_option("none")
     lab.until("document.querySelectorAll('.aop-badge').length === 1")
 
 
@@ -332,7 +365,7 @@ def test_another_image_and_one_of_the_persons_own_can_be_opened(lab, tmp_path):
     lab.shot("8_ground_truth")
     Image.fromarray(open_dataset("photos")[6].image[:150, :SIDE]).save(tmp_path / "mine.png")
     with lab.page.expect_file_chooser() as chooser:
-        lab.page.get_by_role("button", name="Your own").click()
+        lab.page.get_by_role("button", name="Upload").click()
     chooser.value.set_files(tmp_path / "mine.png")
     lab.until("document.querySelector('.aop-badge')?.innerText.includes('mIoU') === false")
     lab.settled()
@@ -365,14 +398,57 @@ def test_a_restarted_kernel_is_said_in_the_message_line(lab):
 
 
 def test_voila_shows_the_same_page(browser, tmp_path):
-    path = notebook_in(tmp_path)
-    with served(tmp_path, "", "voila", path.name, "--Voila.ip=127.0.0.1") as address:
+    notebook_in(tmp_path / "notebooks")
+    command = *command_of("app"), "--Voila.ip=127.0.0.1"
+    with served(tmp_path, "", *command) as address:
         page = Page(browser.new_page(viewport={"width": 1280, "height": 1000}))
         page.page.goto(address)
         page.says("badge", "masks")
         page.shot("11_voila")
+        assert page.page.title() == "AoP-SAM explorer"
+        assert "explorer." not in page.page.locator("body").inner_text()  # no tail for Python
         assert page.errors == []
         assert "waiting" not in page.text("statuses")
+        page.page.close()
+
+
+@pytest.mark.parametrize("target", ["lab", "app"])
+def test_make_starts_servers_that_take_large_uploads(target):
+    done = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True)
+    (command,) = [line for line in done.stdout.splitlines() if "explore_pcm_pem" in line]
+    assert re.search(r'tornado_settings="{.websocket_max_message_size.: 268435456}"', command)
+
+
+def test_of_two_views_one_saves_and_uploads_above_the_servers_limit_are_told(browser, tmp_path):
+    path = notebook_in(tmp_path)
+    notebook = nbformat.read(path, 4)
+    notebook.cells.append(nbformat.v4.new_code_cell("_"))  # what the last cell showed, again
+    nbformat.write(notebook, path)
+    noise = np.random.default_rng(0).integers(0, 256, (2030, 2000, 3), dtype=np.uint8)
+    for name, rows in (("below.png", 2000), ("above.png", 2030)):
+        Image.fromarray(noise[:rows]).save(tmp_path / name, compress_level=0)
+    limit = "--Voila.tornado_settings={'websocket_max_message_size': 12100000}"
+    with served(tmp_path, "", "voila", path.name, "--Voila.ip=127.0.0.1", limit) as address:
+        page = Page(browser.new_page(viewport={"width": 1280, "height": 2000}))
+        files = []
+        page.page.on("download", lambda download: files.append(download.suggested_filename))
+        page.page.goto(address)
+        page.until("document.querySelectorAll('.aop-badge').length === 2")
+        first, second = (page.page.locator(".aop").nth(i) for i in (0, 1))
+        second.get_by_role("button", name="COCO").click()
+        second.get_by_text("Saved own.json.").wait_for()
+        page.page.wait_for_timeout(500)
+        assert files == ["own.json"] and first.get_by_text("Saved own.json.").count() == 0
+        for name, said in (("above.png", "above.png (12.2 MB) has not arrived"), ("below.png", "")):
+            with page.page.expect_file_chooser() as chooser:
+                first.get_by_role("button", name="Your own").click()
+            chooser.value.set_files(tmp_path / name)
+            page.says("message", f"Sending {name} (12.")
+            if said:
+                page.says("message", said)
+                page.shot("12_not_arrived")
+        page.until("[...document.querySelectorAll('option')].some(o => o.text === 'below.png')")
+        page.until("!document.querySelector('.aop-message').innerText.includes('Sending')")
         page.page.close()
 
 

@@ -97,3 +97,19 @@ def test_hints_are_shown_one_by_one_and_the_last_again(capsys):
         checks.hint("iou", number)
     first, last, beyond = capsys.readouterr().out.splitlines()
     assert first != last == beyond
+
+
+def test_a_lesson_goes_on_with_the_library_until_the_answer_is_right(capsys):
+    square = np.ones((2, 2), bool)
+    wrong = checks.yours("iou", lambda first, second: None)
+    assert wrong(square, ~square) == 0 and "library" in capsys.readouterr().out
+    calls = []
+
+    def iou(first, second):
+        calls.append(1)
+        return checks.EXERCISES["iou"].right(first, second)
+
+    right = checks.yours("iou", iou)
+    before = len(calls)
+    assert right(square, square) == 1 and len(calls) == before + 1
+    assert "your function" in capsys.readouterr().out

@@ -101,10 +101,10 @@ def test_an_interrupted_run_leaves_whole_files_only(tmp_path, monkeypatch, capsy
     pictures = [str(picture(tmp_path / f"{i}.png")) for i in range(2)]
     real = cli.segment
 
-    def interrupted(path, *arguments):
+    def interrupted(path, *arguments, **more):
         if path.stem == "1":
             raise KeyboardInterrupt
-        return real(path, *arguments)
+        return real(path, *arguments, **more)
 
     monkeypatch.setattr(cli, "segment", interrupted)
     assert cli.main(["segment", *pictures, "--out", str(tmp_path / "out"), *untrained]) == 130

@@ -1,19 +1,20 @@
 """The explorer without a browser: sources, what the page gets, state, messages, live answers."""
 
 import asyncio
-import base64
+import gc
 import io
 import json
+import threading
+import weakref
 from dataclasses import replace
 from unittest import mock
 
-import nbformat
 import numpy as np
 import pandas as pd
 import pytest
+import tifffile
 import torch
 from IPython.core.formatters import DisplayFormatter
-from nbconvert import HTMLExporter
 from PIL import Image
 from segment_anything import SamPredictor
 
@@ -90,8 +91,18 @@ def test_a_huge_image_is_reduced_with_its_ground_truth_without_a_warning_in_the_
     assert "640 x 427 pixels, explored at 474 x 316" in opened.message
     assert opened.segmentation.image.shape == (316, 474, 3)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100_000)
-    assert "cannot be read as an image" in aop.explore(tmp_path / "huge.png").message
+    with pytest.raises(ValueError, match="cannot be read as an image"):
+        aop.explore(tmp_path / "huge.png")
     assert not [w for w in recwarn if w.category is Image.DecompressionBombWarning]
+
+
+def test_what_is_left_out_of_a_stack_is_said_in_the_message_line(tmp_path, sample, explorer):
+    stack = np.stack([sample.image[..., 0], sample.image[..., 1]])
+    tifffile.imwrite(tmp_path / "z.tif", stack, photometric="minisblack")
+    words = "z.tif holds 2 images: number 0, from 0, is read"
+    assert words in aop.explore(tmp_path / "z.tif", params=EAGER).message
+    send(explorer, (tmp_path / "z.tif").read_bytes(), name="z.tif")
+    assert words in explorer.message and explorer.names[-1] == "z.tif"
 
 
 @pytest.mark.parametrize(
@@ -105,26 +116,27 @@ def test_a_huge_image_is_reduced_with_its_ground_truth_without_a_warning_in_the_
         (lambda folder: 7, "Nothing to explore in a int"),
     ],
 )
-def test_bad_input_is_said_in_the_message_line_and_the_panel_lives(tmp_path, make, words):
+def test_bad_input_is_refused_as_segment_does(tmp_path, make, words):
     if "read as" in words:
         (tmp_path / "text.png").write_text("no image")
-    opened = aop.explore(make(tmp_path))
-    assert words in opened.message and words in repr(opened) and opened.segmentation is None
-    opened.manual = [[(1, 1, 1)]]  # nothing happens
-    with pytest.raises(ValueError, match=words):
-        opened.to_figure()
+    with pytest.raises((ValueError, OSError), match=words):
+        aop.explore(make(tmp_path))
 
 
 def test_a_bad_image_among_good_ones_and_a_bad_model(sample):
     opened = aop.explore([np.zeros((1, 1, 3), np.uint8), sample], params=EAGER)
-    assert "too small" in opened.message
+    assert "too small" in opened.message and "too small" in repr(opened)
+    opened.manual = [[(1, 1, 1)]]  # nothing happens
+    with pytest.raises(ValueError, match="too small"):
+        opened.to_figure()
     opened.source = 1
     assert opened.message == "" and len(opened.segmentation.masks)
     opened.source = 0
     assert "too small" in opened.message and opened.segmentation is None and opened.left == {}
     assert "no SAM called 'nosuch'" in aop.explore(sample, sam="nosuch").message
     for argument in ("method", "compare"):
-        assert "no method 'nosuch'" in aop.explore(sample, **{argument: "nosuch"}).message
+        with pytest.raises(ValueError, match="no method 'nosuch'"):
+            aop.explore(sample, **{argument: "nosuch"})
 
 
 # --- what the page gets ---
@@ -176,8 +188,9 @@ def test_settings_give_what_a_fresh_run_gives_and_decode_only_what_is_new(
         seg, fresh = explorer.segmentation, run_method(sam, photo, "aop", predictor, params=params)
         assert seg.masks == fresh.masks and seg.prompts.equals(fresh.prompts)
         assert explorer.get_state("params")["params"] == vars(params)
+    n_decoded = explorer._session._cache.n_decoded
     explorer.params = EAGER
-    assert "(0 new)" in explorer.left["badge"] and "mIoU" in explorer.left["badge"]
+    assert explorer._session._cache.n_decoded == n_decoded and "mIoU" in explorer.left["badge"]
 
 
 def test_the_selected_prompt_and_the_round_stay_where_they_are(explorer):
@@ -193,6 +206,36 @@ def test_the_selected_prompt_and_the_round_stay_where_they_are(explorer):
     assert (after["x"], after["y"]) == tuple(table.iloc[row][["x", "y"]]) and explorer.round == 1
     explorer.method = "amg_s"  # no such point there
     assert explorer.selected == -1 and explorer.detail == {} and explorer.left["rounds"] == 1
+
+
+def test_before_the_first_round_stays_so_on_the_next_image(sample):
+    opened = aop.explore([sample, sample], params=EAGER)
+    assert opened.round == opened.left["rounds"] > 1
+    opened.round = 0
+    opened.source = 1
+    assert opened.round == 0 and opened.segmentation is not None
+
+
+def test_a_duplicate_names_the_mask_that_won_by_box_nms(explorer, sam):
+    seg = explorer.segmentation
+    explorer.manual = [[(200.0, 100.0, 1)]]  # a mask by hand takes no part in NMS
+    rows = (seg.prompts["status"] == "duplicate").to_numpy().nonzero()[0]
+    assert len(rows)
+    for row in rows:
+        explorer.selected = int(row)
+        winner = explorer.detail["winner"]
+        assert winner in seg.mask_prompt and winner != row and "won" in explorer.detail["fact"]
+    explorer.selected = int(seg.mask_prompt[0])
+    assert explorer.detail["prompt"] == seg.mask_prompt[0] and "fact" not in explorer.detail
+
+
+def test_an_empty_result_says_why(explorer):
+    explorer.params = replace(EAGER, confidence=0.94)
+    highest = np.frombuffer(explorer.left["maps"]["smoothed"]["data"], "<u2").max() / 65535
+    why = f"no prompt: the highest confidence here is {highest:.2f}, the least asked for 0.94"
+    assert explorer.left["empty"] == why and not explorer.segmentation.masks
+    explorer.params = EAGER
+    assert explorer.left["empty"] == ""
 
 
 def test_clicks_by_hand_add_a_mask_are_refined_and_taken_back(explorer, sample, monkeypatch):
@@ -238,7 +281,7 @@ def test_masks_of_clicks_are_those_of_sam_predictor(sam, sample, photo):
 
 def test_another_method_or_this_setting_pinned_is_shown_beside(explorer, sample):
     explorer.compare = "amg_s"
-    assert explorer.compared.method == explorer.right["title"] == "amg_s"
+    assert (explorer.compared.method, explorer.right["title"]) == ("amg_s", "AMG-S")
     again = eval(explorer.call, {"aop": aop, "image": sample})
     assert again.compared.masks == explorer.compared.masks
     explorer.compare = PINNED
@@ -255,21 +298,32 @@ def test_exports_are_the_segmentations_own(explorer):
     sent = []
     explorer.send = lambda content, buffers=None: sent.append((content, buffers))
     for what in ("coco", "labels"):
-        send(explorer, what=what)
+        send(explorer, what=what, view=0.25)
     (coco, [text]), (labels, [png]) = sent
     seg = explorer.segmentation
+    assert coco["view"] == labels["view"] == 0.25  # of several views only this one saves the file
     assert json.loads(text)["annotations"] == seg.to_coco()["annotations"]
     assert coco["name"].endswith(".json") and labels["name"].endswith("_labels.png")
     expected = drawing.label_image(seg.masks, seg.image.shape[:2])
     assert np.array_equal(np.asarray(Image.open(io.BytesIO(png))), expected)
+    least = float(np.median(seg.scores))
+    explorer.set_state({"least_iou": least})
+    send(explorer, what="coco")
+    scores = [one["score"] for one in json.loads(sent[-1][1][0])["annotations"]]
+    assert scores == [s for s in seg.scores.tolist() if s >= least] and explorer.segmentation is seg
+    assert 0 < len(scores) < len(seg.scores)
+    assert f": {len(scores)} masks" in explorer.to_figure().axes[0].get_title()
 
 
 def test_an_uploaded_image_is_opened_and_a_damaged_one_only_said(explorer, sample):
     send(explorer, drawing.png_bytes(sample.image[:100]), name="mine.png")
     assert explorer.names[-1] == "mine.png"
+    again = eval(explorer.call, {"aop": aop, "explorer": explorer})
+    assert again.segmentation.masks == explorer.segmentation.masks
     send(explorer, b"no image", name="bad.png")
-    said = "bad.png cannot be read as an image: its format is none that Pillow knows."
-    assert explorer.message == said and explorer.segmentation.image.shape == (100, 640, 3)
+    said = "bad.png cannot be read as an image: its format is none of "
+    assert explorer.message.startswith(said) and "JPEG" in explorer.message
+    assert explorer.segmentation.image.shape == (100, 640, 3)
 
 
 def test_a_segmentation_is_explored_as_it_is(explorer, monkeypatch):
@@ -280,18 +334,30 @@ def test_a_segmentation_is_explored_as_it_is(explorer, monkeypatch):
     assert opened.params == EAGER and opened.message == ""
 
 
-def test_the_figure_and_a_still_image_are_shown_without_pyplot_and_kernel(explorer):
+def test_the_figure_and_a_still_image_are_shown_without_pyplot_and_kernel(explorer, monkeypatch):
     figure = explorer.to_figure()
     assert [ax.get_title() for ax in figure.axes if ax.get_title()][-2:] == ["PCM", "PEM, maximum"]
     data, _ = DisplayFormatter().format(figure)
     assert Image.open(io.BytesIO(data["image/png"])).width > 500
-    bundle, _ = explorer._repr_mimebundle_()
-    assert base64.b64decode(bundle["image/png"]) == data["image/png"]
-    output = nbformat.v4.new_output("execute_result", data=bundle, execution_count=1)
-    cell = nbformat.v4.new_code_cell(outputs=[output])
-    page, _ = HTMLExporter().from_notebook_node(nbformat.v4.new_notebook(cells=[cell]))
-    assert "widget-view+json" in str(bundle) and "widget-view+json" not in page
-    assert "data:image/png;base64," in page
+    shown = []
+    show = "aopsam_lab.widgets.explorer.display"
+    monkeypatch.setattr(show, lambda one, **about: shown.append((one, about)))
+    explorer._ipython_display_()
+    (live, about), (line, _), (still, _) = shown
+    assert "application/vnd.jupyter.widget-view+json" in live and about["raw"]
+    assert "aop-still" in line.data and "run the\ncell again" in line.data
+    assert still._repr_png_() == data["image/png"] and ".aop-still" in explorer._css
+
+
+def test_the_quality_is_that_of_the_explorer_and_of_its_call(sample, explorer):
+    given = {"pred_iou_thresh": 0.95, "points_per_side": 3, "box_nms_thresh": 0.5}
+    opened = aop.explore(sample, params=EAGER, **given)
+    scores = opened.segmentation.scores
+    assert 0 < len(scores) < len(explorer.segmentation.scores) and scores.min() > 0.95
+    assert eval(opened.call, {"aop": aop, "image": sample}).quality == opened.quality
+    opened.method = "amg_d"
+    assert opened.segmentation.n_decoded == 9
+    assert aop.explore(opened.segmentation).quality == opened.quality
 
 
 # --- live ---
@@ -353,3 +419,41 @@ def test_what_fails_in_the_worker_is_said(explorer, monkeypatch):
     monkeypatch.setattr(Session, "run", mock.Mock(side_effect=RuntimeError("out of luck")))
     live(monkeypatch, move)
     assert explorer.message == "RuntimeError: out of luck" and explorer.busy == ""
+
+
+# --- memory ---
+
+
+def test_closing_frees_what_is_open_and_another_image_what_was(sample):
+    explorer = aop.explore([sample, sample.image], params=EAGER)
+    first = weakref.ref(explorer._session._cache)
+    explorer.source = 1
+    second, shown = weakref.ref(explorer._session._cache), weakref.ref(explorer.segmentation)
+    gc.collect()
+    assert first() is None and second() and shown()
+    for _ in range(2):  # twice is as good as once
+        explorer.close()
+        gc.collect()
+        assert second() is None and shown() is None and explorer.comm is None
+        assert explorer.left == explorer.image == {} and repr(explorer)
+
+
+def test_explorers_left_open_share_a_thread_and_the_last_three_keep_decodes(sample, monkeypatch):
+    opened, threads = [], []
+
+    async def open_and_move(until):
+        opened.append(aop.explore(sample, params=EAGER))
+        opened[-1].set_state({"params": {**vars(EAGER), "confidence": 0.2}})
+        await until(lambda: not opened[-1].busy)
+
+    for _ in range(4):
+        live(monkeypatch, open_and_move)
+        threads.append({one.ident for one in threading.enumerate()})
+        opened[0].manual = [[(300.0, 200.0 + len(opened), 1)]]  # it is used between the others
+        assert opened[-1].params.confidence == 0.2 and opened[-1].message == ""
+    assert threads == threads[:1] * 4
+    assert ["_cache" in vars(one._session) for one in opened] == [True, False, True, True]
+    opened[1].method = "amg_s"
+    assert opened[1].segmentation.masks == aop.segment(sample.image, "amg_s").masks
+    for one in opened:
+        one.close()

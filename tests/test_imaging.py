@@ -1,7 +1,11 @@
 import io
+import tracemalloc
+import zlib
 
+import cv2
 import numpy as np
 import pytest
+import tifffile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
@@ -124,6 +128,103 @@ def test_sixteen_bits_that_hold_fewer_are_scaled_by_their_depth(top, white):
     assert read_image(deep)[0, :, 0].tolist() == expected
 
 
+@pytest.mark.parametrize("top", [65536, 70_000, 300_000, 2**31 - 1, 2**32 - 1])
+def test_more_than_sixteen_bits_are_scaled_by_the_bits_that_the_largest_needs(top):
+    white = 2 ** len(f"{top:b}") - 1
+    seen = read_image(np.array([[0, top // 3, top]], np.int64))[0, :, 0]
+    assert seen.tolist() == [round(v * 255 / white) for v in (0, top // 3, top)] and seen[2] > 127
+
+
+@pytest.mark.parametrize("top", [1023, 4095, 65535])
+@pytest.mark.parametrize("channels", [1, 3, 4])
+@pytest.mark.parametrize("kind", ["png", "tif", "lzw.tif", "zip.tif", "ppm"])
+def test_deep_files_are_read_as_arrays_of_the_same_numbers(tmp_path, kind, channels, top):
+    if channels not in {"png": (1, 3, 4), "tif": (1, 3, 4), "ppm": (3,)}.get(kind, (1, 3)):
+        return  # OpenCV writes none, or alpha as a fourth band
+    numbers = np.random.default_rng(0).integers(0, top + 1, (8, 9, channels)).astype(np.uint16)
+    numbers[0, 0, :3] = top
+    if channels == 4:
+        numbers[..., 3] = 65535  # opaque, and colours keep their own depth
+        numbers[0, 1, 3] = 0
+    path, compression = tmp_path / f"deep.{kind}", {"lzw.tif": 5, "zip.tif": 8}.get(kind)
+    if kind == "tif":
+        extra = {"extrasamples": ["unassalpha"]} if channels == 4 else {}
+        tifffile.imwrite(
+            path, numbers, photometric="rgb" if channels > 1 else "minisblack", **extra
+        )
+    else:
+        options = [cv2.IMWRITE_TIFF_COMPRESSION, compression] if compression else []
+        cv2.imwrite(
+            str(path), numbers[..., [2, 1, 0, 3][:channels]] if channels > 1 else numbers, options
+        )
+    expected = np.round(numbers[..., :3].astype(float) * 255 / top).astype(np.uint8)
+    if channels == 4:
+        expected[0, 1] = 255
+    assert np.array_equal(read_image(path), np.broadcast_to(expected, (8, 9, 3)))
+    if channels > 1:
+        assert np.array_equal(read_image(numbers), expected)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])
+@pytest.mark.parametrize(
+    ("bands", "photometric", "extra"), [(4, "rgb", 1), (4, "minisblack", 3), (8, "minisblack", 7)]
+)
+@pytest.mark.parametrize("planar", ["contig", "separate"])
+def test_of_many_bands_the_first_three_are_read_and_that_is_said(
+    tmp_path, dtype, bands, photometric, extra, planar
+):
+    numbers = np.random.default_rng(0).integers(0, 256, (6, 7, bands), dtype=np.uint8)
+    numbers[0, 0] = 255
+    scale = {np.uint8: 1, np.uint16: 257, np.float32: 1 / 255}[dtype]
+    data = (numbers.astype(float) * scale).astype(dtype)
+    data = data.transpose(2, 0, 1) if planar == "separate" else data
+    options = {"photometric": photometric, "planarconfig": planar}
+    path = tmp_path / "scene.tif"
+    tifffile.imwrite(path, data, extrasamples=["unspecified"] * extra, **options)
+    with pytest.warns(UserWarning, match=f"scene.tif has {bands} bands: the first 3 are read"):
+        assert np.array_equal(read_image(path), numbers[..., :3])
+
+
+@pytest.mark.parametrize("kind", ["tif", "deep.tif", "gif"])
+def test_of_a_stack_the_first_is_read_that_is_said_and_another_can_be_chosen(tmp_path, kind):
+    path = tmp_path / f"stack.{kind}"
+    pages = [np.full((5, 6), 51 * i, np.uint8) for i in range(5)]
+    if kind == "gif":
+        first, *others = map(Image.fromarray, pages)
+        first.save(path, save_all=True, append_images=others)
+    else:
+        stack = np.stack(pages)
+        deep = stack.astype(np.uint16) * 257
+        deep[:, 0, 0] = 65535
+        tifffile.imwrite(path, deep if kind == "deep.tif" else stack, photometric="minisblack")
+    with pytest.warns(UserWarning, match="stack.*holds 5 images: number 0, from 0, is read"):
+        assert (read_image(path)[1:] == 0).all()
+    with pytest.warns(UserWarning, match="number 3"):
+        assert (read_image(path, frame=3)[1:] == 153).all()
+    with pytest.raises(ValueError, match="stack.* cannot be read"):
+        read_image(path, frame=5)
+
+
+@pytest.mark.parametrize("kind", ["png", "tif"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_deep_colour_is_turned_upright_like_shallow(tmp_path, orientation, kind):
+    shallow = np.random.default_rng(0).integers(0, 256, (4, 6, 3), dtype=np.uint8)
+    shallow[0, 0] = 255
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    expected = read_image(on_disk(tmp_path, Image.fromarray(shallow), f"a.{kind}", exif=exif))
+    deep, path = shallow.astype(np.uint16) * 257, tmp_path / f"deep.{kind}"
+    if kind == "tif":
+        tag = (0x0112, "H", 1, orientation, False)
+        tifffile.imwrite(path, deep, photometric="rgb", extratags=[tag])
+    else:
+        data = cv2.imencode(".png", deep[..., ::-1])[1].tobytes()
+        chunk = b"eXIf" + exif.tobytes().removeprefix(b"Exif\0\0")
+        whole = (len(chunk) - 4).to_bytes(4, "big") + chunk + zlib.crc32(chunk).to_bytes(4, "big")
+        path.write_bytes(data[:33] + whole + data[33:])
+    assert np.array_equal(read_image(path), expected)
+
+
 @settings(deadline=None)
 @given(
     arrays(np.uint8, st.tuples(st.integers(1, 6), st.integers(1, 6), st.sampled_from([1, 2, 3, 4])))
@@ -191,6 +292,49 @@ def test_files_that_are_no_images_are_refused_by_name(tmp_path):
         read_image(tmp_path / "absent.png")
     with pytest.raises(ValueError, match="is a folder"):
         read_image(tmp_path)
+
+
+def header_of_a_png(side: int) -> bytes:
+    header = b"IHDR" + side.to_bytes(4, "big") * 2 + bytes([8, 2, 0, 0, 0])
+    crc = zlib.crc32(header).to_bytes(4, "big")
+    return b"\x89PNG\r\n\x1a\n" + (13).to_bytes(4, "big") + header + crc
+
+
+@pytest.mark.parametrize("kind", ["png", "bmp", "gif", "tif", "deep.tif", "bands.tif"])
+def test_a_header_that_declares_a_huge_image_is_refused_before_memory_is_taken(tmp_path, kind):
+    side, path = 100_000 if kind != "gif" else 65535, tmp_path / f"bomb.{kind}"
+    if kind == "png":
+        path.write_bytes(header_of_a_png(side) + b"\0\0\0\x40IDAT" + b"\0" * 68)
+    elif kind.endswith("tif"):
+        shape = {"deep.tif": (3,), "bands.tif": (8,)}.get(kind, ())
+        dtype = np.uint16 if kind == "deep.tif" else np.uint8
+        kind_of = {
+            "photometric": "rgb" if shape == (3,) else "minisblack",
+            "planarconfig": "contig",
+        }
+        tifffile.imwrite(path, np.zeros((2, 2, *shape), dtype), **(kind_of if shape else {}))
+        with tifffile.TiffFile(path, mode="r+") as file:
+            for name in ("ImageWidth", "ImageLength", "RowsPerStrip"):
+                file.pages[0].tags[name].overwrite(side)
+    else:
+        data = bytearray(on_disk(tmp_path, Image.fromarray(RGB), f"a.{kind}").read_bytes())
+        place, width = (18, 4) if kind == "bmp" else (6, 2)
+        data[place : place + 2 * width] = side.to_bytes(width, "little") * 2
+        path.write_bytes(data)
+    tracemalloc.start()
+    words = "too large kind" if kind == "bands.tif" else "Reduce it, cut it, or pass its pixels"
+    with pytest.raises(ValueError, match=f"bomb.{kind} .*{words}"):
+        read_image(path)
+    assert tracemalloc.get_traced_memory()[1] < 50e6
+    tracemalloc.stop()
+
+
+def test_an_image_of_more_pixels_than_pillow_reads_is_refused_with_advice(tmp_path, monkeypatch):
+    path = on_disk(tmp_path, Image.fromarray(RGB), "large.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", RGB.size // 6)  # and Pillow refuses its double
+    with pytest.raises(ValueError, match="Reduce it, cut it, or pass its pixels as an array"):
+        read_image(path)
+    assert np.array_equal(read_image(RGB), RGB)
 
 
 def test_a_postscript_file_starts_no_program_whatever_its_name(tmp_path, monkeypatch):

@@ -1,10 +1,12 @@
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from segment_anything import SamAutomaticMaskGenerator, SamPredictor
 from small import all_masks, stock_predictor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import aopsam_lab as aop
 from aopsam_lab.asf import FIRST, NO_COSINE, ROUNDS, AsfParams
@@ -16,6 +18,8 @@ from aopsam_lab.pipeline.methods import METHODS, Grid, method_named
 from aopsam_lab.pipeline.run import run_method
 from aopsam_lab.pipeline.types import Models
 from aopsam_lab.sam.zoo import load_sam
+from aopsam_lab.widgets.session import Session
+from aopsam_lab.widgets.sources import Opened
 
 FEW = AsfParams(spacing=10, confidence=0.05, elimination=1.1)
 
@@ -80,9 +84,9 @@ def test_masks_encoded_early_are_the_same_and_their_logits_are_gone(
 ):
     waiting, remove = [], pipeline.remove_duplicates
 
-    def watched(sam, encoded, found):
+    def watched(sam, encoded, found, quality):
         waiting.append(sum(len(part.low_res) for part in found))
-        return remove(sam, encoded, found)
+        return remove(sam, encoded, found, quality)
 
     monkeypatch.setattr(pipeline, "remove_duplicates", watched)
     monkeypatch.setattr(decoding, "KEPT_LOGITS", 0)
@@ -106,6 +110,15 @@ def test_the_strongest_are_decoded_first_and_only_others_eliminated(result):
     assert decoded.sort_values("round", kind="stable")["confidence"].is_monotonic_decreasing
     assert gone["confidence"].max() <= decoded[decoded["round"] == 0]["confidence"].min()
     assert gone["by"].nunique() > 1, "masks of several rounds eliminate"
+
+
+def test_the_table_of_prompts_is_rounded_and_has_no_empty_columns(sam, predictor, photo, result):
+    grid = run_method(sam, photo, Grid("grid", 3)).prompts
+    assert list(grid) == ["x", "y", "confidence", "by", "round", "status"]
+    assert list(result.prompts) == ["x", "y", "confidence", "by", "pem", "round", "status"]
+    points = result.prompts[["x", "y"]].to_numpy()
+    assert np.array_equal(points, points.round(2))
+    assert result.prompts["pem"].notna().any()
 
 
 def test_elimination_maps_cover_the_padding_and_hold_the_values(photo, result):
@@ -178,6 +191,30 @@ def test_a_box_is_decoded_to_one_mask(sam, photo):
         ours = decoding.full_resolution(sam, photo, found.low_res)[0] > 0
     assert found.iou.tolist() == pytest.approx(scores.tolist(), abs=1e-4)
     assert (ours.numpy() != masks[0]).mean() < 1e-3
+
+
+class NoDoubles(TorchDispatchMode):
+    """Apple's GPU has no float64: none is made, on whatever device."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        for value in made if isinstance(made, (tuple, list)) else [made]:
+            assert getattr(value, "dtype", None) != torch.float64, func
+        return made
+
+
+@pytest.mark.parametrize("on_gpu", [False, True])
+@pytest.mark.parametrize("method", METHODS)
+def test_no_tensor_is_double(small_sam, small_predictor, pictures, monkeypatch, method, on_gpu):
+    if on_gpu:  # its way of resizing
+        monkeypatch.setattr("aopsam_lab.masks.fullsize._on_cpu", lambda _: False)
+    detector = SimpleNamespace(boxes=lambda *_: (np.float32([[5, 5, 30, 40]]), np.float32([0.9])))
+    with NoDoubles():
+        encoded = encode(small_sam, pictures[1])
+        result = run_method(small_sam, encoded, method, small_predictor, detector)
+        session = Session(Opened(pictures[1]), small_sam)
+        assert result.n_decoded and session.candidates(result, 0)
+        session.ask([(9.5, 7.0, 1), (20.0, 7.0, 0)])
 
 
 def test_segment_takes_any_picture_and_keeps_its_models(pictures, monkeypatch):

@@ -174,6 +174,10 @@ def test_bad_files_of_sa1b_say_what_is_wrong(tmp_path):
     shard.write_bytes(shard.read_bytes()[:1500])
     with pytest.raises(ValueError, match="sa_000000.tar is not a whole, uncompressed tar"):
         Sa1b(shard)
+    whole = write_shard(tmp_path / "c" / "sa_000000.tar", files)
+    whole.write_bytes(gzip.compress(whole.read_bytes()))
+    with pytest.raises(ValueError, match="sa_000000.tar is compressed: run gunzip on it first"):
+        Sa1b(whole.parent)
     with pytest.raises(FileNotFoundError, match="no sa_.*jpg"):
         Sa1b(tmp_path / "nowhere")
     for name, data, message in [

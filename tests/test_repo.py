@@ -113,11 +113,15 @@ def test_what_is_imported_is_required():
 
 def test_make_hands_its_parameters_to_the_study():
     asked = "SAM=vit_h DATASET=lvis DATA=some/where PREDICTOR=p.safetensors DETECTOR=yolov8n N=7"
+    asked += " WORKERS=2"
     command = ["make", "-n", "study", *asked.split()]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     printed = " ".join(run.stdout.replace("\\\n", " ").split())
     models = "--sam 'vit_h' --predictor 'p.safetensors' --detector 'yolov8n'"
-    assert f"{models} --dataset 'lvis:some/where' --n-images '7' main_comparison" in printed
+    assert (
+        f"{models} --dataset 'lvis:some/where' --n-images '7' --scheduler '2' main_comparison"
+        in printed
+    )
 
 
 @pytest.mark.parametrize("name", ["a$x", "it's", "$(shell echo b)", "a$(", "$$", 'q"`id`', "a, b"])

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -98,12 +99,65 @@ def test_the_index_of_no_report_says_how_to_make_one_and_others_follow(reports, 
 
 def test_a_table_is_escaped_and_a_row_of_it_set_off():
     text = part("table", pd.DataFrame({"a": ["x", "<b>"], "%": ["1", "2"]}), "<b>")
-    assert "<tr><td>x</td><td>1</td></tr> <tr class=own><td>&lt;b&gt;</td>" in text
+    row = '<tr class=own><td>&lt;b&gt;</td><td data-of="%">2</td></tr>'
+    assert f'<tr><td>x</td><td data-of="%">1</td></tr> {row}' in text
 
 
 def test_provenance_is_folded_and_leaves_out_empty_lists():
     text = part("provenance", {"parameters": {"sam": "x", "thresholds": [], "seed": 0}})
     assert text.startswith("<details><summary>") and "<dd>sam x, seed 0</dd>" in text
+    shown = part("provenance", {"parameters": {"methods": ["amg_s", "mine"], "crop": None}})
+    assert "<dd>methods AMG-S, mine" in shown and "crop" not in shown
+
+
+def test_findings_are_three_sentences_of_the_tables_before_the_figure(reports):
+    text = report.write_index(reports).read_text(encoding="utf-8")
+    at = text.index('<p class="findings">')
+    said = " ".join(text[at : text.index("</p>", at)].split())
+    assert "On 24 images of holiday, AoP-SAM reaches 61.0% mIoU with 61 prompts" in said
+    assert "AMG-S reaches 60.0% with 60. Image by image the difference is +1.0 [" in said
+    assert "above zero, so AoP-SAM is better. AoP-SAM takes" in said and said.count(". ") == 2
+    assert at < text.index("main_comparison.png") < text.index("<table")
+
+
+def test_findings_of_the_other_reports_by_hand():
+    facts = {"dataset": {"images": 3, "name": "x"}}
+    names = ("parameter", "column", "first", "last", "trend", "change", "change_lo", "change_hi")
+    rows = [("spacing", "miou", 4, 7, "falls", -0.04, -0.06, -0.02)]
+    rows += [("smoothing", "miou", 1, 4, "undecided", 0.01, -0.01, 0.02)]
+    rows += [(name, "n_decoded", 1, 4, "falls", n, n, n) for name, n in (("a", 9), ("b", -50))]
+    best = {"budget": [9], "miou": [0.5], "miou_diff": [0.0], "miou_diff_lo": [0.0]}
+    budgets = pd.DataFrame(best | {"miou_diff_hi": [0.01]})
+    said = part("swept_headline", pd.DataFrame(rows, columns=names), budgets, facts)
+    assert "spacing from 4 to 7 changes mIoU by -4.0 [-6.0, -2.0] points. The number" in said
+    assert "depends most on b: -50 from 1 to 4. With at most 9 prompts" in said
+    names = ("sampling", "limit", "grid", "prompts", "miou", "miou_grid", "miou_diff", "miou_lo")
+    rows = [("aop, chosen", n, "grid_8", n, 0.5, 0.4, d, d - 0.1) for n, d in ((64, 0.2), (99, 0))]
+    limits = pd.DataFrame(rows, columns=names).assign(miou_hi=0.3)
+    said = part("limits_headline", limits, facts)
+    assert "at 1 of 2 numbers of prompts" in said and "largest at 64 prompts: +20.0 [+10.0" in said
+    names = ("seconds", "times_faster", "peak_mib", "lowest_iou")
+    rows = pd.DataFrame([(9.0, 1, 70, 1), (3.0, 3.0, 20, 0.99)], columns=names)
+    said = part("benchmark_headline", rows, facts)
+    assert "the masks take 3.0 s an image in place of 9.0 s: 3.0 times less." in said
+
+
+def test_no_table_is_cut_off_at_any_width(reports):
+    chromium = next(filter(None, map(shutil.which, ("chromium", "google-chrome"))), None)
+    if chromium is None:
+        pytest.skip("needs Chromium")
+    from playwright.sync_api import sync_playwright
+
+    page_file = report.write_index(reports)
+    cut = "[...document.querySelectorAll('.scroll')].filter((e) => e.scrollWidth > e.clientWidth)"
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        for width in (360, 600, 1000, 1200, 1400, 1600):
+            page = browser.new_page(viewport={"width": width, "height": 900})
+            page.goto(page_file.resolve().as_uri())
+            assert page.locator("table").count() and page.evaluate(f"{cut}.length") == 0, width
+            assert page.evaluate("document.documentElement.scrollWidth") <= width
+        browser.close()
 
 
 # --- the README ---

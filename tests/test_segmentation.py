@@ -1,4 +1,7 @@
+import base64
+import io
 import json
+import re
 import subprocess
 import sys
 
@@ -163,6 +166,29 @@ def test_plot_draws_each_status(seg):
     assert seg.plot(Figure().subplots(), prompts=False).get_legend() is None
     with pytest.raises(ValueError, match="lost"):
         seg.plot(mine, prompts=["lost"])
+
+
+def test_a_cell_shows_the_picture_with_its_numbers(seg, nothing):
+    seg.seconds = {"total": 1.234}
+    seg.method = "<b>"
+    text = seg._repr_html_()
+    png = base64.b64decode(re.search('src="data:image/png;base64,([^"]+)"', text)[1])
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(png))), overlay(seg.image, seg.masks))
+    (table,) = pd.read_html(io.StringIO(text), index_col=0)
+    assert table.loc["prompts", ["kept", "low iou", "seconds"]].tolist() == [3, 1, 1.23]
+    assert "3 masks, 6 of 7 prompts decoded" in text and "<b>" not in text
+    assert "0 masks" in nothing._repr_html_()
+    seg.image, seg.masks = np.zeros((30, 2000, 3), np.uint8), []
+    png = re.search('base64,([^"]+)', seg._repr_html_())[1]
+    assert Image.open(io.BytesIO(base64.b64decode(png))).size == (800, 12)
+
+
+@pytest.mark.parametrize("shape", [(40, 60), (400, 30), (10, 400)])
+def test_a_plot_fills_the_cell(nothing, shape):
+    nothing.image = np.zeros((*shape, 3), np.uint8)
+    width, height = nothing.plot().figure.get_size_inches()
+    assert width > 9 or height > 7
+    assert width < 13 and height < 9
 
 
 def test_importing_forces_no_backend():

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from aopsam_lab.asf import AsfParams
 from aopsam_lab.data import open_dataset
 from aopsam_lab.pipeline import decode_cache
-from aopsam_lab.study import figures, report, score, sweeps, tables
+from aopsam_lab.study import figures, score, sweeps, tables
 from aopsam_lab.study.figures import joint_figure, sweep_figure
 from aopsam_lab.study.runner import MAIN_COMPARISON
 from aopsam_lab.study.score import TIMES
-from aopsam_lab.study.settings import Setting, StudyConfig, load_models
+from aopsam_lab.study.settings import Setting, StudyConfig
 from aopsam_lab.study.sweeps import ABLATION, SWEEPS, SWEPT, run_sweeps
 
 FEW = {"confidence": 0.0, "spacing": 60.0}
@@ -37,7 +37,7 @@ def sweep(weights, folder, tmp_path):
 
 def test_shared_scores_are_those_of_each_setting_alone(sweep, weights, folder):
     shared = sweep().study.per_image.set_index(["method", "image"])
-    images, models = open_dataset(folder, 2), load_models(StudyConfig(**weights), ["aop"])
+    images, models = open_dataset(folder, 2), StudyConfig(**weights).files(["aop"]).load()
     counts = ["n_truth", "n_masks", "n_sampled", "n_decoded", "n_eliminated"]
     changes = {"default": {}, "spacing 40": {"spacing": 40.0}, "elimination 1": {"elimination": 1}}
     for name, change in changes.items():
@@ -66,7 +66,7 @@ def test_times_come_only_from_runs_without_sharing(sweep, monkeypatch):
     alone = [run for run in runs if run == ("NoneType", "PromptPredictor")]
     assert len(alone) == 3  # three different settings
     assert all(run == ("LooseRun", "PcmCache") for run in runs if run not in alone)
-    assert "on the first 1 of these images" in report.what_was_run(result.study.provenance)
+    assert "on the first 1 of these images" in part("what_was_run", result.study.provenance)
 
 
 def test_equal_settings_are_run_once_points_decoded_once_and_budgets_held(sweep, monkeypatch):

@@ -14,8 +14,9 @@ from aopsam_lab.data import open_dataset
 from aopsam_lab.data.sample import Sample
 from aopsam_lab.masks.rle import encode_rle
 from aopsam_lab.pipeline.methods import METHODS
+from aopsam_lab.pipeline.run import LoadedModels, ModelFiles
 from aopsam_lab.predictor import BLOCK, SIGMA, PromptPredictor, draw_pcm, load_predictor
-from aopsam_lab.training import append_rows, examples, ground_truth, predictor, split, trials
+from aopsam_lab.training import append_rows, examples, predictor, split, trials
 from aopsam_lab.training.examples import Examples, covering_prompts, own_prompts, target_map
 
 
@@ -197,7 +198,7 @@ def test_the_training_learns_stops_and_goes_on(small_sam, photos, tmp_path, monk
 
 
 def test_masks_are_found_once_and_gathered(small_sam, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(ground_truth, "_loaded", lambda *_: small_sam)
+    monkeypatch.setattr(ModelFiles, "load", lambda _: LoadedModels(small_sam))
     few, out, kept = squares(tmp_path / "few", 2), tmp_path / "found", tmp_path / "embeddings"
     options = ["--out", str(out), "--side", "4", "--embeddings", str(kept)]
     assert cli.main(["find-masks", str(few), *options]) == 0

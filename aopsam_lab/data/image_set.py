@@ -1,5 +1,6 @@
 """What COCO-style folders, COCO, LVIS and SA-1B have in common: n images chosen by a seed."""
 
+import copy
 import hashlib
 import json
 import math
@@ -8,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 from PIL import Image
@@ -47,7 +49,7 @@ class ImageSet:
     name: str
 
     def __init__(self, path: str | os.PathLike, n_images: int | None = None, seed: int = 0) -> None:
-        self.path = Path(path)
+        self.path = Path(path).absolute()  # other processes run in other folders
         self._counts: Counter[str] = Counter()
         with expected_format(self.path):
             known = self._find()
@@ -74,17 +76,12 @@ class ImageSet:
             not all(type(side) is int and side > 0 for side in size)
             or size[0] * size[1] > MAX_PIXELS
         ):
-            limit = f"whole numbers from 1, at most {MAX_PIXELS} pixels"
+            limit = f"whole numbers from 1, at most {MAX_PIXELS:,} pixels: else reduce or cut it"
             raise ValueError(f"The size of {id} of {self.path} is {size}; sizes are {limit}.")
         found = ground_truth(annotations, size, f"{id} of {self.path}", self._counts)
-        rles, points, _ = found
-        digest = hashlib.sha256(self._image_bytes(id))
-        for i, rle in enumerate(rles):
-            point = None if points is None else points[i].tolist()
-            digest.update(b"|" + rle["counts"] + json.dumps(point).encode())
         self._ground_truth.append(found)
         self.sizes.append(size)
-        self._fingerprints.append(digest.hexdigest())
+        self._fingerprints.append(_digest(self._image_bytes(id), found))
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -92,11 +89,21 @@ class ImageSet:
     def __getitem__(self, i: int) -> Sample:
         """Read image i; its masks are in the order of the file."""
         where = f"{self.ids[i]} of {self.path}"
-        image = image_from_bytes(self._image_bytes(self.ids[i]), where)
+        content = self._image_bytes(self.ids[i])
+        if _digest(content, self._ground_truth[i]) != self._fingerprints[i]:
+            raise ValueError(f"{where} is not the image that it was when the data set was opened.")
+        image = image_from_bytes(content, where)
         if image.shape[:2] != self.sizes[i]:
             said = "{} x {}".format(*self.sizes[i])
             raise ValueError(f"{where} has {image.shape[:2]} pixels, its annotations say {said}.")
         return Sample(self.ids[i], image, *self._ground_truth[i])
+
+    def alone(self, i: int) -> Self:
+        """A set of image i alone, small enough to be sent to a process that can read its file."""
+        one = copy.copy(self)
+        for name in ("ids", "sizes", "_ground_truth", "_fingerprints"):
+            setattr(one, name, getattr(self, name)[i : i + 1])
+        return one
 
     def sample_fingerprint(self, i: int) -> str:
         """A hash of the bytes of image i and of its masks."""
@@ -164,9 +171,18 @@ def ground_truth(
                 continue
             rles.append(rle)
             points.append(_numbers(annotation.get("point_coords", []), (-1, 2), name).tolist())
-            clicks.append(_numbers(annotation.get("clicks", []), (-1, 3), name).tolist())
+            clicks.append(_numbers(annotation.get("clicks", []), (-1, 2), name).tolist())
     first = np.array([p[0] for p in points], np.float32) if points and all(points) else None
     return rles, first, clicks if any(clicks) else None
+
+
+def _digest(content: bytes, found: GroundTruth) -> str:
+    """A hash of the bytes of an image and of its masks."""
+    (rles, points, _), digest = found, hashlib.sha256(content)
+    for i, rle in enumerate(rles):
+        point = None if points is None else points[i].tolist()
+        digest.update(b"|" + rle["counts"] + json.dumps(point).encode())
+    return digest.hexdigest()
 
 
 def _get(annotation: object, key: str, default: object) -> object:

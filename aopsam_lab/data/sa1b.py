@@ -4,7 +4,7 @@ import json
 import tarfile
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 from aopsam_lab.data.image_set import ImageSet, Known
 
@@ -46,6 +46,12 @@ class Sa1b(ImageSet):
             )
         self._counts["missing_images"] = len(names) - len(pairs)
         return {name: partial(self._annotated, name) for name in pairs}
+
+    def alone(self, i: int) -> Self:
+        """A set of image i alone, with the place of its file."""
+        one, name = super().alone(i), f"{self.ids[i]}.jpg"
+        one._places = {name: self._places[name]}
+        return one
 
     def _annotated(self, id: str) -> tuple[dict, list[dict]]:
         content = json.loads(self._places[f"{id}.json"].read())

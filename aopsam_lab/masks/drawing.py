@@ -15,6 +15,7 @@ OKABE_ITO = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "
 
 
 GREY = (150, 150, 150)  # of a mask that matches none
+STRIP = 1 << 22  # pixels coloured at a time, so that a large image is not there five times
 MATCH_IOU = 0.5  # from which two masks show the same object
 
 
@@ -93,16 +94,18 @@ def overlay(
     masks: Sequence[dict],
     alpha: float = 0.45,
     colours: np.ndarray | None = None,
+    labels: np.ndarray | None = None,
 ) -> np.ndarray:
     """Draw COCO RLE over their image (H, W, 3) uint8, coloured with opacity `alpha`, outlined.
 
-    `colours` (n, 3) uint8 RGB: those of `mask_colours` by default.
+    `colours` (n, 3) uint8 RGB: by default `mask_colours`, as `labels` are those of `label_image`.
     """
     colours = mask_colours(masks) if colours is None else colours
     table = np.concatenate([np.zeros((1, 3), np.uint8), colours])
-    labels = label_image(masks, image.shape[:2])
-    drawn, covered = image.copy(), labels > 0
-    drawn[covered] = cv2.addWeighted(image, 1 - alpha, table[labels], alpha, 0)[covered]
+    labels = label_image(masks, image.shape[:2]) if labels is None else labels
+    drawn, parts = image.copy(), 1 + labels.size // STRIP
+    for part, own in zip(np.array_split(drawn, parts), np.array_split(labels, parts), strict=True):
+        part[own > 0] = cv2.addWeighted(part, 1 - alpha, table[own], alpha, 0)[own > 0]
     width = max(1, round(max(labels.shape) / 700))
     for i in painting_order(masks):
         pixels, corner = _cut_out(masks[i])

@@ -1,11 +1,11 @@
 """Masks at the image's own size, from low-resolution logits.
 
 `Sam.postprocess_masks` resizes linearly to the model frame, then the image's part of it to the
-image. Of a large image only the rows are made that the mask can be on: a pixel is a weighted mean
-of the logits around it, so it exceeds a threshold only where one does.
+image. Of a large image only the rows are made that the mask can be on, some at a time: a pixel is a
+weighted mean of the logits around it, so it exceeds a threshold only where one does.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import cv2
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from aopsam_lab.masks.rle import encode_rle
 
-WHOLE_PIXELS = 1 << 20  # an image of no more pixels is resized as a whole: that is faster
+WHOLE_PIXELS = 1 << 20  # so many are resized at a time; the rows of a smaller image are all made
 GPU_PIXELS = 1 << 26  # of masks that a GPU resizes at a time
 
 
@@ -30,13 +30,11 @@ class FullSize:
     input_size: tuple[int, int]  # (height, width) of the scaled image in the model frame
     image_size: tuple[int, int]  # (H, W) of the image
 
-    def measure(
-        self, logits: Tensor, threshold: float, offset: float, least: float = 0.0
-    ) -> tuple[Tensor, Tensor]:
+    def measure(self, logits: Tensor, threshold: float, offset: float) -> tuple[Tensor, Tensor]:
         """Stability scores (n,) and boxes (n, 4) of masks, as segment_anything defines them.
 
         The score is the IoU of the mask cut at threshold plus and minus the offset, NaN for 0 / 0.
-        Boxes are inclusive pixel indices: 0 for an empty mask, maybe for a score below `least`.
+        Boxes are inclusive pixel indices, 0 for an empty mask.
         """
         scores = logits.new_full((len(logits),), float("nan"))
         boxes = torch.zeros(len(logits), 4, dtype=torch.long, device=logits.device)
@@ -45,13 +43,17 @@ class FullSize:
                 scores[part] = calculate_stability_score(full, threshold, offset)
                 boxes[part] = batched_mask_to_box(full > threshold)
             return scores, boxes
-        for i, (pixels, top) in enumerate(self._rows(logits, threshold - offset)):
-            outer = np.count_nonzero(pixels > threshold - offset)
-            scores[i] = np.count_nonzero(pixels > threshold + offset) / (outer or float("nan"))
-            if scores[i] >= least:
+        for i, strips in enumerate(self._rows(logits, threshold - offset)):
+            inner, outer, corners = 0, 0, []
+            for pixels, top in strips:
+                outer += np.count_nonzero(pixels > threshold - offset)
+                inner += np.count_nonzero(pixels > threshold + offset)
                 x, y, width, height = cv2.boundingRect((pixels > threshold).view(np.uint8))
                 if width:
-                    boxes[i] = torch.tensor([x, top + y, x + width - 1, top + y + height - 1])
+                    corners += [(x, top + y), (x + width - 1, top + y + height - 1)]
+            scores[i] = inner / (outer or float("nan"))
+            if corners:
+                boxes[i] = torch.tensor([*np.min(corners, 0), *np.max(corners, 0)])
         return scores, boxes
 
     def encode(self, logits: Tensor, threshold: float) -> list[dict]:
@@ -60,27 +62,37 @@ class FullSize:
             return [r for _, full in self._batches(logits) for r in encode_rle(full > threshold)]
         height, width = self.image_size
         found = []
-        for pixels, top in self._rows(logits, threshold):
+        for strips in self._rows(logits, threshold):
             columns = np.zeros((width, height), np.uint8)
-            on = (pixels > threshold).view(np.uint8)
-            columns[:, top : top + len(pixels)] = cv2.transpose(on)
+            for pixels, top in strips:
+                on = (pixels > threshold).view(np.uint8)
+                columns[:, top : top + len(pixels)] = cv2.transpose(on)
             found.append(coco_mask.encode(columns.T))
         return found
 
-    def _rows(self, logits: Tensor, least: float) -> Iterator[tuple[np.ndarray, int]]:
-        """Of each mask the rows that may exceed `least`, one or more, and the first one's index."""
+    def _rows(self, logits: Tensor, least: float) -> Iterator[Iterable[tuple[np.ndarray, int]]]:
+        """Of each mask strips of the rows that may exceed `least`, and the first row's index."""
         (height, width), (used_y, used_x) = self.image_size, self.input_size
+        times = self.model // logits.shape[-1]
+        # no logits on padding: a pixel at the edge is made of the last on it and the next one
+        logits = logits[:, : -(-used_y // times) + 1, : -(-used_x // times) + 1]
         for mask in logits.numpy():
-            model = cv2.resize(mask, (self.model, self.model))
-            model, first, last = model[:used_y, :used_x], 0, height
-            if height * width > WHOLE_PIXELS:
-                on = (model > least).any(1).nonzero()[0]
-                top, bottom = (on[0], on[-1]) if len(on) else (0, 0)
-                scale = height / used_y  # a row of pixels is made of the two rows beside it
-                first = max(0, int((top - 0.5) * scale - 0.5))
-                last = min(height, int((bottom + 1.5) * scale + 1.5))
-                model = _resized_rows(model, height, first, last)
-            yield cv2.resize(model, (width, last - first)), first  # linearly
+            model = cv2.resize(mask, (mask.shape[1] * times, mask.shape[0] * times))
+            model = model[:used_y, :used_x]
+            if height * width <= WHOLE_PIXELS:
+                yield [(cv2.resize(model, (width, height)), 0)]  # linearly
+                continue
+            on = (model > least).any(1).nonzero()[0]
+            top, bottom = (on[0], on[-1]) if len(on) else (0, 0)
+            scale = height / used_y  # a row of pixels is made of the two rows beside it
+            first = max(0, int((top - 0.5) * scale - 0.5))
+            last = min(height, int((bottom + 1.5) * scale + 1.5))
+            step = max(1, WHOLE_PIXELS // width)
+            parts = ((i, min(i + step, last)) for i in range(first, last, step))
+            yield (
+                (cv2.resize(_resized_rows(model, height, i, j), (width, j - i)), i)
+                for i, j in parts
+            )
 
     def _batches(self, logits: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """Full-size logits (k, H, W) of a few masks at a time, and which masks these are."""

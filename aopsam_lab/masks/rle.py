@@ -20,6 +20,13 @@ def encode_rle(masks: torch.Tensor | np.ndarray) -> list[dict]:
     return [coco_mask.encode(cv2.transpose(mask).T) for mask in pixels]
 
 
+def placed(rle: dict, box: Sequence[int], size: tuple[int, int]) -> dict:
+    """COCO RLE of a crop with the box x0 y0 x1 y1 as one of the whole image, `size` (H, W)."""
+    pixels, (x0, y0, x1, y1) = np.zeros(size, np.uint8, order="F"), box
+    pixels[y0:y1, x0:x1] = coco_mask.decode(rle)
+    return coco_mask.encode(pixels)
+
+
 def decode_rle(rles: Sequence[dict], size: tuple[int, int]) -> np.ndarray:
     """Decode n COCO RLE of masks of `size` (H, W) to (n, H, W) bool."""
     masks = np.zeros((len(rles), *size), dtype=bool)

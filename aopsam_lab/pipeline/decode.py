@@ -1,7 +1,7 @@
 """One image through SAM: encode it, decode prompts, keep the masks that pass, remove duplicates.
 
 Masks are filtered as by `SamAutomaticMaskGenerator`: predicted IoU, stability score at the image's
-size, box NMS. Its crops, clean-up of small regions and edge filter change nothing on a whole image.
+size, edges of a crop, box NMS, small regions.
 """
 
 from __future__ import annotations
@@ -14,18 +14,23 @@ from typing import Any
 
 import numpy as np
 import torch
+from pycocotools import mask as coco_mask
 from segment_anything.modeling import Sam
+from segment_anything.utils.amg import is_box_near_crop_edge, remove_small_regions
 from segment_anything.utils.transforms import ResizeLongestSide
 from torch import Tensor
 from torchvision.ops import nms
 
 from aopsam_lab.masks.fullsize import FullSize
+from aopsam_lab.masks.rle import encode_rle
 from aopsam_lab.pipeline.batching import in_batches
-from aopsam_lab.pipeline.types import BOX_NMS_THRESH, Encoded, Found, Prompts
+from aopsam_lab.pipeline.types import BOX_NMS_THRESH, Encoded, Found, MaskParams, Prompts
 from aopsam_lab.sam.mask_decoder import ImageDecoder
+from aopsam_lab.sam.mobile import embed
 from aopsam_lab.sam.zoo import SamSpec
 
 STABILITY_OFFSET = 1.0
+CROP_NMS_THRESH = 0.7  # for masks of several crops, and for those without their small regions
 # Pixels of the embedding times prompts decoded at a time: fits a CPU's cache, fills a GPU.
 DECODE_PIXELS = {"cpu": 1 << 14, "cuda": 1 << 20}
 MIN_DECODE_BATCH = 4  # fewer would read the decoder's weights too often
@@ -65,7 +70,7 @@ def encode(sam: Sam, image: np.ndarray) -> Encoded:
         scaled = resize.apply_image(image)
         pixels = torch.as_tensor(scaled, device=sam.device).permute(2, 0, 1)[None].contiguous()
         model_image = sam.preprocess(pixels)
-        embedding = sam.image_encoder(model_image).contiguous()
+        embedding = embed(sam.image_encoder, model_image).contiguous()
     image_pe, seconds = sam.prompt_encoder.get_dense_pe(), watch.seconds["encode"]
     return Encoded(image, model_image, embedding, image_pe, scaled.shape[:2], seconds)
 
@@ -133,16 +138,18 @@ def decode_and_filter(
     """
     decoder, sizes = image_decoder(sam, encoded), full_size(encoded)
     masks = slice(1, None) if prompts.multimask else slice(0, 1)
-    least = spec.stability_score_thresh
 
     def found_of(part: Tensor) -> Found:
         decoded = decoder.decode(prompt_tokens(sam, encoded, prompts, part))
         wanted = torch.zeros_like(decoded.iou, dtype=torch.bool)
         wanted[:, masks] = decoded.iou[:, masks] > spec.pred_iou_thresh
         low_res = decoded.draw(wanted)
-        stability, boxes = sizes.measure(low_res, sam.mask_threshold, STABILITY_OFFSET, least)
+        stability, boxes = sizes.measure(low_res, sam.mask_threshold, STABILITY_OFFSET)
         owner = part.repeat_interleave(wanted.sum(1))
-        stable = stability >= least  # an empty mask has NaN and fails
+        stable = stability >= spec.stability_score_thresh
+        stable &= boxes.any(1)  # an empty mask has no box
+        if encoded.crop is not None:
+            stable &= ~is_box_near_crop_edge(boxes, encoded.crop[0], [0, 0, *encoded.crop[1][::-1]])
         fields = (low_res, decoded.iou[wanted], stability, boxes, owner)
         return Found(*(x[stable] for x in fields), best_iou=decoded.iou[:, masks].amax(1))
 
@@ -181,20 +188,22 @@ def encoded_masks(
     return [rle for part in in_batches(index, max(1, len(index)), encode_part) for rle in part]
 
 
-def distinct(boxes: Tensor, iou: Tensor) -> Tensor:
-    """The rows of inclusive boxes (n, 4) long that box NMS keeps, best first."""
+def distinct(boxes: Tensor, scores: Tensor, most: float = BOX_NMS_THRESH) -> Tensor:
+    """The rows of inclusive boxes (n, 4) that box NMS keeps, best first; `most`: IoU of two."""
     # the box of one pixel or of a line has no area so, and would be nobody's duplicate
     low, high = boxes[:, :2], boxes[:, 2:]
-    return nms(torch.hstack([low, high + (low == high)]).float(), iou, BOX_NMS_THRESH)
+    return nms(torch.hstack([low, high + (low == high)]).float(), scores, most)
 
 
-def remove_duplicates(sam: Sam, encoded: Encoded, found: list[Found]) -> dict[str, Any]:
+def remove_duplicates(
+    sam: Sam, encoded: Encoded, found: list[Found], quality: MaskParams = MaskParams()
+) -> dict[str, Any]:
     """Box NMS over all rounds, then RLE of what is left: the mask fields of a Segmentation."""
     iou, stability, boxes, prompt = (
         torch.cat([getattr(part, name) for part in (nothing(encoded), *found)])
         for name in ("iou", "stability", "boxes", "prompt")
     )
-    keep = distinct(boxes, iou)
+    keep = distinct(boxes, iou, quality.box_nms_thresh)
     masks: dict[int, dict] = {}
     first = 0
     for part in found:  # one by one: all logits in one tensor would be there twice
@@ -203,4 +212,30 @@ def remove_duplicates(sam: Sam, encoded: Encoded, found: list[Found]) -> dict[st
         first += len(part.iou)
     about = {"scores": iou, "stability": stability, "boxes": boxes.float(), "mask_prompt": prompt}
     kept = {name: values[keep].cpu().numpy() for name, values in about.items()}
-    return {"masks": [masks[i] for i in keep.tolist()], **kept}
+    kept["masks"] = np.array([masks[i] for i in keep.tolist()], object)
+    return cleaned(kept, quality)
+
+
+def cleaned(kept: dict[str, np.ndarray], quality: MaskParams) -> dict[str, Any]:
+    """The mask fields of a Segmentation, best first: without small holes, islands, and duplicates.
+
+    Of masks that are duplicates then, one that did not change stays.
+    """
+    rows, least = np.arange(len(kept["masks"])), quality.min_mask_region_area
+    same = np.ones(len(rows), np.float32)
+    for i, rle in enumerate(kept["masks"] if least else ()):
+        pixels = coco_mask.decode(rle).astype(bool)
+        for mode in ("holes", "islands"):
+            pixels, is_new = remove_small_regions(pixels, least, mode)
+            same[i] *= not is_new
+        if not same[i]:
+            kept["masks"][i] = encode_rle(pixels[None])[0]
+            x, y, width, height = coco_mask.toBbox(kept["masks"][i])
+            kept["boxes"][i] = x, y, x + width - 1, y + height - 1
+    if least:
+        most = max(quality.box_nms_thresh, CROP_NMS_THRESH)
+        keep = distinct(torch.from_numpy(kept["boxes"]), torch.from_numpy(same), most)
+        rows = keep.sort().values.numpy()
+    rows = rows[np.argsort(-kept["scores"][rows], kind="stable")]
+    fields = {name: values[rows] for name, values in kept.items()}
+    return {**fields, "masks": fields["masks"].tolist()}

@@ -15,19 +15,19 @@ from torch import Tensor
 
 from aopsam_lab.pipeline.decode import (
     decode_and_filter,
-    distinct,
     encoded_masks,
     joined,
     nothing,
+    remove_duplicates,
 )
-from aopsam_lab.pipeline.types import Encoded, Found, Prompts
+from aopsam_lab.pipeline.types import Encoded, Found, MaskParams, Prompts
 from aopsam_lab.predictor import PromptPredictor
 from aopsam_lab.sam.zoo import SamSpec, spec_of
 
 MAX_BYTES = 512 * 2**20
 WRONG = "this cache belongs to another image, model or pair of thresholds: make one for each image"
 
-# of one prompt: what passes SAM's own thresholds, and what passes the cache's, without logits
+# of one prompt: what passes the run's own thresholds, and what passes the cache's, without logits
 Decoded = tuple[Found, Found]
 
 
@@ -39,9 +39,10 @@ class DecodeCache:
     Args:
         sam: the model.
         encoded: the image.
-        loosest: (predicted IoU, stability score) below which nothing is kept, if lower than SAM's
-            own. Masks are then encoded at once: nearly all pass, and 1,024 prompts of MobileSAM
-            have 800 MB of logits but 3 MB of RLE. None: SAM's own.
+        loosest: (predicted IoU, stability score) below which nothing is kept, if lower than the
+            runs' own. Masks are then encoded at once: nearly all pass, and 1,024 prompts of
+            MobileSAM have 800 MB of logits but 3 MB of RLE. None: the runs' own.
+        quality: of the runs.
         max_bytes: of logits kept; beyond it the prompts asked for longest ago are forgotten.
     """
 
@@ -50,10 +51,11 @@ class DecodeCache:
         sam: Sam,
         encoded: Encoded,
         loosest: tuple[float, float] | None = None,
+        quality: MaskParams = MaskParams(),
         max_bytes: int = MAX_BYTES,
     ) -> None:
         self.sam, self.encoded, self.max_bytes = sam, encoded, max_bytes
-        self.own, self._early = spec_of(sam), loosest is not None
+        self.own, self.quality, self._early = quality.of(spec_of(sam)), quality, bool(loosest)
         own = self.own.pred_iou_thresh, self.own.stability_score_thresh
         self.loosest = tuple(map(min, own, loosest or own))
         self.n_decoded = self.bytes = 0
@@ -62,7 +64,7 @@ class DecodeCache:
     def __call__(
         self, sam: Sam, encoded: Encoded, prompts: Prompts, index: Tensor, spec: SamSpec
     ) -> Found:
-        """As `decode_and_filter`: the masks that pass SAM's own thresholds."""
+        """As `decode_and_filter`: the masks that pass the run's own thresholds."""
         return of_prompts(self.decoded(sam, encoded, prompts, index, spec), index)
 
     def decoded(
@@ -112,7 +114,7 @@ def _some(found: Found, wanted: Tensor, best_iou: Tensor) -> Found:
 
 
 def of_prompts(decoded: Sequence[Decoded], index: Tensor) -> Found:
-    """The masks of the prompts `index` that pass SAM's own thresholds, as one."""
+    """The masks of the prompts `index` that pass the run's own thresholds, as one."""
     found = joined([strict for strict, _ in decoded])
     counts = torch.tensor([len(strict.iou) for strict, _ in decoded], device=index.device)
     return replace(found, prompt=index.repeat_interleave(counts))
@@ -150,9 +152,9 @@ class LooseRun:
                 problem = f"masks were decoded down to {loosest}, not to the thresholds {pair}"
                 raise ValueError(problem)
             passing = (found.iou > pair[0]) & (found.stability >= pair[1])
-            rows = passing.nonzero()[:, 0]
-            best_first = rows[distinct(found.boxes[rows], found.iou[rows])]
-            kept.append(encoded_masks(self.cache.sam, self.cache.encoded, found, best_first))
+            own = [_some(found, passing, found.best_iou)]
+            of_image = self.cache.sam, self.cache.encoded, own, self.cache.quality
+            kept.append(remove_duplicates(*of_image)["masks"])
         return kept
 
 

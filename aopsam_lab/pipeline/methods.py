@@ -5,14 +5,14 @@ To add a method: write a class with `name`, `needs`, `uses` and `start`, and lis
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 from segment_anything.utils.amg import build_point_grid
 
 from aopsam_lab import asf
-from aopsam_lab.pipeline.types import Encoded, Models, Prompts, Proposal
+from aopsam_lab.pipeline.types import Encoded, MaskParams, Models, Prompts, Proposal
 from aopsam_lab.predictor import CELL
 
 MAX_BOXES = 100
@@ -49,8 +49,8 @@ class Grid:
     def start(self, encoded: Encoded, models: Models, params: asf.AsfParams) -> Proposal:
         """See Method."""
         height, width = encoded.image.shape[:2]
-        points = torch.from_numpy(build_point_grid(self.side) * [width, height])
-        points = points.float().to(encoded.embedding.device)
+        points = (build_point_grid(self.side) * [width, height]).astype("float32")
+        points = torch.from_numpy(points).to(encoded.embedding.device)
         return Proposal(Prompts(points, torch.ones_like(points[:, 0])))
 
 
@@ -149,12 +149,25 @@ METHODS: dict[str, Method] = {
         Aop("aop_gated", gated=True),
     )
 }
+# as reports and the explorer write them, in this order
+TITLES = {
+    "amg_s": "AMG-S",
+    "amg_d": "AMG-D",
+    "oas_box": "OAS Box",
+    "oas_point": "OAS Central Point",
+    "aop_no_as_af": "AoP-SAM without AS, AF",
+    "aop_no_af": "AoP-SAM without AF",
+    "aop": "AoP-SAM",
+    "aop_gated": "AoP-SAM gated (ours)",
+    "aop_raw": "AoP-SAM, literal",
+}
 
 
-def method_named(name: str | Method) -> Method:
-    """The registered method of a name, a method itself as it is."""
-    if not isinstance(name, str):
-        return name
-    if name not in METHODS:
+def method_named(name: str | Method, quality: MaskParams = MaskParams()) -> Method:
+    """The registered method of a name, a method itself as it is; a grid of `quality`'s points."""
+    if isinstance(name, str) and name not in METHODS:
         raise ValueError(f"there is no method {name!r}; choose one of {', '.join(METHODS)}")
-    return METHODS[name]
+    method = METHODS[name] if isinstance(name, str) else name
+    if isinstance(method, Grid):
+        return replace(method, side=quality.points_per_side or method.side)
+    return method

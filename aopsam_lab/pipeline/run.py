@@ -2,35 +2,44 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 from segment_anything.modeling import Sam
+from segment_anything.utils.amg import generate_crop_boxes
 
 from aopsam_lab.asf import AsfParams
 from aopsam_lab.data.images import ImageLike, read_image
 from aopsam_lab.detector import Detector, load_detector
+from aopsam_lab.masks.rle import placed
 from aopsam_lab.pipeline.decode import (
+    CROP_NMS_THRESH,
     Stopwatch,
+    cleaned,
     decode_and_filter,
+    distinct,
     encode,
     encode_early,
     remove_duplicates,
 )
 from aopsam_lab.pipeline.decode_cache import PcmCache
-from aopsam_lab.pipeline.methods import Method, method_named
+from aopsam_lab.pipeline.methods import Grid, Method, method_named
 from aopsam_lab.pipeline.segmentation import Segmentation
-from aopsam_lab.pipeline.types import Encoded, Found, Models, Prompts, Proposal
+from aopsam_lab.pipeline.types import Encoded, Found, MaskParams, Models, Prompts, Proposal
 from aopsam_lab.predictor import PromptPredictor, load_predictor
 from aopsam_lab.sam.zoo import SamSpec, load_sam, resolve_device, spec_of
 
 DEFAULT_PARAMS = AsfParams()
 # Prompts whose masks are gathered at a time; on a GPU all of a round, as its batches are large.
 DECODED_AT_A_TIME = {"cpu": 64}
+CROP_OVERLAP = 512 / 1500  # the generator's: of the shorter side, in the first layer
 
 Decode = Callable[[Sam, Encoded, Prompts, torch.Tensor, SamSpec], Found]
 Decoded = list[tuple[int, torch.Tensor, Found]]  # round, prompts, what was found
@@ -46,16 +55,18 @@ def run_method(
     params: AsfParams = DEFAULT_PARAMS,
     decode: Decode = decode_and_filter,
     max_prompts: int | None = None,
+    quality: MaskParams = MaskParams(),
 ) -> Segmentation:
     """Run one method, by its name in METHODS or of your own, on an image that `encode` encoded.
 
-    `decode` decodes a round of prompts; it may be a DecodeCache. The rest is as for `segment`.
+    `decode` decodes a round of prompts; it may be a DecodeCache. The rest is as for `segment`. What
+    `quality` says of grids, points to a side and crops, means nothing to other methods.
 
     Raises:
         ValueError: no such method, a model that it needs is missing, or max_prompts is not a whole
             number of 1 or more.
     """
-    chosen = method_named(method)
+    chosen = method_named(method, quality)
     if max_prompts is not None and (max_prompts < 1 or int(max_prompts) != max_prompts):
         limits = "a whole number of 1 or more, or None for no limit"
         raise ValueError(f"max_prompts must be {limits}, not {max_prompts}")
@@ -63,7 +74,11 @@ def run_method(
     if chosen.needs and getattr(models, chosen.needs) is None:
         advice = f"pass {chosen.needs}=load_{chosen.needs}(...)"
         raise ValueError(f"method {chosen.name!r} needs a {chosen.needs}: {advice}")
-    spec, watch = spec_of(sam), Stopwatch(encoded.embedding.device)
+    if isinstance(chosen, Grid) and quality.crop_n_layers:
+        if max_prompts is not None:
+            raise ValueError("max_prompts is for one image: leave it out, or crop_n_layers")
+        return _run_on_crops(sam, encoded, chosen, decode, quality)
+    spec, watch = quality.of(spec_of(sam)), Stopwatch(encoded.embedding.device)
     if decode is decode_and_filter:  # nothing is shared: its time counts
         encoded.made.clear()
     decoded: Decoded = []
@@ -88,7 +103,7 @@ def run_method(
         with watch("infer"):
             index = proposal.next_round()
     with watch("mask"):
-        result = remove_duplicates(sam, encoded, [found for _, _, found in decoded])
+        result = remove_duplicates(sam, encoded, [found for _, _, found in decoded], quality)
     seconds = {"encode": encoded.seconds, **watch.seconds}
     return Segmentation(
         image=encoded.image,
@@ -100,12 +115,47 @@ def run_method(
         seconds={**seconds, "total": sum(seconds.values())},
         method=chosen.name,
         params={name: getattr(params, name) for name in chosen.uses},
+        quality=quality,
         n_decoded=sum(len(part) for _, part, _ in decoded),
         n_sampled=len(proposal.prompts),
         n_eliminated=int((proposal.eliminated_by >= 0).sum()),
         input_size=encoded.input_size,
         model_size=encoded.model_image.shape[-1],
     )
+
+
+def _run_on_crops(
+    sam: Sam, encoded: Encoded, grid: Grid, decode: Decode, quality: MaskParams
+) -> Segmentation:
+    """A grid on an image and on its crops, as SamAutomaticMaskGenerator does it."""
+    size = encoded.image.shape[:2]
+    boxes, _ = generate_crop_boxes(size, quality.crop_n_layers, CROP_OVERLAP)
+    alone = replace(quality, points_per_side=None, crop_n_layers=0, min_mask_region_area=0)
+    parts = [run_method(sam, encoded, grid, decode=decode, quality=alone)]
+    for x0, y0, x1, y1 in boxes[1:]:
+        crop = encode(sam, encoded.image[y0:y1, x0:x1])
+        crop.crop = [x0, y0, x1, y1], size
+        parts.append(run_method(sam, crop, grid, quality=alone))
+    prompts = pd.concat([part.prompts.assign(round=n) for n, part in enumerate(parts)])
+    prompts[["x", "y"]] += np.array(boxes)[prompts["round"], :2]
+    prompts = prompts.reset_index(drop=True)
+    fields = ("masks", "scores", "stability", "boxes", "mask_prompt")
+    kept = {name: np.concatenate([getattr(part, name) for part in parts]) for name in fields}
+    of = np.repeat(range(len(parts)), [len(part.masks) for part in parts])
+    x0, y0, x1, y1 = np.array(boxes, np.float32)[of].T
+    kept["boxes"] += np.stack([x0, y0, x0, y0], 1)
+    kept["mask_prompt"] += of * len(parts[0].prompts)
+    # of duplicates the one of the smallest crop stays
+    scores = torch.from_numpy(1 / ((x1 - x0) * (y1 - y0)))
+    rows = distinct(torch.from_numpy(kept["boxes"]), scores, CROP_NMS_THRESH).numpy()
+    for i in rows:
+        kept["masks"][i] = placed(kept["masks"][i], boxes[of[i]], size)
+    found = cleaned({name: values[rows] for name, values in kept.items()}, quality)
+    prompts["status"] = prompts["status"].replace("kept", "duplicate")
+    prompts.loc[found["mask_prompt"], "status"] = "kept"
+    found |= {"prompts": prompts, "n_decoded": len(prompts), "n_sampled": len(prompts)}
+    seconds = {stage: sum(part.seconds[stage] for part in parts) for stage in parts[0].seconds}
+    return replace(parts[0], quality=quality, seconds=seconds, **found)
 
 
 def strongest(confidence: torch.Tensor, index: torch.Tensor, limit: int) -> torch.Tensor:
@@ -131,9 +181,11 @@ def _prompt_table(
 ) -> pd.DataFrame:
     """One row a prompt: where, how sure, in which round, and what became of it."""
     prompts, by = proposal.prompts, proposal.eliminated_by.cpu().numpy()
-    table = pd.DataFrame(prompts.points.double().cpu().numpy(), columns=["x", "y"])
+    table = pd.DataFrame(prompts.points.cpu().numpy().astype(float), columns=["x", "y"])
     table["confidence"] = prompts.confidence.cpu().numpy()
-    table["by"], table["pem"] = by, proposal.pem_value.cpu().numpy()
+    table["by"] = by
+    if (by >= 0).any():
+        table["pem"] = proposal.pem_value.cpu().numpy()
     round_of = np.full(len(by), -1)
     status = np.where(by >= 0, "eliminated", "not_reached").astype(object)
     for n_round, part, found in decoded:
@@ -144,9 +196,9 @@ def _prompt_table(
         status[found.prompt.cpu().numpy()] = "duplicate"
     status[mask_prompt] = "kept"
     table["round"], table["status"] = round_of, status
-    boxes = np.nan if prompts.boxes is None else prompts.boxes.cpu().numpy()
-    table[["x0", "y0", "x1", "y1"]] = boxes
-    return table
+    if prompts.boxes is not None:
+        table[["x0", "y0", "x1", "y1"]] = prompts.boxes.double().cpu().numpy()
+    return table.round(dict.fromkeys(table.columns, 2) | {"confidence": 4, "pem": 4})
 
 
 def segment(
@@ -158,6 +210,8 @@ def segment(
     params: AsfParams = DEFAULT_PARAMS,
     device: str | torch.device = "auto",
     max_prompts: int | None = None,
+    frame: int = 0,
+    **quality: float | None,
 ) -> Segmentation:
     """Segment everything in an image. Models loaded here are kept for the next call.
 
@@ -170,15 +224,65 @@ def segment(
         params: the ASF parameters.
         device: "auto" (the GPU if there is one), "cpu", "cuda", ...
         max_prompts: how many prompts are decoded at most, strongest first; None: all.
+        frame: which image of a file that holds several, from 0.
+        **quality: fields of MaskParams, which are SamAutomaticMaskGenerator's.
     """
-    pixels, needs = read_image(image), method_named(method).needs
+    kept = MaskParams(**quality)  # type: ignore[arg-type]
+    pixels, needs = read_image(image, frame), method_named(method).needs
+    if needs and (kept.points_per_side or kept.crop_n_layers):
+        grids = "points_per_side and crop_n_layers are for grids, such as method='amg_d'"
+        raise ValueError(f"{grids}; {method!r} chooses its prompts itself.")
     sam = loaded_sam(sam, device)
     if needs == "predictor":
         predictor = predictor or loaded_predictor(sam)
     elif needs == "detector":
         detector = detector or loaded_detector(sam)
-    models = predictor, detector
-    return run_method(sam, encode(sam, pixels), method, *models, params, max_prompts=max_prompts)
+    models, more = (predictor, detector), (decode_and_filter, max_prompts, kept)
+    return run_method(sam, encode(sam, pixels), method, *models, params, *more)
+
+
+@dataclass
+class LoadedModels:
+    """The models that the methods at hand need; None where none of them does."""
+
+    sam: Sam
+    predictor: PromptPredictor | None = None
+    detector: Detector | None = None
+
+    def weights(self) -> dict[str, str]:
+        """The sha256 of each model's file."""
+        spec = spec_of(self.sam)
+        others = ("Prompt Predictor", self.predictor), ("detector", self.detector)
+        own = {name: model.sha256 for name, model in others if model is not None}
+        return {f"SAM ({spec.name})": spec.sha256, **own}
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """Which models to load: a SAM, and what methods need; a path of None: the usual weights."""
+
+    sam: str
+    checkpoint: str | os.PathLike | None = None
+    predictor: str | os.PathLike | None = None
+    detector: str | os.PathLike | None = None
+    device: str = "auto"
+    needs: frozenset[str | None] = frozenset()
+
+    def __post_init__(self) -> None:
+        for name in ("checkpoint", "predictor", "detector"):
+            file = getattr(self, name)
+            if file and Path(file).exists():  # other processes run in other folders
+                object.__setattr__(self, name, str(Path(file).resolve()))
+
+    def load(self) -> LoadedModels:
+        """Load them in this process."""
+        models = LoadedModels(load_sam(self.sam, self.checkpoint, self.device))
+        device = models.sam.device
+        if "predictor" in self.needs:
+            models.predictor = load_predictor(self.sam, self.predictor, device)
+        if "detector" in self.needs:
+            models.detector = load_detector(self.detector, device)
+        return models
 
 
 def loaded_sam(sam: str | Sam, device: str | torch.device = "auto") -> Sam:

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import base64
 from dataclasses import dataclass, field
+from html import escape
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from PIL import Image
 from pycocotools import mask as coco_mask
 
 import aopsam_lab
+from aopsam_lab.masks import drawing
 from aopsam_lab.masks.rle import decode_rle
+from aopsam_lab.pipeline.types import MaskParams
+
+SHOWN_SIDE = 800  # pixels, at most, of the picture in a notebook
 
 
 @dataclass(eq=False, repr=False)
@@ -21,12 +28,13 @@ class Segmentation:
     the image frame: pixels of `image`, (x, y), pixel centres at +0.5.
 
     The columns of `prompts`: x, y (the point, or the centre of the box); confidence; round (in
-    which it was decoded, or -1); status; by (the row of `pems` that eliminated it, or -1); pem (the
-    value there, or NaN); x0, y0, x1, y1 (the box, or NaN).
+    which it was decoded, or -1); status; by (the row of `pems` that eliminated it, or -1). Where
+    any was eliminated: pem (the value there, or NaN). Of boxes: x0, y0, x1, y1.
 
     A status is "kept" where a mask of the prompt is among `masks`; "duplicate" where box NMS
     removed all; "low_iou" or "unstable" where all missed a threshold, of predicted IoU or of
-    stability; "eliminated"; or "not_reached", beyond `max_prompts`. The last two are not decoded.
+    stability, or lie at the edge of a crop; "eliminated"; or "not_reached", beyond `max_prompts`.
+    The last two are not decoded. Crops are rounds: after the whole image one each.
     """
 
     image: np.ndarray  # (H, W, 3) uint8, RGB
@@ -45,6 +53,7 @@ class Segmentation:
     seconds: dict[str, float] = field(default_factory=dict)
     method: str = ""  # its name
     params: dict[str, float] = field(default_factory=dict)  # the ASF parameters that it used
+    quality: MaskParams = MaskParams()
     n_decoded: int = 0  # prompts that SAM decoded
     n_sampled: int = 0  # m, all prompts that the method proposed
     n_eliminated: int = 0  # prompts that a PEM eliminated
@@ -55,6 +64,18 @@ class Segmentation:
         height, width = self.image.shape[:2]
         found = f"{len(self.masks)} masks, {self.n_decoded} of {self.n_sampled} prompts decoded"
         return f"Segmentation({self.method!r}, {width} x {height} pixels: {found})"
+
+    def _repr_html_(self) -> str:
+        """The picture with its masks, and how many prompts have which status."""
+        picture = Image.fromarray(drawing.overlay(self.image, self.masks))
+        picture.thumbnail((SHOWN_SIDE, SHOWN_SIDE))
+        png = base64.b64encode(drawing.png_bytes(np.asarray(picture))).decode()
+        counts = self.prompts["status"].value_counts().to_frame("prompts").T
+        counts.columns = [status.replace("_", " ") for status in counts]
+        if "total" in self.seconds:
+            counts["seconds"] = f"{self.seconds['total']:.2f}"
+        text = f"<div>{escape(repr(self))}</div>{counts.to_html(border=0)}"
+        return f'<img src="data:image/png;base64,{png}" style="max-width: 100%">{text}'
 
     def to_array(self) -> np.ndarray:
         """The masks, (n, H, W) bool."""

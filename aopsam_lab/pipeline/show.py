@@ -26,27 +26,29 @@ STATUS_STYLES = {
 }
 MAP_COLOURS = {"pcm": "magma", "smoothed": "magma", "pem": "viridis"}  # all grow evenly lighter
 PANEL = 3.6  # inches, of a square image
+WIDEST, HIGHEST, LEGEND = 10.0, 8.0, 2.4  # inches, of one image that fills a notebook's cell
 
 
 def save(
-    seg: Segmentation, folder: str | os.PathLike, stem: str, file_name: str | None = None
+    seg: Segmentation, folder: str | os.PathLike, stem: str, file_name: str = "", **info: Any
 ) -> dict[str, Path]:
     """Write `<stem>_labels.png`, `<stem>_overlay.png` and `<stem>.json` (COCO).
 
     Labels are 16-bit grey, i + 1 where mask i is on top. The JSON names the image `file_name`, or
-    `stem`. It is written last: where it is, the other two are.
+    `stem`, and has `info` beside it. It is written last: where it is, the other two are.
 
     Returns:
         The paths under "labels", "overlay" and "coco".
     """
-    labels = drawing.png_bytes(drawing.label_image(seg.masks, seg.image.shape[:2]))
-    overlay = drawing.png_bytes(drawing.overlay(seg.image, seg.masks))
-    coco = json.dumps(seg.to_coco(file_name=stem if file_name is None else file_name))
-    return {
-        "labels": write_atomically(Path(folder, f"{stem}_labels.png"), labels),
-        "overlay": write_atomically(Path(folder, f"{stem}_overlay.png"), overlay),
-        "coco": write_atomically(Path(folder, f"{stem}.json"), coco),
+    labels = drawing.label_image(seg.masks, seg.image.shape[:2])
+    images = {"labels": labels, "overlay": drawing.overlay(seg.image, seg.masks, labels=labels)}
+    content = seg.to_coco(file_name=stem if file_name is None else file_name)
+    content["info"] |= info
+    written = {
+        name: write_atomically(Path(folder, f"{stem}_{name}.png"), drawing.png_bytes(pixels))
+        for name, pixels in images.items()
     }
+    return {**written, "coco": write_atomically(Path(folder, f"{stem}.json"), json.dumps(content))}
 
 
 def plot(
@@ -69,11 +71,13 @@ def plot(
         legend: whether the statuses are explained.
         colours: (n, 3) uint8 RGB of the masks, each mask's own by default.
     """
+    height, width = seg.image.shape[:2]
     if ax is None:
         import matplotlib.pyplot as plt
 
-        _, ax = plt.subplots(layout="constrained")
-    height, width = seg.image.shape[:2]
+        scale, beside = min(WIDEST / width, HIGHEST / height), LEGEND if legend and prompts else 0
+        size = (scale * width + beside, scale * height + 0.4)
+        _, ax = plt.subplots(figsize=size, layout="constrained")
     image = drawing.overlay(seg.image, seg.masks, alpha, colours) if masks else seg.image
     ax.imshow(image, extent=(0, width, height, 0), interpolation="nearest")
     for status in STATUSES if prompts is True else tuple(prompts or ()):
@@ -106,7 +110,7 @@ def _draw_prompts(seg: Segmentation, ax: Any, status: str) -> None:
     if cross:  # it has no edge; a dark rim keeps it visible on bright pixels
         rim = patheffects.Stroke(linewidth=2.6, foreground="black")
         drawn.set_path_effects([rim, patheffects.Normal()])
-    for box in rows[["x0", "y0", "x1", "y1"]].dropna().itertuples(index=False):
+    for box in rows.reindex(columns=["x0", "y0", "x1", "y1"]).dropna().itertuples(index=False):
         size = (box.x1 - box.x0, box.y1 - box.y0)
         ax.add_patch(Rectangle((box.x0, box.y0), *size, fill=False, ec=colour, lw=0.9, zorder=2))
 

@@ -2,15 +2,47 @@
 
 from __future__ import annotations
 
-from dataclasses import KW_ONLY, dataclass, field
+import math
+from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from aopsam_lab.sam.zoo import SamSpec
+
 STATUSES = ("kept", "eliminated", "low_iou", "unstable", "duplicate", "not_reached")
 BOX_NMS_THRESH = 0.7  # of two boxes with a higher IoU the surer one stays, as in segment_anything
+
+
+@dataclass(frozen=True)
+class MaskParams:
+    """Which masks are kept: names, meanings and defaults of SamAutomaticMaskGenerator.
+
+    As there, a threshold of 0 drops no mask; an empty one always goes.
+    """
+
+    points_per_side: int | None = None  # of a grid; None: the method's own
+    pred_iou_thresh: float | None = None  # the least predicted IoU; None: the SAM's own
+    stability_score_thresh: float | None = None  # the least stability score; None: the SAM's own
+    box_nms_thresh: float = BOX_NMS_THRESH
+    crop_n_layers: int = 0  # of crops on which a grid is laid as well: layer i has 4 ** i
+    min_mask_region_area: int = 0  # smaller holes are filled, smaller islands dropped; in pixels
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            is_whole = not name.endswith("_thresh")
+            least, most = int(name == "points_per_side"), math.inf if is_whole else 1
+            if value is not None and not (least <= value <= most and not (is_whole and value % 1)):
+                wanted = f"be a whole number of {least} or more" if is_whole else "lie in [0, 1]"
+                raise ValueError(f"{name} must {wanted}, not {value}")
+
+    def of(self, spec: SamSpec) -> SamSpec:
+        """The spec of a SAM with these thresholds."""
+        names = ("pred_iou_thresh", "stability_score_thresh")
+        own: dict[str, Any] = {name: getattr(self, name) for name in names}
+        return replace(spec, **{k: v or -math.inf for k, v in own.items() if v is not None})
 
 
 @dataclass
@@ -23,7 +55,9 @@ class Encoded:
     image_pe: Tensor  # (1, C, h, w), SAM's dense positional encoding
     input_size: tuple[int, int]  # (height, width) of the scaled image in the model frame
     seconds: float  # what encoding took
-    # the image's mask decoder, by SAM's
+    # where the image is a crop: its x0 y0 x1 y1 in the whole, and (height, width) of the whole
+    crop: tuple[list[int], tuple[int, int]] | None = None
+    # the image's mask decoder by SAM's, and its PCM
     made: dict = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def to_model(self, points: Tensor) -> Tensor:

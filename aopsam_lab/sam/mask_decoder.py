@@ -24,8 +24,8 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from segment_anything.modeling import MaskDecoder, TwoWayTransformer
-from segment_anything.modeling.common import LayerNorm2d
 from segment_anything.modeling.transformer import Attention
 from torch import Tensor, nn
 
@@ -186,8 +186,8 @@ class _SharedDecoder:
         up = decoder.output_upscaling[0]
         # (dy dx C/4, C): of four new pixels, less the mean that the LayerNorm takes off
         self.up_weight = _centred(up.weight.permute(2, 3, 1, 0), 2).flatten(0, 2)
-        self.up = self._on_used(self.up_weight @ x.T).flatten(1)  # (C, n)
-        self.up_bias = (self.up_weight @ self.bias2 + _centred(up.bias, 0).repeat(4))[:, None]
+        self.up = self._on_used(self.up_weight @ x.T).flatten(1).T.contiguous()  # (n, C)
+        self.up_bias = self.up_weight @ self.bias2 + _centred(up.bias, 0).repeat(4)
 
     def _on_used(self, x: Tensor) -> Tensor:
         """(..., N) -> (..., rows, columns), the pixels on which masks are drawn."""
@@ -301,36 +301,30 @@ class _SharedDecoder:
         # (P, M, C/8)
         hyper = torch.stack([net(tokens[:, i]) for i, net in enumerate(nets)], 1)
         weight2 = up2.weight.permute(2, 3, 1, 0).flatten(0, 2)  # (dy dx C/8, C/4)
-        bias2 = up2.bias.repeat(4)[:, None]
-        n, channels = h * w, len(weight2) // 4
+        bias2 = up2.bias.repeat(4)
+        n = h * w
         logits = hyper.new_empty(int(wanted.sum()), 4 * height, 4 * width)
         logits[:, 4 * h :], logits[:, : 4 * h, 4 * w :] = 0, 0
-        # (k, y, dy, x, dx)
-        places = logits[:, : 4 * h, : 4 * w].unflatten(2, (w, 4)).unflatten(1, (h, 4))
+        # (k, y, dy, dy, x, dx, dx)
+        places = logits[:, : 4 * h, : 4 * w].unflatten(2, (w, 2, 2)).unflatten(1, (h, 2, 2))
         rows, done = wanted.any(1).nonzero()[:, 0], 0
         if not len(rows):
             return logits
         for some in rows.split(DRAWN_AT_A_TIME.get(rows.device.type, len(rows))):
-            own = self._on_used(scale[some]).flatten(2)
-            x = torch.addcmul(self.up_bias, self.up, own)  # (p, C, n)
+            p, own = len(some), self._on_used(scale[some]).flatten(2).mT
+            x = torch.addcmul(self.up_bias, self.up, own)  # (p, n, C)
             for values, attention in halves:
                 # prompt by prompt, so that no attention is copied
-                added = self.up_weight @ values[some].mT
+                added = values[some] @ self.up_weight.T
                 for part, value, i in zip(x, added, some.tolist(), strict=True):
-                    part.addmm_(value, self._on_used(attention[i]).flatten(1))
-            x = act1(_channel_norm(norm, x.view(len(some) * 4, -1, n)))  # (p 4, C/4, n)
-            x = act2(torch.matmul(weight2, x).add_(bias2))  # (p 4, 4 C/8, n)
-            # (p, 16, M, n)
-            x = torch.matmul(hyper[some].unsqueeze(1), x.view(len(some), 16, channels, n))
-            # of the two upscalings dy dx dy dx -> dy dy dx dx
-            x = x.view(len(some), 2, 2, 2, 2, -1, h, w).permute(0, 5, 1, 3, 2, 4, 6, 7)
-            marked = x[wanted[some]].reshape(-1, 4, 4, h, w).permute(0, 3, 1, 4, 2)
+                    part.addmm_(self._on_used(attention[i]).flatten(1).T, value)
+            x = x.view(p, 4 * n, -1)
+            x = act1(F.layer_norm(x, norm.weight.shape, norm.weight, norm.bias, norm.eps))
+            x = act2(F.linear(x, weight2, bias2))  # (p, 4 n, 4 C/8)
+            x = x.view(p, 16 * n, -1) @ hyper[some].mT
+            # y x and of the two upscalings dy dx dy dx -> y dy dy x dx dx
+            x = x.view(p, h, w, 2, 2, 2, 2, -1).permute(0, 7, 1, 3, 5, 2, 4, 6)
+            marked = x[wanted[some]]
             places[done : done + len(marked)] = marked
             done += len(marked)
         return logits
-
-
-def _channel_norm(norm: LayerNorm2d, x: Tensor) -> Tensor:
-    """segment_anything's LayerNorm2d of (4, C, N), whose mean over C is 0; overwrites x."""
-    x *= torch.rsqrt((x * x).mean(1, keepdim=True) + norm.eps)
-    return torch.addcmul(norm.bias[:, None], x, norm.weight[:, None], out=x)

@@ -10,6 +10,7 @@ from aopsam_lab.study.report import run_report, update_readme, write_index
 
 PARAMETERS: dict[str, Callable[[str], object]] = {
     **dict.fromkeys(("sam", "checkpoint", "predictor", "detector", "dataset", "device"), str),
+    "scheduler": str,
     **dict.fromkeys(("n-images", "timed-images", "seed"), int),
     **dict.fromkeys(sweeps.SWEPT, float),
     "methods": lambda text: text.split(","),

@@ -11,10 +11,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from aopsam_lab.masks import drawing
+from aopsam_lab.pipeline.methods import TITLES
 from aopsam_lab.study import tables
 from aopsam_lab.study.paper import published
 from aopsam_lab.study.runner import Example
-from aopsam_lab.study.settings import REFERENCE, TITLES
+from aopsam_lab.study.settings import REFERENCE
 from aopsam_lab.study.sweeps import SWEPT, pareto_front
 
 # Colours of Okabe and Ito (2008), one for each family of methods. Markers tell the methods of a

@@ -10,19 +10,20 @@ import pickle
 import platform
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
+from aopsam_lab.data import Dataset
+from aopsam_lab.pipeline.run import LoadedModels, ModelFiles
 from aopsam_lab.study import PACKAGE_ROOT
 from aopsam_lab.study.score import encode, run
-from aopsam_lab.study.settings import Setting, StudyConfig, load_models, package_environment
+from aopsam_lab.study.settings import Setting, package_environment
 
 MIB = 2**20
 MEMORY_VERSION = {"memory_version": 1}  # raise it when the way of measuring changes
@@ -34,10 +35,10 @@ PACKAGES = (
 UNKNOWN = "unknown"
 
 
-def in_own_process(setting: Setting, config: StudyConfig, images: Sequence[np.ndarray]) -> float:
-    """The peak memory of a setting on images (H x W x 3 uint8) in a new process, in MiB."""
+def in_own_process(_: LoadedModels, job: tuple[Setting, ModelFiles, list[Dataset], Any]) -> float:
+    """The peak memory of a setting on images, each a data set, in a new process, in MiB."""
     command = [sys.executable, "-m", "aopsam_lab.study.machine"]
-    request = pickle.dumps((setting, config, images))
+    request = pickle.dumps((*job[:2], [image[0].image for image in job[2]]))
     done = subprocess.run(command, input=request, capture_output=True, env=package_environment())
     if done.returncode:
         words = done.stderr.decode(errors="replace").strip()[-800:]
@@ -87,7 +88,7 @@ def provenance(device: torch.device) -> dict[str, Any]:
 
 
 def processor(device: torch.device) -> str:
-    """The model of the CPU or GPU, and of a CPU how many cores this process may use."""
+    """The model of the GPU, or of the CPU, and how much of it this process may use and uses."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -95,7 +96,9 @@ def processor(device: torch.device) -> str:
     if platform.system() == "Linux":
         names = _output("grep", "-m1", "^model name", "/proc/cpuinfo") or ""
         model = names.partition(":")[2].strip()
-    return f"{model or platform.processor() or platform.machine()}, {cores} cores"
+    n = torch.get_num_threads()
+    model = model or platform.processor() or platform.machine()
+    return f"{model}, {cores} cores, {n} thread{'s' if n > 1 else ''}"
 
 
 def git_state(root: Path) -> tuple[str, bool | str]:
@@ -119,8 +122,8 @@ def _output(*command: str) -> str | None:
 
 
 if __name__ == "__main__":
-    setting, config, images = pickle.load(sys.stdin.buffer)
-    models = load_models(config, [setting.method])
+    setting, files, images = pickle.load(sys.stdin.buffer)
+    models = files.load()
 
     def work() -> None:
         """Run the setting on all images."""

@@ -1,7 +1,6 @@
 """What is written of a study: tables, figures, executed notebooks, their page, README's table."""
 
 import asyncio
-import html
 import json
 import os
 import re
@@ -185,25 +184,6 @@ def part(name: str, *arguments: object) -> str:
     return f"{_PARTS['style']()}{_PARTS[name](*arguments)}"
 
 
-def what_was_run(facts: Mapping[str, Any]) -> str:
-    """Which model ran on which images and machine, from a provenance."""
-    parameters, dataset = facts["parameters"], facts["dataset"]
-    images = f"{dataset['images']} images of {dataset['name']} (seed {parameters['seed']})"
-    names = ("smoothing", "confidence", "spacing", "elimination", "grid")
-    shown = [f"{n} {parameters[n]}".removesuffix(".0") for n in names if n in parameters]
-    text = f"SAM “{parameters['sam']}” on {images}, {facts['processor']}; {', '.join(shown)}."
-    timed = parameters.get("timed_images", parameters.get("n_images"))
-    if timed != parameters.get("n_images"):
-        text += " Scores come from runs that share embeddings, confidence maps and decoded prompts"
-        text += (
-            "; times from separate runs of each setting alone, with nothing shared, on the first "
-            f"{timed} of these images."
-            if timed
-            else "; no times were taken."
-        )
-    return text
-
-
 def update_readme(
     readme: str | os.PathLike = "README.md", reports: str | os.PathLike = "reports"
 ) -> Path:
@@ -222,7 +202,7 @@ def update_readme(
     rows = [table.columns, [":--", *["--:"] * (len(README_COLUMNS) - 1)], *table.to_numpy()]
     lines = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     facts = _facts(folder)
-    about = html.escape(what_was_run(facts), quote=False)  # a data set may be called anything
+    about = " ".join(_PARTS["what_was_run"](facts).split())  # escaped
     written = f"{lines}\n\n{about} Commit {facts['commit'][:10]}."
     text = re.sub(f"{START}.*{END}", lambda _: f"{START}\n{written}\n{END}", text, flags=re.S)
     return write_atomically(readme, text)
@@ -239,5 +219,5 @@ _PAGES = jinja2.Environment(
     lstrip_blocks=True,
     undefined=jinja2.StrictUndefined,
 )
-_PAGES.globals |= {"paper": paper, "sweeps": sweeps, "tables": tables, "what_was_run": what_was_run}
+_PAGES.globals |= {"paper": paper, "sweeps": sweeps, "tables": tables, "abs": abs}
 _PARTS = vars(_PAGES.get_template("parts.html").module)

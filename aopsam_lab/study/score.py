@@ -1,6 +1,7 @@
 """One image and one setting -> a row of scores, as JSON can hold it."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from segment_anything.modeling import Sam
@@ -11,7 +12,7 @@ from aopsam_lab.pipeline.decode import encode
 from aopsam_lab.pipeline.decode_cache import DecodeCache, LooseRun, PcmCache
 from aopsam_lab.pipeline.run import run_method
 from aopsam_lab.pipeline.segmentation import Segmentation
-from aopsam_lab.pipeline.types import Encoded
+from aopsam_lab.pipeline.types import Encoded, MaskParams
 from aopsam_lab.sam.zoo import spec_of
 from aopsam_lab.study.settings import METHODS, LoadedModels, Pair, Setting
 
@@ -48,17 +49,25 @@ def score_together(
     """
     encoded = encode(models.sam, sample.image)
     predictor = models.predictor and PcmCache(models.predictor, encoded)
-    own = own_pair(models.sam)
+    quality = settings[0].quality  # a study has one
+    own = own_pair(models.sam, quality)
     iou, stability = zip(own, *pairs, strict=True)
-    cache = DecodeCache(models.sam, encoded, (min(iou), min(stability)))
+    cache = DecodeCache(models.sam, encoded, (min(iou), min(stability)), quality)
     for setting in settings:
         decode = LooseRun(cache)
         result = run(models, encoded, setting, decode=decode, predictor=predictor)
         row = mask_scores(sample.rles, result.masks, found_masks) | _counts(result)
+        at_pairs = decode.masks_at(pairs)
+        if result.quality.crop_n_layers and not METHODS[setting.method].needs:  # shares nothing
+            looser = (
+                replace(quality, pred_iou_thresh=p, stability_score_thresh=s) for p, s in pairs
+            )
+            runs = (run(models, encoded, replace(setting, quality=one)) for one in looser)
+            at_pairs = [found.masks for found in runs]
         row["curve"] = [
             dict(zip(PAIR, pair, strict=True))
             | {"own": pair == own, **mask_scores(sample.rles, kept, found_masks)}
-            for pair, kept in zip(pairs, decode.masks_at(pairs), strict=True)
+            for pair, kept in zip(pairs, at_pairs, strict=True)
         ]
         if shown:
             prompts = result.prompts[["x", "y", "status"]].round(2).to_numpy().tolist()
@@ -67,9 +76,9 @@ def score_together(
         yield setting, row
 
 
-def own_pair(sam: Sam) -> Pair:
+def own_pair(sam: Sam, quality: MaskParams) -> Pair:
     """The thresholds that a SAM's masks are filtered with."""
-    spec = spec_of(sam)
+    spec = quality.of(spec_of(sam))
     return spec.pred_iou_thresh, spec.stability_score_thresh
 
 
@@ -81,6 +90,7 @@ def run(models: LoadedModels, encoded: Encoded, setting: Setting, **shared: Any)
         METHODS[setting.method],
         params=setting.params,
         max_prompts=setting.max_prompts,
+        quality=setting.quality,
         **{"predictor": models.predictor, "detector": models.detector, **shared},
     )
 

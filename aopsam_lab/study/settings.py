@@ -8,15 +8,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from segment_anything.modeling import Sam
 
 from aopsam_lab.asf import AsfParams
-from aopsam_lab.detector import Detector, load_detector
 from aopsam_lab.files import code_fingerprint
 from aopsam_lab.pipeline.methods import METHODS as OUR_METHODS
-from aopsam_lab.pipeline.methods import Grid, Method
-from aopsam_lab.predictor import PromptPredictor, load_predictor
-from aopsam_lab.sam.zoo import load_sam, spec_of
+from aopsam_lab.pipeline.methods import TITLES, Grid, Method
+from aopsam_lab.pipeline.run import LoadedModels, ModelFiles
+from aopsam_lab.pipeline.types import MaskParams
+from aopsam_lab.sam.zoo import spec_of
 from aopsam_lab.study import PACKAGE_ROOT
 
 # regular grids of other sides, to compare as many prompts with
@@ -24,17 +23,6 @@ GRIDS = {f"grid_{side}": Grid(f"grid_{side}", side) for side in (8, 10, 12, 14, 
 METHODS: dict[str, Method] = {**OUR_METHODS, **GRIDS}
 # What scores. When it or a module that it imports changes, rows are scored anew.
 SCORING_MODULES = ("aopsam_lab.study.score",)
-TITLES = {
-    "amg_s": "AMG-S",
-    "amg_d": "AMG-D",
-    "oas_box": "OAS Box",
-    "oas_point": "OAS Central Point",
-    "aop_no_as_af": "AoP-SAM without AS, AF",
-    "aop_no_af": "AoP-SAM without AF",
-    "aop": "AoP-SAM",
-    "aop_gated": "AoP-SAM gated (ours)",
-    "aop_raw": "AoP-SAM, literal",
-}
 REFERENCE = "aop"  # the method that the others are compared with
 Pair = tuple[float, float]  # predicted IoU, stability score
 THRESHOLDS: tuple[Pair, ...] = (
@@ -57,6 +45,7 @@ class StudyConfig:
     confidence: float = 0.2
     spacing: float = 6.0
     elimination: float = 1.3
+    quality: MaskParams = MaskParams()
     out: str | os.PathLike = "reports/main_comparison"  # scores in it are not computed again
     checkpoint: str | os.PathLike | None = None  # None: bundled or official weights
     predictor: str | os.PathLike | None = None
@@ -64,6 +53,8 @@ class StudyConfig:
     thresholds: tuple[Pair, ...] = THRESHOLDS  # at which masks are filtered as well
     memory: bool = True  # whether to measure peak memory, in a process for each method
     progress: bool = True  # whether to show progress bars
+    # in which processes: a dask client, a scheduler's address, how many here; None: in this one
+    scheduler: Any = None
 
     def __post_init__(self) -> None:
         methods = (self.methods,) if isinstance(self.methods, str) else tuple(self.methods)
@@ -81,14 +72,10 @@ class StudyConfig:
         """The four parameters of adaptive sampling and filtering."""
         return AsfParams(self.smoothing, self.confidence, self.spacing, self.elimination)
 
-
-@dataclass
-class LoadedModels:
-    """The models that the methods at hand need; None where none of them does."""
-
-    sam: Sam
-    predictor: PromptPredictor | None = None
-    detector: Detector | None = None
+    def files(self, methods: Iterable[str]) -> ModelFiles:
+        """The models that methods need."""
+        own = self.sam, self.checkpoint, self.predictor, self.detector, self.device
+        return ModelFiles(*own, frozenset(METHODS[method].needs for method in methods))
 
 
 @dataclass(frozen=True)
@@ -99,33 +86,28 @@ class Setting:
     method: str
     params: AsfParams
     max_prompts: int | None = None
+    quality: MaskParams = MaskParams()
 
 
-def load_models(config: StudyConfig, methods: Iterable[str]) -> LoadedModels:
-    """Load the SAM, and which of Prompt Predictor and detector the methods need."""
-    models = LoadedModels(load_sam(config.sam, config.checkpoint, config.device))
-    needs, device = {METHODS[method].needs for method in methods}, models.sam.device
-    if "predictor" in needs:
-        models.predictor = load_predictor(config.sam, config.predictor, device)
-    if "detector" in needs:
-        models.detector = load_detector(config.detector, device)
-    return models
+def row_inputs(
+    setting: Setting, models: LoadedModels, device: str, machine: str | None, image: str
+) -> dict[str, Any]:
+    """All that could change a row, made on a device, on the image with the fingerprint `image`.
 
-
-def row_inputs(setting: Setting, models: LoadedModels, machine: str, image: str) -> dict[str, Any]:
-    """All that could change a row, scores or times, on the image with the fingerprint `image`."""
+    The machine counts for times alone: of scores it is None.
+    """
     method = METHODS[setting.method]
     used = getattr(models, method.needs) if method.needs else None
     return {
         "code": scoring_code(),
         "method": setting.method,
         "params": {name: float(getattr(setting.params, name)) for name in method.uses},
+        "quality": dataclasses.asdict(setting.quality),
         "sam": dataclasses.asdict(spec_of(models.sam)),
         "max_prompts": setting.max_prompts,
         "image": image,
-        "device": models.sam.device.type,
+        "device": device,
         "machine": machine,
-        "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "weights": used and used.sha256,
     }

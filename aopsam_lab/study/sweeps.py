@@ -115,7 +115,7 @@ def sweep_table(study: StudyResult, values: Values, params: AsfParams) -> pd.Dat
 
 def trend_table(per_image: pd.DataFrame, values: Values) -> pd.DataFrame:
     """TREND_COLUMNS: does a column rise or fall from first to last value, image by image?"""
-    by_label, rows = tables.by_method(per_image), []
+    by_label, rows = tables.by_method(tables.comparable(per_image)), []
     for name, own in values.items():
         for column in TREND_NAMES if len(own) > 1 else ():
             first, last = (by_label[label(name, own[i])][column] for i in (0, -1))

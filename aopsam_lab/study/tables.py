@@ -7,8 +7,9 @@ import numpy as np
 import pandas as pd
 
 from aopsam_lab.evaluator import CONFIDENCE_LEVEL, RESAMPLES, mean_interval
-from aopsam_lab.study.score import PAIR
-from aopsam_lab.study.settings import REFERENCE, TITLES
+from aopsam_lab.pipeline.methods import TITLES
+from aopsam_lab.study.score import PAIR, TIMES
+from aopsam_lab.study.settings import REFERENCE
 
 BOOTSTRAP_SEED = 0
 NAN = float("nan")
@@ -25,7 +26,7 @@ COVERAGE_COLUMNS = interval_names("coverage")
 PER_IMAGE_COLUMNS = (
     "image", "method", "miou", "miou_best", "n_truth", "n_masks", "n_sampled", "n_decoded",
     "n_eliminated", "elim_ratio", "encode_s", "inf_lat_s", "mask_lat_s", "total_s", "ar_100",
-    "ar_1000",
+    "ar_1000", "processor",
 )  # fmt: skip
 SUMMARY_COLUMNS = (
     "method", "n_images", *MIOU, "miou_best", "inf_lat_s", "mask_lat_s", "encode_s", "total_s",
@@ -79,6 +80,12 @@ def per_image_table(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     return table
 
 
+def comparable(per_image: pd.DataFrame) -> pd.DataFrame:
+    """The rows, without their times where these are of more than one kind of processor."""
+    mixed = per_image["processor"].nunique() > 1
+    return per_image.assign(**dict.fromkeys(TIMES, NAN)) if mixed else per_image
+
+
 def summary_table(per_image: pd.DataFrame, peak_mem_mb: Mapping[str, float]) -> pd.DataFrame:
     """SUMMARY_COLUMNS, and COVERAGE_COLUMNS where found masks are at hand; one row a method.
 
@@ -86,7 +93,7 @@ def summary_table(per_image: pd.DataFrame, peak_mem_mb: Mapping[str, float]) -> 
     ar_100, ar_1000: over all ground-truth masks, as COCO defines them. Peaks: by method, in MiB.
     """
     rows = []
-    for method, own in per_image.groupby("method", sort=False):
+    for method, own in comparable(per_image).groupby("method", sort=False):
         row = {**_means(own), "method": method, "peak_mem_mb": peak_mem_mb.get(method, NAN)}
         row["elim_ratio"] = share(own["n_eliminated"].sum(), own["n_sampled"].sum())
         for name in ("ar_100", "ar_1000"):
@@ -101,7 +108,7 @@ def difference_table(per_image: pd.DataFrame, reference: str = REFERENCE) -> pd.
 
     miou_diff: the method minus the reference, on the same images; ratios: of their means.
     """
-    methods, rows = by_method(per_image), []
+    methods, rows = by_method(comparable(per_image)), []
     base = methods.pop(reference, None)
     for method, own in methods.items() if base is not None else ():
         change = own["miou"] - base["miou"]

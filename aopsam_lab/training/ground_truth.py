@@ -11,9 +11,6 @@ and a run on more photographs adds to the folder.
 import argparse
 import json
 import sys
-from concurrent.futures import ProcessPoolExecutor
-from functools import cache, partial
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -24,13 +21,16 @@ from torchvision.ops import box_iou
 from tqdm import tqdm
 
 from aopsam_lab.asf import AsfParams
+from aopsam_lab.cluster import add_arguments as cluster_arguments
+from aopsam_lab.cluster import connected, see
 from aopsam_lab.data import open_dataset
 from aopsam_lab.data.images import find_images, read_image
 from aopsam_lab.files import write_atomically
 from aopsam_lab.pipeline.decode import decode_and_filter, encode, encode_early, remove_duplicates
 from aopsam_lab.pipeline.methods import Grid
+from aopsam_lab.pipeline.run import LoadedModels, ModelFiles
 from aopsam_lab.pipeline.types import BOX_NMS_THRESH, Encoded, Models
-from aopsam_lab.sam.zoo import MODELS, load_sam, spec_of
+from aopsam_lab.sam.zoo import MODELS, first_line, spec_of
 from aopsam_lab.training.examples import embedding_file, write_embedding
 
 AT_A_TIME = 64  # prompts decoded before masks that fail are forgotten
@@ -82,34 +82,24 @@ def _annotation(rle: dict, source: str) -> dict:
     }
 
 
-_loaded = cache(load_sam)
-
-
 def _record(photo: Path, out: Path) -> Path:
     return out / "records" / f"{photo.stem}.json"
 
 
-def _work(args: argparse.Namespace, threads: int, photo: Photo) -> str | None:
-    """Find the masks of one photograph and write its record; what went wrong, or None."""
-    torch.set_num_threads(threads)
-    path, people = photo
-    try:
-        sam = _loaded(args.sam, args.checkpoint, args.device)
-        encoded = encode(sam, read_image(path))
-        if args.embeddings:
-            write_embedding(embedding_file(args.embeddings, path.name), encoded.embedding)
-        annotations = [_annotation(rle, "people") for rle in people]
-        record = {
-            "file_name": path.name,
-            "height": encoded.image.shape[0],
-            "width": encoded.image.shape[1],
-            "annotations": annotations + find_masks(sam, encoded, args.side),
-        }
-        write_atomically(_record(path, args.out), json.dumps(record))
-    except Exception as error:  # whatever one photograph does, the others go on
-        known = isinstance(error, (ValueError, OSError))
-        return str(error) if known else f"{type(error).__name__}: {error}"
-    return None
+def _work(models: LoadedModels, job: tuple) -> None:
+    """Find the masks of one photograph and write its record."""
+    (path, people), out, side, embeddings = job
+    encoded = encode(models.sam, read_image(path))
+    if embeddings:
+        write_embedding(embedding_file(embeddings, path.name), encoded.embedding)
+    annotations = [_annotation(rle, "people") for rle in people]
+    record = {
+        "file_name": path.name,
+        "height": encoded.image.shape[0],
+        "width": encoded.image.shape[1],
+        "annotations": annotations + find_masks(models.sam, encoded, side),
+    }
+    write_atomically(_record(path, out), json.dumps(record))
 
 
 def write_folder(photos: list[Path], args: argparse.Namespace) -> None:
@@ -155,25 +145,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--sam", default="mobile_sam", choices=list(MODELS))
     add("--checkpoint", help="weights of the SAM other than the bundled or official ones")
     add("--device", default="auto")
-    add("--workers", type=int, default=1, help="processes, on a CPU at most one a core")
+    cluster_arguments(parser)
     add("--embeddings", type=Path, help="folder in which the embeddings are kept, for a training")
 
 
 def run(args: argparse.Namespace) -> int:
     """The command `find-masks`; 0, or 1 where some photographs failed."""
-    photos = [photo for folder in args.folders for photo in photos_of(folder)]
+    photos = [photo for folder in args.folders for photo in photos_of(folder.absolute())]
     todo = [photo for photo in photos if not _record(photo[0], args.out).exists()]
-    work = partial(_work, args, max(1, torch.get_num_threads() // args.workers))
-    pool = ProcessPoolExecutor(args.workers, get_context("spawn"))  # starts none before it maps
-    try:
-        results = pool.map(work, todo) if args.workers > 1 else map(work, todo)
-        reasons = list(tqdm(results, desc="finding masks", unit="photo", total=len(todo)))
-    finally:
-        pool.shutdown(cancel_futures=True)
+    files, failures = ModelFiles(args.sam, args.checkpoint, device=args.device), []
+    out, kept = args.out.absolute(), args.embeddings and args.embeddings.absolute()
+    bar = tqdm(desc="finding masks", unit="photo", total=len(todo))
+    with connected(args.scheduler, files, files.load()) as crew, bar:
+        see(crew, out, (path for path, _ in todo))
+        jobs = ((photo, out, args.side, kept) for photo in todo)
+        for ((path, _), *_), error in crew.each(_work, jobs):
+            bar.update()
+            if error is not None:
+                failures.append((path, error))
     done = [path for path, _ in photos if _record(path, args.out).exists()]
     write_folder(done, args)
     print(f"{len(done)} of {len(photos)} photographs in {args.out}")
-    for (path, _), reason in zip(todo, reasons, strict=True):
-        if reason:
-            print(f"  {path}: {reason}", file=sys.stderr)
+    for path, error in failures:
+        print(f"  {path}: {first_line(error)}", file=sys.stderr)
     return 0 if len(done) == len(photos) else 1

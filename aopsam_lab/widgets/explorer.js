@@ -5,6 +5,8 @@ import { makeControls, makeSide } from "./side.js";
 import { Stage } from "./stage.js";
 
 const KERNEL_LOST = "The kernel was restarted or stopped. To compute anew, run the cell again.";
+const NOT_ARRIVED = "has not arrived. Servers take 10 MB, those of make lab and make app 256 MB: " +
+  "reduce it, or name its path in explore().";
 const NO_OBJECT = "A background point belongs to an object: " +
   "click the object first, then shift-click what is not it.";
 
@@ -101,6 +103,12 @@ function actions(model, stage, message, readout) {
     turn(by) {
       act.set("round", Math.max(0, Math.min(get("left").rounds ?? 0, get("round") + by)));
     },
+    /** Set all layers, show no round or all, and set the parameters. */
+    show(layers, isBefore, params = get("params")) {
+      model.set("layers", layers);
+      model.set("params", params);
+      act.turn(isBefore ? -Infinity : Infinity);
+    },
     /** The kernel learns an opacity with the next change of something else. */
     setOpacity(name, value) { model.set("layers", { ...get("layers"), [name]: value }); },
     toggle(name) {
@@ -108,10 +116,23 @@ function actions(model, stage, message, readout) {
       if (value) last[name] = value;
       act.setOpacity(name, value ? 0 : last[name] ?? 0.8);
     },
-    exported(what) { ask(() => model.send({ what })); },
+    view: Math.random(), // of one explorer in several views, which one asks for a file
+    exported(what) {
+      act.set("least_iou", get("least_iou"));
+      ask(() => model.send({ what, view: act.view }));
+    },
+    /** The kernel learns it with the next export. */
+    setLeast(value) { model.set("least_iou", value); },
     async upload(file) {
       const data = await file.arrayBuffer();
-      ask(() => model.send({ name: file.name }, undefined, [data]));
+      const it = `${file.name} (${(file.size / 1e6).toFixed(1)} MB)`, sending = `Sending ${it} …`;
+      ask(() => {
+        model.send({ name: file.name }, undefined, [data]);
+        say(sending);
+        setTimeout(() => {
+          if (message.textContent === sending) say(`${it} ${NOT_ARRIVED}`);
+        }, 20000);
+      });
     },
     save(blob, download) {
       const href = URL.createObjectURL(blob);
@@ -142,6 +163,7 @@ function render({ model, el }) {
   function update() {
     if (get("image") !== stage.packed) stage.open(get("image")).then(update);
     updates.forEach((part) => part());
+    act.point(stage.cross, stage.isByKey); // what lies there now
   }
   root.onkeydown = (e) => isShortcut(e) || e.stopPropagation(); // JupyterLab sees no key
   el.append(root);
@@ -151,7 +173,9 @@ function render({ model, el }) {
   for (const name of ["message", "left", "right"]) { // "Copied" is about what was there before
     model.on(`change:${name}`, () => act.say(get("message")));
   }
-  model.on("msg:custom", ({ name }, [data]) => act.save(new Blob([data]), name));
+  model.on("msg:custom", ({ name, view }, [data]) => {
+    if (view === act.view) act.save(new Blob([data]), name);
+  });
   act.say(get("message"));
   update();
   const observer = new ResizeObserver(() => stage.layout());

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 import io
 import re
 import tempfile
-import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -18,33 +16,39 @@ from typing import Any
 import anywidget
 import numpy as np
 import traitlets
+from IPython.display import HTML, display
 from matplotlib.figure import Figure
-from PIL import Image
 from segment_anything.modeling import Sam
 
 from aopsam_lab.asf import AsfParams
 from aopsam_lab.data.images import image_from_bytes
 from aopsam_lab.evaluator import evaluate
 from aopsam_lab.masks.drawing import mask_colours, matched_colours
-from aopsam_lab.pipeline.methods import METHODS, method_named
+from aopsam_lab.pipeline.methods import METHODS, TITLES, method_named
 from aopsam_lab.pipeline.run import DEFAULT_PARAMS, loaded_sam
 from aopsam_lab.pipeline.segmentation import Segmentation
 from aopsam_lab.pipeline.show import plot_panels, save
+from aopsam_lab.pipeline.types import MaskParams
 from aopsam_lab.sam.zoo import spec_of
 from aopsam_lab.widgets import packing
 from aopsam_lab.widgets.session import Answer, Clicks, Session, same_prompt, with_clicked
-from aopsam_lab.widgets.sources import Source, prepared, sources_of
+from aopsam_lab.widgets.sources import Source, noted, prepared, sources_of
 
 DEBOUNCE = 0.12  # seconds a slider must rest before decoding begins
-NOTHING, PINNED = "nothing", "this setting, pinned"  # what may stand beside, apart from a method
-LAYERS = {"image": 1.0, "masks": 0.8, "prompts": 1.0}  # the opacity of those that are seen at first
-SLIDERS = {  # least, most, step, tooltip
-    "smoothing": (0, 8, 0.1, "sigma of the Gaussian over the PCM, in cells of a 256-wide map"),
-    "confidence": (0, 0.95, 0.01, "a peak counts above this"),
-    "spacing": (1, 32, 1, "reach of a peak's window, in cells of a 256-wide map"),
-    "elimination": (0.5, 2, 0.01, "a prompt is dropped above this many times a PEM's mean"),
+NOTHING, PINNED = "none", "this setting, pinned"  # what may stand beside, apart from a method
+UPLOADED = "explorer.segmentation.image"  # Python for an image that only the explorer has
+LAYERS = {"image": 1.0, "masks": 0.8}  # the opacity of those that are seen at first
+CELLS = "in 256ths of the picture's longer side; beside it in pixels of the picture"
+SLIDERS = {  # least, most, step, unit, tooltip; the page turns cells into pixels
+    "smoothing": (0, 8, 0.1, "px", f"how far the confidence map is blurred (sigma), {CELLS}"),
+    "confidence": (0, 0.95, 0.01, "", "only peaks of the map above this become prompts"),
+    "spacing": (1, 32, 1, "px", f"the least distance between prompts, {CELLS}"),
+    "elimination": (0.5, 2, 0.01, "× mean", "a prompt is dropped where a PEM exceeds this"),
 }
+STILL = """<p class="aop-still">The explorer as it was when this cell ran. To make it live, run the
+cell again.</p>"""
 HERE = Path(__file__).parent
+WORKER = ThreadPoolExecutor(1)  # of all explorers, as a notebook keeps each that it ever showed
 
 
 def bundled(names: Sequence[str] = ("pane", "stage", "side", "explorer")) -> str:
@@ -70,11 +74,14 @@ class Explorer(anywidget.AnyWidget):
 
     Attributes:
         params, method: the setting; a method is a name in METHODS.
+        quality: which masks are kept, of images opened from now on.
         compare: what stands beside it: a name in METHODS, NOTHING or PINNED.
         source: which of the images, from 0.
         round: rounds of adaptive filtering shown; all of them by default.
         selected: row of `segmentation.prompts` that is clicked, -1 for none.
-        layers: opacity from 0 to 1 of image, pcm, smoothed, pem, masks, ground_truth, prompts.
+        least_iou: masks of a lower predicted IoU are hidden, in the page and in what it saves.
+        layers: opacity from 0 to 1 of image, pcm, smoothed, pem, masks, ground_truth, prompts,
+            eliminated (the prompts that were); one that is not named is off.
         manual: objects clicked by hand, each a list of (x, y, 1 for the object or 0 for the
             background).
         segmentation, compared: what is shown, masks of clicks among its own, and beside it.
@@ -90,10 +97,12 @@ class Explorer(anywidget.AnyWidget):
         from_json=lambda values, _: AsfParams(**values),
     )
     method = traitlets.Unicode("aop").tag(sync=True)
+    quality = traitlets.Instance(MaskParams, ())
     compare = traitlets.Unicode(NOTHING).tag(sync=True)
     source = traitlets.Int(0).tag(sync=True)
     round = traitlets.Int(0).tag(sync=True)
     selected = traitlets.Int(-1).tag(sync=True)
+    least_iou = traitlets.Float(0.0).tag(sync=True)
     layers = traitlets.Dict(LAYERS).tag(sync=True)
     manual: traitlets.List[Clicks] = traitlets.List().tag(sync=True)
     segmentation = traitlets.Instance(Segmentation, allow_none=True)
@@ -118,11 +127,13 @@ class Explorer(anywidget.AnyWidget):
         self._sources, self._sam = list(sources), sam
         self._session: Session | None = None
         self._answers: dict[str, Answer | None] = {}  # by side
+        self._n_rounds = 0  # that the last answer had
         self._task: asyncio.Task | None = None
-        self._worker = ThreadPoolExecutor(1)
         look = {
             "methods": {name: method.uses for name, method in METHODS.items()},
+            "titles": {name: TITLES.get(name, name) for name in METHODS},
             "beside": [NOTHING, PINNED, *METHODS],
+            "params": asdict(DEFAULT_PARAMS),
             "sliders": SLIDERS,
             "styles": packing.STYLES,
             "colours": packing.COLOURS,
@@ -185,16 +196,20 @@ class Explorer(anywidget.AnyWidget):
             return
         with self._errors_in_message():
             masks = session.candidates(seg, self.selected)
-            lines = [f"IoU {mask.score:.2f}, stability {mask.stability:.2f}" for mask in masks]
+            lines = [f"predicted IoU {m.score:.2f}, stability {m.stability:.2f}" for m in masks]
             if masks:
                 lines[max(range(len(masks)), key=lambda i: masks[i].score)] += ", best"
             packed = packing.pack_masks([mask.rle for mask in masks])
             self.detail = {"prompt": self.selected, "masks": packed, "lines": lines}
+            if seg.prompts["status"].iloc[self.selected] == "duplicate":
+                self.detail |= packing.pack_winner(seg, masks)
 
     @traitlets.observe("source")
     def _open(self, change: dict | None = None, shown: Segmentation | None = None) -> None:
         """Show the image `source`; its Segmentation may be known already."""
         self._cancel()
+        if self._session is not None:
+            self._session.forget()
         self._session, self._answers = None, {}
         with self.hold_sync():
             self.left, self.right, self.image, self.preview = {}, {}, {}, []
@@ -203,16 +218,19 @@ class Explorer(anywidget.AnyWidget):
                 self.manual = []
         if not self._sources:
             return
-        with self._errors_in_message(), warnings.catch_warnings():
-            # `prepared` has a note on large images
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            opened = self._sources[self.source].read()
-            self._session = session = Session(opened, loaded_sam(self._sam))
+        with self._errors_in_message():
+            opened = noted(self._sources[self.source].read)
+            self._session = session = Session(opened, loaded_sam(self._sam), self.quality)
             self.image = packing.pack_image(opened.image, opened.ground_truth)
             if shown is not None:
-                known = (self.method, self.params), shown, shown.seconds["total"], shown.n_decoded
-                self._publish(session, {"left": Answer(*known)})
+                self._publish(session, {"left": Answer((self.method, self.params), shown)})
             self._ask(session)
+
+    def close(self) -> None:
+        """Take the explorer off the page, and free the memory of what it shows."""
+        super().close()
+        self._sources = []
+        self._open()
 
     # --- answers -----------------------------------------------------------------------------
 
@@ -257,7 +275,7 @@ class Explorer(anywidget.AnyWidget):
         await asyncio.sleep(DEBOUNCE)
         with self._errors_in_message():
             for side, setting in due.items():
-                found = loop.run_in_executor(self._worker, session.run, *setting, progress)
+                found = loop.run_in_executor(WORKER, session.run, *setting, progress)
                 self._publish(session, {side: await found})
             self.busy = ""
 
@@ -269,15 +287,15 @@ class Explorer(anywidget.AnyWidget):
             self.call = self._call()
             if beside is None or self.compared is not beside.segmentation:
                 self.compared = beside.segmentation if beside else None
-                self.right = self._packed(session, beside, beside.segmentation) if beside else {}
+                self.right = self._packed(session, beside.segmentation) if beside else {}
             if answer is None:
                 return
             clicked = [(one, mask) for one in self.manual if (mask := session.ask(one))]
             seg = with_clicked(answer.segmentation, clicked)
             selected = same_prompt(self.segmentation, self.selected, seg)
-            packed = self._packed(session, answer, seg)
-            is_at_end = self.round >= self.left.get("rounds", 0)
-            self.round = packed["rounds"] if is_at_end else min(self.round, packed["rounds"])
+            packed = self._packed(session, seg)
+            is_at_end, self._n_rounds = self.round >= self._n_rounds, packed["rounds"]
+            self.round = self._n_rounds if is_at_end else min(self.round, self._n_rounds)
             others = {"ground_truth": session.opened.ground_truth}
             others["right"] = self.compared.masks if self.compared else ()
             own = mask_colours(seg.masks, session.colours)
@@ -290,10 +308,8 @@ class Explorer(anywidget.AnyWidget):
                 self._selected_changed()
             self.selected = selected
 
-    def _packed(self, session: Session, answer: Answer, seg: Segmentation) -> dict:
-        new = f" ({answer.n_new} new)" if answer.n_new < seg.n_decoded else ""
-        badge = f"{seg.n_decoded} decoded of {seg.n_sampled}{new} · {len(seg.masks)} masks"
-        badge += f" · {answer.seconds:.2f} s"
+    def _packed(self, session: Session, seg: Segmentation) -> dict:
+        badge = f"{seg.n_decoded} decoded of {seg.n_sampled} prompts · {len(seg.masks)} masks"
         ground_truth = session.opened.ground_truth
         if ground_truth:
             badge += f" · mIoU {100 * evaluate(ground_truth, seg.masks).miou:.1f} %"
@@ -304,23 +320,31 @@ class Explorer(anywidget.AnyWidget):
     # --- files -------------------------------------------------------------------------------
 
     def _on_message(self, _: object, content: dict, buffers: Sequence[memoryview]) -> None:
-        """Take what the page sends: an upload and its `name`, or `what` to export."""
+        """Take what the page sends: an upload and its `name`, or `what` a view exports."""
         with self._errors_in_message():
             given = content if isinstance(content, dict) else {}
             if buffers:
-                name = str(given.get("name", "image"))
-                opened = prepared(image_from_bytes(bytes(buffers[0]), name))
-                self._sources.append(Source(name, repr(name), lambda: opened))
+                name, self.message = str(given.get("name", "image")), ""
+                opened = noted(lambda: prepared(image_from_bytes(bytes(buffers[0]), name)))
+                self._sources.append(Source(name, UPLOADED, lambda: opened))
                 self.names = [*self.names, name]
                 self.source = len(self._sources) - 1
             elif self.segmentation is not None:
-                name = self._sources[self.source].name
+                name, seg = self._sources[self.source].name, self._shown(self.segmentation)
                 with tempfile.TemporaryDirectory() as folder:
-                    files = save(self.segmentation, folder, Path(name).stem, name)
+                    files = save(seg, folder, Path(name).stem, name)
                     file = files.get(str(given.get("what")))
                     if file is None:
                         raise ValueError(f"What can be saved is {', '.join(files)}.")
-                    self.send({"name": file.name}, [file.read_bytes()])
+                    reply = {"name": file.name, "view": given.get("view")}
+                    self.send(reply, [file.read_bytes()])
+
+    def _shown(self, seg: Segmentation) -> Segmentation:
+        """A Segmentation without the masks that are hidden."""
+        rows = np.flatnonzero(seg.scores >= self.least_iou)
+        names = ("scores", "stability", "boxes", "mask_prompt")
+        fields = {name: getattr(seg, name)[rows] for name in names}
+        return replace(seg, masks=[seg.masks[i] for i in rows], **fields)
 
     def _call(self) -> str:
         """The Python that makes this state again."""
@@ -332,6 +356,8 @@ class Explorer(anywidget.AnyWidget):
             call += f", manual={clicks}"
         if self.compare in METHODS:
             call += f", compare={self.compare!r}"
+        for name, value in asdict(self.quality).items():
+            call += f", {name}={value}" if value != getattr(MaskParams, name) else ""
         return call + ")"
 
     @contextmanager
@@ -349,15 +375,20 @@ class Explorer(anywidget.AnyWidget):
         if self.segmentation is None:
             raise ValueError("There is no image to draw: " + (self.message or "nothing is open."))
         figure = ShownFigure(layout="constrained")
-        plot_panels(figure, self.segmentation, self.compared, self.selected)
+        plot_panels(figure, self._shown(self.segmentation), self.compared, self.selected)
         return figure
 
-    def _repr_mimebundle_(self, **kwargs: Any) -> tuple[dict, dict]:
-        """The widget, and a still image for where no kernel runs: GitHub, nbviewer, HTML."""
-        data, metadata = super()._repr_mimebundle_(**kwargs) or ({}, {})
+    def _ipython_display_(self) -> None:
+        """Show the widget; below it, where no kernel runs, a still image and how to make it live.
+
+        The still image is an output of its own, as JupyterLab would prefer the widget to it.
+        explorer.css hides both while the widget lives.
+        """
+        data, metadata = self._repr_mimebundle_() or ({}, {})
+        display(data, metadata=metadata, raw=True)
         if self.segmentation is not None:
-            data["image/png"] = base64.b64encode(self.to_figure()._repr_png_()).decode("ascii")
-        return data, metadata
+            display(HTML(STILL))
+            display(self.to_figure())
 
     def __repr__(self) -> str:
         return f"Explorer({self.segmentation or self.message!r})"
@@ -370,10 +401,9 @@ def explore(
     params: AsfParams = DEFAULT_PARAMS,
     manual: Sequence[Clicks] = (),
     compare: str = NOTHING,
+    **quality: float | None,
 ) -> Explorer:
     """Open images in the explorer; the last line of a notebook's cell.
-
-    What is wrong with an argument is said in the explorer's message line.
 
     Args:
         source: an array, a Pillow image, a path, a folder, a COCO-style folder, "photos" (those
@@ -385,13 +415,19 @@ def explore(
         params: the four parameters.
         manual: clicks by hand on the first image.
         compare: a method to show beside it.
+        **quality: fields of MaskParams; points to a side and crops are those of grids.
+
+    Raises:
+        ValueError, OSError: there is no image in the source, or a name is not known. An image that
+            cannot be read among others is said in the explorer's message line.
     """
-    shown = source if isinstance(source, Segmentation) else None
-    try:
-        if shown is not None:
-            params = replace(params, **shown.params)
-            method = shown.method if shown.method in METHODS else method
-        state = {"method": method, "params": params, "compare": compare, "manual": list(manual)}
-        return Explorer(sources_of(source), sam, shown, **state)
-    except (ValueError, OSError) as error:
-        return Explorer((), sam, None, message=str(error))
+    shown, sources = source if isinstance(source, Segmentation) else None, sources_of(source)
+    if shown is not None:
+        params = replace(params, **shown.params)
+        quality = asdict(shown.quality) | quality
+        method = shown.method if shown.method in METHODS else method
+    elif len(sources) == 1:
+        sources[0].read()  # or it raises
+    state = {"method": method, "params": params, "compare": compare, "manual": list(manual)}
+    state["quality"] = MaskParams(**quality)  # type: ignore[arg-type]
+    return Explorer(sources, sam, shown, **state)

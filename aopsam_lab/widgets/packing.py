@@ -11,12 +11,15 @@ import numpy as np
 import pandas as pd
 import torch
 from PIL import Image
+from torchvision.ops import box_iou
 
 from aopsam_lab import asf
 from aopsam_lab.masks.drawing import PALETTE
+from aopsam_lab.pipeline.methods import TITLES
 from aopsam_lab.pipeline.segmentation import Segmentation
 from aopsam_lab.pipeline.show import MAP_COLOURS, STATUS_STYLES
-from aopsam_lab.pipeline.types import STATUSES
+from aopsam_lab.pipeline.types import BOX_NMS_THRESH, STATUSES
+from aopsam_lab.widgets.session import Mask
 
 LOSSLESS_PIXELS = 1_000_000
 # as STATUS_STYLES: prompts that no round has decided yet, and clicks
@@ -64,6 +67,31 @@ def pack_table(table: pd.DataFrame) -> list[dict]:
     return json.loads(table.to_json(orient="records"))
 
 
+def pack_winner(seg: Segmentation, candidates: Sequence[Mask]) -> dict:
+    """Why a prompt's masks are duplicates -> winner (the prompt of the mask that won) and fact."""
+    boxes = torch.from_numpy(seg.boxes)
+    by_hand = torch.from_numpy(seg.prompts["round"].to_numpy()[seg.mask_prompt] < 0)
+    for mask in sorted(candidates, key=lambda one: -one.score):
+        iou = box_iou(torch.from_numpy(mask.box)[None], boxes)[0].masked_fill(by_hand, 0)
+        for i in (iou > BOX_NMS_THRESH).nonzero()[:1, 0].tolist():  # best first, as NMS goes
+            owner = int(seg.mask_prompt[i])
+            fact = f"Mask {i} of prompt {owner} won, predicted IoU {seg.scores[i]:.2f}: "
+            return {"winner": owner, "fact": fact + f"the IoU of their boxes is {iou[i]:.2f}."}
+    return {}
+
+
+def why_empty(seg: Segmentation, score: np.ndarray | None) -> str:
+    """Why there is no mask, "" where there is one. `score`: the map whose peaks become prompts."""
+    if seg.masks:
+        return ""
+    if len(seg.prompts):
+        return "no mask: none was sure and stable enough"
+    if score is None:
+        return "no prompt: the detector found nothing"
+    highest = f"no prompt: the highest confidence here is {score.max():.2f}"
+    return f"{highest}, the least asked for {seg.params['confidence']:.2f}"
+
+
 def pack_result(
     seg: Segmentation, smoothing: float, badge: str, colours: np.ndarray = PALETTE
 ) -> dict:
@@ -84,8 +112,10 @@ def pack_result(
     if seg.pcm is not None:
         sigma = smoothing * seg.pcm.shape[-1] / asf.REFERENCE_WIDTH
         maps["smoothed"] = asf.smooth(torch.from_numpy(seg.pcm), sigma).numpy()
+    score = maps["smoothed"] if "smoothing" in seg.params else seg.pcm
     return {
-        "title": seg.method,
+        "title": TITLES.get(seg.method, seg.method),
+        "empty": why_empty(seg, score),
         "setting": ", ".join(f"{name} {value:g}" for name, value in seg.params.items()),
         "badge": badge,
         "masks": pack_masks(seg.masks, seg.mask_prompt, colours),

@@ -2,7 +2,7 @@
 
 export const LAYERS = {
   image: "Image", pcm: "PCM", smoothed: "Smoothed PCM", pem: "PEM", masks: "Masks",
-  ground_truth: "Ground truth", prompts: "Prompts",
+  ground_truth: "Ground truth", prompts: "Prompts", eliminated: "Dropped",
 };
 const KEPT = 0, ELIMINATED = 1, WAITING = 6; // indices into packing.py's STYLES
 
@@ -48,7 +48,7 @@ export function unpackMasks({ counts = [], colours, owners }) {
 export function topMask(masks, size, isShown = () => true) {
   const labels = new Int32Array(size.width * size.height);
   const order = [...masks.keys()].sort((a, b) => masks[b].area - masks[a].area || b - a);
-  for (const i of order.filter((one) => isShown(masks[one]))) {
+  for (const i of order.filter((one) => isShown(masks[one], one))) {
     let at = -(masks[i].start ?? 0);
     masks[i].runs.forEach((length, j) => {
       if (j % 2) labels.fill(i + 1, at, at + length);
@@ -108,7 +108,7 @@ export function fitting(source, k) {
 }
 
 export class Pane {
-  /** sources: what layers are drawn from, image and ground truth at first. */
+  /** sources: what layers are drawn from, image and ground truth at first; true: prompts. */
   constructor(result, size, look, sources) {
     const { prompts, references } = result; // references: prompt, threshold, round
     Object.assign(this, { result, size, look, sources, prompts, references, round: null });
@@ -117,17 +117,20 @@ export class Pane {
     for (const name in result.maps) this.maps[name] = unpackMaps(result.maps[name]);
     this.pems = this.maps.pem;
   }
-  setRound(round) {
-    if (round === this.round) return;
-    this.round = round;
-    const isShown = ({ owner }) => this.prompts[owner].decided < round;
+  /** Show the masks of so many rounds whose predicted IoU is `least` or more. */
+  setRound(round, least) {
+    if (round === this.round && least === this.least) return;
+    Object.assign(this, { round, least });
+    const { scores } = this.result;
+    const isShown = ({ owner }, i) => this.prompts[owner].decided < round && scores[i] >= least;
     this.labels = topMask(this.masks, this.size, isShown);
+    this.shown = this.masks.filter(isShown).length;
     delete this.sources.masks;
   }
-  /** The prompts of a status, in this round. */
-  having(status) {
-    return this.prompts.filter((p) => (p.decided < this.round ? p.status : WAITING) === status);
-  }
+  /** A prompt's status in this round, the layer that shows it; the prompts of a status. */
+  statusOf(prompt) { return prompt.decided < this.round ? prompt.status : WAITING; }
+  having(status) { return this.prompts.filter((prompt) => this.statusOf(prompt) === status); }
+  layerOf(prompt) { return this.statusOf(prompt) === ELIMINATED ? "eliminated" : "prompts"; }
   /** The reference that a prompt's mask became, or -1. */
   reference(prompt) { return this.references.findIndex((r) => r.prompt === prompt); }
   /** The prompts that a prompt eliminated, or the one that eliminated it. */
@@ -220,27 +223,33 @@ export function drawGlyphs(ctx, view, marker, points, fillStyle, r) {
   else Object.assign(ctx, { fillStyle }).fill(path);
 }
 
-/** All prompts by status, kept ones on top; frames of kept boxes; clicks by hand. */
-export function drawPrompts(ctx, pane, view, clicks) {
-  const r = glyphSize(pane, view), points = clicks.flat().map(([x, y, label]) => ({ x, y, label }));
+/** The prompts of a layer by status, kept ones on top; frames of kept boxes. */
+export function drawPrompts(ctx, pane, view, layer) {
+  const r = glyphSize(pane, view);
   for (const status of [...pane.look.styles.keys()].reverse()) {
+    if ((status === ELIMINATED) !== (layer === "eliminated")) continue;
     const [marker, colour] = pane.look.styles[status], own = pane.having(status);
-    drawGlyphs(ctx, view, marker, own, colour, status === WAITING ? 0.7 * r : r);
+    drawGlyphs(ctx, view, marker, own, colour, status === WAITING ? 0.85 * r : r);
     if (status !== KEPT) continue;
     Object.assign(ctx, { lineWidth: 1, strokeStyle: "#fff9" });
-    for (const { x0, y0, x1, y1 } of own.filter((prompt) => prompt.x0 !== null)) {
+    for (const { x0, y0, x1, y1 } of own.filter((prompt) => prompt.x0 != null)) {
       ctx.strokeRect(...onScreen(view, { x: x0, y: y0 }), view.k * (x1 - x0), view.k * (y1 - y0));
     }
   }
+}
+
+/** Clicks by hand: in every layer, as they are what a person does. */
+export function drawClicks(ctx, pane, view, clicks) {
+  const r = glyphSize(pane, view), points = clicks.flat().map(([x, y, label]) => ({ x, y, label }));
   const clicked = (label) => points.filter((point) => point.label === label);
   drawGlyphs(ctx, view, "-", clicked(0), "#ff8080", 1.3 * r);
   drawGlyphs(ctx, view, "+", clicked(1), "#ffffff", 1.3 * r);
 }
 
-/** A ring around a prompt, and lines to the prompts that it is related to. */
-export function drawRelated(ctx, pane, view, index) {
+/** A ring around a prompt, and lines to the prompts that it is related to and to its winner. */
+export function drawRelated(ctx, pane, view, index, winner) {
   const prompt = pane.prompts[index], lines = new Path2D();
-  for (const other of pane.related(index)) {
+  for (const other of [...pane.related(index), pane.prompts[winner] ?? prompt]) {
     lines.moveTo(...onScreen(view, prompt));
     lines.lineTo(...onScreen(view, other));
   }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -19,25 +19,24 @@ from segment_anything.modeling import Sam
 from aopsam_lab.asf import AsfParams
 from aopsam_lab.pipeline.decode import STABILITY_OFFSET, encode, full_size, image_decoder
 from aopsam_lab.pipeline.decode_cache import DecodeCache, PcmCache
-from aopsam_lab.pipeline.methods import METHODS
+from aopsam_lab.pipeline.methods import METHODS, method_named
 from aopsam_lab.pipeline.run import loaded_detector, loaded_predictor, run_method
 from aopsam_lab.pipeline.segmentation import Segmentation
-from aopsam_lab.pipeline.types import Encoded, Found, Models, Prompts
+from aopsam_lab.pipeline.types import Encoded, Found, MaskParams, Models, Prompts
 from aopsam_lab.sam.zoo import SamSpec
 from aopsam_lab.widgets.sources import Opened
 
 CHUNK = 16  # prompts decoded before each check whether the answer is still wanted
+KEPT = 3  # sessions that keep their decodes: a notebook keeps each widget that it ever showed
 
 Clicks = Sequence[tuple[float, float, int]]  # x, y, and 1 for the object or 0 for the background
 
 
 class Answer(NamedTuple):
-    """What a setting gives: the same as a fresh run, in less time where decodes were kept."""
+    """What a setting gives: the same as a fresh run."""
 
     setting: tuple[str, AsfParams]  # the method's name, and the four parameters
     segmentation: Segmentation
-    seconds: float
-    n_new: int  # prompts decoded for it
 
 
 class Mask(NamedTuple):
@@ -52,8 +51,10 @@ class Mask(NamedTuple):
 class Session:
     """An opened image on a SAM. The models that a method needs are loaded at its first use."""
 
-    def __init__(self, opened: Opened, sam: Sam):
-        self.opened, self.sam = opened, sam
+    _with_decodes: deque[Session] = deque(maxlen=KEPT)  # the latest at the right
+
+    def __init__(self, opened: Opened, sam: Sam, quality: MaskParams = MaskParams()):
+        self.opened, self.sam, self.quality = opened, sam, quality
         self._lock = threading.Lock()  # a worker decodes while the main thread answers a click
         self.colours: dict[bytes, int] = {}  # of every mask shown so far, see mask_colours
         self._asked: dict[str, Mask | None] = {}  # by the clicks, as JSON
@@ -61,23 +62,31 @@ class Session:
     @cached_property
     def _cache(self) -> DecodeCache:
         """The decodes, and with them the image with its embedding."""
-        return DecodeCache(self.sam, encode(self.sam, self.opened.image))
+        if len(self._with_decodes) == KEPT:
+            self._with_decodes[0].forget()
+        self._with_decodes.append(self)
+        encoded = encode(self.sam, self.opened.image)
+        return DecodeCache(self.sam, encoded, quality=self.quality)
 
-    @cached_property
-    def _pcm(self) -> PcmCache:
-        return PcmCache(loaded_predictor(self.sam), self._cache.encoded)
+    def forget(self) -> None:
+        """Let the decodes go. They are made again where they are needed."""
+        self.__dict__.pop("_cache", None)
 
-    def _models(self, method: str) -> Models:
+    def _models(self, method: str, encoded: Encoded) -> Models:
         needs = METHODS[method].needs
         if needs == "predictor":
-            return Models(predictor=self._pcm)
+            if PcmCache not in encoded.made:
+                encoded.made[PcmCache] = PcmCache(loaded_predictor(self.sam), encoded)
+            return Models(predictor=encoded.made[PcmCache])
         return Models(detector=loaded_detector(self.sam) if needs else None)
 
     @torch.inference_mode()
     def sample(self, method: str, params: AsfParams) -> list[dict]:
         """Where the method would prompt, before anything is decoded: x and y of each point."""
         with self._lock:
-            proposal = METHODS[method].start(self._cache.encoded, self._models(method), params)
+            encoded = self._cache.encoded
+            models = self._models(method, encoded)
+            proposal = method_named(method, self.quality).start(encoded, models, params)
         return [{"x": x, "y": y} for x, y in proposal.prompts.points.tolist()]
 
     def run(
@@ -88,8 +97,7 @@ class Session:
         Before every CHUNK prompts `progress` is told how many of how many were decoded. What it
         raises ends the run.
         """
-        start = time.perf_counter()
-        before, done = self._cache.n_decoded, 0
+        cache, done = self._cache, 0  # another session may make this one forget it meanwhile
 
         def decode(
             sam: Sam, encoded: Encoded, prompts: Prompts, index: torch.Tensor, spec: SamSpec
@@ -98,20 +106,19 @@ class Session:
             for part in index.split(CHUNK):
                 progress(done, len(prompts))
                 with self._lock:
-                    self._cache(sam, encoded, prompts, part, spec)
+                    cache(sam, encoded, prompts, part, spec)
                 done += len(part)
             with self._lock:
-                return self._cache(sam, encoded, prompts, index, spec)  # joins the parts
+                return cache(sam, encoded, prompts, index, spec)  # joins the parts
 
-        models = self._models(method)
-        seg = run_method(self.sam, self._cache.encoded, method, *models, params, decode=decode)
-        seconds = time.perf_counter() - start
-        return Answer((method, params), seg, seconds, self._cache.n_decoded - before)
+        own = cache.encoded, method, *self._models(method, cache.encoded), params
+        seg = run_method(self.sam, *own, decode=decode, quality=self.quality)
+        return Answer((method, params), seg)
 
     def candidates(self, seg: Segmentation, row: int) -> list[Mask]:
         """All masks of the prompt `row`, before any threshold: three of a point, one of a box."""
         prompt = seg.prompts.iloc[row]
-        box = prompt[["x0", "y0", "x1", "y1"]].to_numpy(float)
+        box = prompt.reindex(["x0", "y0", "x1", "y1"]).to_numpy(float)
         if not np.isnan(box).any():
             return self._predict(False, box=box)
         point = prompt[["x", "y"]].to_numpy(float)[None]
@@ -140,10 +147,10 @@ class Session:
         with self._lock:
             device = encoded.embedding.device
             if point_coords is not None:
-                xy = encoded.to_model(torch.tensor(point_coords, device=device).float())
-                points = xy[None], torch.tensor(point_labels, device=device).int()[None]
+                xy = encoded.to_model(torch.tensor(point_coords, dtype=torch.float, device=device))
+                points = xy[None], torch.tensor(point_labels, dtype=torch.int, device=device)[None]
             if box is not None:
-                corners = torch.tensor(box, device=device).float().view(1, 2, 2)
+                corners = torch.tensor(box, dtype=torch.float, device=device).view(1, 2, 2)
                 boxes = encoded.to_model(corners).flatten(1)
             tokens = sam.prompt_encoder(points=points, boxes=boxes, masks=None)[0]
             decoded = image_decoder(sam, encoded).decode(tokens)

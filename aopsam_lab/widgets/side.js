@@ -2,12 +2,25 @@
 
 import { LAYERS, drawGlyphs, tag } from "./pane.js";
 
-const HELP = "Wheel zooms, dragging pans. Click a prompt to open it, an empty place to ask SAM " +
-  "there; Shift-click says: not this.";
+const HELP = "Wheel zooms, dragging pans. Click a prompt that is shown to open it, any other " +
+  "place to ask SAM there; Shift-click says: not this.";
 const KEYS = {
   arrows: "move the cross (Shift: faster)", Enter: "click there (Shift: background)",
   "n, p": "next, previous prompt", Esc: "let go of the prompt", u: "undo a click",
-  "+, −, 0": "zoom in, out, fit", "1 … 7": "a layer on, off", "[ , ]": "round back, on",
+  "+, −, 0": "zoom in, out, fit", "1 … 8": "a layer on, off", "[ , ]": "round back, on",
+};
+const HINTS = { // what the layers show
+  image: "the picture", pcm: "Prompt Confidence Map: how likely a click there finds a mask",
+  smoothed: "the PCM, blurred by smoothing: its peaks become prompts",
+  pem: "Prompt Elimination Map: how like the masks found so far a place is; high: dropped",
+  masks: "what was found and kept", ground_truth: "the objects that people outlined",
+  prompts: "all prompts but those dropped", eliminated: "prompts that are never decoded",
+};
+const PRESETS = { // tooltip, opacities of the layers that are on, whether before the first round
+  "Where to click": ["the PCM, its peaks ringed", { image: 0.6, pcm: 0.6, prompts: 1 }, true],
+  "What was found": ["the masks alone", { image: 1, masks: 0.8 }, false],
+  "Why it was dropped": ["the PEM and what it dropped: click a cross to see which mask did it",
+    { image: 0.6, pem: 0.6, eliminated: 1 }, false],
 };
 const ROUND_MS = 700; // how long a round is shown
 
@@ -20,22 +33,24 @@ const slider = (ariaLabel, limits, set) =>
 
 /** Choices, sliders and rounds. The functions that update them join `updates`. */
 export function makeControls(get, act, updates) {
-  const { methods, beside, sliders } = get("look");
+  const { methods, titles, beside, sliders, params } = get("look");
   const choice = (title, trait, names) => {
     const isIndex = trait === "source", select = tag("select", { ariaLabel: title });
     select.onchange = () => act.set(trait, isIndex ? +select.value : select.value);
     updates.push(() => {
-      const options = names().map((name, i) => new Option(name, isIndex ? i : name));
+      const options = names().map((name, i) =>
+        new Option(isIndex ? name : titles[name] ?? name, isIndex ? i : name));
       if (select.length !== options.length) select.replaceChildren(...options);
       select.value = get(trait);
     });
     return labelled(title, select);
   };
   const parameter = (name) => {
-    const [min, max, step, title] = sliders[name];
+    const [min, max, step, unit, title] = sliders[name], size = tag("small");
     const set = (value) => act.set("params", { ...get("params"), [name]: +value.toFixed(6) });
     const range = slider(name, { min, max, step }, set);
-    const number = tag("input", { type: "number", min, max, step });
+    const ariaLabel = `${name} as a number`;
+    const number = tag("input", { type: "number", min, max, step, ariaLabel });
     number.onchange = () => set(Math.max(range.min, Math.min(range.max, number.value)));
     updates.push(() => {
       const value = get("params")[name], disabled = !methods[get("method")].includes(name);
@@ -45,8 +60,10 @@ export function makeControls(get, act, updates) {
       number.disabled = disabled;
       const isTyping = number === document.activeElement;
       if (!isTyping) number.value = value.toFixed(step < 0.1 ? 2 : 1);
+      const { width: w = 0, height: h = 0 } = get("image"), pixels = (value * Math.max(w, h)) / 256;
+      size.textContent = unit === "px" ? `= ${pixels.toFixed(pixels < 10 ? 1 : 0)} px` : unit;
     });
-    return Object.assign(labelled(name, range, number), { title });
+    return Object.assign(labelled(name, range, number, size), { title });
   };
   const file = tag("input", { type: "file", accept: "image/*", hidden: true });
   file.onchange = () => {
@@ -54,6 +71,7 @@ export function makeControls(get, act, updates) {
     file.value = "";
   };
   const rounds = slider("Rounds", { min: 0 }, (value) => act.set("round", value));
+  rounds.title = "as it was after so many rounds of decoding";
   const count = tag("output"), play = button("▶", "play the rounds", () => playRounds());
   let timer = 0;
   function playRounds() {
@@ -70,14 +88,25 @@ export function makeControls(get, act, updates) {
     rounds.max = get("left").rounds ?? 0;
     rounds.value = count.value = get("round");
   });
+  const presets = Object.entries(PRESETS).map(([name, [title, shown, isBefore]]) => {
+    const one = button(name, title, () => act.show(shown, isBefore));
+    const isAsSet = (key) => (get("layers")[key] ?? 0) === (shown[key] ?? 0);
+    updates.push(() => {
+      one.ariaPressed = isBefore === !get("round") && Object.keys(LAYERS).every(isAsSet);
+    });
+    return one;
+  });
   return tag("div", { className: "aop-controls" },
     tag("div", {},
       choice("Image", "source", () => get("names")), file,
-      button("Your own", "an image of your own", () => file.click()),
+      button("Upload", "open an image of your own", () => file.click()),
       choice("Method", "method", () => Object.keys(methods)),
-      choice("Beside", "compare", () => beside)),
-    tag("div", {}, ...Object.keys(sliders).map(parameter),
-      labelled("Rounds", rounds, count), play));
+      choice("Compare with", "compare", () => beside)),
+    tag("div", { className: "aop-sliders" }, ...Object.keys(sliders).map(parameter)),
+    tag("div", {}, tag("div", { className: "aop-presets", role: "group" }, ...presets),
+      play, labelled("Rounds", rounds, count),
+      button("Reset", "sliders and layers back to their defaults", () =>
+        act.show(PRESETS["What was found"][1], false, params))));
 }
 
 /** Layers with their opacity, the legend, the selected prompt, and buttons: as makeControls. */
@@ -89,7 +118,8 @@ export function makeSide(get, act, stage, updates) {
     const range = slider(`opacity of ${LAYERS[name]}`, { min: 0, max: 100 }, set);
     const check = tag("input", { type: "checkbox", onchange: () => act.toggle(name) });
     const title = text("span", LAYERS[name]);
-    const row = tag("div", { className: "aop-layer" }, tag("label", {}, check, title), range);
+    const row = tag("div", { className: "aop-layer", title: HINTS[name] },
+      tag("label", {}, check, title), range);
     if (name in look.colours) {
       const bar = tag("span", { className: "aop-bar" });
       const stops = look.colours[name].filter((_, i) => i % 51 === 0).map((c) => `rgb(${c})`);
@@ -100,25 +130,36 @@ export function makeSide(get, act, stage, updates) {
       const opacity = get("layers")[name] ?? 0;
       range.value = Math.round(100 * opacity);
       check.checked = opacity > 0;
-      const isThere = name === "prompts" || stage.panes.some((pane) => pane.source(name));
+      const isThere = stage.panes.some((pane) => pane.source(name));
       row.classList.toggle("aop-absent", !isThere);
       const of = name === "pem" ? stage.panes[0]?.maps.pem?.of : undefined;
       title.textContent = of === undefined ? LAYERS[name] : `PEM of ${of}`;
     });
     return row;
   };
-  /** What a status looks like, and how many prompts have it. */
-  const entry = (status) => {
-    const [marker, colour, words] = look.styles[status];
-    const count = stage.panes[0]?.having(status).length;
+  const least = slider("least predicted IoU", { max: 1, step: 0.005 }, act.setLeast);
+  const count = tag("output"), title = "hides masks whose predicted IoU is lower, here and in files";
+  const quality = tag("div", { title, className: "aop-quality" },
+    tag("label", { className: "aop-layer" }, text("span", "Quality"), least), count);
+  updates.push(() => {
+    const [pane] = stage.panes, scores = pane?.result.scores ?? [];
+    least.min = Math.floor(200 * Math.min(1, ...scores)) / 200;
+    least.value = get("least_iou");
+    count.value = pane ? `${pane.shown} of ${scores.length} masks shown` : "";
+  });
+  /** What a status looks like, and how many prompts of a pane have it. */
+  const entry = (pane, status) => {
+    const [marker, colour, words] = look.styles[status], count = pane.having(status).length;
     const icon = tag("canvas", { width: 32, height: 32 }), view = { k: 1, x: 16, y: 16 };
     drawGlyphs(icon.getContext("2d"), view, marker, [{ x: 0, y: 0 }], colour, 10);
     const parts = [icon, text("span", words), text("b", count)];
     return count ? [tag("div", { className: "aop-status" }, ...parts)] : [];
   };
-  /** The legend; what became of the selected prompt, and a button for each of its masks. */
+  const legendOf = (pane) =>
+    [text("b", pane.result.title), ...look.styles.flatMap((_, status) => entry(pane, status))];
+  /** A legend each; what became of the selected prompt, and a button for each of its masks. */
   function describe() {
-    legend.replaceChildren(...[...look.styles.keys()].flatMap(entry));
+    legend.replaceChildren(...stage.panes.flatMap(legendOf));
     const [pane] = stage.panes, selected = get("selected");
     const [title, ...facts] = selected in (pane?.prompts ?? []) ? pane.story(selected) : [];
     const masks = stage.candidates.map(({ line, colour }, i) => {
@@ -131,13 +172,14 @@ export function makeSide(get, act, stage, updates) {
       only.style.setProperty("--swatch", `rgb(${colour})`);
       return only;
     });
+    if (title && stage.detail?.fact) facts.push(stage.detail.fact);
     const words = title ? [text("b", title), ...facts.map((fact) => text("div", fact))] : [];
     detail.replaceChildren(...words, ...masks);
   }
   const keys = Object.entries(KEYS).map(([key, does]) => text("div", `${key}: ${does}`));
   updates.push(describe);
   return tag("div", { className: "aop-side" },
-    tag("div", {}, ...Object.keys(LAYERS).map(layer)), legend, detail,
+    tag("div", {}, ...Object.keys(LAYERS).map(layer)), quality, legend, detail,
     tag("div", { className: "aop-actions" },
       button("Undo", "take back the last click (u)", act.undo),
       button("Fit", "the whole image (0, or double click)", () => stage.fit()),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -77,6 +78,14 @@ def prepared(what: Sample | ImageLike) -> Opened:
     note = f"{width} x {height} pixels, explored at {size[0]} x {size[1]}; "
     note += "aop.segment gives masks of the full size."
     return Opened(reduced, [coco_mask.encode(np.asfortranarray(mask)) for mask in masks], note)
+
+
+def noted(read: Callable[[], Opened]) -> Opened:
+    """What is read, with its warnings in its note; that on large images `prepared` has written."""
+    with warnings.catch_warnings(record=True) as said:
+        opened = read()
+    words = [str(one.message) for one in said if one.category is UserWarning]
+    return opened._replace(note=" ".join([*words, opened.note]).strip())
 
 
 def _of_path(path: str | os.PathLike) -> list[Source]:

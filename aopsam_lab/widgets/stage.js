@@ -4,12 +4,12 @@
 // the image) and screen (CSS pixels of a pane); view = {k, x, y}: screen = k * image + (x, y).
 
 import {
-  LAYERS, Pane, drawGlyphs, drawLabels, drawMask, drawPrompts, drawRelated, fitting, tag, topMask,
-  unpackMasks,
+  LAYERS, Pane, drawClicks, drawGlyphs, drawLabels, drawMask, drawPrompts, drawRelated, fitting,
+  tag, topMask, unpackMasks,
 } from "./pane.js";
 
 const WHITE = [255, 255, 255];
-const GAP = 8; // between two panes, CSS pixels
+const GAP = 8, HEAD = 22; // between panes side by side; above each pane. CSS pixels
 const HINT = "Image. Arrows move the cross, Enter clicks, n and p step through the prompts.";
 
 export class Stage {
@@ -18,6 +18,7 @@ export class Stage {
   only = -1; // which of them alone
   image = null;
   view = { k: 1, x: 0, y: 0 };
+  step = { x: 0, y: 0 }; // from the first pane to the second
   cross = null; // the point under the pointer, image frame
   isByKey = false; // whether keys moved the cross
   frame = 0;
@@ -38,7 +39,7 @@ export class Stage {
     const { data, width = 1, height = 1 } = packed;
     const side = Math.max(width, height), edge = Math.max(1, Math.round(side / 700)); // of outlines
     const size = { width, height, side, edge };
-    Object.assign(this, { packed, size, image: null, isFitted: true });
+    Object.assign(this, { packed, size, image: null, isFitted: true, cross: null });
     if (!data) return;
     const image = await createImageBitmap(new Blob([data]));
     if (this.packed !== packed) return; // another one came in the meantime
@@ -51,15 +52,15 @@ export class Stage {
     const results = [get("left"), get("right")].filter((result) => image && result.prompts);
     Object.assign(this.busy, { textContent: busy, hidden: !busy });
     this.panes = results.map((result) => panes.find((pane) => pane.result === result) ??
-      new Pane(result, this.size, this.look, { image }));
+      new Pane(result, this.size, this.look, { image, prompts: true, eliminated: true }));
     if (this.panes.length !== panes.length) this.layout();
-    this.badges.replaceChildren(...results.map(({ title, badge, setting }) =>
-      tag("div", { className: "aop-badge", title: setting },
-        tag("b", { textContent: title }), ` ${badge}`)));
+    this.badges.replaceChildren(...results.map(({ title, badge, empty, setting }) =>
+      tag("div", { className: "aop-badge", title: `${badge}; ${setting}` },
+        tag("b", { textContent: title }), ` ${empty || badge}`)));
     this.setColours(get("matched"));
     const isLast = get("round") >= (results[0]?.rounds ?? 0);
     this.panes.forEach((pane, i) => {
-      pane.setRound(isLast ? pane.result.rounds : get("round"));
+      pane.setRound(isLast ? pane.result.rounds : get("round"), get("least_iou"));
       pane.choosePem(i === 0 ? prompt : -1);
     });
     const detail = image && get("detail").prompt === prompt ? get("detail") : null;
@@ -94,23 +95,28 @@ export class Stage {
 
   invalidate() { this.frame ||= requestAnimationFrame(() => this.draw(this)); }
   /** Draw the panes on a canvas, each of a width and height and under a view; scale: its pixels. */
-  draw({ canvas, width, height, view, scale }) {
+  draw({ canvas, width, height, view: { k, x, y }, scale, step }) {
     this.frame = 0;
     const ctx = canvas.getContext("2d"), { cross, panes, get } = this, selected = get("selected");
+    const glyph = Math.max(0.6, (this.fitted(width, height) * this.size.side) / 700);
+    const view = { k, x, y, glyph }; // glyphs are as large as the pane allows
     ctx.reset();
     panes.forEach((pane, i) => {
       ctx.save();
-      ctx.setTransform(scale, 0, 0, scale, i * (width + GAP) * scale, 0);
+      ctx.setTransform(scale, 0, 0, scale, i * step.x * scale, i * step.y * scale);
       ctx.beginPath();
       ctx.rect(0, 0, width, height);
       ctx.clip();
       const isFaint = i === 0 && this.candidates.length > 0; // so that a prompt's masks stand out
       for (const name in LAYERS) {
-        if (name === "prompts") this.drawSingleMasks(ctx, pane, view);
+        if (name === "prompts") this.drawSingleMasks(ctx, pane, view); // below all prompts
         const opacity = get("layers")[name] * (isFaint && name === "masks" ? 0.3 : 1);
-        if (opacity) this.drawLayer(ctx, pane, name, view, scale, opacity);
+        const isOld = i === 0 && pane.sources[name] === true && get("preview").length;
+        if (opacity && !isOld) this.drawLayer(ctx, pane, name, view, scale, opacity);
       }
-      if (i === 0 && selected in pane.prompts) drawRelated(ctx, pane, view, selected);
+      if (i === 0) drawClicks(ctx, pane, view, get("manual"));
+      const { winner } = this.detail ?? {}; // where a prompt's masks are duplicates
+      if (i === 0 && selected in pane.prompts) drawRelated(ctx, pane, view, selected, winner);
       drawGlyphs(ctx, view, "O", i === 0 ? get("preview") : [], "#ffffff", 5);
       const isSeen = cross && (this.isByKey || panes.length > 1);
       drawGlyphs(ctx, view, "+", isSeen ? [cross] : [], "#ffffff", 7);
@@ -119,12 +125,11 @@ export class Stage {
   }
   drawLayer(ctx, pane, name, view, scale, opacity) {
     const { width, height, side } = this.size, isMap = name in pane.maps, k = view.k * scale;
-    const source = pane.source(name), isFirst = pane === this.panes[0];
+    const source = pane.source(name);
     ctx.save();
     ctx.globalAlpha = opacity;
-    if (name === "prompts") {
-      drawPrompts(ctx, pane, view, isFirst ? this.get("manual") : []);
-    } else if (source) {
+    if (source === true) drawPrompts(ctx, pane, view, name);
+    else if (source) {
       ctx.imageSmoothingEnabled = isMap || k < 3;
       const fine = isMap ? source : fitting(source, k);
       const [w, h] = isMap ? [width / side, height / side] : [1, 1]; // a map's rest is padding
@@ -150,27 +155,34 @@ export class Stage {
   }
   /** What is shown, as a canvas of the image's own size. */
   overlay() {
-    const { width, height, side } = this.size, n = this.panes.length;
-    const canvas = tag("canvas", { width: n * (width + GAP) - GAP, height });
-    const view = { k: 1, x: 0, y: 0, glyph: Math.max(0.6, side / 700) };
-    this.draw({ canvas, width, height, view, scale: 1 });
+    const { width, height } = this.size, step = { x: width + GAP, y: 0 };
+    const canvas = tag("canvas", { width: this.panes.length * step.x - GAP, height });
+    this.draw({ canvas, width, height, view: { k: 1, x: 0, y: 0 }, scale: 1, step });
     return canvas;
   }
 
+  /** Give the panes their room: side by side, or stacked where that shows the image far larger. */
   layout() {
-    const n = Math.max(1, this.panes.length), ratio = this.size.height / this.size.width;
-    const most = Math.min(0.62 * window.innerHeight, 680);
-    this.scale = window.devicePixelRatio || 1;
-    this.width = Math.max(80, (this.box.clientWidth - (n - 1) * GAP) / n);
-    this.height = Math.round(Math.max(220, Math.min(most, this.width * ratio)));
-    this.canvas.width = Math.round((n * (this.width + GAP) - GAP) * this.scale);
-    this.canvas.height = Math.round(this.height * this.scale);
-    this.canvas.style.height = `${this.height}px`;
+    const { box, panes, size } = this, room = Math.max(80, box.clientWidth);
+    const most = Math.min(0.62 * window.innerHeight, 680), half = (room - GAP) / 2;
+    const isTwo = panes.length > 1, gain = this.fitted(room, 0.6 * most) / this.fitted(half, most);
+    const isStacked = isTwo && gain > 1.2;
+    const width = isTwo && !isStacked ? half : room, high = isStacked ? 0.6 * most : most;
+    const height = Math.round(Math.max(220, Math.min(high, (width * size.height) / size.width)));
+    const step = { x: isTwo && !isStacked ? width + GAP : 0, y: isStacked ? height + HEAD : 0 };
+    const scale = window.devicePixelRatio || 1, full = step.y + height;
+    Object.assign(this, { width, height, step, scale });
+    this.canvas.width = Math.round((step.x + width) * scale);
+    this.canvas.height = Math.round(full * scale);
+    this.canvas.style.height = `${full}px`;
+    this.badges.style = isStacked ? `grid: auto-flow ${HEAD}px / 1fr; gap: ${height}px` : "";
     if (this.isFitted) this.fit();
     this.invalidate();
   }
+  /** The scale at which the whole image has room. */
+  fitted(width, height) { return Math.min(width / this.size.width, height / this.size.height); }
   fit() {
-    const { width, height } = this.size, k = Math.min(this.width / width, this.height / height);
+    const { width, height } = this.size, k = this.fitted(this.width, this.height);
     this.move({ k, x: (this.width - k * width) / 2, y: (this.height - k * height) / 2 });
     this.isFitted = true;
   }
@@ -187,9 +199,9 @@ export class Stage {
   /** A mouse event -> the point of the image that lies there, in either pane. */
   imagePoint({ clientX, clientY }) {
     const { left, top } = this.canvas.getBoundingClientRect(), { x, y, k } = this.view;
-    const far = clientX - left, next = this.width + GAP;
-    const across = this.panes.length > 1 && far >= next ? far - next : far;
-    return { x: (across - x) / k, y: (clientY - top - y) / k };
+    const { step } = this, across = clientX - left, down = clientY - top;
+    const i = across >= step.x && down >= step.y ? 1 : 0; // in which pane
+    return { x: (across - i * step.x - x) / k, y: (down - i * step.y - y) / k };
   }
   /** Where the cross is, or the middle of the image. */
   get here() { return this.cross ?? { x: this.size.width / 2, y: this.size.height / 2 }; }
@@ -206,14 +218,15 @@ export class Stage {
     const masks = panes.filter((pane) => pane.maskAt(at) >= 0).map((pane) => {
       const i = pane.maskAt(at), whose = panes.length > 1 ? `${pane.result.title}'s ` : "";
       const score = pane.result.scores[i].toFixed(2);
-      return `${whose}mask ${i}: IoU ${score}, ${pane.masks[i].area} px`;
+      return `${whose}mask ${i}: predicted IoU ${score}, ${pane.masks[i].area} px`;
     });
     return [`x ${at.x.toFixed(1)}, y ${at.y.toFixed(1)}`, ...values, ...masks].join(" · ");
   }
   /** The index of the prompt at a point of the image, or -1. */
   promptNear(at) {
-    const prompts = this.get("layers").prompts ? this.panes[0]?.prompts ?? [] : [];
-    const far = prompts.map(({ x, y }) => Math.hypot(x - at.x, y - at.y));
+    const [pane] = this.panes, layers = this.get("layers");
+    const far = (pane?.prompts ?? []).map((prompt) =>
+      layers[pane.layerOf(prompt)] ? Math.hypot(prompt.x - at.x, prompt.y - at.y) : Infinity);
     const least = Math.min(...far);
     return least < 9 / this.view.k ? far.indexOf(least) : -1;
   }

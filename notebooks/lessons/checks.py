@@ -37,6 +37,22 @@ def check(name: str, function: Callable) -> bool:
     return message is None
 
 
+def yours(name: str, function: Callable) -> Callable:
+    """The student's function where it is right; else the library's, so that the lesson goes on.
+
+    Args:
+        name: of the exercise, a key of `EXERCISES`.
+        function: the answer.
+
+    Returns:
+        A function that takes NumPy arrays and returns a NumPy array or a number.
+    """
+    is_right = verdict(EXERCISES[name], function) is None
+    print(f"{name}: {'your function' if is_right else 'the library, until yours is right'}.")
+    chosen = function if is_right else EXERCISES[name].right
+    return lambda *arguments: _array(chosen(*_copies(arguments)))
+
+
 def hint(name: str, number: int = 1) -> None:
     """Print a hint; 1 is the vaguest."""
     hints = EXERCISES[name].hints
