@@ -46,8 +46,8 @@ class FullSize:
         for i, strips in enumerate(self._rows(logits, threshold - offset)):
             inner, outer, corners = 0, 0, []
             for pixels, top in strips:
-                outer += np.count_nonzero(pixels > threshold - offset)
-                inner += np.count_nonzero(pixels > threshold + offset)
+                outer += int(np.count_nonzero(pixels > threshold - offset))
+                inner += int(np.count_nonzero(pixels > threshold + offset))
                 x, y, width, height = cv2.boundingRect((pixels > threshold).view(np.uint8))
                 if width:
                     corners += [(x, top + y), (x + width - 1, top + y + height - 1)]
