@@ -268,8 +268,9 @@ def test_an_uploaded_image_is_opened_and_a_damaged_one_only_said(explorer, sampl
     send(explorer, drawing.png_bytes(sample.image[:100]), name="mine.png")
     assert explorer.names[-1] == "mine.png"
     send(explorer, b"no image", name="bad.png")
-    said = "bad.png cannot be read as an image: its format is none that Pillow knows."
-    assert explorer.message == said and explorer.segmentation.image.shape == (100, 640, 3)
+    said = "bad.png cannot be read as an image: its format is none of "
+    assert explorer.message.startswith(said) and "JPEG" in explorer.message
+    assert explorer.segmentation.image.shape == (100, 640, 3)
 
 
 def test_a_segmentation_is_explored_as_it_is(explorer, monkeypatch):

@@ -157,7 +157,7 @@ def ground_truth(
                 continue
             rles.append(rle)
             points.append(_numbers(annotation.get("point_coords", []), (-1, 2), name).tolist())
-            clicks.append(_numbers(annotation.get("clicks", []), (-1, 3), name).tolist())
+            clicks.append(_numbers(annotation.get("clicks", []), (-1, 2), name).tolist())
     first = np.array([p[0] for p in points], np.float32) if points and all(points) else None
     return rles, first, clicks if any(clicks) else None
 
