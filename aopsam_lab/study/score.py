@@ -61,7 +61,7 @@ def score_together(
         if result.quality.crop_n_layers and not METHODS[setting.method].needs:  # shares nothing
             at_pairs = []
             for pair in pairs:
-                least = dict(zip(PAIR, (max(0.0, value) for value in pair), strict=True))
+                least: dict[str, Any] = dict(zip(PAIR, (max(0.0, x) for x in pair), strict=True))
                 looser = replace(setting, quality=replace(quality, **least))
                 at_pairs.append(run(models, encoded, looser).masks)
         row["curve"] = [
