@@ -8,7 +8,7 @@ from segment_anything.modeling import MaskDecoder, PromptEncoder, Sam, TwoWayTra
 from torch import Tensor, nn
 
 WIDTH, STRIDE = 256, 16
-STRIP = 32  # rows of the widest layer computed at a time: more do not stay in a CPU's cache
+STRIP = 8  # rows of the widest layer computed at a time: more do not stay in a CPU's cache
 
 
 def build_mobile_sam() -> Sam:
