@@ -1,11 +1,12 @@
 """MobileSAM (Zhang et al., 2023): a TinyViT encoder before segment_anything's other parts."""
 
 import warnings
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from segment_anything.modeling import MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
-from torch import Tensor, nn
+from torch import Tensor
 
 WIDTH, STRIDE = 256, 16
 STRIP = 8  # rows of the widest layer computed at a time: more do not stay in a CPU's cache
@@ -35,7 +36,7 @@ def build_mobile_sam() -> Sam:
     )
 
 
-def embed(encoder: nn.Module, image: Tensor) -> Tensor:
+def embed(encoder: Any, image: Tensor) -> Tensor:
     """The embedding (1, C, h, w) that SAM's encoder gives of an image (1, 3, S, S), in eval mode.
 
     On a CPU mobile_sam's TinyViT runs in half the time, equal but for rounding: channels last,
@@ -70,7 +71,7 @@ def _linear(
     return F.gelu(y) if gelu else y if plus is None else y.add_(plus)
 
 
-def _conv(layer: nn.Module, x: Tensor, gelu: bool = False, plus: Tensor | None = None) -> Tensor:
+def _conv(layer: Any, x: Tensor, gelu: bool = False, plus: Tensor | None = None) -> Tensor:
     """A Conv2d_BN of x (1, H, W, C), then GELU, or the addition of `plus`."""
     conv, norm = layer.c, layer.bn
     scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
@@ -83,12 +84,12 @@ def _conv(layer: nn.Module, x: Tensor, gelu: bool = False, plus: Tensor | None =
     return torch.ops.aten.gelu_(x) if gelu else x
 
 
-def _norm(norm: nn.Module, x: Tensor) -> Tensor:
+def _norm(norm: Any, x: Tensor) -> Tensor:
     """A LayerNorm over the channels, the last axis."""
     return F.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, norm.eps)
 
 
-def _mbconv(block: nn.Module, x: Tensor) -> Tensor:
+def _mbconv(block: Any, x: Tensor) -> Tensor:
     """An MBConv of x (1, H, W, C), strip by strip; one needs a row of its neighbours."""
     done = []
     for i, own in enumerate(x.split(STRIP, 1)):
@@ -99,7 +100,7 @@ def _mbconv(block: nn.Module, x: Tensor) -> Tensor:
     return torch.cat(done, 1)
 
 
-def _block(block: nn.Module, x: Tensor) -> Tensor:
+def _block(block: Any, x: Tensor) -> Tensor:
     """A TinyViTBlock of x (1, H, W, C): attention in windows, a convolution, an MLP."""
     (height, width, c), side, attn = x.shape[1:], block.window_size, block.attn
     y = F.pad(x, (0, 0, 0, -width % side, 0, -height % side))
