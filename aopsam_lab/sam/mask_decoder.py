@@ -301,16 +301,14 @@ class _SharedDecoder:
         # (P, M, C/8)
         hyper = torch.stack([net(tokens[:, i]) for i, net in enumerate(nets)], 1)
         weight2 = up2.weight.permute(2, 3, 1, 0).flatten(0, 2)  # (dy dx C/8, C/4)
-        bias2 = up2.bias.repeat(4)
         n, gelu_ = h * w, torch.ops.aten.gelu_  # in place
         logits = hyper.new_empty(int(wanted.sum()), 4 * height, 4 * width)
         logits[:, 4 * h :], logits[:, : 4 * h, 4 * w :] = 0, 0
         # (k, y, dy, dy, x, dx, dx)
         places = logits[:, : 4 * h, : 4 * w].unflatten(2, (w, 2, 2)).unflatten(1, (h, 2, 2))
         rows, done = wanted.any(1).nonzero()[:, 0], 0
-        if not len(rows):
-            return logits
-        for some in rows.split(DRAWN_AT_A_TIME.get(rows.device.type, len(rows))):
+        step = DRAWN_AT_A_TIME.get(rows.device.type, len(rows))
+        for some in rows.split(step) if len(rows) else ():
             p, own = len(some), self._on_used(scale[some]).flatten(2).mT
             x = torch.addcmul(self.up_bias, self.up, own)  # (p, n, C)
             for values, attention in halves:
@@ -320,7 +318,7 @@ class _SharedDecoder:
                     part.addmm_(self._on_used(attention[i]).flatten(1).T, value)
             x = x.view(p, 4 * n, -1)
             x = F.layer_norm(x, norm.weight.shape, norm.weight, norm.bias, norm.eps)
-            x = F.linear(gelu_(x), weight2, bias2)  # (p, 4 n, 4 C/8)
+            x = F.linear(gelu_(x), weight2, up2.bias.repeat(4))  # (p, 4 n, 4 C/8)
             x = gelu_(x).view(p, 16 * n, -1) @ hyper[some].mT
             # y x and of the two upscalings dy dx dy dx -> y dy dy x dx dx
             x = x.view(p, h, w, 2, 2, 2, 2, -1).permute(0, 7, 1, 3, 5, 2, 4, 6)
