@@ -96,25 +96,22 @@ def segment_command(args: argparse.Namespace) -> int:
     info = {"method": method, "parameters": used, "weights": models.weights()}
     paths, failures = find_images(args.images)
     total = len(paths) + len(failures)
-    named = list(zip(paths, unique_stems(paths), strict=True))
-    todo = [
-        (path, stem) for path, stem in named if not is_done(path, args.out / f"{stem}.json", info)
-    ]
-    style = {"desc": "segmenting", "unit": "image", "dynamic_ncols": True}
-    bar = tqdm(total=len(named), initial=len(named) - len(todo), **style)
+    stems = dict(zip(paths, unique_stems(paths), strict=True))
+    todo = [path for path in paths if not is_done(path, args.out / f"{stems[path]}.json", info)]
+    before, out = len(paths) - len(todo), args.out.absolute()
+    bar = tqdm(paths, "segmenting", unit="image", initial=before, dynamic_ncols=True)
     with connected(args.scheduler, files, models) as crew, bar:
-        out = args.out.absolute()
-        see(crew, out, (path.absolute() for path, _ in todo))
+        see(crew, out, map(Path.absolute, todo))
         same = out, params, more, info
-        jobs = ((path, path.absolute(), stem, *same) for path, stem in todo)
+        jobs = ((path, path.absolute(), stems[path], *same) for path in todo)
         for (path, *_), error in crew.each(segment_one, jobs):
             bar.update()
             if error is not None:  # whatever one image does, the others are segmented
                 known = isinstance(error, (ValueError, OSError))
                 reason = str(error) if known else f"{type(error).__name__}: {first_line(error)}"
                 failures.append((str(path), reason))
-    before = f" ({len(named) - len(todo)} of them before)" if len(todo) < len(named) else ""
-    print(f"{total - len(failures)} of {total} images segmented{before}, results in {args.out}")
+    done = f"{total - len(failures)} of {total} images segmented, {before} of them before"
+    print(f"{done if before else done.partition(',')[0]}, results in {args.out}")
     for name, reason in failures:
         print(f"failed: {name}: {reason}", file=sys.stderr)
     return 1 if failures else 0

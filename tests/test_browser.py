@@ -422,7 +422,7 @@ def test_make_starts_servers_that_take_large_uploads(target):
 def test_of_two_views_one_saves_and_uploads_above_the_servers_limit_are_told(browser, tmp_path):
     path = notebook_in(tmp_path)
     notebook = nbformat.read(path, 4)
-    notebook.cells.append(nbformat.v4.new_code_cell("_"))  # what the last cell showed, again
+    notebook.cells.append(nbformat.v4.new_code_cell("explorer"))  # a second view of it
     nbformat.write(notebook, path)
     noise = np.random.default_rng(0).integers(0, 256, (2030, 2000, 3), dtype=np.uint8)
     for name, rows in (("below.png", 2000), ("above.png", 2030)):

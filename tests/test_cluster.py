@@ -137,7 +137,7 @@ def test_workers_give_the_table_of_one_process(study, client, tmp_path):
         pd.testing.assert_frame_equal(one, two, check_exact=True)
     timed = spread.per_image.iloc[:4]
     assert (timed[TIMES[:4]] > 0).all(axis=None) and spread.per_image["processor"][4:].isna().all()
-    assert timed["processor"].str.endswith(", 1 thread").all()
+    assert timed["processor"].str.endswith(", threads: 1").all()
     assert spread.provenance["timed_on"] == [spread.provenance["processor"]]
     assert study(**asked, scheduler=client).n_scored == 0
     again = study(**asked, scheduler=1)  # in this process: scores are those of the workers
@@ -226,12 +226,12 @@ def test_a_folder_is_segmented_by_workers_and_done_images_are_skipped(
     assert json.loads(written.read_text())["info"]["method"] == "amg_s"
     before = written.stat().st_mtime_ns
     assert cli.main([*asked, str(tmp_path / "there"), *where]) == 1
-    assert "3 of 4 images segmented (3 of them before)" in capsys.readouterr().out
+    assert "3 of 4 images segmented, 3 of them before" in capsys.readouterr().out
     assert written.stat().st_mtime_ns == before
     os.utime(pictures / "01.png", ns=(before + 10**9, before + 10**9))  # the image is another now
     other = [*asked[:-1], "--predictor", weights["predictor"], "--out"]
     assert cli.main([*other, str(tmp_path / "there")]) == 1
-    assert "(2 of them before)" in capsys.readouterr().out
+    assert ", 2 of them before" in capsys.readouterr().out
     assert (
         cli.main(
             [
@@ -274,6 +274,4 @@ def test_the_guides_lines_for_slurm_make_a_job_of_one_worker():
     with closing(made["cluster"]) as slurm:
         script = slurm.job_script()
     assert "#SBATCH --gres=gpu:1" in script and "#SBATCH -t 04:00:00" in script
-    assert "--nthreads 1" in script and "dask worker" in script.replace(
-        "distributed.cli.dask_worker", "dask worker"
-    )
+    assert "--nthreads 1" in script and "distributed.cli.dask_worker" in script

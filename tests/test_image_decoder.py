@@ -1,6 +1,7 @@
 """The decoder of one image against segment_anything's own."""
 
 import copy
+from functools import partial
 
 import numpy as np
 import pytest
@@ -109,7 +110,12 @@ def test_logits_beyond_what_is_used_are_zero(used):
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    ("kind", "depth"), [(type("Other", (MaskDecoder,), {}), 2), (MaskDecoder, 3)]
+    ("kind", "depth"),
+    [
+        (type("Other", (MaskDecoder,), {}), 2),
+        (MaskDecoder, 3),
+        (partial(MaskDecoder, activation=torch.nn.ReLU), 2),
+    ],
 )
 def test_an_unknown_decoder_is_run_as_it_is_with_a_warning(kind, depth):
     encoder, stock = modules(64, 8)

@@ -211,9 +211,11 @@ def test_no_tensor_is_double(small_sam, small_predictor, pictures, monkeypatch, 
     detector = SimpleNamespace(boxes=lambda *_: (np.float32([[5, 5, 30, 40]]), np.float32([0.9])))
     with NoDoubles():
         encoded = encode(small_sam, pictures[1])
-        result = run_method(small_sam, encoded, method, small_predictor, detector)
+        params = AsfParams(confidence=0, spacing=60)
+        result = run_method(small_sam, encoded, method, small_predictor, detector, params)
+        assert result.n_decoded
         session = Session(Opened(pictures[1]), small_sam)
-        assert result.n_decoded and session.candidates(result, 0)
+        session.candidates(result, 0)
         session.ask([(9.5, 7.0, 1), (20.0, 7.0, 0)])
 
 

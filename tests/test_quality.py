@@ -162,7 +162,7 @@ def test_small_holes_and_islands_go_and_an_unchanged_duplicate_stays():
 
 
 def test_a_study_and_the_command_line_take_them(study, tmp_path, picture):
-    quality = MaskParams(crop_n_layers=1, points_per_side=2)
+    quality = MaskParams(crop_n_layers=1, points_per_side=2, pred_iou_thresh=0.0)
     some = {"n_images": 1, "methods": ["amg_s", "aop"], "thresholds": [(0.2, 0.1)]}
     result = study(**some, quality=quality)
     decoded = result.per_image.set_index("method")["n_decoded"]

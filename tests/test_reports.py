@@ -317,7 +317,10 @@ def test_reports_are_made_from_any_folder(folder, tmp_path, monkeypatch):
     facts = json.loads((tmp_path / "reports/parameter_sweeps/provenance.json").read_text())
     assert facts["parameters"]["budgets"] == [3]
     table = read("benchmark/benchmark.csv")
-    assert table["lowest_iou"].gt(0.9).all() and table["peak_mib"].max() > 10 and len(table) == 3
+    assert table["lowest_iou"].gt(0.9).all() and table["peak_mib"].max() > 10 and len(table) == 4
+    goes = read("benchmark/where_time_goes.csv").set_index("stage")
+    assert 30 < goes.loc["encoder", "giga_multiply_adds"] < 45  # those of the convolutions are 9
+    assert goes["seconds"].gt(0).all() and len(goes) == 4
     made = tmp_path / "reports" / "main_comparison" / "main_comparison"
     page = made.with_suffix(".html").read_text(encoding="utf-8")
     assert "4 rows scored now, 0 found" in page and "AoP-SAM without AF" in page

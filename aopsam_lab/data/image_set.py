@@ -90,12 +90,12 @@ class ImageSet:
         """Read image i; its masks are in the order of the file."""
         where = f"{self.ids[i]} of {self.path}"
         content = self._image_bytes(self.ids[i])
-        if _digest(content, self._ground_truth[i]) != self._fingerprints[i]:
-            raise ValueError(f"{where} is not the image that it was when the data set was opened.")
         image = image_from_bytes(content, where)
         if image.shape[:2] != self.sizes[i]:
             said = "{} x {}".format(*self.sizes[i])
             raise ValueError(f"{where} has {image.shape[:2]} pixels, its annotations say {said}.")
+        if _digest(content, self._ground_truth[i]) != self._fingerprints[i]:
+            raise ValueError(f"{where} is not the image that it was when the data set was opened.")
         return Sample(self.ids[i], image, *self._ground_truth[i])
 
     def alone(self, i: int) -> Self:

@@ -22,6 +22,7 @@ _PHOTOS = {
 }
 _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # what a file of it begins with
 _STACK = "{} holds {} images: number {}, from 0, is read. frame= (--frame) chooses another."
+_PART = 1 << 22  # numbers scaled at a time: as float64 all of a large image need much memory
 _SLACK = 1e-3  # how far resampled float pixels may leave [0, 1]
 
 
@@ -95,7 +96,8 @@ def _from_tiff(data: bytes, name: str | os.PathLike, frame: int) -> np.ndarray |
         pages = tifffile.TiffFile(io.BytesIO(data)).pages
         page, count = pages[frame].aspage(), len(pages)
         bands, axes, extra = page.samplesperpixel, page.axes, page.extrasamples[:1]
-        is_bomb = page.nbytes > 16 * (Image.MAX_IMAGE_PIXELS or page.nbytes)
+        limit = 2 * (Image.MAX_IMAGE_PIXELS or page.nbytes)  # Pillow's own, in pixels
+        is_bomb = max(page.imagewidth * page.imagelength, page.nbytes / 8) > limit
         is_known = page.photometric in (1, 2) and axes in ("YX", "YXS", "SYX")
         if is_bomb or not is_known or extra == (1,):  # 1: alpha is multiplied with the colours
             return None
@@ -161,14 +163,17 @@ def _to_uint8(pixels: np.ndarray) -> np.ndarray:
         if low < -_SLACK or high > 1 + _SLACK:
             message = f"Float pixels run from 0 to 1; these from {low:g} to {high:g}"
             raise ValueError(f"{message}. Scale them, or pass 8-bit integers.")
-        return np.round(np.clip(pixels, 0, 1).astype(np.float64) * 255).astype(np.uint8)
-    if np.issubdtype(pixels.dtype, np.integer):
+        white = 1
+    elif np.issubdtype(pixels.dtype, np.integer):
         low, high = int(pixels.min()), int(pixels.max())
         if low < 0 or high >= 2**32:
             raise ValueError(f"Integer pixels run from 0 to 2**32 - 1; these from {low} to {high}.")
         white = next(2**depth - 1 for depth in _DEPTHS if high < 2**depth)
-        return np.round(pixels.astype(np.float64) * (255 / white)).astype(np.uint8)
-    raise ValueError(f"Image arrays hold booleans, integers or floats, not {pixels.dtype}.")
+    else:
+        raise ValueError(f"Image arrays hold booleans, integers or floats, not {pixels.dtype}.")
+    parts = np.array_split(pixels, 1 + pixels.size // _PART)
+    scaled = (np.clip(part.astype(np.float64), 0, white) * (255 / white) for part in parts)
+    return np.concatenate([np.round(part).astype(np.uint8) for part in scaled])
 
 
 def find_images(names: Sequence[str]) -> tuple[list[Path], list[tuple[str, str]]]:

@@ -46,8 +46,8 @@ class FullSize:
         for i, strips in enumerate(self._rows(logits, threshold - offset)):
             inner, outer, corners = 0, 0, []
             for pixels, top in strips:
-                outer += np.count_nonzero(pixels > threshold - offset)
-                inner += np.count_nonzero(pixels > threshold + offset)
+                outer += int(np.count_nonzero(pixels > threshold - offset))
+                inner += int(np.count_nonzero(pixels > threshold + offset))
                 x, y, width, height = cv2.boundingRect((pixels > threshold).view(np.uint8))
                 if width:
                     corners += [(x, top + y), (x + width - 1, top + y + height - 1)]
@@ -89,10 +89,7 @@ class FullSize:
             last = min(height, int((bottom + 1.5) * scale + 1.5))
             step = max(1, WHOLE_PIXELS // width)
             parts = ((i, min(i + step, last)) for i in range(first, last, step))
-            yield (
-                (cv2.resize(_resized_rows(model, height, i, j), (width, j - i)), i)
-                for i, j in parts
-            )
+            yield ((_resized_rows(model, self.image_size, i, j), i) for i, j in parts)
 
     def _batches(self, logits: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """Full-size logits (k, H, W) of a few masks at a time, and which masks these are."""
@@ -108,11 +105,12 @@ def _on_cpu(logits: Tensor) -> bool:
     return logits.device.type == "cpu"
 
 
-def _resized_rows(values: np.ndarray, height: int, first: int, last: int) -> np.ndarray:
-    """The rows first to last of `values` (h, w) resized linearly to (height, w)."""
-    at = (np.arange(first, last) + 0.5) * (len(values) / height) - 0.5
+def _resized_rows(values: np.ndarray, size: tuple[int, int], first: int, last: int) -> np.ndarray:
+    """The rows first to last of `values` (h, w) resized linearly to `size` (H, W)."""
+    at = (np.arange(first, last) + 0.5) * (len(values) / size[0]) - 0.5
     at = at.clip(0, len(values) - 1)
     above = at.astype(int)
     below = np.minimum(above + 1, len(values) - 1)
     weight = (at - above).astype(np.float32)[:, None]
-    return values[above] * (1 - weight) + values[below] * weight
+    rows = values[above] * (1 - weight) + values[below] * weight
+    return cv2.resize(rows, (size[1], last - first))

@@ -6,7 +6,6 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -267,12 +266,6 @@ class ModelFiles:
     detector: str | os.PathLike | None = None
     device: str = "auto"
     needs: frozenset[str | None] = frozenset()
-
-    def __post_init__(self) -> None:
-        for name in ("checkpoint", "predictor", "detector"):
-            file = getattr(self, name)
-            if file and Path(file).exists():  # other processes run in other folders
-                object.__setattr__(self, name, str(Path(file).resolve()))
 
     def load(self) -> LoadedModels:
         """Load them in this process."""

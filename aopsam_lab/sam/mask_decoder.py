@@ -29,7 +29,7 @@ from segment_anything.modeling import MaskDecoder, TwoWayTransformer
 from segment_anything.modeling.transformer import Attention
 from torch import Tensor, nn
 
-DRAWN_AT_A_TIME = {"cpu": 2}  # prompts whose pixels stay in cache; elsewhere all
+DRAWN_AT_A_TIME = {"cpu": 1}  # prompts whose pixels stay in cache; elsewhere all
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class ImageDecoder:
 
 def is_stock(decoder: MaskDecoder) -> bool:
     """Whether a mask decoder is segment_anything's with two layers, of any width and heads."""
-    if type(decoder) is not MaskDecoder:
+    if type(decoder) is not MaskDecoder or repr(decoder.output_upscaling[2]) != repr(nn.GELU()):
         return False
     transformer = decoder.transformer
     return type(transformer) is TwoWayTransformer and len(transformer.layers) == 2
@@ -296,21 +296,19 @@ class _SharedDecoder:
         and attention (P, T * H, N).
         """
         decoder, (height, width), (h, w) = self.decoder, self.grid, self.used
-        _, norm, act1, up2, act2 = decoder.output_upscaling
+        _, norm, _, up2, _ = decoder.output_upscaling
         nets = decoder.output_hypernetworks_mlps
         # (P, M, C/8)
         hyper = torch.stack([net(tokens[:, i]) for i, net in enumerate(nets)], 1)
         weight2 = up2.weight.permute(2, 3, 1, 0).flatten(0, 2)  # (dy dx C/8, C/4)
-        bias2 = up2.bias.repeat(4)
-        n = h * w
+        n, gelu_ = h * w, torch.ops.aten.gelu_  # in place
         logits = hyper.new_empty(int(wanted.sum()), 4 * height, 4 * width)
         logits[:, 4 * h :], logits[:, : 4 * h, 4 * w :] = 0, 0
         # (k, y, dy, dy, x, dx, dx)
         places = logits[:, : 4 * h, : 4 * w].unflatten(2, (w, 2, 2)).unflatten(1, (h, 2, 2))
         rows, done = wanted.any(1).nonzero()[:, 0], 0
-        if not len(rows):
-            return logits
-        for some in rows.split(DRAWN_AT_A_TIME.get(rows.device.type, len(rows))):
+        step = DRAWN_AT_A_TIME.get(rows.device.type, len(rows))
+        for some in rows.split(step) if len(rows) else ():
             p, own = len(some), self._on_used(scale[some]).flatten(2).mT
             x = torch.addcmul(self.up_bias, self.up, own)  # (p, n, C)
             for values, attention in halves:
@@ -319,9 +317,9 @@ class _SharedDecoder:
                 for part, value, i in zip(x, added, some.tolist(), strict=True):
                     part.addmm_(self._on_used(attention[i]).flatten(1).T, value)
             x = x.view(p, 4 * n, -1)
-            x = act1(F.layer_norm(x, norm.weight.shape, norm.weight, norm.bias, norm.eps))
-            x = act2(F.linear(x, weight2, bias2))  # (p, 4 n, 4 C/8)
-            x = x.view(p, 16 * n, -1) @ hyper[some].mT
+            x = F.layer_norm(x, norm.weight.shape, norm.weight, norm.bias, norm.eps)
+            x = F.linear(gelu_(x), weight2, up2.bias.repeat(4))  # (p, 4 n, 4 C/8)
+            x = gelu_(x).view(p, 16 * n, -1) @ hyper[some].mT
             # y x and of the two upscalings dy dx dy dx -> y dy dy x dx dx
             x = x.view(p, h, w, 2, 2, 2, 2, -1).permute(0, 7, 1, 3, 5, 2, 4, 6)
             marked = x[wanted[some]]

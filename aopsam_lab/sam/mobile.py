@@ -1,14 +1,15 @@
 """MobileSAM (Zhang et al., 2023): a TinyViT encoder before segment_anything's other parts."""
 
 import warnings
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from segment_anything.modeling import MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
-from torch import Tensor, nn
+from torch import Tensor
 
 WIDTH, STRIDE = 256, 16
-STRIP = 32  # rows of the widest layer computed at a time: more do not stay in a CPU's cache
+STRIP = 8  # rows of the widest layer computed at a time: more do not stay in a CPU's cache
 
 
 def build_mobile_sam() -> Sam:
@@ -35,11 +36,11 @@ def build_mobile_sam() -> Sam:
     )
 
 
-def embed(encoder: nn.Module, image: Tensor) -> Tensor:
+def embed(encoder: Any, image: Tensor) -> Tensor:
     """The embedding (1, C, h, w) that SAM's encoder gives of an image (1, 3, S, S), in eval mode.
 
-    On a CPU mobile_sam's TinyViT runs in half the time, equal but for rounding: channels last,
-    BatchNorm folded into the convolutions (at each call, in 2 ms, so that weights may change).
+    On a CPU mobile_sam's TinyViT runs in half the time: channels last, BatchNorm folded into the
+    convolutions (at each call, in 2 ms, so that weights may change). It is equal but for rounding.
     """
     is_tiny = type(encoder).__module__ == "mobile_sam.modeling.tiny_vit_sam"
     if not is_tiny or encoder.training or image.device.type != "cpu":
@@ -52,8 +53,8 @@ def embed(encoder: nn.Module, image: Tensor) -> Tensor:
         if (down := layer.downsample) is not None:
             x = _conv(down.conv3, _conv(down.conv2, _conv(down.conv1, x, gelu=True), gelu=True))
     for conv, norm in (encoder.neck[:2], encoder.neck[2:]):
-        x = F.conv2d(x.permute(0, 3, 1, 2), conv.weight, padding=conv.padding)
-        x = _norm(norm, x.permute(0, 2, 3, 1))
+        x = conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        x = F.layer_norm(x, norm.weight.shape, norm.weight, norm.bias, norm.eps)
     return x.permute(0, 3, 1, 2)
 
 
@@ -70,7 +71,7 @@ def _linear(
     return F.gelu(y) if gelu else y if plus is None else y.add_(plus)
 
 
-def _conv(layer: nn.Module, x: Tensor, gelu: bool = False, plus: Tensor | None = None) -> Tensor:
+def _conv(layer: Any, x: Tensor, gelu: bool = False, plus: Tensor | None = None) -> Tensor:
     """A Conv2d_BN of x (1, H, W, C), then GELU, or the addition of `plus`."""
     conv, norm = layer.c, layer.bn
     scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
@@ -83,28 +84,22 @@ def _conv(layer: nn.Module, x: Tensor, gelu: bool = False, plus: Tensor | None =
     return torch.ops.aten.gelu_(x) if gelu else x
 
 
-def _norm(norm: nn.Module, x: Tensor) -> Tensor:
-    """A LayerNorm over the channels, the last axis."""
-    return F.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, norm.eps)
-
-
-def _mbconv(block: nn.Module, x: Tensor) -> Tensor:
+def _mbconv(block: Any, x: Tensor) -> Tensor:
     """An MBConv of x (1, H, W, C), strip by strip; one needs a row of its neighbours."""
     done = []
     for i, own in enumerate(x.split(STRIP, 1)):
-        first = max(0, i * STRIP - 1)
-        y = _conv(block.conv1, x[:, first : (i + 1) * STRIP + 1], gelu=True)
-        y = _conv(block.conv2, y, gelu=True)[:, i * STRIP - first :][:, : own.shape[1]]
+        y = _conv(block.conv1, x[:, max(0, i * STRIP - 1) : (i + 1) * STRIP + 1], gelu=True)
+        y = _conv(block.conv2, y, gelu=True)[:, min(i, 1) :][:, : own.shape[1]]
         done.append(torch.ops.aten.gelu_(_conv(block.conv3, y, plus=own)))
     return torch.cat(done, 1)
 
 
-def _block(block: nn.Module, x: Tensor) -> Tensor:
+def _block(block: Any, x: Tensor) -> Tensor:
     """A TinyViTBlock of x (1, H, W, C): attention in windows, a convolution, an MLP."""
     (height, width, c), side, attn = x.shape[1:], block.window_size, block.attn
     y = F.pad(x, (0, 0, 0, -width % side, 0, -height % side))
     y = y.unflatten(2, (-1, side)).unflatten(1, (-1, side)).transpose(2, 3)
-    windows, y = y.shape, _norm(attn.norm, y.reshape(-1, side * side, c))
+    windows, y = y.shape, attn.norm(y.reshape(-1, side * side, c))
     y = _linear(y, attn.qkv.weight, attn.qkv.bias).unflatten(2, (attn.num_heads, -1))
     parts = y.transpose(1, 2).split([attn.key_dim, attn.key_dim, attn.d], -1)
     y = F.scaled_dot_product_attention(*parts, attn_mask=attn.ab[None], scale=attn.scale)
@@ -112,5 +107,5 @@ def _block(block: nn.Module, x: Tensor) -> Tensor:
     y = y.view(windows).transpose(2, 3).flatten(3, 4).flatten(1, 2)
     x = _conv(block.local_conv, x + y[:, :height, :width])
     first, second = block.mlp.fc1, block.mlp.fc2
-    y = _linear(_norm(block.mlp.norm, x), first.weight, first.bias, gelu=True)
+    y = _linear(block.mlp.norm(x), first.weight, first.bias, gelu=True)
     return _linear(y, second.weight, second.bias, plus=x)

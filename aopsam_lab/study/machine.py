@@ -96,9 +96,8 @@ def processor(device: torch.device) -> str:
     if platform.system() == "Linux":
         names = _output("grep", "-m1", "^model name", "/proc/cpuinfo") or ""
         model = names.partition(":")[2].strip()
-    n = torch.get_num_threads()
     model = model or platform.processor() or platform.machine()
-    return f"{model}, {cores} cores, {n} thread{'s' if n > 1 else ''}"
+    return f"{model}, {cores} cores, threads: {torch.get_num_threads()}"
 
 
 def git_state(root: Path) -> tuple[str, bool | str]:

@@ -59,11 +59,11 @@ def score_together(
         row = mask_scores(sample.rles, result.masks, found_masks) | _counts(result)
         at_pairs = decode.masks_at(pairs)
         if result.quality.crop_n_layers and not METHODS[setting.method].needs:  # shares nothing
-            looser = (
-                replace(quality, pred_iou_thresh=p, stability_score_thresh=s) for p, s in pairs
-            )
-            runs = (run(models, encoded, replace(setting, quality=one)) for one in looser)
-            at_pairs = [found.masks for found in runs]
+            at_pairs = []
+            for pair in pairs:
+                least: dict[str, Any] = dict(zip(PAIR, (max(0.0, x) for x in pair), strict=True))
+                looser = replace(setting, quality=replace(quality, **least))
+                at_pairs.append(run(models, encoded, looser).masks)
         row["curve"] = [
             dict(zip(PAIR, pair, strict=True))
             | {"own": pair == own, **mask_scores(sample.rles, kept, found_masks)}

@@ -112,10 +112,9 @@ def pack_result(
     if seg.pcm is not None:
         sigma = smoothing * seg.pcm.shape[-1] / asf.REFERENCE_WIDTH
         maps["smoothed"] = asf.smooth(torch.from_numpy(seg.pcm), sigma).numpy()
-    score = maps["smoothed"] if "smoothing" in seg.params else seg.pcm
     return {
         "title": TITLES.get(seg.method, seg.method),
-        "empty": why_empty(seg, score),
+        "empty": why_empty(seg, maps["smoothed" if "smoothing" in seg.params else "pcm"]),
         "setting": ", ".join(f"{name} {value:g}" for name, value in seg.params.items()),
         "badge": badge,
         "masks": pack_masks(seg.masks, seg.mask_prompt, colours),

@@ -146,11 +146,11 @@ class Session:
         points = boxes = None
         with self._lock:
             device = encoded.embedding.device
-            if point_coords is not None:
-                xy = encoded.to_model(torch.tensor(point_coords, dtype=torch.float, device=device))
-                points = xy[None], torch.tensor(point_labels, dtype=torch.int, device=device)[None]
+            if point_coords is not None and point_labels is not None:
+                xy = encoded.to_model(torch.tensor(np.float32(point_coords), device=device))
+                points = xy[None], torch.tensor(np.int32(point_labels), device=device)[None]
             if box is not None:
-                corners = torch.tensor(box, dtype=torch.float, device=device).view(1, 2, 2)
+                corners = torch.tensor(np.float32(box), device=device).view(1, 2, 2)
                 boxes = encoded.to_model(corners).flatten(1)
             tokens = sam.prompt_encoder(points=points, boxes=boxes, masks=None)[0]
             decoded = image_decoder(sam, encoded).decode(tokens)
