@@ -262,7 +262,11 @@ class Attacks:
         good = {
             "params": {"smoothing": 2.0, "confidence": 0.1, "spacing": 40.0, "elimination": 1.3},
             **{"method": "aop", "compare": "amg_s", "source": 0, "round": 1, "selected": 2},
-            **{"layers": {"masks": 0.5}, "manual": [[[9.0, 9.0, 1], [30.0, 20.0, 0]]]},
+            **{
+                "least_iou": 0.5,
+                "layers": {"masks": 0.5},
+                "manual": [[[9.0, 9.0, 1], [30.0, 20.0, 0]]],
+            },
         }
         asyncio.run(self.message(good, rng))
         asyncio.run(self.message({"method": "amg_s", "manual": [], "source": 0}, None))

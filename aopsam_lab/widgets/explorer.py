@@ -158,7 +158,7 @@ class Explorer(anywidget.AnyWidget):
             method_named(value)
         return value
 
-    @traitlets.validate("manual", "source")
+    @traitlets.validate("manual", "source", "round", "selected")
     def _fits(self, proposal: dict) -> Any:
         value = proposal["value"]
         if proposal["trait"].name == "source" and not 0 <= value < max(1, len(self._sources)):
@@ -166,7 +166,7 @@ class Explorer(anywidget.AnyWidget):
         for one in value if proposal["trait"].name == "manual" else ():
             if not len(one) or not np.isfinite(np.array(one, float).reshape(len(one), 3)).all():
                 raise ValueError(f"Clicks are x, y and 1 or 0, not {one!r}.")
-        return value
+        return int(value) if value is True else value  # traitlets lets True pass as an int
 
     @traitlets.observe("params", "method", "compare")
     def _setting_changed(self, change: dict) -> None:
