@@ -166,7 +166,7 @@ class Explorer(anywidget.AnyWidget):
         for one in value if proposal["trait"].name == "manual" else ():
             if not len(one) or not np.isfinite(np.array(one, float).reshape(len(one), 3)).all():
                 raise ValueError(f"Clicks are x, y and 1 or 0, not {one!r}.")
-        return int(value) if value is True else value  # traitlets lets True pass as an int
+        return int(value) if isinstance(value, bool) else value  # a trait Int lets True pass
 
     @traitlets.observe("params", "method", "compare")
     def _setting_changed(self, change: dict) -> None:
