@@ -156,7 +156,7 @@ def test_the_kit_is_short_and_so_are_its_modules_and_lines():
             lines = text.splitlines()
             counts[path.parts[0]] += len(lines)
             assert len(lines) <= 450 and max(map(len, lines), default=0) <= 100, path
-    assert 0 < counts["aopsam_lab"] <= 8500 and 0 < counts["tests"] <= 6800, counts
+    assert 0 < counts["aopsam_lab"] <= 9500 and 0 < counts["tests"] <= 8500, counts
 
 
 def test_a_circle_is_found_wherever_the_imports_stand(tmp_path):

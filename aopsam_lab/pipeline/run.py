@@ -236,8 +236,8 @@ def segment(
         predictor = predictor or loaded_predictor(sam)
     elif needs == "detector":
         detector = detector or loaded_detector(sam)
-    models, more = (predictor, detector), (decode_and_filter, max_prompts, kept)
-    return run_method(sam, encode(sam, pixels), method, *models, params, *more)
+    own = encode(sam, pixels), method, predictor, detector, params
+    return run_method(sam, *own, max_prompts=max_prompts, quality=kept)
 
 
 @dataclass

@@ -41,8 +41,9 @@ class MaskParams:
     def of(self, spec: SamSpec) -> SamSpec:
         """The spec of a SAM with these thresholds."""
         names = ("pred_iou_thresh", "stability_score_thresh")
-        own: dict[str, Any] = {name: getattr(self, name) for name in names}
-        return replace(spec, **{k: v or -math.inf for k, v in own.items() if v is not None})
+        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        own: dict[str, Any] = {name: value or -math.inf for name, value in given.items()}
+        return replace(spec, **own)
 
 
 @dataclass
