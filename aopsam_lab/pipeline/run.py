@@ -233,8 +233,8 @@ def segment(
         predictor = predictor or loaded_predictor(sam)
     elif needs == "detector":
         detector = detector or loaded_detector(sam)
-    models, more = (predictor, detector), (decode_and_filter, max_prompts, kept)
-    return run_method(sam, encode(sam, pixels), method, *models, params, *more)
+    more: dict[str, Any] = {"params": params, "max_prompts": max_prompts, "quality": kept}
+    return run_method(sam, encode(sam, pixels), method, predictor, detector, **more)
 
 
 def loaded_sam(sam: str | Sam, device: str | torch.device = "auto") -> Sam:

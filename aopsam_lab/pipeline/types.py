@@ -40,9 +40,10 @@ class MaskParams:
 
     def of(self, spec: SamSpec) -> SamSpec:
         """The spec of a SAM with these thresholds."""
-        names = ("pred_iou_thresh", "stability_score_thresh")
-        own: dict[str, Any] = {name: getattr(self, name) for name in names}
-        return replace(spec, **{k: v or -math.inf for k, v in own.items() if v is not None})
+        iou, stability = self.pred_iou_thresh, self.stability_score_thresh
+        given = {"pred_iou_thresh": iou, "stability_score_thresh": stability}
+        own: dict[str, Any] = {k: v or -math.inf for k, v in given.items() if v is not None}
+        return replace(spec, **own)
 
 
 @dataclass

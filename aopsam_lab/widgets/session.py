@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -106,8 +106,8 @@ class Session:
                 return self._cache(sam, encoded, prompts, index, spec)  # joins the parts
 
         models = self._models(method)
-        more = params, decode, None, self.quality
-        seg = run_method(self.sam, self._cache.encoded, method, *models, *more)
+        more: dict[str, Any] = {"params": params, "decode": decode, "quality": self.quality}
+        seg = run_method(self.sam, self._cache.encoded, method, *models, **more)
         seconds = time.perf_counter() - start
         return Answer((method, params), seg, seconds, self._cache.n_decoded - before)
 
