@@ -178,7 +178,14 @@ function render({ model, el }) {
   });
   act.say(get("message"));
   update();
-  const observer = new ResizeObserver(() => stage.layout());
+  let isNew = true;
+  const observer = new ResizeObserver(() => {
+    stage.layout();
+    // after "Run all" JupyterLab stands above the output of the last cell
+    const isLast = el.closest(".jp-NotebookPanel .jp-Cell")?.nextElementSibling === null;
+    if (isNew && isLast) el.scrollIntoView();
+    isNew = false;
+  });
   observer.observe(stage.box);
   return () => observer.disconnect();
 }
