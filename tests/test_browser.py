@@ -1,5 +1,6 @@
 """The explorer in a real browser, Chromium on a local JupyterLab; screenshots: build/browser/."""
 
+import base64
 import json
 import os
 import re
@@ -17,12 +18,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from aopsam_lab.asf import ROUNDS
+from aopsam_lab.asf import ROUNDS, AsfParams
 from aopsam_lab.data import open_dataset
 from aopsam_lab.masks import drawing
 from aopsam_lab.masks.rle import encode_rle
 from aopsam_lab.widgets import packing
-from aopsam_lab.widgets.explorer import bundled
+from aopsam_lab.widgets.explorer import LAYERS, SLIDERS, bundled
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOK = ROOT / "notebooks" / "explore_pcm_pem.ipynb"
@@ -137,6 +138,20 @@ class Page:
         for key in keys:
             self.page.keyboard.press(key)
 
+    def changes(self, before: str) -> None:
+        """Until the canvas shows something else."""
+        self.until("old => document.querySelector('.aop-canvas').toDataURL() !== old", before)
+
+    def drag(self, start: dict, end: dict, button: str, shot: str = "") -> None:
+        """Drag between two points of the canvas."""
+        box, mouse = self.canvas.bounding_box(), self.page.mouse
+        mouse.move(box["x"] + start["x"], box["y"] + start["y"])
+        mouse.down(button=button)
+        mouse.move(box["x"] + end["x"], box["y"] + end["y"], steps=5)
+        if shot:
+            self.shot(shot)
+        mouse.up(button=button)
+
     def settled(self) -> None:
         """Until no answer is under way."""
         self.page.wait_for_timeout(250)
@@ -213,26 +228,26 @@ def test_layers_need_nothing_from_the_kernel(lab):
         lab.shot(f"3_layer_{name}")
     lab.opacity("PCM", 0)
     lab.opacity("PEM", 0)
+    away = lab.pixels()
     lab.canvas.hover(position=here)
-    hovering = lab.pixels()
-    seen.add(hovering)
+    seen.add(lab.pixels())
     assert "PCM 0." in lab.text("readout")
     lab.page.mouse.wheel(0, -400)
-    lab.canvas.drag_to(lab.canvas, source_position=here, target_position=middle)
+    lab.drag(here, middle, "middle")
     seen.add(lab.pixels())
-    lab.canvas.dblclick(position=middle)
-    lab.page.wait_for_timeout(600)
-    lab.canvas.hover(position=here)
-    # a double click brings the whole image back
-    assert lab.pixels() == hovering and len(seen) == 6
+    lab.press("0")
+    lab.page.mouse.move(5, 5)
+    assert lab.pixels() == away and len(seen) == 6, "the whole image is back"
+    lab.page.wait_for_timeout(1000)
     alive = [frame for frame in lab.sent[sent:] if "comm_msg" in str(frame)]
-    assert alive == [] and sum(lab.got[got:]) < 10_000  # the server's own heartbeat at most
+    assert all("hover" in str(frame) for frame in alive)  # and the server's own heartbeat
+    assert sum(lab.got[got:]) < 10_000 + 5_000 * len(alive), "no more than previews"
 
 
 def test_a_clicked_prompt_shows_its_masks_and_what_it_is_related_to(lab):
     reason = ""
     while "explains it" not in reason:
-        lab.press("n")
+        lab.press(".")
         reason = lab.text("detail")
         assert not reason.startswith(f"Prompt {lab.numbers()[1] - 1}:"), "none is eliminated"
     value, threshold = re.search(r"PEM (\S+), more than (\S+)\.", reason).groups()
@@ -268,26 +283,43 @@ def test_rounds_can_be_played(lab):
     lab.opacity("PEM", 0)
 
 
-def test_points_are_set_by_mouse_and_keyboard_and_undone(lab):
+def test_hover_previews_and_clicks_boxes_and_keys_make_objects(lab):
     lab.settled()
+    lab.press("n")
     _, total = lab.numbers()
     lab.opacity("Prompts", 0)  # every place is empty then
     lab.canvas.click(position=lab.place(100, 100), modifiers=["Shift"])
     lab.says("message", "click the object first")
+    lab.page.mouse.move(5, 5)
+    lab.page.wait_for_timeout(500)
+    lab.opacity("Masks", 0)  # nothing is there to light up but the preview
+    before = lab.pixels()
+    lab.canvas.hover(position=lab.place(112, 112))
+    lab.changes(before)
+    lab.shot("6_preview")
+    lab.opacity("Masks", 80)
+    assert lab.numbers()[1] == total, "a preview is no object"
     lab.canvas.click(position=lab.place(112, 112))
     lab.says("badge", f"of {total + 1}")
-    lab.press("Shift+ArrowLeft", "Shift+ArrowUp", "Enter")
+    lab.says("detail", "group: predicted IoU")
+    lab.shot("6_object")
+    lab.canvas.click(position=lab.place(20, 200), button="right")
+    lab.says("detail", "as clicked")
+    lab.press("2")  # the whole
+    lab.says("detail .aop-only", "whole")
+    lab.press("Backspace", "Backspace")  # the choice, then the background point
+    lab.until("!document.querySelector('.aop-detail').innerText.includes('as clicked')")
+    assert lab.numbers()[1] == total + 1
+    lab.press("n", "Shift+ArrowLeft", "Shift+ArrowUp", "Enter")
     lab.says("badge", f"of {total + 2}")
+    lab.press("n")
+    lab.drag(lab.place(30, 30), lab.place(150, 190), "left", "6_box")
+    lab.says("badge", f"of {total + 3}")
     lab.opacity("Prompts", 100)
     lab.shot("6_by_hand")
-    before = lab.pixels()
-    lab.canvas.click(position=lab.place(20, 200), modifiers=["Shift"])
-    lab.until("old => document.querySelector('.aop-canvas').toDataURL() !== old", before)
-    lab.settled()
-    assert lab.numbers()[1] == total + 2  # background of the last object, not another one
-    for _ in range(2):
-        lab.page.get_by_role("button", name="Undo").click()
-    lab.press("u")
+    lab.press("n", "Backspace", "Backspace")
+    lab.says("badge", f"of {total + 1}")
+    lab.page.get_by_role("button", name="Undo").click()
     lab.says("badge", f"of {total}")
 
 
@@ -376,7 +408,68 @@ def test_voila_shows_the_same_page(browser, tmp_path):
         page.page.close()
 
 
-# --- pane.js alone, without a kernel ---
+# --- the page alone, without a kernel ---
+
+MODEL = """
+window.state = ([state, image]) => {
+  const data = new DataView(Uint8Array.from(atob(image), (one) => one.charCodeAt(0)).buffer);
+  const heard = {}, sent = [], values = { ...state, image: { ...state.image, data } };
+  const fire = (name, ...rest) => (heard[name] ?? []).forEach((act) => act(...rest));
+  const model = {
+    sent, fire, get: (name) => values[name], save_changes() { sent.push({ ...values }); },
+    set(name, value) { values[name] = value; fire(`change:${name}`); fire("change"); },
+    send(content) { sent.push(content); }, on(name, act) { (heard[name] ??= []).push(act); },
+  };
+  explorer.render({ model, el: document.body });
+  window.model = model;
+};
+"""
+
+
+@pytest.fixture
+def alone(browser):
+    """The page with 20 masks in columns, and a model that remembers what it was sent."""
+    page = browser.new_page(viewport={"width": 1000, "height": 700})
+    image, masks = np.zeros((100, 200, 3), np.uint8), np.zeros((20, 100, 200), bool)
+    for i, mask in enumerate(masks):
+        mask[:, 10 * i : 10 * i + 10] = True
+    nothing = dict.fromkeys(["confidence", "pem", "x0", "y0", "x1", "y1"])
+    row = {"y": 95, "round": 0, "status": 0, "decided": 0, "by": -1, **nothing}
+    left = {
+        "title": "aop", "setting": "", "badge": "", "rounds": 1, "maps": {}, "references": [],
+        "masks": packing.pack_masks(encode_rle(masks), range(20)), "scores": [0.9] * 20,
+        "prompts": [{"x": 10 * i + 5, **row} for i in range(20)],
+    }  # fmt: skip
+    packed = packing.pack_image(image)
+    data = base64.b64encode(packed.pop("data")).decode()
+    look = {"methods": {"aop": []}, "beside": ["nothing"], "sliders": SLIDERS}
+    look |= {"styles": packing.STYLES, "colours": packing.COLOURS}
+    state = {"look": look, "image": packed, "left": left, "right": {}, "names": ["a"], "source": 0}
+    state |= {"params": vars(AsfParams()), "method": "aop", "compare": "nothing", "round": 1}
+    state |= {"selected": -1, "layers": LAYERS, "manual": [], "message": "", "matched": {}}
+    state |= {"preview": [], "detail": {}, "busy": "", "call": ""}
+    script = bundled().replace("export default", "const explorer =") + MODEL
+    page.add_script_tag(content=script, type="module")
+    page.wait_for_function("() => 'state' in window")
+    page.evaluate("state", [state, data])
+    page.wait_for_function("document.querySelector('.aop-badge')")
+    yield page
+    page.close()
+
+
+def test_one_preview_is_asked_for_at_a_time_and_stale_ones_are_dropped(alone):
+    box = alone.locator(".aop-canvas").bounding_box()
+    for x in range(100, 300, 20):
+        alone.mouse.move(box["x"] + x, box["y"] + 60)
+    sent = alone.evaluate("model.sent")
+    assert [list(content) for content in sent] == [["hover"]]
+    answer = {"hover": sent[0]["hover"], "masks": {}}
+    alone.evaluate("answer => model.fire('msg:custom', answer, [])", answer)
+    sent = alone.evaluate("model.sent")
+    assert len(sent) == 2, "of nine positions that waited, the last"
+    [[x, _, label]] = sent[1]["hover"]
+    readout = alone.locator(".aop-readout").inner_text()
+    assert label == 1 and f"x {x:.1f}" in readout
 
 
 def test_the_page_draws_the_label_image_that_python_draws(browser):

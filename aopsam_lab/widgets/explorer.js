@@ -7,36 +7,42 @@ import { Stage } from "./stage.js";
 const KERNEL_LOST = "The kernel was restarted or stopped. To compute anew, run the cell again.";
 const NO_OBJECT = "A background point belongs to an object: " +
   "click the object first, then shift-click what is not it.";
+const CHOSEN = 4; // as in session.py
 
 function listenToPointer(stage, act) {
   const { canvas } = stage;
-  let from = null, isDragged = false, asking = 0;
+  let from = null;
   canvas.onpointerdown = (e) => {
-    from = { x: e.clientX, y: e.clientY, view: stage.view };
-    isDragged = false;
+    const isPan = e.button > 0 || e.altKey || e.pointerType === "touch";
+    from = { x: e.clientX, y: e.clientY, view: stage.view, at: stage.imagePoint(e), isPan };
     canvas.setPointerCapture(e.pointerId);
     canvas.focus();
   };
   canvas.onpointermove = (e) => {
-    const dx = e.clientX - from?.x, dy = e.clientY - from?.y;
-    isDragged ||= e.buttons > 0 && Math.hypot(dx, dy) > 4;
-    if (e.buttons && isDragged) {
+    const dx = e.clientX - from?.x, dy = e.clientY - from?.y, at = stage.imagePoint(e);
+    if (from) from.isDragged ||= Math.hypot(dx, dy) > 4;
+    if (from?.isDragged && from.isPan) {
       stage.move({ ...from.view, x: from.view.x + dx, y: from.view.y + dy });
+    } else if (from?.isDragged) {
+      stage.band = stage.boxOf(from.at, at);
     }
-    act.point(stage.imagePoint(e));
+    act.point(at, e);
   };
   canvas.onpointerleave = () => act.point(null);
-  canvas.onclick = (e) => {
-    clearTimeout(asking);
-    if (isDragged) return;
-    if (e.detail > 1) return stage.fit(); // so a single click waits for a second
-    const at = stage.imagePoint(e), wait = !e.shiftKey && stage.promptNear(at) >= 0 ? 0 : 250;
-    asking = setTimeout(() => act.click(at, e.shiftKey), wait);
+  canvas.onpointerup = (e) => {
+    const { band } = stage, isClick = from && !from.isDragged && e.button !== 1;
+    stage.band = from = null;
+    if (band) act.put([[band.x0, band.y0, 2], [band.x1, band.y1, 3]]);
+    else if (isClick) act.click(stage.imagePoint(e), e);
+  };
+  canvas.oncontextmenu = (e) => { // a right click is a background point
+    e.preventDefault();
+    e.stopPropagation();
   };
   canvas.addEventListener("wheel", (e) => {
     e.preventDefault();
     stage.zoom(Math.exp(-0.0015 * e.deltaY), stage.imagePoint(e));
-    act.point(stage.imagePoint(e));
+    act.point(stage.imagePoint(e), e);
   }, { passive: false });
 }
 
@@ -47,17 +53,19 @@ function listenToKeys(stage, act) {
     const { size, here } = stage, far = (e.shiftKey ? 40 : 4) / stage.view.k;
     const within = (value, most) => Math.max(0, Math.min(most - 0.5, value));
     const x = within(here.x + dx * far, size.width), y = within(here.y + dy * far, size.height);
-    act.point({ x, y }, true);
+    act.point({ x, y }, e, true);
   };
   const does = {
     ArrowLeft: (e) => move(-1, 0, e), ArrowRight: (e) => move(1, 0, e),
     ArrowUp: (e) => move(0, -1, e), ArrowDown: (e) => move(0, 1, e),
-    Enter: (e) => act.click(stage.here, e.shiftKey), Escape: () => act.set("selected", -1),
-    u: act.undo, n: () => act.step(1), p: () => act.step(-1),
+    Enter: (e) => act.click(stage.here, e), Escape: act.leave, n: act.leave, N: act.leave,
+    Backspace: act.undo, ".": () => act.step(1), ",": () => act.step(-1),
     "+": () => stage.zoom(1.25), "=": () => stage.zoom(1.25), "-": () => stage.zoom(0.8),
     0: () => stage.fit(), "[": () => act.turn(-1), "]": () => act.turn(1),
   };
-  Object.keys(LAYERS).forEach((name, i) => { does[i + 1] = () => act.toggle(name); });
+  Object.keys(LAYERS).forEach((name, i) => {
+    does[i + 1] = () => i in stage.candidates ? act.choose(i) : act.toggle(name);
+  });
   stage.canvas.onkeydown = (e) => {
     if (isShortcut(e) || !(e.key in does)) return;
     e.preventDefault();
@@ -68,7 +76,7 @@ function listenToKeys(stage, act) {
 /** What pointer, keys and buttons do, and the messages about it. */
 function actions(model, stage, message, readout) {
   const last = {}, get = (name) => model.get(name); // last: opacity of layers that are off
-  let isLost = false;
+  let isLost = false, asked = null, wanted = null; // clicks to preview: one question at a time
   const say = (words) => { message.textContent = words; };
   const ask = (question) => isLost ? say(KERNEL_LOST) : question();
   model.on("comm_live_update", () => { // ipywidgets' own event: the kernel is gone
@@ -81,18 +89,63 @@ function actions(model, stage, message, readout) {
       model.set(name, value);
       ask(() => model.save_changes());
     },
-    point(at, isByKey = false) { readout.textContent = stage.point(at, isByKey); },
-    click(at, isBackground) {
+    point(at, e, isByKey = false) {
+      readout.textContent = stage.point(at, isByKey);
+      act.preview(at && act.joined([[at.x, at.y, e.shiftKey ? 0 : 1]]));
+    },
+    /** Ask for the mask that the clicks would give; a question that waits is replaced. */
+    preview(clicks) {
+      const [x, y] = clicks?.at(-1) ?? [], isInside = !stage.band && stage.isInside({ x, y });
+      const isFree = isInside && (act.object() >= 0 || stage.promptNear({ x, y }) < 0);
+      wanted = isFree ? clicks : null;
+      if (asked || !wanted || isLost || get("busy") || !stage.panes.length) return;
+      [asked, wanted] = [wanted, null];
+      model.send({ hover: asked });
+    },
+    previewed(clicks, masks) {
+      asked = null;
+      stage.setHint(clicks.at(-1), masks);
+      act.preview(wanted);
+    },
+    /** The index of the object being made, or -1. */
+    object() {
+      const i = get("selected") - stage.panes[0]?.auto;
+      return i in get("manual") ? i : -1;
+    },
+    /** The clicks of the object being made, and more; a box or a choice replaces the last one. */
+    joined(clicks) {
+      const most = clicks[0]?.[2] === 2 ? 2 : CHOSEN, own = get("manual")[act.object()] ?? [];
+      return [...own.filter(([, , label]) => label < most), ...clicks];
+    },
+    put(clicks) {
+      const manual = [...get("manual")], at = act.object(), i = at < 0 ? manual.length : at;
+      if (!stage.panes.length) return;
+      manual[i] = act.joined(clicks);
+      stage.hint = null;
+      model.set("selected", stage.panes[0].auto + i);
+      act.set("manual", manual);
+    },
+    click(at, { shiftKey, button }) {
+      const isNew = act.object() < 0;
       if (!stage.panes.length || !stage.isInside(at)) return;
-      const prompt = isBackground ? -1 : stage.promptNear(at);
-      if (prompt >= 0) return act.set("selected", prompt);
-      const manual = [...get("manual")], object = isBackground ? manual.pop() : [];
-      if (!object) return say(NO_OBJECT);
-      act.set("manual", [...manual, [...object, [at.x, at.y, isBackground ? 0 : 1]]]);
+      const prompt = isNew ? stage.promptNear(at) : -1, isBackground = shiftKey || button === 2;
+      if (isBackground && isNew) say(NO_OBJECT);
+      else if (prompt >= 0) act.set("selected", prompt);
+      else act.put([[at.x, at.y, isBackground ? 0 : 1]]);
+    },
+    leave() { act.set("selected", -1); },
+    choose(i) {
+      const isOption = !get("detail").lines[i].startsWith("as clicked");
+      if (act.object() >= 0) return act.put(isOption ? [[i, 0, CHOSEN]] : []);
+      stage.only = stage.only === i ? -1 : i;
+      act.refresh();
     },
     undo() {
-      const manual = [...get("manual")], left = manual.pop()?.slice(0, -1) ?? [];
-      act.set("manual", left.length ? [...manual, left] : manual);
+      const manual = [...get("manual")], at = act.object(), i = at < 0 ? manual.length - 1 : at;
+      const left = manual[i]?.slice(0, manual[i].at(-1)[2] === 3 ? -2 : -1) ?? [];
+      const isObject = left.some(([, , label]) => label % CHOSEN);
+      manual.splice(i, 1, ...(isObject ? [left] : []));
+      act.set("manual", manual);
     },
     step(by) {
       const n = stage.panes[0]?.prompts.length, from = get("selected");
@@ -151,7 +204,11 @@ function render({ model, el }) {
   for (const name of ["message", "left", "right"]) { // "Copied" is about what was there before
     model.on(`change:${name}`, () => act.say(get("message")));
   }
-  model.on("msg:custom", ({ name }, [data]) => act.save(new Blob([data]), name));
+  model.on("msg:custom", ({ name, hover, masks }, [data]) => {
+    if (hover) act.previewed(hover, masks);
+    else act.save(new Blob([data]), name);
+  });
+  act.refresh = update;
   act.say(get("message"));
   update();
   const observer = new ResizeObserver(() => stage.layout());

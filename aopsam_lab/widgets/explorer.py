@@ -74,8 +74,9 @@ class Explorer(anywidget.AnyWidget):
         round: rounds of adaptive filtering shown; all of them by default.
         selected: row of `segmentation.prompts` that is clicked, -1 for none.
         layers: opacity from 0 to 1 of image, pcm, smoothed, pem, masks, ground_truth, prompts.
-        manual: objects clicked by hand, each a list of (x, y, 1 for the object or 0 for the
-            background).
+        manual: objects made by hand, each a list of (x, y, label): 1 for the object, 0 for the
+            background, 2 and 3 for two corners of a box. (i, 0, 4) at the end chooses the candidate
+            i, 0 for the smallest. Their prompts are the last rows of `segmentation.prompts`.
         segmentation, compared: what is shown, masks of clicks among its own, and beside it.
         message: what the message line says.
     """
@@ -150,15 +151,21 @@ class Explorer(anywidget.AnyWidget):
 
     @traitlets.observe("manual")
     def _manual_changed(self, change: dict) -> None:
-        if self._session is None:
+        session, old, new = self._session, change["old"], change["new"]
+        answer = self._answers.get("left")
+        if session is None or answer is None:
             return
         with self._errors_in_message():
-            if all(map(self._session.ask, self.manual)):
-                self._publish(self._session, {})
-                self.message = self._session.opened.note
-            else:
-                self.manual = change["old"]
+            if not all(map(session.ask, new)):
+                self.manual = old
                 self.message = "SAM found nothing there."
+                return
+            changed = [i for i, clicks in enumerate(new) if clicks not in old]
+            self._publish(session, {})
+            n = len(answer.segmentation.prompts)
+            kept = self.selected if self.selected < n else -1
+            self.selected = n + changed[-1] if changed else kept
+            self.message = session.opened.note
 
     @traitlets.observe("selected")
     def _selected_changed(self, _: dict | None = None) -> None:
@@ -166,12 +173,10 @@ class Explorer(anywidget.AnyWidget):
         if seg is None or session is None or not 0 <= self.selected < len(seg.prompts):
             return
         with self._errors_in_message():
-            masks = session.candidates(seg, self.selected)
-            lines = [f"IoU {mask.score:.2f}, stability {mask.stability:.2f}" for mask in masks]
-            if masks:
-                lines[max(range(len(masks)), key=lambda i: masks[i].score)] += ", best"
+            by_hand = [None] * (len(seg.prompts) - len(self.manual)) + self.manual
+            lines, masks, only = session.described(seg, self.selected, by_hand[self.selected])
             packed = packing.pack_masks([mask.rle for mask in masks])
-            self.detail = {"prompt": self.selected, "masks": packed, "lines": lines}
+            self.detail = dict(prompt=self.selected, masks=packed, lines=lines, only=only)
 
     @traitlets.observe("source")
     def _open(self, change: dict | None = None, shown: Segmentation | None = None) -> None:
@@ -286,7 +291,7 @@ class Explorer(anywidget.AnyWidget):
     # --- files -------------------------------------------------------------------------------
 
     def _on_message(self, _: object, content: dict, buffers: Sequence[memoryview]) -> None:
-        """Take what the page sends: an upload and its `name`, or `what` to export."""
+        """Take what the page sends: clicks to preview, an upload, or `what` to export."""
         with self._errors_in_message():
             if buffers:
                 name = content["name"]
@@ -294,6 +299,9 @@ class Explorer(anywidget.AnyWidget):
                 self._sources.append(Source(name, repr(name), lambda: opened))
                 self.names = [*self.names, name]
                 self.source = len(self._sources) - 1
+            elif (clicks := content.get("hover")) is not None:
+                masks = self._session.predict(clicks, best_only=True) if self._session else ()
+                self.send({"hover": clicks, "masks": packing.pack_masks([m.rle for m in masks])})
             elif self.segmentation is not None:
                 name = self._sources[self.source].name
                 with tempfile.TemporaryDirectory() as folder:

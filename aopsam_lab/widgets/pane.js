@@ -4,7 +4,7 @@ export const LAYERS = {
   image: "Image", pcm: "PCM", smoothed: "Smoothed PCM", pem: "PEM", masks: "Masks",
   ground_truth: "Ground truth", prompts: "Prompts",
 };
-const KEPT = 0, ELIMINATED = 1, WAITING = 6; // indices into packing.py's STYLES
+const KEPT = 0, ELIMINATED = 1, WAITING = 6, BY_HAND = 7; // indices into packing.py's STYLES
 
 export function tag(name, properties = {}, ...children) {
   const element = Object.assign(document.createElement(name), properties);
@@ -113,6 +113,7 @@ export class Pane {
     const { prompts, references } = result; // references: prompt, threshold, round
     Object.assign(this, { result, size, look, sources, prompts, references, round: null });
     this.masks = unpackMasks(result.masks);
+    this.auto = prompts.filter(({ status }) => status !== BY_HAND).length; // those by hand follow
     this.maps = {};
     for (const name in result.maps) this.maps[name] = unpackMaps(result.maps[name]);
     this.pems = this.maps.pem;
@@ -220,17 +221,19 @@ export function drawGlyphs(ctx, view, marker, points, fillStyle, r) {
   else Object.assign(ctx, { fillStyle }).fill(path);
 }
 
+export function drawBox(ctx, view, { x0, y0, x1, y1 }, strokeStyle) {
+  Object.assign(ctx, { lineWidth: 1, strokeStyle });
+  ctx.strokeRect(...onScreen(view, { x: x0, y: y0 }), view.k * (x1 - x0), view.k * (y1 - y0));
+}
+
 /** All prompts by status, kept ones on top; frames of kept boxes; clicks by hand. */
 export function drawPrompts(ctx, pane, view, clicks) {
   const r = glyphSize(pane, view), points = clicks.flat().map(([x, y, label]) => ({ x, y, label }));
   for (const status of [...pane.look.styles.keys()].reverse()) {
     const [marker, colour] = pane.look.styles[status], own = pane.having(status);
     drawGlyphs(ctx, view, marker, own, colour, status === WAITING ? 0.7 * r : r);
-    if (status !== KEPT) continue;
-    Object.assign(ctx, { lineWidth: 1, strokeStyle: "#fff9" });
-    for (const { x0, y0, x1, y1 } of own.filter((prompt) => prompt.x0 !== null)) {
-      ctx.strokeRect(...onScreen(view, { x: x0, y: y0 }), view.k * (x1 - x0), view.k * (y1 - y0));
-    }
+    if (status !== KEPT && status !== BY_HAND) continue;
+    for (const box of own.filter(({ x0 }) => x0 !== null)) drawBox(ctx, view, box, "#fff9");
   }
   const clicked = (label) => points.filter((point) => point.label === label);
   drawGlyphs(ctx, view, "-", clicked(0), "#ff8080", 1.3 * r);

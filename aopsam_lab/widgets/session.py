@@ -28,7 +28,11 @@ from aopsam_lab.widgets.sources import Opened
 
 CHUNK = 16  # prompts decoded before each check whether the answer is still wanted
 
-Clicks = Sequence[tuple[float, float, int]]  # x, y, and 1 for the object or 0 for the background
+# x, y and SAM's label: 1 for the object, 0 for the background, 2 and 3 for a box's upper left and
+# lower right. At the end (i, 0, CHOSEN) may choose the candidate i.
+Clicks = Sequence[tuple[float, float, int]]
+CHOSEN = 4
+ROW = ["x", "y", "x0", "y0", "x1", "y1"]  # a point and, if there is one, a box
 
 
 class Answer(NamedTuple):
@@ -56,7 +60,7 @@ class Session:
         self.opened, self.sam = opened, sam
         self._lock = threading.Lock()  # a worker decodes while the main thread answers a click
         self.colours: dict[bytes, int] = {}  # of every mask shown so far, see mask_colours
-        self._asked: dict[str, Mask | None] = {}  # by the clicks, as JSON
+        self._asked: dict[str, list[Mask]] = {}  # by the clicks, as JSON
 
     @cached_property
     def _cache(self) -> DecodeCache:
@@ -108,47 +112,73 @@ class Session:
         seconds = time.perf_counter() - start
         return Answer((method, params), seg, seconds, self._cache.n_decoded - before)
 
-    def candidates(self, seg: Segmentation, row: int) -> list[Mask]:
-        """All masks of the prompt `row`, before any threshold: three of a point, one of a box."""
-        prompt = seg.prompts.iloc[row]
-        box = prompt[["x0", "y0", "x1", "y1"]].to_numpy(float)
-        if not np.isnan(box).any():
-            return self._predict(False, box=box)
-        point = prompt[["x", "y"]].to_numpy(float)[None]
-        return self._predict(True, point_coords=point, point_labels=np.ones(1))
+    def described(
+        self, seg: Segmentation, row: int, clicks: Clicks | None
+    ) -> tuple[list[str], list[Mask], int]:
+        """The masks to choose from at a prompt, before any threshold, and what was chosen.
+
+        `clicks` are those that made the prompt, if any did.
+
+        Returns:
+            A line about each mask; the masks; the index of that of the clicks, or -1.
+        """
+        if clicks:
+            masks, own = self.options(clicks), self.ask(clicks)
+            names = ["part: ", "whole: ", "group: "][: len(masks)]
+            if own and own.rle not in [mask.rle for mask in masks]:
+                masks, names = [*masks, own], [*names, "as clicked: "]
+            only = [mask.rle for mask in masks].index(own.rle) if own else -1
+        else:
+            x, y, *box = seg.prompts.iloc[row][ROW].to_numpy(float)
+            is_point = np.isnan(box[0])
+            masks = self._answer([(x, y, 1)] if is_point else [(*box[:2], 2), (*box[2:], 3)])
+            best = max(masks, key=lambda mask: mask.score, default=None)
+            names, only = ["best: " if mask is best else "" for mask in masks], -1
+        about = "{}predicted IoU {:.2f}, stability {:.2f}"
+        pairs = zip(names, masks, strict=True)
+        return [about.format(name, one.score, one.stability) for name, one in pairs], masks, only
 
     def ask(self, clicks: Clicks) -> Mask | None:
-        """SAM's mask for clicks: the best of three for one, its single one for more; or None."""
-        key = json.dumps(clicks)
+        """SAM's mask for clicks: the chosen one, the best for one point, its only one for more."""
+        which, _, label = clicks[-1]
+        if label == CHOSEN:
+            return dict(enumerate(self.options(clicks))).get(int(which))
+        return max(self._answer(clicks), key=lambda mask: mask.score, default=None)
+
+    def options(self, clicks: Clicks) -> list[Mask]:
+        """SAM's three masks for clicks, the smallest first: often a part, the whole, a group."""
+        masks = self._answer([one for one in clicks if one[2] != CHOSEN], True)
+        return sorted(masks, key=lambda mask: coco_mask.area(mask.rle))
+
+    def _answer(self, clicks: Clicks, multimask: bool | None = None) -> list[Mask]:
+        key = json.dumps([clicks, multimask])
         if key not in self._asked:
-            points, labels = np.hsplit(np.array(clicks, float), [2])
-            masks = self._predict(len(clicks) == 1, point_coords=points, point_labels=labels[:, 0])
-            self._asked[key] = max(masks, key=lambda mask: mask.score, default=None)
+            self._asked[key] = self.predict(clicks, multimask)
         return self._asked[key]
 
     @torch.inference_mode()
-    def _predict(
-        self,
-        multimask: bool,
-        point_coords: np.ndarray | None = None,
-        point_labels: np.ndarray | None = None,
-        box: np.ndarray | None = None,
+    def predict(
+        self, clicks: Clicks, multimask: bool | None = None, best_only: bool = False
     ) -> list[Mask]:
-        """The masks of one prompt as `SamPredictor.predict` gives them, without empty ones."""
+        """The masks of clicks as `SamPredictor.predict` gives them, without empty ones.
+
+        There are three for one point, and one for more, unless `multimask` says. `best_only` draws
+        no other.
+        """
         encoded, sam, threshold = self._cache.encoded, self.sam, self.sam.mask_threshold
-        points = boxes = None
+        multimask = len(clicks) == 1 if multimask is None else multimask
         with self._lock:
-            device = encoded.embedding.device
-            if point_coords is not None:
-                xy = encoded.to_model(torch.tensor(point_coords, device=device).float())
-                points = xy[None], torch.tensor(point_labels, device=device).int()[None]
-            if box is not None:
-                corners = torch.tensor(box, device=device).float().view(1, 2, 2)
-                boxes = encoded.to_model(corners).flatten(1)
+            values = torch.tensor(clicks, device=encoded.embedding.device).float()
+            xy, labels = encoded.to_model(values[:, :2]), values[:, 2].int()
+            is_point = labels < 2
+            points = (xy[is_point][None], labels[is_point][None]) if is_point.any() else None
+            boxes = None if is_point.all() else xy[~is_point].view(1, 4)
             tokens = sam.prompt_encoder(points=points, boxes=boxes, masks=None)[0]
             decoded = image_decoder(sam, encoded).decode(tokens)
             wanted = torch.zeros_like(decoded.iou, dtype=torch.bool)
             wanted[:, slice(1, None) if multimask else slice(0, 1)] = True
+            if best_only:
+                wanted &= decoded.iou == decoded.iou[wanted].max()
             low_res, sizes = decoded.draw(wanted), full_size(encoded)
             rles = sizes.encode(low_res, threshold)
             stability, found = sizes.measure(low_res, threshold, STABILITY_OFFSET)
@@ -157,12 +187,20 @@ class Session:
         return [mask for mask in masks if coco_mask.area(mask.rle)]
 
 
+def _row(clicks: Clicks) -> list[float]:
+    """The ROW of clicks; its point is the first one of the object, or the middle of all."""
+    corners = [(x, y) for x, y, label in clicks if label in (2, 3)]
+    middle = np.mean([(x, y) for x, y, label in clicks if label != CHOSEN], 0)
+    point = next(((x, y) for x, y, label in clicks if label == 1), middle)
+    return [*point, *np.ravel(corners or [(np.nan, np.nan)] * 2)]
+
+
 def with_clicked(seg: Segmentation, clicked: Sequence[tuple[Clicks, Mask]]) -> Segmentation:
     """The Segmentation with masks of clicks among its own, each with a prompt of round -1."""
     if not clicked:
         return seg
     n, m = len(seg.prompts), len(clicked)
-    rows = pd.DataFrame([clicks[0][:2] for clicks, _ in clicked], columns=["x", "y"])
+    rows = pd.DataFrame([_row(clicks) for clicks, _ in clicked], columns=ROW)
     rows = rows.assign(round=-1, status="kept", by=-1)
     rles, scores, stability, boxes = zip(*(mask for _, mask in clicked), strict=True)
     masks, scores = [*seg.masks, *rles], np.append(seg.scores, scores)

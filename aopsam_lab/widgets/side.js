@@ -2,12 +2,14 @@
 
 import { LAYERS, drawGlyphs, tag } from "./pane.js";
 
-const HELP = "Wheel zooms, dragging pans. Click a prompt to open it, an empty place to ask SAM " +
-  "there; Shift-click says: not this.";
+const HELP = "Hover shows what a click would give. Click a prompt to open it, an empty place to " +
+  "make an object, again to add to it; a right or Shift click says: not this; a drag draws a " +
+  "box. The wheel zooms; a right, middle or Alt drag pans.";
 const KEYS = {
   arrows: "move the cross (Shift: faster)", Enter: "click there (Shift: background)",
-  "n, p": "next, previous prompt", Esc: "let go of the prompt", u: "undo a click",
-  "+, −, 0": "zoom in, out, fit", "1 … 7": "a layer on, off", "[ , ]": "round back, on",
+  "N, Esc": "a new object", Backspace: "take the last point back",
+  "1 … 3": "part, whole, group", ". ,": "next, previous prompt", "+, −, 0": "zoom in, out, fit",
+  "1 … 7": "a layer on, off, where no prompt is open", "[ , ]": "round back, on",
 };
 const ROUND_MS = 700; // how long a round is shown
 
@@ -122,11 +124,7 @@ export function makeSide(get, act, stage, updates) {
     const [pane] = stage.panes, selected = get("selected");
     const [title, ...facts] = selected in (pane?.prompts ?? []) ? pane.story(selected) : [];
     const masks = stage.candidates.map(({ line, colour }, i) => {
-      const only = button(line, "show only this one of its masks", () => {
-        stage.only = stage.only === i ? -1 : i;
-        stage.invalidate();
-        describe();
-      });
+      const only = button(line, "only this one of its masks", () => act.choose(i));
       only.classList.toggle("aop-only", stage.only === i);
       only.style.setProperty("--swatch", `rgb(${colour})`);
       return only;
@@ -139,8 +137,8 @@ export function makeSide(get, act, stage, updates) {
   return tag("div", { className: "aop-side" },
     tag("div", {}, ...Object.keys(LAYERS).map(layer)), legend, detail,
     tag("div", { className: "aop-actions" },
-      button("Undo", "take back the last click (u)", act.undo),
-      button("Fit", "the whole image (0, or double click)", () => stage.fit()),
+      button("Undo", "take back the last point (Backspace)", act.undo),
+      button("Fit", "the whole image (0)", () => stage.fit()),
       button("COCO", "COCO JSON of the masks on the left", () => act.exported("coco")),
       button("Labels", "16-bit PNG: i + 1 where mask i lies", () => act.exported("labels")),
       button("Overlay", "PNG of what is shown", act.saveOverlay),

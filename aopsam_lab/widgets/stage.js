@@ -4,18 +4,21 @@
 // the image) and screen (CSS pixels of a pane); view = {k, x, y}: screen = k * image + (x, y).
 
 import {
-  LAYERS, Pane, drawGlyphs, drawLabels, drawMask, drawPrompts, drawRelated, fitting, tag, topMask,
-  unpackMasks,
+  LAYERS, Pane, drawBox, drawGlyphs, drawLabels, drawMask, drawPrompts, drawRelated, fitting, tag,
+  topMask, unpackMasks,
 } from "./pane.js";
 
-const WHITE = [255, 255, 255];
+const WHITE = [255, 255, 255], BLUE = [70, 150, 255];
+const HINT_REACH = 12; // how far a preview holds from its point, CSS pixels
 const GAP = 8; // between two panes, CSS pixels
-const HINT = "Image. Arrows move the cross, Enter clicks, n and p step through the prompts.";
+const HINT = "Image. Arrows move the cross, Enter clicks, , and . step through the prompts.";
 
 export class Stage {
   panes = [];
   candidates = []; // masks of the selected prompt
   only = -1; // which of them alone
+  hint = null; // what a click at a point would give: {x, y, drawn}
+  band = null; // the box that is being drawn: {x0, y0, x1, y1}
   image = null;
   view = { k: 1, x: 0, y: 0 };
   cross = null; // the point under the pointer, image frame
@@ -64,10 +67,16 @@ export class Stage {
     });
     const detail = image && get("detail").prompt === prompt ? get("detail") : null;
     if (detail !== this.detail) {
-      Object.assign(this, { detail, only: -1 });
+      Object.assign(this, { detail, only: detail?.only ?? -1 });
       this.candidates = unpackMasks(detail?.masks ?? {}).map((mask, i) =>
         ({ ...mask, line: detail.lines[i], drawn: this.alone(mask, 0.25) }));
     }
+    this.invalidate();
+  }
+  /** Preview packed masks at a point. */
+  setHint([x, y], masks) {
+    const [mask] = unpackMasks(masks);
+    this.hint = mask && { x, y, drawn: this.alone({ ...mask, colour: BLUE }, 0.5) };
     this.invalidate();
   }
   /** The colours of the ground truth and of the second pane, which are those of matching masks. */
@@ -114,6 +123,7 @@ export class Stage {
       drawGlyphs(ctx, view, "O", i === 0 ? get("preview") : [], "#ffffff", 5);
       const isSeen = cross && (this.isByKey || panes.length > 1);
       drawGlyphs(ctx, view, "+", isSeen ? [cross] : [], "#ffffff", 7);
+      if (this.band && i === 0) drawBox(ctx, view, this.band, "#fff");
       ctx.restore();
     });
   }
@@ -142,7 +152,10 @@ export class Stage {
       const drawn = mask && this.alone({ ...mask, colour: WHITE }, 0.35);
       pane.hovered = { mask, k: view.k, drawn };
     }
-    if (mask) shown.push(pane.hovered);
+    const { hint } = this, isHere = isFirst && hint && cross &&
+      Math.hypot(cross.x - hint.x, cross.y - hint.y) * view.k < HINT_REACH;
+    if (isHere) shown.push(hint);
+    else if (mask) shown.push(pane.hovered);
     for (const { drawn: { canvas, left, step } } of shown) {
       const k = view.k * step;
       ctx.drawImage(canvas, view.x + view.k * left, view.y, k * canvas.width, k * canvas.height);
@@ -193,6 +206,12 @@ export class Stage {
   }
   /** Where the cross is, or the middle of the image. */
   get here() { return this.cross ?? { x: this.size.width / 2, y: this.size.height / 2 }; }
+  /** The box between two points, within the image. */
+  boxOf(a, b) {
+    const ends = (name, most) => [a[name], b[name]].map((v) => Math.max(0, Math.min(most, v)));
+    const xs = ends("x", this.size.width), ys = ends("y", this.size.height);
+    return { x0: Math.min(...xs), y0: Math.min(...ys), x1: Math.max(...xs), y1: Math.max(...ys) };
+  }
   isInside({ x, y }) { return x >= 0 && y >= 0 && x < this.size.width && y < this.size.height; }
   /** Put the cross at a point of the image (null: nowhere); what lies there, in words. */
   point(at, isByKey) {
