@@ -362,13 +362,18 @@ def test_another_image_and_one_of_the_persons_own_can_be_opened(lab, tmp_path):
     lab.opacity("Ground truth", 100)
     assert lab.pixels() != before
     lab.shot("8_ground_truth")
-    Image.fromarray(open_dataset("photos")[6].image[:150, :SIDE]).save(tmp_path / "mine.png")
+    files = [tmp_path / name for name in ("mine.png", "more.png")]
+    for height, file in zip((150, 100), files, strict=True):
+        Image.fromarray(open_dataset("photos")[6].image[:height, :SIDE]).save(file)
     with lab.page.expect_file_chooser() as chooser:
         lab.page.get_by_role("button", name="Your own").click()
-    chooser.value.set_files(tmp_path / "mine.png")
+    chooser.value.set_files(files)
     lab.until("document.querySelector('.aop-badge')?.innerText.includes('mIoU') === false")
     lab.settled()
     lab.shot("8_own")
+    images = lab.page.get_by_role("combobox", name="Image")
+    assert images.locator("option:checked").inner_text() == "mine.png"
+    assert images.locator("option").last.inner_text() == "more.png"
     assert lab.page.locator(".jp-RenderedText[data-mime-type*=stderr]").count() == 0
 
 
@@ -491,3 +496,32 @@ def test_the_page_draws_the_label_image_that_python_draws(browser):
         labels = np.reshape(labels, (width, height)).T
         assert np.array_equal(labels, drawing.label_image(masks, (height, width)))
     page.close()
+
+
+def test_what_waits_for_the_kernel_is_signed_after_a_while(alone):
+    assert alone.locator(".aop-busy").is_hidden()
+    alone.get_by_label("Method").dispatch_event("change")
+    assert alone.locator(".aop-busy").is_hidden(), "not at once"
+    alone.wait_for_function("!document.querySelector('.aop-busy').hidden", timeout=2000)
+    assert alone.locator(".aop-busy").inner_text() == "waiting for the kernel …"
+    ping = alone.evaluate("model.sent.at(-1)")
+    alone.evaluate("ping => model.fire('msg:custom', ping, [])", ping)
+    assert alone.locator(".aop-busy").is_hidden()
+
+
+@pytest.mark.parametrize(
+    ("event", "holder"), [("drop", "dataTransfer"), ("paste", "clipboardData")]
+)
+def test_several_files_are_dropped_or_pasted(alone, event, holder):
+    alone.evaluate(
+        """([event, holder]) => {
+          const files = ["a.png", "b.png"].map((name) => new File(["x"], name));
+          const act = new Event(event, { bubbles: true, cancelable: true });
+          act[holder] = { files };
+          document.querySelector(".aop-canvas").dispatchEvent(act);
+        }""",
+        [event, holder],
+    )
+    alone.wait_for_function("model.sent.filter(({ name }) => name).length === 2")
+    files = [content for content in alone.evaluate("model.sent") if "name" in content]
+    assert [(one["name"], one["is_first"]) for one in files] == [("a.png", True), ("b.png", False)]

@@ -314,12 +314,20 @@ def test_exports_are_the_segmentations_own(explorer):
     assert np.array_equal(np.asarray(Image.open(io.BytesIO(png))), expected)
 
 
-def test_an_uploaded_image_is_opened_and_a_damaged_one_only_said(explorer, sample):
-    send(explorer, drawing.png_bytes(sample.image[:100]), name="mine.png")
-    assert explorer.names[-1] == "mine.png"
-    send(explorer, b"no image", name="bad.png")
+def test_of_uploaded_images_the_first_is_opened_and_a_damaged_one_only_said(explorer, sample):
+    for i, name in enumerate(("mine.png", "more.png")):
+        send(explorer, drawing.png_bytes(sample.image[: 100 + i]), name=name, is_first=i == 0)
+    assert explorer.names[-2:] == ["mine.png", "more.png"] and explorer.source == 1
+    send(explorer, b"no image", name="bad.png", is_first=True)
     assert explorer.message.startswith("bad.png cannot be read as an image: its format is none of")
     assert explorer.segmentation.image.shape == (100, 640, 3)
+
+
+def test_the_page_hears_that_the_kernel_listens(explorer):
+    sent = []
+    explorer.send = lambda content, buffers=None: sent.append(content)
+    send(explorer, ping=7)
+    assert sent == [{"ping": 7}]
 
 
 def test_a_segmentation_is_explored_as_it_is(explorer, monkeypatch):

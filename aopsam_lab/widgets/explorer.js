@@ -8,6 +8,7 @@ const KERNEL_LOST = "The kernel was restarted or stopped. To compute anew, run t
 const NO_OBJECT = "A background point belongs to an object: " +
   "click the object first, then shift-click what is not it.";
 const CHOSEN = 4; // as in session.py
+const SIGN_MS = 300;
 
 function listenToPointer(stage, act) {
   const { canvas } = stage;
@@ -78,7 +79,14 @@ function actions(model, stage, message, readout) {
   const last = {}, get = (name) => model.get(name); // last: opacity of layers that are off
   let isLost = false, asked = null, wanted = null; // clicks to preview: one question at a time
   const say = (words) => { message.textContent = words; };
-  const ask = (question) => isLost ? say(KERNEL_LOST) : question();
+  let nAsked = 0, nHeard = 0;
+  /** A question that the kernel has not heard after SIGN_MS is signed as waiting. */
+  function ask(question) {
+    if (isLost) return say(KERNEL_LOST);
+    question();
+    model.send({ ping: ++nAsked });
+    setTimeout(() => stage.wait(nHeard < nAsked), SIGN_MS);
+  }
   model.on("comm_live_update", () => { // ipywidgets' own event: the kernel is gone
     isLost = true;
     say(KERNEL_LOST);
@@ -162,9 +170,16 @@ function actions(model, stage, message, readout) {
       act.setOpacity(name, value ? 0 : last[name] ?? 0.8);
     },
     exported(what) { ask(() => model.send({ what })); },
-    async upload(file) {
-      const data = await file.arrayBuffer();
-      ask(() => model.send({ name: file.name }, undefined, [data]));
+    heard(ping) {
+      nHeard = ping;
+      stage.wait(nHeard < nAsked && stage.isWaiting);
+    },
+    /** Open files of a person's own; the first of them is shown. */
+    async upload(files) {
+      for (const [i, file] of [...files].entries()) {
+        const data = await file.arrayBuffer();
+        ask(() => model.send({ name: file.name, is_first: i === 0 }, undefined, [data]));
+      }
     },
     save(blob, download) {
       const href = URL.createObjectURL(blob);
@@ -197,6 +212,14 @@ function render({ model, el }) {
     updates.forEach((part) => part());
   }
   root.onkeydown = (e) => isShortcut(e) || e.stopPropagation(); // JupyterLab sees no key
+  root.ondragover = (e) => e.preventDefault();
+  root.ondrop = root.onpaste = (e) => {
+    const { files } = e.dataTransfer ?? e.clipboardData;
+    if (!files.length) return;
+    e.preventDefault();
+    e.stopPropagation();
+    act.upload([...files]);
+  };
   el.append(root);
   listenToPointer(stage, act);
   listenToKeys(stage, act);
@@ -204,8 +227,9 @@ function render({ model, el }) {
   for (const name of ["message", "left", "right"]) { // "Copied" is about what was there before
     model.on(`change:${name}`, () => act.say(get("message")));
   }
-  model.on("msg:custom", ({ name, hover, masks }, [data]) => {
-    if (hover) act.previewed(hover, masks);
+  model.on("msg:custom", ({ name, hover, masks, ping }, [data]) => {
+    if (ping) act.heard(ping);
+    else if (hover) act.previewed(hover, masks);
     else act.save(new Blob([data]), name);
   });
   act.refresh = update;

@@ -293,12 +293,14 @@ class Explorer(anywidget.AnyWidget):
     def _on_message(self, _: object, content: dict, buffers: Sequence[memoryview]) -> None:
         """Take what the page sends: clicks to preview, an upload, or `what` to export."""
         with self._errors_in_message():
-            if buffers:
+            if "ping" in content:
+                self.send(content)
+            elif buffers:
                 name = content["name"]
                 opened = prepared(image_from_bytes(bytes(buffers[0]), name))
                 self._sources.append(Source(name, repr(name), lambda: opened))
                 self.names = [*self.names, name]
-                self.source = len(self._sources) - 1
+                self.source = len(self._sources) - 1 if content["is_first"] else self.source
             elif (clicks := content.get("hover")) is not None:
                 masks = self._session.predict(clicks, best_only=True) if self._session else ()
                 self.send({"hover": clicks, "masks": packing.pack_masks([m.rle for m in masks])})

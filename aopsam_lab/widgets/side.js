@@ -50,9 +50,9 @@ export function makeControls(get, act, updates) {
     });
     return Object.assign(labelled(name, range, number), { title });
   };
-  const file = tag("input", { type: "file", accept: "image/*", hidden: true });
+  const file = tag("input", { type: "file", accept: "image/*", multiple: true, hidden: true });
   file.onchange = () => {
-    act.upload(file.files[0]);
+    act.upload([...file.files]);
     file.value = "";
   };
   const rounds = slider("Rounds", { min: 0 }, (value) => act.set("round", value));

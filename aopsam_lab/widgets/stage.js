@@ -17,6 +17,7 @@ export class Stage {
   panes = [];
   candidates = []; // masks of the selected prompt
   only = -1; // which of them alone
+  isWaiting = false; // for the kernel, and for long
   hint = null; // what a click at a point would give: {x, y, drawn}
   band = null; // the box that is being drawn: {x0, y0, x1, y1}
   image = null;
@@ -52,7 +53,8 @@ export class Stage {
   update() {
     const { get, image, panes } = this, prompt = get("selected"), busy = get("busy");
     const results = [get("left"), get("right")].filter((result) => image && result.prompts);
-    Object.assign(this.busy, { textContent: busy, hidden: !busy });
+    const sign = busy || (this.isWaiting ? "waiting for the kernel …" : "");
+    Object.assign(this.busy, { textContent: sign, hidden: !sign });
     this.panes = results.map((result) => panes.find((pane) => pane.result === result) ??
       new Pane(result, this.size, this.look, { image }));
     if (this.panes.length !== panes.length) this.layout();
@@ -101,6 +103,9 @@ export class Stage {
     return drawMask(mask, this.size, opacity, step);
   }
 
+  wait(isWaiting) {
+    if (this.isWaiting !== isWaiting) Object.assign(this, { isWaiting }).update();
+  }
   invalidate() { this.frame ||= requestAnimationFrame(() => this.draw(this)); }
   /** Draw the panes on a canvas, each of a width and height and under a view; scale: its pixels. */
   draw({ canvas, width, height, view, scale }) {
