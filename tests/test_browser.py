@@ -108,6 +108,10 @@ class Page:
         """Of "aop 35 decoded of 47 (0 new) ..." the numbers 35 and 47."""
         return tuple(map(int, re.search(r"(\d+) decoded of (\d+)", self.text("badge")).groups()))
 
+    def masks(self) -> int:
+        """Of "35 decoded of 47 · 30 masks ..." the number 30."""
+        return int(re.search(r"(\d+) masks", self.text("badge"))[1])
+
     def pixels(self) -> str:
         """What the canvas shows, once it has been drawn."""
         frame = "requestAnimationFrame"
@@ -323,6 +327,33 @@ def test_hover_previews_and_clicks_boxes_and_keys_make_objects(lab):
     lab.says("badge", f"of {total}")
 
 
+def test_a_mask_is_selected_named_exported_alone_deleted_and_restored(lab):
+    lab.settled()
+    lab.press("n")
+    lab.opacity("Prompts", 0)
+    name, n = lab.page.get_by_label("name of the mask"), lab.masks()
+    for x, y in ((112, 112), (60, 60), (170, 60), (60, 170), (170, 170), (112, 30)):
+        lab.canvas.click(position=lab.place(x, y), modifiers=["Control"])
+        lab.page.wait_for_timeout(500)
+        if name.is_visible():
+            break
+    name.fill("thing")
+    name.press("Enter")
+    lab.page.mouse.move(5, 5)
+    lab.canvas.hover(position=lab.place(x + 1, y))
+    assert "thing" in lab.text("readout")
+    lab.shot("6_named")
+    with lab.page.expect_download() as waiting:
+        lab.page.get_by_role("button", name="Export").click()
+    coco = json.loads(Path(waiting.value.path()).read_text())
+    assert len(coco["annotations"]) == 1 and coco["categories"][-1]["name"] == "thing"
+    lab.press("Delete")
+    lab.says("badge", f"{n - 1} masks")
+    lab.page.get_by_role("button", name="Restore 1 deleted").click()
+    lab.says("badge", f"{n} masks")
+    lab.opacity("Prompts", 100)
+
+
 def test_exports_hold_the_masks_that_are_shown(lab):
     files = []
     for name in ("COCO", "Labels", "Overlay"):
@@ -452,7 +483,7 @@ def alone(browser):
     state = {"look": look, "image": packed, "left": left, "right": {}, "names": ["a"], "source": 0}
     state |= {"params": vars(AsfParams()), "method": "aop", "compare": "nothing", "round": 1}
     state |= {"selected": -1, "layers": LAYERS, "manual": [], "message": "", "matched": {}}
-    state |= {"preview": [], "detail": {}, "busy": "", "call": ""}
+    state |= {"preview": [], "detail": {}, "busy": "", "call": "", "labels": {}, "deleted": []}
     script = bundled().replace("export default", "const explorer =") + MODEL
     page.add_script_tag(content=script, type="module")
     page.wait_for_function("() => 'state' in window")

@@ -15,6 +15,7 @@ import torch
 from IPython.core.formatters import DisplayFormatter
 from nbconvert import HTMLExporter
 from PIL import Image
+from pycocotools.coco import COCO
 from segment_anything import SamPredictor
 
 import aopsam_lab as aop
@@ -244,7 +245,7 @@ def test_masks_of_clicks_are_those_of_sam_predictor(sam, sample, photo):
         assert best.rle == max(found, key=lambda mask: mask.score).rle
 
 
-def test_an_object_has_a_box_and_three_candidates(explorer, sample):
+def test_an_object_has_a_box_three_candidates_and_a_name_that_a_refinement_keeps(explorer, sample):
     n = len(explorer.segmentation.prompts)
     x, y, _ = map(float, deepest_point(max(sample.masks, key=np.sum)))
     corners = [[x - 60, y - 60, 2], [x + 60, y + 60, 3]]
@@ -257,22 +258,30 @@ def test_an_object_has_a_box_and_three_candidates(explorer, sample):
         seg = explorer.segmentation
         return seg.masks[int((seg.mask_prompt == n).nonzero()[0][0])]
 
-    words = [line.split(":")[0] for line in explorer.detail["lines"]]
-    assert words[:3] == ["part", "whole", "group"]
+    assert [line.split(":")[0] for line in explorer.detail["lines"]][:3] == [
+        "part",
+        "whole",
+        "group",
+    ]
     options = explorer.detail["masks"]["counts"]
     assert mine()["counts"].decode() in options
     for i in range(3):
         explorer.manual = [[*corners, [i, 0, 4]]]
         assert mine()["counts"].decode() == options[i]
-        assert explorer.detail["only"] == i
+    explorer.labels = {mine()["counts"].decode(): "dog"}
     explorer.manual = [[*corners, [x, y, 1]]]
-    only = explorer.detail["only"]
-    assert mine()["counts"].decode() == explorer.detail["masks"]["counts"][only]
-    assert explorer.selected == n
-    explorer.manual = [[*corners, [x, y, 1]], [[20.0, 20.0, 1]]]
-    assert explorer.selected == n + 1
-    explorer.manual = explorer.manual[:1]
-    assert explorer.selected < n, "what is gone is not selected"
+    assert explorer.labels[mine()["counts"].decode()] == "dog" and explorer.selected == n
+    assert "dog" in [one["name"] for one in explorer.annotations["categories"]]
+    explorer.manual = []
+    assert explorer.selected == n - 1 or explorer.selected == -1
+
+
+def test_the_object_that_the_page_selects_with_its_clicks_stays_selected(explorer):
+    n, seen = len(explorer.segmentation.prompts), []
+    explorer.observe(lambda change: seen.append(change["new"]), "selected")
+    explorer.set_state({"manual": [[[200.0, 100.0, 1]]], "selected": n})
+    explorer.set_state({"manual": [[[200.0, 100.0, 1], [5.0, 5.0, 0]]], "selected": n})
+    assert seen == [n] and explorer.detail["prompt"] == n
 
 
 def test_hovering_sends_the_mask_that_a_click_would_give_and_nothing_else(explorer):
@@ -284,6 +293,30 @@ def test_hovering_sends_the_mask_that_a_click_would_give_and_nothing_else(explor
     explorer.manual = [[[200, 100, 1]]]
     [counts] = answer["masks"]["counts"]
     assert counts.encode() in [mask["counts"] for mask in explorer.segmentation.masks]
+
+
+def test_annotations_are_written_where_asked_and_resumed_there(tmp_path, sample):
+    images, file = {"a": sample, "b": sample.image[:200]}, tmp_path / "own" / "masks.json"
+    assert not aop.explore(images, params=EAGER)._file, "nothing is written unasked"
+    first = aop.explore(images, params=EAGER, annotations=file)
+    gone, named = (mask["counts"].decode() for mask in first.segmentation.masks[:2])
+    first.deleted, first.labels = [gone], {named: "dog"}
+    first.source = 1
+    first.manual = [[[50.0, 50.0, 1]]]
+    coco = COCO(file)
+    assert [image["file_name"] for image in coco.loadImgs(coco.getImgIds())] == ["a", "b"]
+    [dog] = coco.loadAnns(coco.getAnnIds(catIds=coco.getCatIds("dog")))
+    written = [one["segmentation"]["counts"] for one in coco.anns.values()]
+    assert dog["segmentation"]["counts"] == named and gone not in written
+    assert len(coco.getAnnIds(2)) == len(first.segmentation.masks)
+    again = aop.explore(images, params=EAGER, annotations=str(file))
+    assert (again.deleted, again.labels, again.manual) == ([gone], {named: "dog"}, [])
+    assert gone.encode() not in [mask["counts"] for mask in again.segmentation.masks]
+    again.source = 1
+    assert again.manual == [[[50.0, 50.0, 1]]] and again.annotations == json.loads(file.read_text())
+    (tmp_path / "bad.json").write_text("[]")
+    said = aop.explore(images, annotations=tmp_path / "bad.json").message
+    assert "holds no COCO annotations" in said and (tmp_path / "bad.json").read_text() == "[]"
 
 
 def test_another_method_or_this_setting_pinned_is_shown_beside(explorer, sample):
@@ -305,9 +338,12 @@ def test_exports_are_the_segmentations_own(explorer):
     sent = []
     explorer.send = lambda content, buffers=None: sent.append((content, buffers))
     seg = explorer.segmentation
-    for what in ("coco", "labels"):
-        send(explorer, what=what)
-    (coco, [text]), (labels, [png]) = sent
+    third = seg.masks[2]["counts"].decode()
+    for content in ({"what": "coco"}, {"what": "labels"}, {"what": "coco", "mask": third}):
+        send(explorer, **content)
+    (coco, [text]), (labels, [png]), (_, [single]) = sent
+    [one] = json.loads(single)["annotations"]
+    assert one["segmentation"]["counts"] == third
     assert json.loads(text)["annotations"] == seg.to_coco()["annotations"]
     assert coco["name"].endswith(".json") and labels["name"].endswith("_labels.png")
     expected = drawing.label_image(seg.masks, seg.image.shape[:2])

@@ -60,7 +60,7 @@ function listenToKeys(stage, act) {
     ArrowLeft: (e) => move(-1, 0, e), ArrowRight: (e) => move(1, 0, e),
     ArrowUp: (e) => move(0, -1, e), ArrowDown: (e) => move(0, 1, e),
     Enter: (e) => act.click(stage.here, e), Escape: act.leave, n: act.leave, N: act.leave,
-    Backspace: act.undo, ".": () => act.step(1), ",": () => act.step(-1),
+    Backspace: act.undo, Delete: act.remove, ".": () => act.step(1), ",": () => act.step(-1),
     "+": () => stage.zoom(1.25), "=": () => stage.zoom(1.25), "-": () => stage.zoom(0.8),
     0: () => stage.fit(), "[": () => act.turn(-1), "]": () => act.turn(1),
   };
@@ -133,13 +133,20 @@ function actions(model, stage, message, readout) {
       model.set("selected", stage.panes[0].auto + i);
       act.set("manual", manual);
     },
-    click(at, { shiftKey, button }) {
-      const isNew = act.object() < 0;
-      if (!stage.panes.length || !stage.isInside(at)) return;
+    click(at, { shiftKey, button, ctrlKey, metaKey }) {
+      const [pane] = stage.panes, isNew = act.object() < 0;
+      if (!pane || !stage.isInside(at)) return;
       const prompt = isNew ? stage.promptNear(at) : -1, isBackground = shiftKey || button === 2;
-      if (isBackground && isNew) say(NO_OBJECT);
+      if (ctrlKey || metaKey) act.pick(pane.maskAt(at));
+      else if (isBackground && isNew) say(NO_OBJECT);
       else if (prompt >= 0) act.set("selected", prompt);
       else act.put([[at.x, at.y, isBackground ? 0 : 1]]);
+    },
+    pick(i) {
+      const { counts, owners } = get("left").masks;
+      Object.assign(stage, { picked: counts[i], detail: undefined });
+      act.set("selected", owners[i] ?? -1);
+      act.refresh();
     },
     leave() { act.set("selected", -1); },
     choose(i) {
@@ -155,6 +162,17 @@ function actions(model, stage, message, readout) {
       manual.splice(i, 1, ...(isObject ? [left] : []));
       act.set("manual", manual);
     },
+    remove() {
+      const at = act.object(), counts = get("left").masks?.counts[stage.chosen];
+      const manual = get("manual").filter((_, i) => i !== at);
+      if (counts && at < 0) model.set("deleted", [...get("deleted"), counts]);
+      model.set("manual", manual);
+      act.leave();
+    },
+    label(name) {
+      const counts = get("left").masks.counts[stage.chosen];
+      act.set("labels", { ...get("labels"), [counts]: name.trim() });
+    },
     step(by) {
       const n = stage.panes[0]?.prompts.length, from = get("selected");
       if (n) act.set("selected", ((from < 0 && by < 0 ? 0 : from) + by + n) % n);
@@ -169,7 +187,7 @@ function actions(model, stage, message, readout) {
       if (value) last[name] = value;
       act.setOpacity(name, value ? 0 : last[name] ?? 0.8);
     },
-    exported(what) { ask(() => model.send({ what })); },
+    exported(what, mask = "") { ask(() => model.send({ what, mask })); },
     heard(ping) {
       nHeard = ping;
       stage.wait(nHeard < nAsked && stage.isWaiting);

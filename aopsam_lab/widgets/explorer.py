@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import base64
 import io
+import json
+import os
 import re
-import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor
@@ -24,14 +25,23 @@ from segment_anything.modeling import Sam
 from aopsam_lab.asf import AsfParams
 from aopsam_lab.data.images import image_from_bytes
 from aopsam_lab.evaluator import evaluate
-from aopsam_lab.masks.drawing import mask_colours, matched_colours
+from aopsam_lab.files import write_atomically
+from aopsam_lab.masks.drawing import label_image, mask_colours, matched_colours, png_bytes
 from aopsam_lab.pipeline.methods import METHODS, method_named
 from aopsam_lab.pipeline.run import DEFAULT_PARAMS, loaded_sam
 from aopsam_lab.pipeline.segmentation import Segmentation
-from aopsam_lab.pipeline.show import plot_panels, save
+from aopsam_lab.pipeline.show import plot_panels
 from aopsam_lab.sam.zoo import spec_of
 from aopsam_lab.widgets import packing
-from aopsam_lab.widgets.session import Answer, Clicks, Session, same_prompt, with_clicked
+from aopsam_lab.widgets.annotations import EMPTY, read_annotations, state_of, with_image
+from aopsam_lab.widgets.session import (
+    Answer,
+    Clicks,
+    Session,
+    same_prompt,
+    some_masks,
+    with_clicked,
+)
 from aopsam_lab.widgets.sources import Source, prepared, sources_of
 
 DEBOUNCE = 0.12  # seconds a slider must rest before decoding begins
@@ -77,7 +87,10 @@ class Explorer(anywidget.AnyWidget):
         manual: objects made by hand, each a list of (x, y, label): 1 for the object, 0 for the
             background, 2 and 3 for two corners of a box. (i, 0, 4) at the end chooses the candidate
             i, 0 for the smallest. Their prompts are the last rows of `segmentation.prompts`.
+        labels: names of masks, by the counts of their COCO RLE.
+        deleted: the counts of masks that were deleted.
         segmentation, compared: what is shown, masks of clicks among its own, and beside it.
+        annotations: the masks of all images that were shown, as COCO; a name is a category.
         message: what the message line says.
     """
 
@@ -96,6 +109,8 @@ class Explorer(anywidget.AnyWidget):
     selected = traitlets.Int(-1).tag(sync=True)
     layers = traitlets.Dict(LAYERS).tag(sync=True)
     manual: traitlets.List[Clicks] = traitlets.List().tag(sync=True)
+    labels: traitlets.Dict[str, str] = traitlets.Dict().tag(sync=True)
+    deleted: traitlets.List[str] = traitlets.List().tag(sync=True)
     segmentation = traitlets.Instance(Segmentation, allow_none=True)
     compared = traitlets.Instance(Segmentation, allow_none=True)
     message = traitlets.Unicode().tag(sync=True)
@@ -113,9 +128,17 @@ class Explorer(anywidget.AnyWidget):
     call = traitlets.Unicode().tag(sync=True)
 
     def __init__(
-        self, sources: Sequence[Source], sam: str | Sam, shown: Segmentation | None, **state: Any
+        self,
+        sources: Sequence[Source],
+        sam: str | Sam,
+        shown: Segmentation | None,
+        file: Path | None = None,
+        **state: Any,
     ) -> None:
         self._sources, self._sam = list(sources), sam
+        self._file, self.annotations = file, read_annotations(file) if file else EMPTY
+        if sources and not state.get("manual"):
+            state |= state_of(self.annotations, sources[0].name)
         self._session: Session | None = None
         self._answers: dict[str, Answer | None] = {}  # by side
         self._task: asyncio.Task | None = None
@@ -161,11 +184,20 @@ class Explorer(anywidget.AnyWidget):
                 self.message = "SAM found nothing there."
                 return
             changed = [i for i, clicks in enumerate(new) if clicks not in old]
-            self._publish(session, {})
+            if changed and len(new) == len(old):  # a mask that is refined keeps its name
+                was, now = (session.ask(one[changed[-1]]) for one in (old, new))
+                if was and now and (name := self.labels.get(was.rle["counts"].decode())):
+                    self.labels = {**self.labels, now.rle["counts"].decode(): name}
             n = len(answer.segmentation.prompts)
             kept = self.selected if self.selected < n else -1
-            self.selected = n + changed[-1] if changed else kept
+            self._publish(session, {}, n + changed[-1] if changed else kept)
             self.message = session.opened.note
+
+    @traitlets.observe("labels", "deleted")
+    def _edited(self, _: dict) -> None:
+        if self._session is not None:
+            with self._errors_in_message():
+                self._publish(self._session, {})
 
     @traitlets.observe("selected")
     def _selected_changed(self, _: dict | None = None) -> None:
@@ -187,7 +219,8 @@ class Explorer(anywidget.AnyWidget):
             self.left, self.right, self.image, self.preview = {}, {}, {}, []
             self.segmentation, self.compared, self.selected = None, None, -1
             if change is not None:
-                self.manual = []
+                for name, value in state_of(self.annotations, self.names[self.source]).items():
+                    setattr(self, name, value)
         if not self._sources:
             return
         with self._errors_in_message(), warnings.catch_warnings():
@@ -248,8 +281,10 @@ class Explorer(anywidget.AnyWidget):
                 self._publish(session, {side: await found})
             self.busy = ""
 
-    def _publish(self, session: Session, new: dict[str, Answer | None]) -> None:
-        """Take new answers by side; traits and page get what is known."""
+    def _publish(
+        self, session: Session, new: dict[str, Answer | None], selected: int | None = None
+    ) -> None:
+        """Take new answers by side, and which prompt is selected; the page gets what is known."""
         self._answers.update(new)
         answer, beside = self._answers.get("left"), self._answers.get("right")
         with self.hold_sync():
@@ -261,7 +296,11 @@ class Explorer(anywidget.AnyWidget):
                 return
             clicked = [(one, mask) for one in self.manual if (mask := session.ask(one))]
             seg = with_clicked(answer.segmentation, clicked)
-            selected = same_prompt(self.segmentation, self.selected, seg)
+            if self.deleted:
+                wanted = [mask["counts"].decode() not in self.deleted for mask in seg.masks]
+                seg = some_masks(seg, wanted)
+            if selected is None:
+                selected = same_prompt(self.segmentation, self.selected, seg)
             packed = self._packed(session, answer, seg)
             is_at_end = self.round >= self.left.get("rounds", 0)
             self.round = packed["rounds"] if is_at_end else min(self.round, packed["rounds"])
@@ -276,6 +315,14 @@ class Explorer(anywidget.AnyWidget):
             if selected == self.selected:
                 self._selected_changed()
             self.selected = selected
+        self.annotations = self._annotated(seg, self.annotations)
+        if self._file is not None:
+            write_atomically(self._file, json.dumps(self.annotations))
+
+    def _annotated(self, seg: Segmentation, coco: dict) -> dict:
+        """A COCO data set with the masks of the image that is shown."""
+        state = {name: getattr(self, name) for name in ("manual", "labels", "deleted")}
+        return with_image(coco, seg, self.names[self.source], self.labels, state)
 
     def _packed(self, session: Session, answer: Answer, seg: Segmentation) -> dict:
         new = f" ({answer.n_new} new)" if answer.n_new < seg.n_decoded else ""
@@ -304,11 +351,16 @@ class Explorer(anywidget.AnyWidget):
             elif (clicks := content.get("hover")) is not None:
                 masks = self._session.predict(clicks, best_only=True) if self._session else ()
                 self.send({"hover": clicks, "masks": packing.pack_masks([m.rle for m in masks])})
-            elif self.segmentation is not None:
-                name = self._sources[self.source].name
-                with tempfile.TemporaryDirectory() as folder:
-                    file = save(self.segmentation, folder, Path(name).stem, name)[content["what"]]
-                    self.send({"name": file.name}, [file.read_bytes()])
+            elif (seg := self.segmentation) is not None:
+                name = Path(self.names[self.source]).stem
+                if content["what"] == "labels":
+                    labels = label_image(seg.masks, seg.image.shape[:2])
+                    self.send({"name": f"{name}_labels.png"}, [png_bytes(labels)])
+                else:  # all masks, or the one with these counts
+                    mask = content.get("mask", "").encode()
+                    seg = some_masks(seg, [mask in (b"", one["counts"]) for one in seg.masks])
+                    text = json.dumps(self._annotated(seg, EMPTY))
+                    self.send({"name": f"{name}.json"}, [text.encode()])
 
     def _call(self) -> str:
         """The Python that makes this state again."""
@@ -358,6 +410,7 @@ def explore(
     params: AsfParams = DEFAULT_PARAMS,
     manual: Sequence[Clicks] = (),
     compare: str = NOTHING,
+    annotations: str | os.PathLike | None = None,
 ) -> Explorer:
     """Open images in the explorer; the last line of a notebook's cell.
 
@@ -373,6 +426,9 @@ def explore(
         params: the four parameters.
         manual: clicks by hand on the first image.
         compare: a method to show beside it.
+        annotations: a COCO file that `Explorer.annotations` are written to after each change. What
+            it holds already is resumed: clicks, names and deletions of each image. None: nothing is
+            written.
     """
     shown = source if isinstance(source, Segmentation) else None
     try:
@@ -380,6 +436,7 @@ def explore(
             params = replace(params, **shown.params)
             method = shown.method if shown.method in METHODS else method
         state = {"method": method, "params": params, "compare": compare, "manual": list(manual)}
-        return Explorer(sources_of(source), sam, shown, **state)
+        file = None if annotations is None else Path(annotations)
+        return Explorer(sources_of(source), sam, shown, file, **state)
     except (ValueError, OSError) as error:
         return Explorer((), sam, None, message=str(error))

@@ -224,3 +224,11 @@ def same_prompt(old: Segmentation | None, row: int, new: Segmentation) -> int:
         return -1
     same = (new.prompts[["x", "y"]] == old.prompts[["x", "y"]].iloc[row]).all(axis=1)
     return int(same.argmax()) if same.any() else -1
+
+
+def some_masks(seg: Segmentation, wanted: Sequence[bool]) -> Segmentation:
+    """A Segmentation with those of its n masks alone that `wanted` (n,) marks."""
+    rows = np.flatnonzero(wanted)
+    names = ("scores", "stability", "boxes", "mask_prompt")
+    fields = {name: getattr(seg, name)[rows] for name in names}
+    return replace(seg, masks=[seg.masks[i] for i in rows], **fields)

@@ -4,10 +4,10 @@ import { LAYERS, drawGlyphs, tag } from "./pane.js";
 
 const HELP = "Hover shows what a click would give. Click a prompt to open it, an empty place to " +
   "make an object, again to add to it; a right or Shift click says: not this; a drag draws a " +
-  "box. The wheel zooms; a right, middle or Alt drag pans.";
+  "box. Ctrl click selects a mask. The wheel zooms; a right, middle or Alt drag pans.";
 const KEYS = {
   arrows: "move the cross (Shift: faster)", Enter: "click there (Shift: background)",
-  "N, Esc": "a new object", Backspace: "take the last point back",
+  "N, Esc": "a new object", Backspace: "take the last point back", Delete: "delete the mask",
   "1 … 3": "part, whole, group", ". ,": "next, previous prompt", "+, −, 0": "zoom in, out, fit",
   "1 … 7": "a layer on, off, where no prompt is open", "[ , ]": "round back, on",
 };
@@ -131,13 +131,24 @@ export function makeSide(get, act, stage, updates) {
     });
     const words = title ? [text("b", title), ...facts.map((fact) => text("div", fact))] : [];
     detail.replaceChildren(...words, ...masks);
+    const { counts } = get("left").masks ?? {}, nDeleted = get("deleted").length;
+    own.hidden = stage.chosen < 0;
+    if (name !== document.activeElement) name.value = get("labels")[counts?.[stage.chosen]] ?? "";
+    Object.assign(restore, { textContent: `Restore ${nDeleted} deleted`, hidden: !nDeleted });
   }
+  const name = tag("input", { placeholder: "name this mask", ariaLabel: "name of the mask" });
+  name.onchange = () => act.label(name.value);
+  const restore = button("", "show the deleted masks again", () => act.set("deleted", []));
+  const own = tag("div", { className: "aop-actions" }, name,
+    button("Delete", "delete this mask (Delete)", act.remove),
+    button("Export", "COCO JSON of this mask alone", () =>
+      act.exported("coco", get("left").masks.counts[stage.chosen])));
   const keys = Object.entries(KEYS).map(([key, does]) => text("div", `${key}: ${does}`));
   updates.push(describe);
   return tag("div", { className: "aop-side" },
-    tag("div", {}, ...Object.keys(LAYERS).map(layer)), legend, detail,
+    tag("div", {}, ...Object.keys(LAYERS).map(layer)), legend, detail, own,
     tag("div", { className: "aop-actions" },
-      button("Undo", "take back the last point (Backspace)", act.undo),
+      restore, button("Undo", "take back the last point (Backspace)", act.undo),
       button("Fit", "the whole image (0)", () => stage.fit()),
       button("COCO", "COCO JSON of the masks on the left", () => act.exported("coco")),
       button("Labels", "16-bit PNG: i + 1 where mask i lies", () => act.exported("labels")),

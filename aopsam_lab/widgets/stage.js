@@ -18,6 +18,7 @@ export class Stage {
   candidates = []; // masks of the selected prompt
   only = -1; // which of them alone
   isWaiting = false; // for the kernel, and for long
+  picked = ""; // counts of the mask that was clicked to be named, deleted or exported
   hint = null; // what a click at a point would give: {x, y, drawn}
   band = null; // the box that is being drawn: {x0, y0, x1, y1}
   image = null;
@@ -69,11 +70,18 @@ export class Stage {
     });
     const detail = image && get("detail").prompt === prompt ? get("detail") : null;
     if (detail !== this.detail) {
-      Object.assign(this, { detail, only: detail?.only ?? -1 });
+      const picked = detail?.masks.counts.indexOf(this.picked) ?? -1;
+      Object.assign(this, { detail, only: picked < 0 ? detail?.only ?? -1 : picked });
       this.candidates = unpackMasks(detail?.masks ?? {}).map((mask, i) =>
         ({ ...mask, line: detail.lines[i], drawn: this.alone(mask, 0.25) }));
     }
     this.invalidate();
+  }
+  /** The index of the selected mask on the left, or -1. */
+  get chosen() {
+    const { counts = [], owners = [] } = this.get("left").masks ?? {};
+    const prompt = this.get("selected"), picked = counts.indexOf(this.picked);
+    return picked >= 0 && owners[picked] === prompt ? picked : owners.indexOf(prompt);
   }
   /** Preview packed masks at a point. */
   setHint([x, y], masks) {
@@ -230,7 +238,8 @@ export class Stage {
     const masks = panes.filter((pane) => pane.maskAt(at) >= 0).map((pane) => {
       const i = pane.maskAt(at), whose = panes.length > 1 ? `${pane.result.title}'s ` : "";
       const score = pane.result.scores[i].toFixed(2);
-      return `${whose}mask ${i}: IoU ${score}, ${pane.masks[i].area} px`;
+      const label = this.get("labels")[pane.result.masks.counts[i]] ?? "";
+      return `${whose}mask ${i} ${label}: IoU ${score}, ${pane.masks[i].area} px`;
     });
     return [`x ${at.x.toFixed(1)}, y ${at.y.toFixed(1)}`, ...values, ...masks].join(" · ");
   }
