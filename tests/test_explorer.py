@@ -275,6 +275,14 @@ def test_an_object_has_a_box_and_three_candidates(explorer, sample):
     assert explorer.selected < n, "what is gone is not selected"
 
 
+def test_the_object_that_the_page_selects_with_its_clicks_stays_selected(explorer):
+    n, seen = len(explorer.segmentation.prompts), []
+    explorer.observe(lambda change: seen.append(change["new"]), "selected")
+    explorer.set_state({"manual": [[[200.0, 100.0, 1]]], "selected": n})
+    explorer.set_state({"manual": [[[200.0, 100.0, 1], [5.0, 5.0, 0]]], "selected": n})
+    assert seen == [n] and explorer.detail["prompt"] == n
+
+
 def test_hovering_sends_the_mask_that_a_click_would_give_and_nothing_else(explorer):
     sent, before = [], explorer.get_state()
     explorer.send = lambda content, buffers=None: sent.append(content)

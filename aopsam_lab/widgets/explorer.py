@@ -161,10 +161,9 @@ class Explorer(anywidget.AnyWidget):
                 self.message = "SAM found nothing there."
                 return
             changed = [i for i, clicks in enumerate(new) if clicks not in old]
-            self._publish(session, {})
             n = len(answer.segmentation.prompts)
             kept = self.selected if self.selected < n else -1
-            self.selected = n + changed[-1] if changed else kept
+            self._publish(session, {}, n + changed[-1] if changed else kept)
             self.message = session.opened.note
 
     @traitlets.observe("selected")
@@ -248,8 +247,10 @@ class Explorer(anywidget.AnyWidget):
                 self._publish(session, {side: await found})
             self.busy = ""
 
-    def _publish(self, session: Session, new: dict[str, Answer | None]) -> None:
-        """Take new answers by side; traits and page get what is known."""
+    def _publish(
+        self, session: Session, new: dict[str, Answer | None], selected: int | None = None
+    ) -> None:
+        """Take new answers by side, and which prompt is selected; the page gets what is known."""
         self._answers.update(new)
         answer, beside = self._answers.get("left"), self._answers.get("right")
         with self.hold_sync():
@@ -261,7 +262,8 @@ class Explorer(anywidget.AnyWidget):
                 return
             clicked = [(one, mask) for one in self.manual if (mask := session.ask(one))]
             seg = with_clicked(answer.segmentation, clicked)
-            selected = same_prompt(self.segmentation, self.selected, seg)
+            if selected is None:
+                selected = same_prompt(self.segmentation, self.selected, seg)
             packed = self._packed(session, answer, seg)
             is_at_end = self.round >= self.left.get("rounds", 0)
             self.round = packed["rounds"] if is_at_end else min(self.round, packed["rounds"])
