@@ -1,6 +1,7 @@
 """MobileSAM with a photograph, and a small random Sam with a small data set."""
 
 import os
+import shutil
 import sqlite3
 import subprocess
 import sys
@@ -25,6 +26,23 @@ SIDE = 48
 METHODS = ["aop_no_af", "aop"]
 # random weights give a map of about one value everywhere: a wide spacing keeps the prompts few
 QUICK = {"confidence": 0.0, "spacing": 60.0, "timed_images": 0, "memory": False, "progress": False}
+
+
+NAMES = "chromium", "chromium-browser", "google-chrome"
+CHROMIUM = next(filter(None, map(shutil.which, NAMES)), None)
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
+
+
+@pytest.fixture(scope="module")
+def browser():
+    if CHROMIUM is None:
+        pytest.skip("needs Chromium: apt-get install chromium")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield chromium
+        chromium.close()
 
 
 @pytest.fixture(scope="session")
