@@ -378,8 +378,19 @@ def test_another_image_and_one_of_the_persons_own_can_be_opened(lab, tmp_path):
     with lab.page.expect_file_chooser() as chooser:
         lab.page.get_by_role("button", name="Your own").click()
     chooser.value.set_files(files)
+    lab.until("document.querySelector('.aop-growing')")  # the photograph comes first
+    lab.shot("8_growing")
     lab.until("document.querySelector('.aop-badge')?.innerText.includes('mIoU') === false")
     lab.settled()
+    images = lab.page.get_by_role("combobox", name="Image")
+    assert images.locator("option:checked").inner_text() == "mine.png"
+    lab.page.get_by_label("a name", exact=True).fill("MORE")
+    assert images.locator("option").all_inner_texts() == ["mine.png", "more.png"]
+    lab.page.get_by_role("button", name="›").click()
+    lab.says("badge", "masks")
+    lab.settled()
+    assert images.locator("option:checked").inner_text() == "more.png"
+    lab.page.get_by_label("a name", exact=True).fill("")
     lab.shot("8_own")
     images = lab.page.get_by_role("combobox", name="Image")
     assert images.locator("option:checked").inner_text() == "mine.png"

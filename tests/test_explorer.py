@@ -4,6 +4,7 @@ import asyncio
 import base64
 import io
 import json
+import re
 from dataclasses import replace
 from unittest import mock
 
@@ -350,22 +351,6 @@ def test_exports_are_the_segmentations_own(explorer):
     assert np.array_equal(np.asarray(Image.open(io.BytesIO(png))), expected)
 
 
-def test_of_uploaded_images_the_first_is_opened_and_a_damaged_one_only_said(explorer, sample):
-    for i, name in enumerate(("mine.png", "more.png")):
-        send(explorer, drawing.png_bytes(sample.image[: 100 + i]), name=name, is_first=i == 0)
-    assert explorer.names[-2:] == ["mine.png", "more.png"] and explorer.source == 1
-    send(explorer, b"no image", name="bad.png", is_first=True)
-    assert explorer.message.startswith("bad.png cannot be read as an image: its format is none of")
-    assert explorer.segmentation.image.shape == (100, 640, 3)
-
-
-def test_the_page_hears_that_the_kernel_listens(explorer):
-    sent = []
-    explorer.send = lambda content, buffers=None: sent.append(content)
-    send(explorer, ping=7)
-    assert sent == [{"ping": 7}]
-
-
 def test_a_segmentation_is_explored_as_it_is(explorer, monkeypatch):
     seg = explorer.segmentation
     monkeypatch.setattr(Session, "run", lambda *_: pytest.fail("it decodes"))
@@ -447,3 +432,54 @@ def test_what_fails_in_the_worker_is_said(explorer, monkeypatch):
     monkeypatch.setattr(Session, "run", mock.Mock(side_effect=RuntimeError("out of luck")))
     live(monkeypatch, move)
     assert explorer.message == "RuntimeError: out of luck" and explorer.busy == ""
+
+
+def test_another_image_is_shown_before_its_masks_which_appear_in_rounds(sample, monkeypatch):
+    opened = aop.explore({"a": sample.image[:100], "b": sample}, params=EAGER)
+    seen: list[tuple[str, bool, int]] = []
+
+    def look(_: dict) -> None:
+        n = len(opened.left["masks"]["counts"]) if opened.left.get("growing") else -1
+        seen.append((opened.busy, bool(opened.image), n))
+
+    async def choose(until):
+        opened.observe(look, ["busy", "left"])
+        opened.set_state({"source": 1})
+        assert opened.image == {}, "the page does not wait for the image"
+        await until(lambda: opened.segmentation is not None)
+
+    live(monkeypatch, choose)
+    words = [busy for busy, is_there, n in seen if is_there and n >= 0]
+    assert "loading the model …" in words and "encoding the photograph …" in words
+    assert any(re.fullmatch(r"\d+ of \d+ prompts …", busy) for busy in words)
+    grown = [n for _, _, n in seen if n >= 0]
+    assert grown == sorted(grown) and grown[0] == 0 < grown[-1]
+    assert opened.busy == "" and not opened.left.get("growing")
+    fresh = aop.explore(sample, params=EAGER).segmentation
+    assert opened.segmentation.masks == fresh.masks, "what was shown early changes nothing"
+
+
+def test_several_files_are_added_and_the_first_is_shown_a_damaged_one_only_said(
+    explorer, sample, monkeypatch
+):
+    png = drawing.png_bytes(sample.image[:100])
+
+    async def drop(until):
+        for i, data in enumerate((png, png, b"no image")):
+            send(explorer, data, name="mine.png", is_first=i == 0)
+        assert explorer.names[1:] == ["mine.png", "mine.png (2)", "mine.png (3)"]
+        await until(lambda: explorer.segmentation is not None and not explorer.busy)
+        assert explorer.source == 1 and explorer.segmentation.image.shape == (100, 640, 3)
+        explorer.set_state({"source": 3})
+        await until(lambda: explorer.message)
+
+    live(monkeypatch, drop)
+    assert explorer.message.startswith("mine.png cannot be read as an image: its format is none of")
+    assert explorer.busy == ""
+
+
+def test_the_page_hears_that_the_kernel_listens(explorer):
+    sent = []
+    explorer.send = lambda content, buffers=None: sent.append(content)
+    send(explorer, ping=7)
+    assert sent == [{"ping": 7}]

@@ -9,7 +9,8 @@ from aopsam_lab.asf import AsfParams
 from aopsam_lab.masks import drawing
 from aopsam_lab.masks.rle import encode_rle
 from aopsam_lab.widgets import packing
-from aopsam_lab.widgets.explorer import LAYERS, SLIDERS, bundled
+from aopsam_lab.widgets.explorer import LAYERS, SLIDERS
+from aopsam_lab.widgets.packing import bundled
 
 MODEL = """
 window.state = ([state, image]) => {

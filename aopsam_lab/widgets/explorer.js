@@ -79,6 +79,7 @@ function actions(model, stage, message, readout) {
   const last = {}, get = (name) => model.get(name); // last: opacity of layers that are off
   let isLost = false, asked = null, wanted = null; // clicks to preview: one question at a time
   const say = (words) => { message.textContent = words; };
+  const isReady = () => stage.panes.length > 0 && !get("left").growing;
   let nAsked = 0, nHeard = 0;
   /** A question that the kernel has not heard after SIGN_MS is signed as waiting. */
   function ask(question) {
@@ -106,7 +107,7 @@ function actions(model, stage, message, readout) {
       const [x, y] = clicks?.at(-1) ?? [], isInside = !stage.band && stage.isInside({ x, y });
       const isFree = isInside && (act.object() >= 0 || stage.promptNear({ x, y }) < 0);
       wanted = isFree ? clicks : null;
-      if (asked || !wanted || isLost || get("busy") || !stage.panes.length) return;
+      if (asked || !wanted || isLost || get("busy") || !isReady()) return;
       [asked, wanted] = [wanted, null];
       model.send({ hover: asked });
     },
@@ -127,7 +128,7 @@ function actions(model, stage, message, readout) {
     },
     put(clicks) {
       const manual = [...get("manual")], at = act.object(), i = at < 0 ? manual.length : at;
-      if (!stage.panes.length) return;
+      if (!isReady()) return;
       manual[i] = act.joined(clicks);
       stage.hint = null;
       model.set("selected", stage.panes[0].auto + i);
@@ -135,7 +136,7 @@ function actions(model, stage, message, readout) {
     },
     click(at, { shiftKey, button, ctrlKey, metaKey }) {
       const [pane] = stage.panes, isNew = act.object() < 0;
-      if (!pane || !stage.isInside(at)) return;
+      if (!isReady() || !stage.isInside(at)) return;
       const prompt = isNew ? stage.promptNear(at) : -1, isBackground = shiftKey || button === 2;
       if (ctrlKey || metaKey) act.pick(pane.maskAt(at));
       else if (isBackground && isNew) say(NO_OBJECT);

@@ -7,11 +7,9 @@ import base64
 import io
 import json
 import os
-import re
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -19,11 +17,9 @@ from typing import Any
 import anywidget
 import traitlets
 from matplotlib.figure import Figure
-from PIL import Image
 from segment_anything.modeling import Sam
 
 from aopsam_lab.asf import AsfParams
-from aopsam_lab.data.images import image_from_bytes
 from aopsam_lab.evaluator import evaluate
 from aopsam_lab.files import write_atomically
 from aopsam_lab.masks.drawing import label_image, mask_colours, matched_colours, png_bytes
@@ -42,7 +38,7 @@ from aopsam_lab.widgets.session import (
     some_masks,
     with_clicked,
 )
-from aopsam_lab.widgets.sources import Source, prepared, sources_of
+from aopsam_lab.widgets.sources import Opened, Source, read_quietly, sources_of, uploaded
 
 DEBOUNCE = 0.12  # seconds a slider must rest before decoding begins
 NOTHING, PINNED = "nothing", "this setting, pinned"  # what may stand beside, apart from a method
@@ -53,13 +49,6 @@ SLIDERS = {  # least, most, step, tooltip
     "spacing": (1, 32, 1, "reach of a peak's window, in cells of a 256-wide map"),
     "elimination": (0.5, 2, 0.01, "a prompt is dropped above this many times a PEM's mean"),
 }
-HERE = Path(__file__).parent
-
-
-def bundled(names: Sequence[str] = ("pane", "stage", "side", "explorer")) -> str:
-    """The page's ES modules as the single one that anywidget takes: without imports and exports."""
-    text = "\n".join((HERE / f"{name}.js").read_text("utf-8") for name in names)
-    return re.sub(r"^(import [^;]*;|export (?!default))", "", text, flags=re.MULTILINE)
 
 
 class ShownFigure(Figure):
@@ -94,8 +83,8 @@ class Explorer(anywidget.AnyWidget):
         message: what the message line says.
     """
 
-    _esm = bundled()
-    _css = (HERE / "explorer.css").read_text("utf-8")
+    _esm = packing.bundled()
+    _css = packing.page_text("explorer.css")
 
     params = traitlets.Instance(AsfParams, ()).tag(
         sync=True,
@@ -139,6 +128,7 @@ class Explorer(anywidget.AnyWidget):
         self._file, self.annotations = file, read_annotations(file) if file else EMPTY
         if sources and not state.get("manual"):
             state |= state_of(self.annotations, sources[0].name)
+        self._opened: Opened | None = None
         self._session: Session | None = None
         self._answers: dict[str, Answer | None] = {}  # by side
         self._task: asyncio.Task | None = None
@@ -170,7 +160,7 @@ class Explorer(anywidget.AnyWidget):
         if change["name"] == "compare":
             pinned = self._answers.get("left") if self.compare == PINNED else None
             self._publish(self._session, {"right": pinned})
-        self._ask(self._session)
+        self._ask()
 
     @traitlets.observe("manual")
     def _manual_changed(self, change: dict) -> None:
@@ -214,25 +204,18 @@ class Explorer(anywidget.AnyWidget):
     def _open(self, change: dict | None = None, shown: Segmentation | None = None) -> None:
         """Show the image `source`; its Segmentation may be known already."""
         self._cancel()
-        self._session, self._answers = None, {}
+        self._opened, self._session, self._answers = None, None, {}
         with self.hold_sync():
             self.left, self.right, self.image, self.preview = {}, {}, {}, []
             self.segmentation, self.compared, self.selected = None, None, -1
             if change is not None:
                 for name, value in state_of(self.annotations, self.names[self.source]).items():
                     setattr(self, name, value)
-        if not self._sources:
-            return
-        with self._errors_in_message(), warnings.catch_warnings():
-            # `prepared` has a note on large images
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            opened = self._sources[self.source].read()
-            self._session = session = Session(opened, loaded_sam(self._sam))
-            self.image = packing.pack_image(opened.image, opened.ground_truth)
-            if shown is not None:
-                known = (self.method, self.params), shown, shown.seconds["total"], shown.n_decoded
-                self._publish(session, {"left": Answer(*known)})
-            self._ask(session)
+        if shown is not None:
+            known = (self.method, self.params), shown, shown.seconds["total"], shown.n_decoded
+            self._answers["left"] = Answer(*known)
+        if self._sources:
+            self._ask()
 
     # --- answers -----------------------------------------------------------------------------
 
@@ -241,44 +224,68 @@ class Explorer(anywidget.AnyWidget):
             self._task.cancel()
         self._task, self.busy = None, ""
 
-    def _ask(self, session: Session) -> None:
+    def _due(self) -> dict[str, tuple[str, AsfParams]]:
+        """The settings that are not answered, by side."""
+        known = {side: answer.setting for side, answer in self._answers.items() if answer}
+        asked = {"left": (self.method, self.params), "right": (self.compare, self.params)}
+        return {k: v for k, v in asked.items() if v[0] in METHODS and known.get(k) != v}
+
+    def _ask(self) -> None:
         """Answer what is not answered: at once where Python asks, else when the slider rests."""
         self._cancel()
-        self.message, self.preview = session.opened.note, []
-        known = {side: answer.setting for side, answer in self._answers.items() if answer}
-        due = {
-            side: (name, self.params)
-            for side, name in (("left", self.method), ("right", self.compare))
-            if name in METHODS and known.get(side) != (name, self.params)
-        }
+        self.preview = []
+        if not self._property_lock:  # ipywidgets has it while it takes a change of the page
+            with suppress(StopIteration):
+                self._answer().send(None)  # it waits for nothing
+            return
         with self._errors_in_message():
-            if not self._property_lock:  # ipywidgets has it while it takes a change of the page
-                for side, setting in due.items():
-                    self._publish(session, {side: session.run(*setting)})
-            elif due:
-                if self.segmentation is not None and "left" in due:
-                    self.preview = session.sample(*due["left"])
-                self.busy = "decoding …"
-                self._task = asyncio.get_running_loop().create_task(self._later(session, due))
+            loop = asyncio.get_running_loop()
+            if self._session and self.segmentation is not None and "left" in self._due():
+                self.preview = self._session.sample(self.method, self.params)
+            self.busy = "decoding …" if self._due() else ""
+            self._task = loop.create_task(self._answer(loop))
 
-    async def _later(self, session: Session, due: dict[str, tuple[str, AsfParams]]) -> None:
-        """Answer in the worker. A newer setting cancels this task, and then the worker gives up."""
-        loop, task = asyncio.get_running_loop(), asyncio.current_task()
+    async def _answer(self, loop: asyncio.AbstractEventLoop | None = None) -> None:
+        """Read the image, load the model, decode: in the worker of a loop, or here without one.
 
-        def say(done: int, total: int) -> None:
-            if self._task is task:
-                self.busy = f"decoding {done} of {total} …"
+        A newer setting cancels this task, and then the worker gives up.
+        """
+        task = self._task
 
-        def progress(done: int, total: int) -> None:
+        async def run(work: Callable, *args: Any) -> Any:
+            return await loop.run_in_executor(self._worker, work, *args) if loop else work(*args)
+
+        def say(done: int, total: int, masks: list[dict]) -> None:
+            if self._task is task and (session := self._session):
+                self.busy = f"{done} of {total} prompts …"
+                if "left" not in self._answers:
+                    colours = mask_colours(masks, session.colours)
+                    self.left = packing.pack_growing(self.method, masks, colours)
+
+        def progress(done: int, total: int, masks: list[dict]) -> None:
             if self._task is not task:
                 raise CancelledError
-            loop.call_soon_threadsafe(say, done, total)
+            if loop:
+                loop.call_soon_threadsafe(say, done, total, masks[:])
 
-        await asyncio.sleep(DEBOUNCE)
         with self._errors_in_message():
-            for side, setting in due.items():
-                found = loop.run_in_executor(self._worker, session.run, *setting, progress)
-                self._publish(session, {side: await found})
+            if self._opened is None:
+                self._opened = opened = await run(read_quietly, self._sources[self.source])
+                image = await run(packing.pack_image, opened.image, opened.ground_truth)
+                with self.hold_sync():
+                    self.image, self.left = image, packing.pack_growing(self.method)
+                    self.busy = "loading the model …"
+            self.message = self._opened.note
+            if loop:
+                await asyncio.sleep(DEBOUNCE)
+            if (session := self._session) is None:
+                session = Session(self._opened, await run(loaded_sam, self._sam))
+                self.busy = "encoding the photograph …"
+                await run(session.encode)
+                self._session = session
+                self._publish(session, {})
+            for side, setting in self._due().items():
+                self._publish(session, {side: await run(session.run, *setting, progress)})
             self.busy = ""
 
     def _publish(
@@ -343,11 +350,11 @@ class Explorer(anywidget.AnyWidget):
             if "ping" in content:
                 self.send(content)
             elif buffers:
-                name = content["name"]
-                opened = prepared(image_from_bytes(bytes(buffers[0]), name))
-                self._sources.append(Source(name, repr(name), lambda: opened))
-                self.names = [*self.names, name]
-                self.source = len(self._sources) - 1 if content["is_first"] else self.source
+                self._sources.append(uploaded(bytes(buffers[0]), content["name"], self.names))
+                self.names = [source.name for source in self._sources]
+                if content["is_first"]:
+                    self.set_state({"source": len(self.names) - 1})  # as if the page chose it
+                    self.send_state("source")
             elif (clicks := content.get("hover")) is not None:
                 masks = self._session.predict(clicks, best_only=True) if self._session else ()
                 self.send({"hover": clicks, "masks": packing.pack_masks([m.rle for m in masks])})

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -26,6 +29,17 @@ COLOURS = {  # of each layer that is a map 256 RGB
     layer: matplotlib.colormaps[name](range(256), bytes=True)[:, :3].tolist()
     for layer, name in MAP_COLOURS.items()
 }
+
+
+def page_text(name: str) -> str:
+    """A file of the page."""
+    return Path(__file__).with_name(name).read_text("utf-8")
+
+
+def bundled(names: Sequence[str] = ("pane", "stage", "side", "explorer")) -> str:
+    """The page's ES modules as the single one that anywidget takes: without imports and exports."""
+    text = "\n".join(page_text(f"{name}.js") for name in names)
+    return re.sub(r"^(import [^;]*;|export (?!default))", "", text, flags=re.MULTILINE)
 
 
 def pack_image(image: np.ndarray, ground_truth: Sequence[dict] = ()) -> dict:
@@ -62,6 +76,13 @@ def pack_maps(maps: np.ndarray) -> dict:
 def pack_table(table: pd.DataFrame) -> list[dict]:
     """A table of numbers -> a dictionary a row, None for NaN."""
     return json.loads(table.to_json(orient="records"))
+
+
+def pack_growing(method: str, masks: Sequence[dict] = (), colours: np.ndarray = PALETTE) -> dict:
+    """As `pack_result` before there is one: the masks found so far."""
+    none: dict[str, Any] = {"scores": [], "prompts": [], "references": [], "rounds": 0, "maps": {}}
+    own = {"title": method, "setting": "", "badge": "", "masks": pack_masks(masks, (), colours)}
+    return {**none, **own, "growing": True}
 
 
 def pack_result(

@@ -121,7 +121,7 @@ export class Pane {
   setRound(round) {
     if (round === this.round) return;
     this.round = round;
-    const isShown = ({ owner }) => this.prompts[owner].decided < round;
+    const isShown = ({ owner }) => !(this.prompts[owner]?.decided >= round);
     this.labels = topMask(this.masks, this.size, isShown);
     delete this.sources.masks;
   }

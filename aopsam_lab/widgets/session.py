@@ -17,7 +17,13 @@ from pycocotools import mask as coco_mask
 from segment_anything.modeling import Sam
 
 from aopsam_lab.asf import AsfParams
-from aopsam_lab.pipeline.decode import STABILITY_OFFSET, encode, full_size, image_decoder
+from aopsam_lab.pipeline.decode import (
+    STABILITY_OFFSET,
+    encode,
+    encoded_masks,
+    full_size,
+    image_decoder,
+)
 from aopsam_lab.pipeline.decode_cache import DecodeCache, PcmCache
 from aopsam_lab.pipeline.methods import METHODS
 from aopsam_lab.pipeline.run import loaded_detector, loaded_predictor, run_method
@@ -31,6 +37,7 @@ CHUNK = 16  # prompts decoded before each check whether the answer is still want
 # x, y and SAM's label: 1 for the object, 0 for the background, 2 and 3 for a box's upper left and
 # lower right. At the end (i, 0, CHOSEN) may choose the candidate i.
 Clicks = Sequence[tuple[float, float, int]]
+Progress = Callable[[int, int, list[dict]], None]
 CHOSEN = 4
 ROW = ["x", "y", "x0", "y0", "x1", "y1"]  # a point and, if there is one, a box
 
@@ -71,6 +78,11 @@ class Session:
     def _pcm(self) -> PcmCache:
         return PcmCache(loaded_predictor(self.sam), self._cache.encoded)
 
+    def encode(self) -> None:
+        """Encode the image now."""
+        with self._lock:
+            _ = self._cache
+
     def _models(self, method: str) -> Models:
         needs = METHODS[method].needs
         if needs == "predictor":
@@ -84,28 +96,32 @@ class Session:
             proposal = METHODS[method].start(self._cache.encoded, self._models(method), params)
         return [{"x": x, "y": y} for x, y in proposal.prompts.points.tolist()]
 
-    def run(
-        self, method: str, params: AsfParams, progress: Callable[..., None] = lambda *_: None
-    ) -> Answer:
+    def run(self, method: str, params: AsfParams, progress: Progress | None = None) -> Answer:
         """The method's answer, from what is known already and what must still be decoded.
 
-        Before every CHUNK prompts `progress` is told how many of how many were decoded. What it
-        raises ends the run.
+        Before every CHUNK prompts `progress` is told how many of how many were decoded, and which
+        masks were found by then, duplicates among them. What it raises ends the run.
         """
         start = time.perf_counter()
         before, done = self._cache.n_decoded, 0
+        masks: list[dict] = []
 
         def decode(
             sam: Sam, encoded: Encoded, prompts: Prompts, index: torch.Tensor, spec: SamSpec
         ) -> Found:
             nonlocal done
             for part in index.split(CHUNK):
-                progress(done, len(prompts))
+                if progress:
+                    progress(done, len(prompts), masks)
                 with self._lock:
                     self._cache(sam, encoded, prompts, part, spec)
                 done += len(part)
             with self._lock:
-                return self._cache(sam, encoded, prompts, index, spec)  # joins the parts
+                found = self._cache(sam, encoded, prompts, index, spec)  # joins the parts
+            if progress:
+                found.masks = encoded_masks(sam, encoded, found)
+                masks.extend(found.masks)
+            return found
 
         models = self._models(method)
         seg = run_method(self.sam, self._cache.encoded, method, *models, params, decode=decode)

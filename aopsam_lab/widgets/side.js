@@ -24,10 +24,10 @@ const slider = (ariaLabel, limits, set) =>
 export function makeControls(get, act, updates) {
   const { methods, beside, sliders } = get("look");
   const choice = (title, trait, names) => {
-    const isIndex = trait === "source", select = tag("select", { ariaLabel: title });
-    select.onchange = () => act.set(trait, isIndex ? +select.value : select.value);
+    const select = tag("select", { ariaLabel: title });
+    select.onchange = () => act.set(trait, select.value);
     updates.push(() => {
-      const options = names().map((name, i) => new Option(name, isIndex ? i : name));
+      const options = names().map((name) => new Option(name));
       if (select.length !== options.length) select.replaceChildren(...options);
       select.value = get(trait);
     });
@@ -55,6 +55,24 @@ export function makeControls(get, act, updates) {
     act.upload([...file.files]);
     file.value = "";
   };
+  const images = tag("select", { ariaLabel: "Image" });
+  images.onchange = () => act.set("source", +images.value);
+  const filter = tag("input", { type: "search", placeholder: "filter", ariaLabel: "a name" });
+  /** Offer the images whose name holds what was typed, and the one that is shown. */
+  const offer = filter.oninput = () => {
+    const part = filter.value.toLowerCase(), own = get("source");
+    const options = get("names").map((name, i) => new Option(name, i, false, i === own));
+    const isOffered = ({ text, selected }) => selected || text.toLowerCase().includes(part);
+    images.replaceChildren(...options.filter(isOffered));
+  };
+  updates.push(() => {
+    if (+images.value !== get("source") || images.names !== get("names")) offer();
+    images.names = get("names");
+  });
+  const turn = (by) => () => {
+    const { length, selectedIndex } = images;
+    act.set("source", +images.options[(selectedIndex + by + length) % length].value);
+  };
   const rounds = slider("Rounds", { min: 0 }, (value) => act.set("round", value));
   const count = tag("output"), play = button("▶", "play the rounds", () => playRounds());
   let timer = 0;
@@ -74,7 +92,8 @@ export function makeControls(get, act, updates) {
   });
   return tag("div", { className: "aop-controls" },
     tag("div", {},
-      choice("Image", "source", () => get("names")), file,
+      labelled("Image", images), button("‹", "the image before", turn(-1)),
+      button("›", "the next image", turn(1)), filter, file,
       button("Your own", "an image of your own", () => file.click()),
       choice("Method", "method", () => Object.keys(methods)),
       choice("Beside", "compare", () => beside)),

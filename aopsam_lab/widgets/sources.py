@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -15,7 +16,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from aopsam_lab.data import Dataset, open_dataset
-from aopsam_lab.data.images import ImageLike, find_images, read_image
+from aopsam_lab.data.images import ImageLike, find_images, image_from_bytes, read_image
 from aopsam_lab.data.sample import Sample
 from aopsam_lab.pipeline.segmentation import Segmentation
 
@@ -77,6 +78,20 @@ def prepared(what: Sample | ImageLike) -> Opened:
     note = f"{width} x {height} pixels, explored at {size[0]} x {size[1]}; "
     note += "aop.segment gives masks of the full size."
     return Opened(reduced, [coco_mask.encode(np.asfortranarray(mask)) for mask in masks], note)
+
+
+def read_quietly(source: Source) -> Opened:
+    """Read an image; of a large one `prepared` has a note in place of Pillow's warning."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        return source.read()
+
+
+def uploaded(data: bytes, name: str, names: Sequence[str]) -> Source:
+    """A file's content as a source, named apart from those that are there."""
+    n = 1 + sum(known.partition(" (")[0] == name for known in names)
+    unique = name if n == 1 else f"{name} ({n})"
+    return Source(unique, repr(name), lambda: prepared(image_from_bytes(data, name)))
 
 
 def _of_path(path: str | os.PathLike) -> list[Source]:

@@ -56,6 +56,7 @@ export class Stage {
     const results = [get("left"), get("right")].filter((result) => image && result.prompts);
     const sign = busy || (this.isWaiting ? "waiting for the kernel …" : "");
     Object.assign(this.busy, { textContent: sign, hidden: !sign });
+    this.box.classList.toggle("aop-growing", Boolean(get("left").growing));
     this.panes = results.map((result) => panes.find((pane) => pane.result === result) ??
       new Pane(result, this.size, this.look, { image }));
     if (this.panes.length !== panes.length) this.layout();
@@ -129,7 +130,8 @@ export class Stage {
       const isFaint = i === 0 && this.candidates.length > 0; // so that a prompt's masks stand out
       for (const name in LAYERS) {
         if (name === "prompts") this.drawSingleMasks(ctx, pane, view);
-        const opacity = get("layers")[name] * (isFaint && name === "masks" ? 0.3 : 1);
+        const isDim = name === "masks" ? isFaint : name === "image" && pane.result.growing;
+        const opacity = get("layers")[name] * (isDim ? 0.3 : 1);
         if (opacity) this.drawLayer(ctx, pane, name, view, scale, opacity);
       }
       if (i === 0 && selected in pane.prompts) drawRelated(ctx, pane, view, selected);
@@ -237,7 +239,7 @@ export class Stage {
     const values = maps.map((name) => `${LAYERS[name]} ${panes[0].value(name, at).toFixed(2)}`);
     const masks = panes.filter((pane) => pane.maskAt(at) >= 0).map((pane) => {
       const i = pane.maskAt(at), whose = panes.length > 1 ? `${pane.result.title}'s ` : "";
-      const score = pane.result.scores[i].toFixed(2);
+      const score = pane.result.scores[i]?.toFixed(2) ?? "…";
       const label = this.get("labels")[pane.result.masks.counts[i]] ?? "";
       return `${whose}mask ${i} ${label}: IoU ${score}, ${pane.masks[i].area} px`;
     });
